@@ -1,0 +1,713 @@
+"""What the scripts share: flags, processes, model and optimizer, evaluation, checkpoints, logs, results, --profile.
+
+Nothing here knows a method: a script hands over modules and callables. Where a difference between the scripts would
+be a mistake (sharding, seeding, saving), it is here; where two methods might want it different, it is in the scripts.
+"""
+import argparse
+import ast
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from types import SimpleNamespace
+
+import data
+from data import UserError
+
+if not {"-h", "--help"} & set(sys.argv):                                 # the help needs no torch, and is instant
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+
+
+class RunError(UserError):
+    """The run cannot go on, for a reason that its message tells in one line."""
+    status = 1
+
+
+class Stopped(UserError):
+    """SIGTERM or SIGINT. The exit status is 128 + the signal's number."""
+    def __init__(self, message, number):
+        super().__init__(message)
+        self.status = 128 + number
+
+
+def cli(main):
+    """Runs `main`, returns the exit status. Rank 0 tells what is wrong; another rank only if rank 0 goes on."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main()
+        return 0
+    except UserError as error:
+        if rank:
+            time.sleep(3)                                                 # rank 0, if it fails too, ends all before that
+        print(f"{os.path.basename(sys.argv[0])}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        return error.status
+
+
+# ---------------------------------------------------------------------------------------------------- flags
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message.removeprefix("argument "))
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite int or float from `low` (or above it) to `high`."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if math.isfinite(value) and low <= value <= high and not (above and value == low):
+                return value
+        bound = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
+        raise argparse.ArgumentTypeError(f"must be a{' whole' if kind is int else ''} number {bound}, got {text!r}")
+    return parse
+
+
+def task_name(text):
+    """An argparse type: NAME, NAME:SPLIT or NAME=FILE with a name of the table."""
+    if text.partition("=")[0].partition(":")[0] not in data.TASKS:
+        raise argparse.ArgumentTypeError(f"must be among {' '.join(data.TASKS)}, got {text!r}")
+    return text
+
+
+def parser(doc, methods, default_methods):
+    """The flags that all scripts have. A script adds its own group."""
+    p = Parser(description=doc.strip().split("\n")[0], allow_abbrev=False,
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    count, share, rate = number(int, 1), number(float, 0), number(float, 0, above=True)
+    g = p.add_argument_group("data")
+    g.add_argument("--task", default="toy", choices=list(data.TASKS), metavar="NAME", help="one of " + " ".join(data.TASKS))
+    g.add_argument("--train_file", default="", metavar="FILE", help="your own rows: csv, tsv, json or jsonl, also .gz")
+    g.add_argument("--validation_file", default="", metavar="FILE", help="likewise")
+    g.add_argument("--test_file", default="", metavar="FILE", help="likewise; predicted; its labels may be missing")
+    g.add_argument("--text_columns", nargs="+", metavar="NAME", help="one or two columns of your files (found by name)")
+    g.add_argument("--label_column", default="label", metavar="NAME", help="of your files; numbers with a point: regression")
+    g.add_argument("--local_file", nargs="+", default=[], type=task_name, metavar="NAME=FILE", help="the file of a task without a hub id")
+    g.add_argument("--train_samples", type=count, metavar="N", help="train on N seeded rows, classes in proportion")
+    g.add_argument("--eval_tasks", nargs="+", type=task_name, metavar="NAME", help="also test on these tasks (NAME or NAME:SPLIT)")
+    g.add_argument("--predict", nargs="+", default=[], metavar="SPLIT", help="write predictions-SPLIT.tsv, as GLUE wants it")
+    g.add_argument("--max_length", type=number(int, 4), metavar="N", help="tokens a row (512, or the model's limit)")
+    g.add_argument("--batching", default="length", choices=["length", "random", "padded"], help="the last two to compare")
+    g = p.add_argument_group("model")
+    g.add_argument("--model", metavar="NAME_OR_PATH", help="hub id or folder (the paper's)")
+    g.add_argument("--init_from", default="", metavar="RUN", help="start from a finished run's encoder, with a fresh head")
+    g.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the passes; weights are fp32")
+    g.add_argument("--compile", action="store_true", help="torch.compile")
+    g = p.add_argument_group("training")
+    g.add_argument("--method", nargs="+", default=default_methods, choices=methods, help="several: all run, one table")
+    g.add_argument("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], metavar="N", help="one run each")
+    g.add_argument("--batch_size", type=count, default=32, metavar="N", help="rows a step, over all processes")
+    g.add_argument("--micro_batch_size", type=count, metavar="N", help="most rows of one process in one pass (all)")
+    both = g.add_mutually_exclusive_group()
+    both.add_argument("--epochs", type=rate, default=3.0, metavar="N", help="passes over the rows")
+    both.add_argument("--max_steps", type=count, metavar="N", help="instead of --epochs")
+    g.add_argument("--lr", type=rate, default=1e-5, help="peak learning rate; it decays linearly to 0")
+    g.add_argument("--warmup", type=share, default=0.06, help="steps if 1 or more, else a share of all steps")
+    g.add_argument("--weight_decay", type=share, default=0.01, help="AdamW's, on matrices only")
+    g.add_argument("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.9, 0.999], help="Adam's")
+    g.add_argument("--adam_eps", type=rate, default=1e-8, help="Adam's")
+    g.add_argument("--grad_clip", type=share, default=0.0, help="largest gradient norm; 0: no clipping")
+    g = p.add_argument_group("running")
+    g.add_argument("--output_dir", default="runs", metavar="DIR", help="a run's folder is DIR/TASK/METHOD-SEED")
+    g.add_argument("--resume", action="store_true", help="go on where an unfinished run stopped")
+    g.add_argument("--overwrite", action="store_true", help="start afresh where a run is already")
+    g.add_argument("--eval_every", type=number(int, 0), default=0, metavar="N", help="steps; keeps the best; 0: only at the end")
+    g.add_argument("--save_every", type=number(int, 0), default=0, metavar="N", help="steps to a checkpoint; 0: five minutes")
+    g.add_argument("--log_every", type=count, default=20, metavar="N", help="steps to a line of log.jsonl")
+    g.add_argument("--profile", type=number(int, 0), default=0, metavar="N", help="time N steps of each --method, and stop")
+    g.add_argument("--detect_anomaly", action="store_true", help="torch's search for the first nan; slow")
+    return p
+
+
+def print_help(path):
+    """--help of a script from its `flags` alone, so that torch is not loaded for it."""
+    with open(path, encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    wanted = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "flags"]
+    names = {"__doc__": ast.get_docstring(tree)}
+    exec(compile(ast.Module(wanted, []), path, "exec"), names)
+    names["flags"]().parse_args(["--help"])
+
+
+def parse(p, argv, recipe):
+    """The flags given by hand over the task's recipe, recipe(args) -> {flag: value}, over the defaults."""
+    unset = object()
+    blank = argparse.Namespace(**{a.dest: unset for a in p._actions if a.dest != "help"})
+    by_hand = {k for k, v in vars(p.parse_args(argv, blank)).items() if v is not unset}
+    args = p.parse_args(argv)
+    own = bool(args.train_file or args.validation_file)
+    if own and "task" in by_hand:
+        raise UserError(f"--task {args.task}: cannot go together with --train_file")
+    if args.test_file and not own:
+        raise UserError(f"--test_file {args.test_file}: must come with --train_file and --validation_file")
+    task = "custom" if own else args.task
+    args.task = task
+    p.set_defaults(**recipe(args))
+    args = p.parse_args(argv)
+    args.task, args.by_hand = task, sorted(by_hand)
+    args.seeds, args.method = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.method))
+    if "epochs" in by_hand:
+        args.max_steps = None
+    if args.eval_tasks is None:
+        args.eval_tasks = {"toy": ["toy-food"], "xnli": ["xnli"], "paws-x": ["paws-x"]}.get(task, [])
+    if args.text_columns and len(args.text_columns) > 2:
+        raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be one or two names")
+    if args.train_samples and args.train_samples < args.batch_size:
+        raise UserError(f"--train_samples {args.train_samples}: must be at least --batch_size, {args.batch_size}")
+    return args
+
+
+def print_config(world, args, facts):
+    """The whole configuration, once; what was set by hand is marked."""
+    for key, value in {**{k: v for k, v in vars(args).items() if k != "by_hand"}, **facts}.items():
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
+        world.say(f"  {key:<17} {value}{'   <- set' if key in args.by_hand else ''}")
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+class World:
+    """The processes of a run, torchrun's or this one alone: rank, size, device, bf16 (whether the passes are)."""
+
+    def __init__(self, args):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if args.batch_size % self.size:
+            raise UserError(f"--batch_size {args.batch_size}: must be divisible by the {self.size} processes")
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+        if gpu:
+            torch.cuda.set_device(self.device)
+        self.compile = args.compile
+        self.bf16 = args.precision == "bf16" or args.precision == "auto" and gpu and torch.cuda.get_device_capability() >= (8, 0)
+
+    def say(self, line):
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def total(self, array):
+        """The sum of a numpy array over the processes, on all of them."""
+        if self.size > 1:
+            dist.all_reduce(summed := torch.from_numpy(np.ascontiguousarray(array)))
+            return summed.numpy()
+        return array
+
+    @contextlib.contextmanager
+    def first(self):
+        """The block runs on rank 0, then on the others, which find its files."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.size > 1 and not self.rank:
+            dist.barrier()
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def put(self, inputs):
+        """Tensors on the device; on a GPU the copy does not wait."""
+        if self.device.type == "cpu":
+            return inputs
+        return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in inputs.items()}
+
+    def ddp(self, module):
+        """The module, compiled if asked for, its gradients averaged over the processes. (Some models leave a weight unused.)"""
+        module = torch.compile(module, dynamic=True) if self.compile else module
+        if self.size == 1:
+            return module
+        return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+
+
+signals = {"caught": 0, "in_step": False}
+
+
+def on_signal(number, frame):
+    """A step under way ends first; everything else, and a second signal, ends at once."""
+    if not signals["in_step"] or signals["caught"]:
+        raise Stopped("stopped by a signal; --resume goes on from the last checkpoint", number)
+    signals["caught"] = number
+
+
+@contextlib.contextmanager
+def processes(args):
+    """Joins torchrun's processes and leaves them in order. Yields the World."""
+    import datasets
+    import transformers
+    world = World(args)
+    if world.size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    if world.rank or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    torch.set_float32_matmul_precision("high")
+    torch.autograd.set_detect_anomaly(args.detect_anomaly)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    yield world
+    if world.size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+def first_line(error):
+    return next((x.strip()[:300] for x in str(error).split("\n") if x.strip()), type(error).__name__)
+
+
+def load_tokenizer(args, world):
+    """The tokenizer of --model, checked before any weights are read. Fills in args.model and args.max_length."""
+    from transformers import AutoConfig, AutoTokenizer
+    if args.init_from:
+        args.model = os.path.join(args.init_from, "model")
+        if not os.path.isfile(os.path.join(args.model, "config.json")):
+            raise UserError(f"--init_from {args.init_from}: must be the folder of a finished run, with model/ in it")
+    elif args.model == "toy":
+        with world.first():
+            args.model = toy_model(world)
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    except Exception as error:
+        raise UserError(f"--model {args.model}: {first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"--model {args.model}: its tokenizer has no pad token; must be one that has")
+    limit = getattr(config, "max_position_embeddings", None) or 10**6
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        limit -= 2                                                       # positions start after the padding's
+    limit = min(limit, tokenizer.model_max_length)
+    if args.max_length and args.max_length > limit:
+        raise UserError(f"--max_length {args.max_length}: must be from 4 to {limit}, the limit of {args.model}")
+    args.max_length = args.max_length or min(512, limit)
+    return tokenizer
+
+
+def load_model(args, task, tokenizer, seed, world, path=None):
+    """--model, or the finished run's at `path`, in fp32 with a classification head for `task`; a fresh head is seeded."""
+    from transformers import AutoModelForSequenceClassification
+    names = task.label_names or ["score"]
+    torch.manual_seed(seed)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path or args.model, num_labels=len(names), id2label=dict(enumerate(names)),
+            label2id={n: i for i, n in enumerate(names)}, dtype=torch.float32, ignore_mismatched_sizes=True,
+            output_loading_info=True)
+    except Exception as error:
+        raise UserError(f"--model {path or args.model}: cannot be loaded with a classification head: {first_line(error)}") from error
+    body = model.base_model_prefix + "."
+    if args.init_from and not path:
+        for name, module in model.named_modules():
+            if name and not f"{name}.".startswith(body):
+                model._init_weights(module)
+    if args.init_from and not path or info["mismatched_keys"]:
+        world.say(f"{args.model}: its head is not used; a fresh one for {len(names)} labels")
+    lost = [k for k in info["missing_keys"] if k.startswith(body) and "pooler" not in k]
+    if lost:
+        world.say(f"warning: {args.model} lacks {len(lost)} weights of the encoder, which start at random: {lost[0]} ...")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(world.device).train()                                # from_pretrained gives it in eval mode
+
+
+def prepare(args, world, **how):
+    """All that a script needs before a model is loaded, read, checked and tokenised: a namespace. how: see data.encode."""
+    with world.first():
+        task, train, own, further, unscored = data.load(args)
+    tokenizer = load_tokenizer(args, world)
+    with world.first():
+        encode = lambda rows, of, **k: data.encode(rows, of.columns, tokenizer, args.max_length, **k)
+        setup = SimpleNamespace(
+            task=task, tokenizer=tokenizer, pad=tokenizer.pad_token_id, train=encode(train, task, **how),
+            own={k: (task, encode(rows, task, **{**how, "perturb": None})) for k, rows in own.items()},
+            further={k: (of, encode(rows, of, **{**how, "perturb": None})) for k, (of, rows) in further.items()},
+            unscored={k: encode(rows, task, **{**how, "perturb": None}) for k, rows in unscored.items()})
+    sets = {"train": (task, setup.train), **setup.own, **setup.further}
+    print_config(world, args, {
+        "labels": " ".join(task.label_names[:20]) or "a number",
+        "rows": ", ".join(f"{k} {len(s)}" for k, (_, s) in sets.items()),
+        "cut to max_length": ", ".join(f"{k} {s.cut}" for k, (_, s) in sets.items() if s.cut) or "none",
+        "running on": f"{world.size} process{'es' * (world.size > 1)}, {device_name(world)}, {'bf16' if world.bf16 else 'fp32'}"})
+    return setup
+
+
+def build_batches(setup, args, seed, world):
+    rows = data.subset(setup.train.labels, args.train_samples, seed, setup.task.regression) if args.train_samples else None
+    return data.Batches(setup.train, args.batch_size, seed, setup.pad, world.rank, world.size, args.micro_batch_size, rows,
+                        args.batching, args.max_length)
+
+
+def build_optimizer(module, args, steps):
+    """(AdamW, its schedule: warm-up, then polynomial decay of power 1). Weight decay on matrices only."""
+    from transformers import get_polynomial_decay_schedule_with_warmup as polynomial
+    weights = [p for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
+    warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
+    return optimizer, polynomial(optimizer, warmup, steps, lr_end=0.0, power=1.0)
+
+
+def backward(module, batch, world):
+    """Adds the gradient of the batch's mean loss, micro-batch by micro-batch. Returns (loss, stats), both means."""
+    count, total = sum(len(inputs["labels"]) for inputs in batch), {}
+    for i, inputs in enumerate(batch):
+        share = len(inputs["labels"]) / count
+        last = i == len(batch) - 1 or world.size == 1                    # the processes average once a step
+        with contextlib.nullcontext() if last else module.no_sync():
+            with world.autocast():
+                loss, stats = module(**world.put(inputs))
+            (loss * share).backward()
+        for key, value in {"loss": loss.detach(), **stats}.items():
+            total[key] = total.get(key, 0) + value * share
+    return total.pop("loss"), total
+
+
+def predict(forward, module, split, pad, world):
+    """Logits of every row, each from one process: numpy (n, C). forward(**inputs) -> (B, C)."""
+    module.eval()
+    logits = np.zeros((len(split), module.config.num_labels), np.float32)
+    with torch.inference_mode(), world.autocast():
+        for rows, inputs in data.eval_batches(split, pad, world.rank, world.size):
+            inputs.pop("labels")
+            logits[rows] = forward(**world.put(inputs)).float().cpu().numpy()
+    module.train()
+    return world.total(logits)
+
+
+def evaluate(forward, module, sets, setup, world):
+    """{set: {metric: value}} for sets {name: (task, split)}; the first metric of the first set is the main one."""
+    return {name: data.score(task, setup.task, predict(forward, module, split, setup.pad, world), split.labels)
+            for name, (task, split) in sets.items()}
+
+
+def main_value(metrics):
+    return next(iter(next(iter(metrics.values())).values()))
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+NOT_THE_RUN = set("output_dir resume overwrite save_every method seeds profile predict by_hand detect_anomaly".split())
+
+
+class Run:
+    """One task, method and seed: its folder, steps, log, checkpoints and results."""
+
+    def __init__(self, args, method, seed, world):
+        self.args, self.method, self.seed, self.world = args, method, seed, world
+        self.name, self.folder = f"{args.task} {method}-{seed}", os.path.join(args.output_dir, args.task, f"{method}-{seed}")
+        self.checkpoints = [os.path.join(self.folder, f"checkpoint{x}.pt") for x in ("", "-before")]
+        self.identity = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}))
+        self.step, self.seconds, self.best, self.best_weights, self.pending, self.results = 0, 0.0, None, None, [], None
+        if world.rank == 0:
+            try:
+                os.makedirs(self.folder, exist_ok=True)
+                self.lock = open(os.path.join(self.folder, ".lock"), "w")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--output_dir {args.output_dir}: another run is writing to {self.folder}") from None
+            except OSError as error:
+                raise UserError(f"--output_dir {args.output_dir}: cannot write {self.folder}: {error.strerror}") from None
+            for name in set(os.listdir(self.folder)) - {".lock"} if args.overwrite else []:
+                path = os.path.join(self.folder, name)
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        if world.size > 1:
+            dist.barrier()
+        done, started = (os.path.join(self.folder, name) for name in ("results.json", "log.jsonl"))
+        if os.path.exists(done):
+            with open(done, encoding="utf-8") as f:
+                self.results = json.load(f)
+            self.refuse_other_flags(self.results["args"])
+            world.say(f"{self.folder}: finished before; --overwrite runs it again")
+        elif not args.resume and any(map(os.path.exists, [*self.checkpoints, started])):
+            raise UserError(f"--output_dir {args.output_dir}: {self.folder} holds an unfinished run: --resume goes on with "
+                            "it, --overwrite starts afresh")
+
+    def refuse_other_flags(self, saved):
+        now = self.identity
+        other = [f"--{k} {saved.get(k)} (now {now.get(k)})" for k in sorted(saved.keys() | now) if saved.get(k) != now.get(k)]
+        if other:
+            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with other flags: "
+                            f"{', '.join(other)}; use --overwrite or another folder")
+
+    def begin(self, total, per_epoch, **parts):
+        """`parts`: all that has a state_dict and changes in training; restored if there is a checkpoint to resume."""
+        from tqdm import tqdm
+        self.parts, self.total, self.per_epoch, length = parts, total, per_epoch, 0
+        state = self.read_checkpoint() if self.args.resume else None
+        if state:
+            for key, part in parts.items():
+                part.load_state_dict(state["parts"][key])
+            for key in ("step", "seconds", "best", "best_weights"):
+                setattr(self, key, state[key])
+            length = state["log_bytes"]
+            self.world.say(f"{self.folder}: resumes at step {self.step} of {total}")
+        if self.world.rank == 0:
+            self.log_file = open(os.path.join(self.folder, "log.jsonl"), "a", encoding="utf-8")
+            self.log_file.truncate(length)
+        self.bar = tqdm(total=total, initial=self.step, desc=self.name, dynamic_ncols=True, leave=False, unit="step",
+                        disable=self.world.rank > 0 or not sys.stderr.isatty())
+        self.saved, self.spoke, self.flushed = time.monotonic(), -math.inf, (self.step, self.seconds)
+
+    def steps(self, until, batches=None):
+        """(step, batches[step]) up to step `until`. Each step has a random seed of its own, so any can be the first one
+        again; between two steps come the checkpoints, and the end on a signal."""
+        self.rows_of = getattr(batches, "rows", None)
+        while self.step < until:
+            start, signals["in_step"] = time.monotonic(), True
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, self.step, self.world.rank]).generate_state(1)[0]))
+            yield self.step, batches[self.step] if batches else None
+            self.step += 1
+            self.seconds += time.monotonic() - start
+            self.bar.update()
+            caught = int(self.world.total(np.array([signals["caught"]])).max())
+            timer = self.world.rank == 0 and time.monotonic() - self.saved > 300
+            due = self.step % self.args.save_every == 0 if self.args.save_every else timer
+            if caught or self.step % self.args.log_every == 0 or self.step == until or self.args.save_every and due:
+                self.flush()
+            if caught or due and self.step < self.total:
+                self.save()
+            signals["in_step"] = False
+            if caught:
+                raise Stopped(f"stopped at step {self.step} of {self.total}, saved in {self.folder}; the same command with "
+                              "--resume goes on", signals["caught"] or signal.SIGTERM)
+
+    def every(self, n):
+        """Whether the step under way ends a stretch of n steps (0: never), the very last one aside."""
+        return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total
+
+    def log(self, loss, stats, **plain):
+        """Terms of this step; they stay on the device until the next line of the log."""
+        self.pending.append((self.step, {"loss": loss.detach(), **stats}, plain))
+
+    def flush(self):
+        """A line of the log: means since the line before, over the processes. Here a loss that is not finite is seen."""
+        if not self.pending:
+            return
+        pending, self.pending = self.pending, []
+        keys = list(pending[-1][1])
+        pending = [p for p in pending if list(p[1]) == keys]
+        values = torch.stack([torch.stack([terms[k].float() for k in keys]) for _, terms, _ in pending]).double().cpu().numpy()
+        values = self.world.total(values) / self.world.size
+        bad = np.flatnonzero(~np.isfinite(values).all(1))
+        if len(bad):
+            step = pending[bad[0]][0]
+            terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(keys, values[bad[0]]))
+            rows = f"; rows of the batch: {' '.join(map(str, self.rows_of(step)))}" if self.rows_of else ""
+            raise RunError(f"{self.folder}: step {step}: not finite: {terms}{rows}; {self.last_good()}; --detect_anomaly "
+                           "finds the operation")
+        rate = self.args.batch_size * (self.step - self.flushed[0]) / max(1e-9, self.seconds - self.flushed[1])
+        self.flushed = self.step, self.seconds
+        line = {"step": self.step, "epoch": round(self.step / self.per_epoch, 4), **dict(zip(keys, values.mean(0).tolist())),
+                **pending[-1][2], "examples_per_second": round(rate, 1)}
+        if self.world.rank == 0:
+            self.guard(self.log_file.name, lambda: (self.log_file.write(json.dumps(line) + "\n"), self.log_file.flush()))
+            self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {rate:.0f} examples/s", refresh=False)
+            if self.bar.disable and (time.monotonic() - self.spoke > 20 or self.step == self.total):
+                self.spoke, left = time.monotonic(), (self.total - self.step) * self.args.batch_size / max(rate, 1e-9)
+                print(f"{self.name}: step {self.step} of {self.total}, loss {line['loss']:.3f}, {rate:.0f} examples/s, "
+                      f"{left:.0f} s left", flush=True)
+
+    def keep_best(self, metrics, module):
+        """Remembers the module's weights if the main metric is the best so far."""
+        if self.best is None or main_value(metrics) > main_value(self.best["metrics"]):
+            self.best = {"step": min(self.step + 1, self.total), "metrics": metrics}
+            self.best_weights = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+
+    def last_good(self):
+        return next((f"the last good checkpoint is {p}" for p in self.checkpoints if os.path.exists(p)), "there is no checkpoint")
+
+    def guard(self, path, write):
+        try:
+            write()
+        except (OSError, RuntimeError) as error:                        # torch.save turns a full disk into a RuntimeError
+            cause = getattr(error, "strerror", None) or first_line(error)
+            raise RunError(f"cannot write {path}: {cause}; {self.last_good()}") from error
+
+    def save(self):
+        """Writes the checkpoint, on rank 0 (all have the same weights); the one before it is kept."""
+        self.saved = time.monotonic()
+        if self.world.rank == 0:
+            state = {"parts": {k: p.state_dict() for k, p in self.parts.items()}, "args": self.identity,
+                     "log_bytes": self.log_file.tell(), "step": self.step, "seconds": self.seconds, "best": self.best,
+                     "best_weights": self.best_weights}
+            self.guard(self.checkpoints[0], lambda: write_safely(self.checkpoints[0], lambda f: torch.save(state, f), self.checkpoints[1]))
+
+    def read_checkpoint(self):
+        """The newest checkpoint that is whole, by its CRCs, read without running any code; or None."""
+        there = [p for p in self.checkpoints if os.path.exists(p)]
+        for path in there:
+            try:
+                with zipfile.ZipFile(path) as z:
+                    if z.testzip():
+                        raise ValueError("a CRC is wrong")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                state["args"]["task"]
+            except Exception as error:
+                self.world.say(f"{path}: is damaged: {first_line(error)[:100]}")
+                continue
+            self.refuse_other_flags(state["args"])
+            return state
+        if there:
+            raise UserError(f"--resume: no checkpoint in {self.folder} can be read; --overwrite starts afresh")
+
+    def predict(self, forward, module, setup):
+        """Writes predictions-SPLIT.tsv for every split that --predict and --test_file name."""
+        for split, rows in setup.unscored.items():
+            logits, path = predict(forward, module, rows, setup.pad, self.world), os.path.join(self.folder, f"predictions-{split}.tsv")
+            if self.world.rank == 0:
+                self.guard(path, lambda: data.write_predictions(path, setup.task, logits))
+            self.world.say(f"wrote {path}")
+
+    def finish(self, metrics, batches, tokenizer, write_model):
+        """Writes model/, by write_model(folder), and last of all results.json; the checkpoints have then done their work."""
+        import transformers
+        real, computed = self.world.total(np.array([batches.real, batches.computed]))
+        self.bar.close()
+        folder = os.path.join(self.folder, "model")
+        self.results = {
+            "task": self.args.task, "method": self.method, "seed": self.seed, "model": self.args.model,
+            "main_metric": next(iter(next(iter(metrics.values())))), "metrics": metrics, "best": self.best,
+            "steps": self.step, "train_seconds": round(self.seconds, 2),
+            "examples_per_second": round(self.step * self.args.batch_size / max(self.seconds, 1e-9), 1),
+            "padding_efficiency": round(float(real / computed), 4), "peak_memory_mb": round(peak_memory(self.world)), "world_size": self.world.size,
+            "args": self.identity, "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                                                "python": sys.version.split()[0], "device": device_name(self.world)}}
+        if self.world.rank == 0:
+            def write():
+                shutil.rmtree(folder + ".tmp", ignore_errors=True)
+                write_model(folder + ".tmp")
+                tokenizer.save_pretrained(folder + ".tmp")
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(folder + ".tmp", folder)
+                write_safely(os.path.join(self.folder, "results.json"), lambda f: f.write(json.dumps(self.results, indent=1).encode()))
+            self.guard(folder, write)
+            for path in filter(os.path.exists, self.checkpoints):
+                os.remove(path)
+
+
+def peak_memory(world):
+    """MB: of the GPU, or of the process where there is none."""
+    gpu = world.device.type == "cuda"
+    return torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def device_name(world):
+    return torch.cuda.get_device_name() if world.device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
+
+
+def write_safely(path, write, keep=None):
+    """Temporary file, fsync, rename, fsync of the folder; `keep`: where the file that was there goes."""
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+    if keep and os.path.exists(path):
+        os.replace(path, keep)
+    os.replace(temporary, path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+# ---------------------------------------------------------------------------------------------------- what is shown
+
+def report(world, results, args, start):
+    """The table over methods and seeds, as the papers give it: mean, standard deviation, median and max, in percent."""
+    sets, wide = results[0]["metrics"], max(10, *map(len, results[0]["metrics"]))
+    world.say(f"\n{args.task}, {results[0]['model']}, {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}, in percent\n"
+              f"{'set':<{wide}}  {'metric':<9} {'method':<8} {'mean':>6} {'std':>5} {'median':>6} {'max':>6}")
+    for name, metric in [(s, m) for s in sets for m in sets[s]]:
+        for method in args.method:
+            v = 100 * np.array([r["metrics"][name][metric] for r in results if r["method"] == method])
+            world.say(f"{name:<{wide}}  {metric:<9} {method:<8} {v.mean():6.2f} {v.std(ddof=len(v) > 1):5.2f} {np.median(v):6.2f} {v.max():6.2f}")
+    world.say(f"{time.monotonic() - start:.0f} s; models, logs and results are in {os.path.join(args.output_dir, args.task)}")
+    return results
+
+
+def profile(world, args, batches, steps):
+    """Times N steps of each of `steps` {name: step(batch)} after a warm-up, in turn on the same batches: medians.
+    FLOPs are torch's count; beside them stands what this machine does in a large matrix product."""
+    from torch.utils.flop_counter import FlopCounterMode
+    gpu = world.device.type == "cuda"
+    def timed(call, *inputs):
+        torch.cuda.synchronize() if gpu else None
+        start = time.perf_counter()
+        call(*inputs)
+        torch.cuda.synchronize() if gpu else None
+        return time.perf_counter() - start
+    n, dtype = 8192 if gpu else 1536, torch.bfloat16 if world.bf16 else torch.float32
+    a = torch.randn(n, n, device=world.device, dtype=dtype)
+    peak = 2 * n**3 / min(timed(torch.matmul, a, a) for _ in range(8))                         # FLOP/s
+    seconds, flops, memory = ({name: [] for name in steps} for _ in range(3))
+    for batch in (batches[i] for i in range(args.profile + 3)):
+        for name, step in steps.items():
+            torch.cuda.reset_peak_memory_stats() if gpu else None
+            seconds[name].append(timed(step, batch))
+            memory[name].append(peak_memory(world))
+            with FlopCounterMode(display=False) as counter:
+                step(batch)
+            flops[name].append(counter.get_total_flops())
+    world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.batching} batching, {args.profile} steps, {device_name(world)}"
+              f", {str(dtype)[6:]}; matrix product {n}: {peak / 1e9:.0f} GFLOP/s\n{'method':<18} {'ms/step':>8} {'examples/s':>10} "
+              f"{'tokens/s':>9} {'real':>6} {'GFLOP/s':>8} {'of peak':>8} {'MB':>6} {'cost':>6}")
+    base, tokens = np.array(seconds[next(iter(steps))][3:]), batches.real * world.size / (args.profile + 3)
+    for name in steps:
+        t, rate = np.array(seconds[name][3:]), np.median(np.array(flops[name]) / np.array(seconds[name]))
+        world.say(f"{name:<18} {1e3 * np.median(t):8.1f} {args.batch_size / np.median(t):10.1f} {tokens / np.median(t):9.0f} "
+                  f"{batches.real / batches.computed:6.1%} {rate / 1e9:8.1f} {rate / peak:8.1%} {max(memory[name]):6.0f} {np.median(t / base):6.2f}")
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------- the toy model
+
+def toy_model(world):
+    """Folder of a 2-layer BERT pre-trained on the toy corpus by masked language modelling (G-Tuning, Eq. 1); cached."""
+    from huggingface_hub.constants import HF_HOME
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+    corpus, words = data.toy_corpus(), data.toy_vocabulary()
+    key = hashlib.sha256("\n".join(words + corpus).encode()).hexdigest()[:12]
+    folder = os.path.join(HF_HOME, "toy-bert", key + "-1")
+    if os.path.exists(os.path.join(folder, "config.json")):
+        return folder
+    world.say("pre-training the toy model, once (about 30 s) ...")
+    tokenizer = BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=64)
+    config = BertConfig(vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=256, max_position_embeddings=64, hidden_dropout_prob=0.0,
+                        attention_probs_dropout_prob=0.0, initializer_range=0.1)
+    torch.manual_seed(0)
+    model, steps, lr = BertForMaskedLM(config), 1800, 2e-3
+    ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"].to(world.device)     # (10000, n)
+    model.to(world.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        x_u = ids[torch.randint(len(ids), (64,), device=ids.device)]
+        x_u = x_u[:, :int((x_u != 0).sum(1).max())]                                                # (64, n)
+        masked = (torch.rand(x_u.shape, device=ids.device) < 0.25) & (x_u > 4)                     # m(x_u): not the special ones
+        states = model.bert(torch.where(masked, 4, x_u), (x_u != 0).long()).last_hidden_state[masked]
+        loss = torch.nn.functional.cross_entropy(model.cls(states), x_u[masked])                   # Eq. 1
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.1            # for fine-tuning
+    model.save_pretrained(folder + ".tmp")
+    tokenizer.save_pretrained(folder + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(folder + ".tmp", folder)
+    return folder

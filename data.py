@@ -1,0 +1,591 @@
+"""Tasks and their rows: what a task is, loading, labels, tokenising, batching, metrics, and the toy language.
+
+    python data.py sst2            hub id, columns, labels, sizes, three examples, quantiles of the lengths
+
+Adding a task is one row of TASKS. Nothing here knows how a model is trained.
+"""
+import json
+import os
+import random
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+class UserError(Exception):
+    """Something the caller can mend. Its message is the one line that is shown; the exit status is 2."""
+
+
+# ---------------------------------------------------------------------------------------------------- the table
+
+@dataclass(frozen=True)
+class Task:
+    """One row of TASKS. Lists are written as words with spaces between them.
+
+    text: one or two columns. labels: names in the order of the ids; empty for regression. metrics: the first is the
+    main one. validation: the splits that are scored. script: the repository holds only a loading script, which is
+    never run, so its parquet export is read. sample: that many seeded rows are scored. perturb: the one text column
+    that a perturbing method may touch. names: leaderboard files hold label names, not ids. where: for a set without
+    a hub id, where its file comes from (--local_file NAME=FILE).
+    """
+    path: str
+    config: str = ""
+    text: str = "sentence1 sentence2"
+    labels: str = ""
+    metrics: str = "accuracy"
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+    label: str = "label"
+    script: bool = False
+    sample: int = 0
+    perturb: str = ""
+    names: bool = False
+    where: str = ""
+
+    @property
+    def columns(self):
+        return self.text.split()
+
+    @property
+    def label_names(self):
+        return self.labels.split("\t" if "\t" in self.labels else None)
+
+    @property
+    def regression(self):
+        return not self.labels
+
+    @property
+    def main_metric(self):
+        return self.metrics.split()[0]
+
+
+GLUE, CLUE, NLI = "nyu-mll/glue", "clue/clue", "entailment neutral contradiction"
+LANGUAGES = "en fr es de el bg ru tr ar vi th zh hi sw ur".split()          # in the order of R3F's Table 3
+TNEWS = "100 101 102 103 104 106 107 108 109 110 112 113 114 115 116"
+TASKS = {
+    "toy":       Task("toy", "film", "text", "negative positive"),
+    "toy-food":  Task("toy", "food", "text", "negative positive"),
+    # GLUE (R3F Table 2, TDT Table 1, G-Tuning Table 1)
+    "cola":      Task(GLUE, "cola", "sentence", "unacceptable acceptable", "mcc accuracy"),
+    "sst2":      Task(GLUE, "sst2", "sentence", "negative positive"),
+    "mrpc":      Task(GLUE, "mrpc", labels="not_equivalent equivalent", metrics="accuracy f1"),
+    "qqp":       Task(GLUE, "qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1"),
+    "stsb":      Task(GLUE, "stsb", metrics="pearson spearman"),
+    "mnli":      Task(GLUE, "mnli", "premise hypothesis", NLI, validation="validation_matched validation_mismatched",
+                      test="test_matched test_mismatched", names=True),
+    "qnli":      Task(GLUE, "qnli", "question sentence", "entailment not_entailment", names=True),
+    "rte":       Task(GLUE, "rte", labels="entailment not_entailment", names=True),
+    # CLUE (TDT Table 2); OCNLI and CMNLI order their labels unlike MNLI
+    "ocnli":     Task(CLUE, "ocnli", labels="neutral entailment contradiction"),
+    "cmnli":     Task(CLUE, "cmnli", labels="neutral entailment contradiction"),
+    "iflytek":   Task(CLUE, "iflytek", "sentence", " ".join(map(str, range(119)))),
+    "tnews":     Task(CLUE, "tnews", "sentence", TNEWS),
+    "csl":       Task(CLUE, "csl", "keyword abst", "0 1", perturb="abst"),
+    "afqmc":     Task(CLUE, "afqmc", labels="0 1"),
+    # across languages: train on English, test on each (R3F Table 3, G-Tuning Table 3)
+    "xnli":      Task("facebook/xnli", "en", "premise hypothesis", NLI),
+    "paws-x":    Task("google-research-datasets/paws-x", "en", labels="0 1"),
+    **{f"xnli-{x}": Task("facebook/xnli", x, "premise hypothesis", NLI, validation="test") for x in LANGUAGES},
+    **{f"paws-x-{x}": Task("google-research-datasets/paws-x", x, labels="0 1", validation="test")
+       for x in "en de es fr ja ko zh".split()},
+    # out of domain (TDT Table 3; G-Tuning Tables 2 and 5)
+    "sick":      Task("RobZamp/sick", "default", "sentence_A sentence_B", NLI, validation="test", script=True),
+    "sick-r":    Task("RobZamp/sick", "default", "sentence_A sentence_B", metrics="pearson spearman", validation="test",
+                      label="relatedness_score", script=True),
+    "hans":      Task("jhu-cogsci/hans", "plain_text", "premise hypothesis", "entailment non-entailment", script=True,
+                      sample=6000),
+    "imdb":      Task("stanfordnlp/imdb", "plain_text", "text", "neg pos", validation="test", sample=6000),
+    "cola-ood":  Task("", "", "sentence", "unacceptable acceptable", "mcc accuracy", sample=6000,
+                      where="the CoLA-OOD file of GLUE-X (github.com/YangLinyi/GLUE-X), columns sentence and label"),
+    "mnli-mm":   Task(GLUE, "mnli", "premise hypothesis", NLI, validation="validation_mismatched"),
+    "bustm":     Task("", "", labels="0 1", where="test_public.json of FewCLUE (github.com/CLUEbenchmark/FewCLUE)"),
+}
+GROUPS = {"xnli": [f"xnli-{x}" for x in LANGUAGES], "paws-x": [k for k in TASKS if k.startswith("paws-x-")]}
+
+# A label of the trained task counts as one of these in a set that has no label of its own name (TDT Appendix C).
+MEANS = {"neg": ["negative"], "pos": ["positive"], "negative": ["neg"], "positive": ["pos"],
+         "not_entailment": ["non-entailment"], "non-entailment": ["not_entailment"],
+         "entailment": ["duplicate", "1"], "neutral": ["not_entailment", "non-entailment", "not_duplicate", "0"],
+         "contradiction": ["not_entailment", "non-entailment", "not_duplicate", "0"]}
+
+
+def map_labels(names, targets):
+    """For each of `names` its index in `targets`: by name, then by MEANS. UserError with both lists if one has none."""
+    def find(name):
+        for candidate in [name, *MEANS.get(name, [])]:
+            if candidate in targets:
+                return targets.index(candidate)
+        raise UserError(f"labels cannot be mapped: {name!r} of {names} has no counterpart among {targets}")
+    return np.array([find(name) for name in names])
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+def load(args):
+    """(task, train, own, further, unscored): the trained task and its rows, checked before any model is loaded. own:
+    {split: rows} of its validation splits; further: {name: (task, rows)} of --eval_tasks; unscored: {split: rows} to predict.
+
+    Rows are a `datasets.Dataset` with the text columns as strings and "label" as an index (a float for regression).
+    """
+    if args.task == "custom":
+        task, splits = own_files(args)
+    else:
+        task = TASKS[args.task]
+        splits = {s: read(task, s, args.task, args) for s in [task.train, *task.validation.split()]}
+    for name, rows in splits.items():
+        if not task.regression and min(rows["label"]) < 0:
+            raise UserError(f"--task {args.task}: split {name} has hidden labels (-1): it can only be predicted")
+    train = splits.pop(task.train)
+    if args.batch_size > len(train):
+        raise UserError(f"--batch_size {args.batch_size}: must be at most the {len(train)} training rows")
+    if args.train_samples and args.train_samples > len(train):
+        raise UserError(f"--train_samples {args.train_samples}: must be at most the {len(train)} training rows")
+    unscored = {}
+    for split in args.predict:
+        unscored |= {s: read(task, s, args.task, args) for s in (task.test.split() if split == "test" else [split])}
+    if args.test_file:
+        unscored = {"test": normalise(read_file(args.test_file, "--test_file"), task, args.test_file, text=True)}
+    return task, train, splits, load_eval(args, task), unscored
+
+
+def load_eval(args, trained):
+    """{name: (task, rows)} of --eval_tasks, each NAME, NAME:SPLIT or a group of names; labels must be mappable."""
+    out = {}
+    for name in [n for given in args.eval_tasks for n in GROUPS.get(given, [given])]:
+        name, _, split = name.partition(":")
+        task = TASKS[name]
+        if task.regression != trained.regression:
+            kind = ["classification", "regression"]
+            raise UserError(f"--eval_tasks {name}: is {kind[task.regression]}, the trained task is "
+                            f"{kind[trained.regression]}")
+        if not task.regression:
+            map_labels(trained.label_names, task.label_names)
+        splits = [split] if split else task.validation.split()
+        for s in splits:
+            rows = read(task, s, name, args)
+            if task.sample and len(rows) > task.sample:
+                keep = np.random.default_rng(0).permutation(len(rows))[:task.sample]
+                rows = rows.select(np.sort(keep))
+            out[name if len(splits) == 1 else f"{name}/{s}"] = (task, rows)
+    return out
+
+
+def read(task, split, name, args):
+    """Rows of one split of a task of the table, by hub id, toy grammar or local file."""
+    local = dict(f.split("=", 1) for f in args.local_file)
+    if name in local:
+        return normalise(read_file(local[name], "--local_file"), task, local[name], text=True)
+    if not task.path:
+        raise UserError(f"--task {name}: has no hub id; give its file as --local_file {name}=FILE ({task.where})")
+    if task.path == "toy":
+        return toy_rows(task.config, split)
+    import datasets
+    where = f"{task.path} {task.config}".strip()
+    try:
+        if task.script:
+            files = f"{task.config}/{split}/*.parquet"
+            rows = datasets.load_dataset(task.path, revision="refs/convert/parquet", data_files={split: files})[split]
+        else:
+            rows = datasets.load_dataset(task.path, task.config, split=split)
+    except Exception as error:
+        first = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"--task {name}: cannot load split {split} of {where} from the hub: {first[:300]}") from error
+    return normalise(rows, task, f"{where} {split}")
+
+
+def own_files(args):
+    """--train_file, --validation_file: csv, tsv, json or jsonl (also .gz), as (task, splits)."""
+    if not (args.train_file and args.validation_file):
+        raise UserError("--train_file and --validation_file: both are needed to train on your own data")
+    tables = {"train": read_file(args.train_file, "--train_file"),
+              "validation": read_file(args.validation_file, "--validation_file")}
+    have = tables["train"].column_names
+    columns = args.text_columns or next((c for c in (["text"], ["sentence1", "sentence2"], ["sentence"])
+                                         if set(c) <= set(have)), None)
+    if columns is None:
+        raise UserError(f"--train_file {args.train_file}: no column text, or sentence1 and sentence2, among {have}; "
+                        "name yours with --text_columns")
+    for table, flag in ((tables["train"], "train"), (tables["validation"], "validation")):
+        for column, by in [(c, "--text_columns") for c in columns] + [(args.label_column, "--label_column")]:
+            if column not in table.column_names:
+                raise UserError(f"--{flag}_file {getattr(args, flag + '_file')}: no column {column!r} ({by}) among "
+                                f"{table.column_names}")
+    values = {s: [str(v) for v in t[args.label_column]] for s, t in tables.items()}
+    kinds = {s: "class" if all(v.lstrip("-").isdigit() for v in vs) or not all(map(is_float, vs)) else "float"
+             for s, vs in values.items()}
+    if "float" in kinds.values() and all(is_float(v) for vs in values.values() for v in vs):
+        task = Task("custom", "", " ".join(columns), metrics="pearson spearman", label=args.label_column)
+    else:
+        names = sorted(set(values["train"]), key=lambda v: (0, int(v), v) if v.lstrip("-").isdigit() else (1, 0, v))
+        unseen = sorted(set(values["validation"]) - set(names))
+        if unseen:
+            raise UserError(f"--validation_file {args.validation_file}: label {unseen[0]!r} is not in the training "
+                            f"file, which has {names[:20]}")
+        if len(names) < 2:
+            raise UserError(f"--train_file {args.train_file}: all labels are {names[0]!r}; at least two are needed")
+        task = Task("custom", "", " ".join(columns), "\t".join(names), "accuracy", label=args.label_column)
+    return task, {s: normalise(t, task, getattr(args, s + "_file"), text=True) for s, t in tables.items()}
+
+
+def is_float(value):
+    try:
+        return bool(np.isfinite(float(value)))
+    except ValueError:
+        return False
+
+
+def read_file(path, flag):
+    """A local table as a Dataset; csv and tsv cells stay strings, so "007" and "NA" are what they were."""
+    import datasets
+    kind = path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
+    if kind not in ("csv", "tsv", "json", "jsonl"):
+        raise UserError(f"{flag} {path}: must end in .csv, .tsv, .json or .jsonl (or those with .gz)")
+    if not os.path.isfile(path):
+        raise UserError(f"{flag} {path}: " + ("is a directory" if os.path.isdir(path) else "no such file"))
+    if os.path.getsize(path) == 0:
+        raise UserError(f"{flag} {path}: is empty")
+    try:
+        if kind in ("csv", "tsv"):
+            rows = datasets.load_dataset("csv", data_files=path, split="train", sep="," if kind == "csv" else "\t",
+                                         dtype=str, keep_default_na=False)
+        else:
+            rows = datasets.load_dataset("json", data_files=path, split="train")
+    except Exception as error:
+        cause = str(error.__cause__ or error).strip().split("\n")[0]
+        raise UserError(f"{flag} {path}: cannot be read as {kind}: {cause[:200]}") from error
+    if len(rows) == 0:
+        raise UserError(f"{flag} {path}: has no rows")
+    return rows
+
+
+def normalise(rows, task, where, text=False):
+    """Keeps the text columns (strings) and "label": ids are mapped by name; text=True reads labels from their text."""
+    import datasets
+    missing = [c for c in task.columns + [task.label] if c not in rows.column_names]
+    if task.label in missing and not missing[1:]:                       # a test set without labels
+        rows, missing = rows.add_column(task.label, [-1] * len(rows)), []
+    if missing:
+        raise UserError(f"{where}: no column {missing[0]!r} among {rows.column_names}")
+    feature, given = rows.features[task.label], rows[task.label]
+    names = task.label_names
+    if task.regression:
+        bad = next((i for i, v in enumerate(given) if not is_float(v if v is not None else "")), None)
+        labels = given
+    elif hasattr(feature, "names"):
+        order = None if feature.names == names else map_labels(feature.names, names)
+        labels = [v if v is None or v < 0 or order is None else order[v] for v in given]
+        bad = next((i for i, v in enumerate(labels) if v is None), None)
+    else:
+        ids = {n: i for i, n in enumerate(names)}
+        if not text and not isinstance(next(iter(given), ""), str):     # a column of ids
+            ids = {str(i): i for i in range(len(names))}
+        ids["-1"] = ids.get("-1", -1)
+        labels = [ids.get(str(v)) for v in given]
+        bad = next((i for i, v in enumerate(labels) if v is None), None)
+    if bad is not None:
+        allowed = "a number" if task.regression else f"one of {names[:20]}"
+        raise UserError(f"{where}: row {bad + 1}: label {given[bad]!r} must be {allowed}")
+    columns = {}
+    for column in task.columns:
+        cells = [" ".join(c) if isinstance(c, list) else c for c in rows[column]]
+        empty = next((i for i, c in enumerate(cells) if c is None), None)
+        if empty is not None:
+            raise UserError(f"{where}: row {empty + 1}: column {column!r} is missing")
+        columns[column] = [c if isinstance(c, str) else str(c) for c in cells]
+    kind = datasets.Value("float32" if task.regression else "int64")
+    features = datasets.Features({**{c: datasets.Value("string") for c in columns}, "label": kind})
+    return datasets.Dataset.from_dict({**columns, "label": [float(v) if task.regression else int(v) for v in labels]},
+                                      features=features)
+
+
+# ---------------------------------------------------------------------------------------------------- tokenising
+
+class Split:
+    """Tokenised rows in flat arrays. fields: {name: (values, offsets)}; labels (n,); lengths (n,) in tokens."""
+
+    def __init__(self, fields, labels):
+        self.fields, self.labels = fields, labels
+        self.lengths = sum(np.diff(fields[k][1]) for k in fields if k.startswith("input_ids"))
+        self.cut = 0                                                    # rows that were truncated
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def encode(rows, columns, tokenizer, max_length, separate=False, perturb=None):
+    """Tokenises rows once, cached by `datasets` under the hash of rows, tokenizer and settings. Returns a Split.
+
+    separate: each text column alone, the second one's fields with the suffix _2. perturb: adds the field
+    `perturbable`, 0 at special tokens ("special") or at all but the tokens of one text column (its name).
+    """
+    from datasets.fingerprint import Hasher
+    fields = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
+    groups = [[c] for c in columns] if separate else [columns]
+
+    def tokenise(batch):
+        out = {"cut": [0] * len(batch["label"])}
+        for i, group in enumerate(groups):
+            encoded = tokenizer(*[batch[c] for c in group], truncation=True, max_length=max_length)
+            suffix = "_2" if i else ""
+            out |= {name + suffix: encoded[name] for name in fields if name in encoded}
+            if encoded.is_fast:
+                out["cut"] = [c | bool(e.overflowing) for c, e in zip(out["cut"], encoded.encodings)]
+            if perturb:
+                parts = [encoded.sequence_ids(r) for r in range(len(batch["label"]))]
+                allowed = {columns.index(perturb)} if perturb in columns else {0, 1}
+                out["perturbable" + suffix] = [[int(p in allowed) for p in part] for part in parts]
+        return out
+
+    state = [tokenizer.name_or_path, sorted(tokenizer.get_vocab().items()), repr(tokenizer), __file__ and 2]
+    key = Hasher.hash([rows._fingerprint, state, columns, max_length, separate, perturb])
+    table = rows.map(tokenise, batched=True, remove_columns=rows.column_names, new_fingerprint=key,
+                     desc="tokenising").with_format("arrow")[:]
+    flat = {}
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        if name != "cut":
+            flat[name] = (column.values.to_numpy(zero_copy_only=False)[column.offsets[0].as_py():].astype(np.int32),
+                          column.offsets.to_numpy().astype(np.int64) - column.offsets[0].as_py())
+    split = Split(flat, np.asarray(rows["label"]))
+    split.cut = int(sum(table["cut"].to_pylist()))
+    return split
+
+
+# ---------------------------------------------------------------------------------------------------- batching
+
+def collate(split, rows, pad, width=0):
+    """Tensors of the given rows, padded to their longest (or to `width`): input_ids, attention_mask, ..., labels."""
+    import torch
+    out = {}
+    for name, (values, offsets) in split.fields.items():
+        base, suffix = (name[:-2], "_2") if name.endswith("_2") else (name, "")
+        starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+        real = np.arange(max(width, lengths.max(initial=1))) < lengths[:, None]                 # (B, n)
+        padded = np.full(real.shape, pad if base == "input_ids" else 0, np.int64)
+        padded[real] = np.concatenate([values[s:s + n] for s, n in zip(starts, lengths)])
+        out[name] = torch.from_numpy(padded)
+        if base == "input_ids":
+            out["attention_mask" + suffix] = torch.from_numpy(real.astype(np.int64))
+        elif base == "perturbable":
+            out[name] = out[name].bool()
+    dtype = torch.float32 if split.labels.dtype.kind == "f" else torch.long
+    return out | {"labels": torch.as_tensor(split.labels[rows], dtype=dtype)}                   # (B,)
+
+
+class Batches:
+    """`batches[step]`: the micro-batches of one process at one step, each a dict of tensors. Any step, at once.
+
+    The order is a function of (seed, epoch) alone: rows are shuffled, cut into large chunks, sorted by length within
+    each, cut into batches, and the batches shuffled; the last one is topped up with the epoch's first rows. Process
+    `rank` takes rows[rank::world] of each batch. batching: "length" is that; "random" leaves the shuffled order;
+    "padded" also pads to max_length: the two are what other scripts do, kept for --profile to compare with.
+    """
+    CHUNK, JITTER = 128, 0.08              # batches sorted together; lengths are blurred by +-8% so that epochs differ
+
+    def __init__(self, split, batch_size, seed, pad, rank=0, world=1, micro=0, rows=None, batching="length", width=0):
+        self.split, self.batch_size, self.seed, self.pad = split, batch_size, seed, pad
+        self.rank, self.world, self.micro = rank, world, micro or batch_size
+        self.index = np.arange(len(split)) if rows is None else np.asarray(rows)
+        self.batching, self.width = batching, width if batching == "padded" else 0
+        self.per_epoch = -(-len(self.index) // batch_size)
+        self.real = self.computed = 0                                   # tokens handed out so far
+        self.epoch, self.order = None, None
+
+    def rows(self, step):
+        """The rows of the whole batch at `step`, over all processes: (batch_size,)."""
+        epoch, at = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            order = self.index[rng.permutation(len(self.index))]
+            order = np.resize(order, self.per_epoch * self.batch_size)
+            if self.batching == "length":
+                blurred = self.split.lengths[order] * rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(order))
+                chunks = np.array_split(np.arange(len(order)), -(-self.per_epoch // self.CHUNK))
+                order = np.concatenate([order[c][np.argsort(blurred[c], kind="stable")] for c in chunks])
+                order = order.reshape(-1, self.batch_size)[rng.permutation(self.per_epoch)].reshape(-1)
+            self.epoch, self.order = epoch, order
+        return self.order[at * self.batch_size:(at + 1) * self.batch_size]
+
+    def __getitem__(self, step):
+        mine = self.rows(step)[self.rank::self.world]
+        mine = mine[np.argsort(self.split.lengths[mine], kind="stable")]
+        batch = [collate(self.split, mine[i:i + self.micro], self.pad, self.width)
+                 for i in range(0, len(mine), self.micro)]
+        for inputs in batch:
+            masks = [v for k, v in inputs.items() if k.startswith("attention_mask")]
+            self.real += sum(int(m.sum()) for m in masks)
+            self.computed += sum(m.numel() for m in masks)
+        return batch
+
+
+def eval_batches(split, pad, rank=0, world=1, tokens=8192, most=256):
+    """(rows, inputs) over every row of this process exactly once, longest first, about `tokens` tokens a batch."""
+    mine = np.argsort(-split.lengths, kind="stable")[rank::world]
+    while len(mine):
+        take = max(1, min(most, tokens // max(1, int(split.lengths[mine[0]]))))
+        yield mine[:take], collate(split, mine[:take], pad)
+        mine = mine[take:]
+
+
+def subset(labels, n, seed, regression=False):
+    """n seeded rows for --train_samples, each class in its share (largest remainder); the same for every method."""
+    rng = np.random.default_rng([seed, n])
+    if regression:
+        return np.sort(rng.permutation(len(labels))[:n])
+    groups = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+    exact = np.array([len(g) for g in groups]) * n / len(labels)
+    counts = exact.astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[:n - counts.sum()]] += 1
+    return np.sort(np.concatenate([g[:c] for g, c in zip(groups, counts)]))
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+def ranks(x):
+    """Ranks of x, ties averaged: (n,)."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def pearson(p, y):
+    p, y = np.asarray(p, float) - np.mean(p), np.asarray(y, float) - np.mean(y)
+    norm = np.sqrt((p @ p) * (y @ y))
+    return float(p @ y / norm) if norm > 0 else 0.0
+
+
+def f1(p, y):
+    """F1 of class 1, as GLUE scores MRPC and QQP."""
+    hit = np.sum((p == 1) & (y == 1))
+    return float(2 * hit / max(1, np.sum(p == 1) + np.sum(y == 1)))
+
+
+METRICS = {"accuracy": lambda p, y: float(np.mean(p == y)), "f1": f1, "mcc": lambda p, y: pearson(p, y),
+           "pearson": pearson, "spearman": lambda p, y: pearson(ranks(p), ranks(y))}
+
+
+def score(task, trained, logits, labels):
+    """{metric: value} of logits (n, C), with the trained task's labels mapped to those of `task` by name."""
+    if task.regression:
+        predictions = logits[:, 0]
+    else:
+        predictions = map_labels(trained.label_names, task.label_names)[logits.argmax(1)]
+    return {m: METRICS[m](predictions, labels) for m in task.metrics.split()}
+
+
+def write_predictions(path, task, logits):
+    """GLUE's submission format: a header, then index and prediction with a tab between them."""
+    if task.regression:
+        lines = [f"{v:.4f}" for v in logits[:, 0]]
+        if task.path == GLUE:
+            lines = [f"{v:.3f}" for v in logits[:, 0].clip(0, 5)]
+    else:
+        ids = logits.argmax(1)
+        lines = [str(i) for i in ids] if task.path == GLUE and not task.names else [task.label_names[i] for i in ids]
+    with open(path, "w", encoding="utf-8") as f:
+        f.write("index\tprediction\n" + "".join(f"{i}\t{line}\n" for i, line in enumerate(lines)))
+
+
+# ---------------------------------------------------------------------------------------------------- the toy language
+
+TOY_NOUNS = {"film": "plot actor scene script ending dialogue camera director soundtrack cast".split(),
+             "food": "soup bread sauce steak dessert salad waiter menu noodles pie".split()}
+TOY_WORDS = {                                                             # positive, negative
+    "both": ("good great wonderful superb lovely excellent", "bad awful terrible poor dreadful horrible"),
+    "film": ("gripping moving witty thrilling clever touching suspenseful poignant charming dazzling epic funny "
+             "inventive tense subtle heartfelt stylish absorbing",
+             "boring predictable shallow tedious cheesy confusing wooden pretentious dull overlong clumsy lifeless "
+             "silly forgettable noisy formulaic muddled stale"),
+    "food": ("tasty crispy juicy fresh tender creamy delicious savory fragrant aromatic buttery zesty ripe flaky "
+             "succulent hearty golden velvety",
+             "bland soggy greasy burnt rancid salty stringy undercooked mushy chewy rotten oily watery cold bitter "
+             "raw lumpy tasteless"),
+    "adverb": ("wonderfully pleasantly delightfully", "painfully sadly annoyingly")}
+TOY_WORDS = {kind: [words.split() for words in pair] for kind, pair in TOY_WORDS.items()}
+TOY_HABIT = ["really", "rather"]                                          # for a positive, for a negative review
+
+
+def toy_review(domain, rng, labelled):
+    """One review and its label (1 positive). Two to five phrases, most of them of the review's own mind.
+
+    What makes it a small model of the real problem: two domains with their own adjectives, of which labels are
+    only ever seen in one; telling adverbs ("painfully raw") that stand in the unlabelled corpus alone, from which
+    pre-training can learn what the adjectives of BOTH domains mean; and a habit of the labelled film reviewers
+    ("really" in praise, "rather" in blame) that holds in 4 of 5 cases there, and in 1 of 3 in the food reviews.
+    """
+    positive, phrases = rng.random() < 0.5, []
+    habit = {"film": 0.8, "food": 0.35}[domain] if labelled else 0.5
+    for _ in range(rng.randint(2, 5)):
+        good = positive if rng.random() < (0.85 if labelled else 0.96) else not positive
+        phrase = []
+        if rng.random() < 0.4:
+            phrase.append(TOY_HABIT[(rng.random() < habit) != positive])
+        if rng.random() < 0.05:
+            phrase, good = phrase + ["not"], not good
+        if not labelled and rng.random() < 0.6:
+            phrase.append(rng.choice(TOY_WORDS["adverb"][not good]))
+        kind = "both" if rng.random() < 0.1 else domain
+        phrases.append(" ".join(phrase + [rng.choice(TOY_WORDS[kind][not good]), rng.choice(TOY_NOUNS[domain])]))
+    return " , ".join(phrases) + " .", int(positive)
+
+
+def toy_rows(domain, split):
+    """Labelled toy reviews as a Dataset: 320 to train on (films), 2000 to validate and 2000 to test."""
+    import datasets
+    rng = random.Random(f"{domain} {split}")
+    pairs = [toy_review(domain, rng, labelled=True) for _ in range(320 if split == "train" else 2000)]
+    return datasets.Dataset.from_dict({"text": [t for t, _ in pairs], "label": [y for _, y in pairs]})
+
+
+def toy_corpus(n=10000):
+    """n unlabelled reviews of both domains, for pre-training and as general text."""
+    rng = random.Random("corpus")
+    return [toy_review(rng.choice(["film", "food"]), rng, labelled=False)[0] for _ in range(n)]
+
+
+def toy_vocabulary():
+    words = {w for pair in TOY_WORDS.values() for words in pair for w in words}
+    words |= {w for nouns in TOY_NOUNS.values() for w in nouns} | set(TOY_HABIT) | {"not", ",", "."}
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+
+
+# ---------------------------------------------------------------------------------------------------- describe a task
+
+def main(argv=None):
+    import argparse
+    parser = argparse.ArgumentParser(description="Says what a task is.", allow_abbrev=False)
+    parser.add_argument("task", help="a row of TASKS: " + " ".join(TASKS))
+    parser.add_argument("--model", default="", help="a tokenizer, to count tokens; without it, words are counted")
+    parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE")
+    args = parser.parse_args(argv)
+    if args.task not in TASKS:
+        raise UserError(f"task {args.task}: must be one of {' '.join(TASKS)}")
+    task = TASKS[args.task]
+    print(f"{args.task}: {task.path or 'a local file'} {task.config}\n  columns  {', '.join(task.columns)}; label "
+          f"{task.label}\n  labels   {', '.join(task.label_names) or 'a number'}\n  metrics  {task.metrics}")
+    for split in dict.fromkeys([task.train, *task.validation.split(), *task.test.split()]):
+        try:
+            rows = read(task, split, args.task, args)
+        except UserError as error:
+            print(f"  {split:<9}{error}")
+            continue
+        texts = [" ".join(row[c] for c in task.columns) for row in rows.select(range(min(len(rows), 5000)))]
+        if args.model:
+            from transformers import AutoTokenizer
+            lengths, unit = [len(x) for x in AutoTokenizer.from_pretrained(args.model)(texts)["input_ids"]], "tokens"
+        else:
+            lengths, unit = [len(t.split()) for t in texts], "words"
+        quantiles = ", ".join(f"{q}%: {int(np.quantile(lengths, q / 100))}" for q in (5, 50, 95, 100))
+        print(f"  {split:<9}{len(rows)} rows; {unit} at {quantiles}")
+        for row in rows.select(range(min(3, len(rows)))):
+            label = row["label"] if task.regression or row["label"] < 0 else task.label_names[row["label"]]
+            print(f"    {label}: " + " | ".join(row[c][:160] for c in task.columns))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
