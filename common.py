@@ -1,7 +1,7 @@
 """What the scripts share: flags, processes, model and optimizer, evaluation, checkpoints, logs, results, --profile.
 
-Nothing here knows a method: a script hands over modules and callables. Where a difference between the scripts would
-be a mistake (sharding, seeding, saving), it is here; where two methods might want it different, it is in the scripts.
+No method is known here. Where a difference between the scripts would be a mistake (sharding, seeding, saving), it is
+here; where two methods might want it different, it stands in the scripts.
 """
 import argparse
 import ast
@@ -29,12 +29,12 @@ if not {"-h", "--help"} & set(sys.argv):                                 # the h
 
 
 class RunError(UserError):
-    """The run cannot go on, for a reason that its message tells in one line."""
+    """The run cannot go on, for a reason that one line can tell."""
     status = 1
 
 
 class Stopped(UserError):
-    """SIGTERM or SIGINT. The exit status is 128 + the signal's number."""
+    """SIGTERM or SIGINT."""
     def __init__(self, message, number):
         super().__init__(message)
         self.status = 128 + number
@@ -42,14 +42,12 @@ class Stopped(UserError):
 
 def cli(main):
     """Runs `main`, returns the exit status. Rank 0 tells what is wrong; another rank only if rank 0 goes on."""
-    rank = int(os.environ.get("RANK", 0))
     try:
         main()
-        return 0
     except UserError as error:
-        if rank:
-            time.sleep(3)                                                 # rank 0, if it fails too, ends all before that
-        print(f"{os.path.basename(sys.argv[0])}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", 0))
+        time.sleep(3 * (rank > 0))                                       # rank 0, if it fails too, ends all before that
+        print(f"{os.path.basename(sys.argv[0])}: {f'rank {rank}: ' * (rank > 0)}{error}", file=sys.stderr, flush=True)
         return error.status
 
 
@@ -67,8 +65,8 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
             if math.isfinite(value) and low <= value <= high and not (above and value == low):
                 return value
-        bound = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
-        raise argparse.ArgumentTypeError(f"must be a{' whole' if kind is int else ''} number {bound}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a{' whole' * (kind is int)} number {'above' if above else 'from'} {low}"
+                                         f"{f' to {high}' * (high < math.inf)}, got {text!r}")
     return parse
 
 
@@ -142,19 +140,17 @@ def parse(p, argv, recipe):
     """The flags given by hand over the task's recipe, recipe(args) -> {flag: value}, over the defaults."""
     unset = object()
     blank = argparse.Namespace(**{a.dest: unset for a in p._actions if a.dest != "help"})
-    by_hand = {k for k, v in vars(p.parse_args(argv, blank)).items() if v is not unset}
+    by_hand = sorted(k for k, v in vars(p.parse_args(argv, blank)).items() if v is not unset)
     args = p.parse_args(argv)
     own = bool(args.train_file or args.validation_file)
     if own and "task" in by_hand:
         raise UserError(f"--task {args.task}: cannot go together with --train_file")
     if args.test_file and not own:
         raise UserError(f"--test_file {args.test_file}: must come with --train_file and --validation_file")
-    task = "custom" if own else args.task
-    args.task = task
+    task = args.task = "custom" if own else args.task
     p.set_defaults(**recipe(args))
     args = p.parse_args(argv)
-    args.task, args.by_hand = task, sorted(by_hand)
-    args.seeds, args.method = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.method))
+    args.task, args.by_hand, args.seeds, args.method = task, by_hand, [*dict.fromkeys(args.seeds)], [*dict.fromkeys(args.method)]
     if "epochs" in by_hand:
         args.max_steps = None
     if args.eval_tasks is None:
@@ -182,41 +178,35 @@ class World:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if args.batch_size % self.size:
             raise UserError(f"--batch_size {args.batch_size}: must be divisible by the {self.size} processes")
-        gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
-        if gpu:
+        self.gpu, self.compile = torch.cuda.is_available(), args.compile
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.gpu else torch.device("cpu")
+        if self.gpu:
             torch.cuda.set_device(self.device)
-        self.compile = args.compile
-        self.bf16 = args.precision == "bf16" or args.precision == "auto" and gpu and torch.cuda.get_device_capability() >= (8, 0)
+        modern = self.gpu and torch.cuda.get_device_capability() >= (8, 0)
+        self.bf16 = args.precision == "bf16" or args.precision == "auto" and modern
 
     def say(self, line):
-        if self.rank == 0:
-            print(line, flush=True)
+        print(line, flush=True) if self.rank == 0 else None
 
     def total(self, array):
         """The sum of a numpy array over the processes, on all of them."""
         if self.size > 1:
-            dist.all_reduce(summed := torch.from_numpy(np.ascontiguousarray(array)))
-            return summed.numpy()
-        return array
+            dist.all_reduce(array := torch.from_numpy(np.ascontiguousarray(array)))
+        return np.asarray(array)
 
     @contextlib.contextmanager
     def first(self):
         """The block runs on rank 0, then on the others, which find its files."""
-        if self.rank:
-            dist.barrier()
+        dist.barrier() if self.rank else None
         yield
-        if self.size > 1 and not self.rank:
-            dist.barrier()
+        dist.barrier() if self.size > 1 and not self.rank else None
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def put(self, inputs):
         """Tensors on the device; on a GPU the copy does not wait."""
-        if self.device.type == "cpu":
-            return inputs
-        return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in inputs.items()}
+        return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in inputs.items()} if self.gpu else inputs
 
     def ddp(self, module):
         """The module, compiled if asked for, its gradients averaged over the processes. (Some models leave a weight unused.)"""
@@ -224,6 +214,13 @@ class World:
         if self.size == 1:
             return module
         return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+
+    def peak_memory(self):
+        """MB: of the GPU, or of the process where there is none."""
+        return (torch.cuda.max_memory_allocated() / 2**20 if self.gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+    def __str__(self):
+        return f"{self.size} x " + (torch.cuda.get_device_name() if self.gpu else f"CPU with {torch.get_num_threads()} threads")
 
 
 signals = {"caught": 0, "in_step": False}
@@ -243,7 +240,7 @@ def processes(args):
     import transformers
     world = World(args)
     if world.size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if world.gpu else "gloo")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
@@ -318,10 +315,12 @@ def load_model(args, task, tokenizer, seed, world, path=None):
     return model.to(world.device).train()                                # from_pretrained gives it in eval mode
 
 
-def prepare(args, world, **how):
-    """All that a script needs before a model is loaded, read, checked and tokenised: a namespace. how: see data.encode."""
+def prepare(args, world, check=lambda task: None, **how):
+    """All that a script needs before a model is loaded, read, checked (also by check(task)) and tokenised: a namespace.
+    how: see data.encode."""
     with world.first():
         task, train, own, further, unscored = data.load(args)
+    check(task)
     tokenizer = load_tokenizer(args, world)
     with world.first():
         encode = lambda rows, of, **k: data.encode(rows, of.columns, tokenizer, args.max_length, **k)
@@ -335,7 +334,7 @@ def prepare(args, world, **how):
         "labels": " ".join(task.label_names[:20]) or "a number",
         "rows": ", ".join(f"{k} {len(s)}" for k, (_, s) in sets.items()),
         "cut to max_length": ", ".join(f"{k} {s.cut}" for k, (_, s) in sets.items() if s.cut) or "none",
-        "running on": f"{world.size} process{'es' * (world.size > 1)}, {device_name(world)}, {'bf16' if world.bf16 else 'fp32'}"})
+        "running on": f"{world}, {'bf16' if world.bf16 else 'fp32'}"})
     return setup
 
 
@@ -412,15 +411,12 @@ class Run:
                 os.makedirs(self.folder, exist_ok=True)
                 self.lock = open(os.path.join(self.folder, ".lock"), "w")
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--output_dir {args.output_dir}: another run is writing to {self.folder}") from None
             except OSError as error:
-                raise UserError(f"--output_dir {args.output_dir}: cannot write {self.folder}: {error.strerror}") from None
-            for name in set(os.listdir(self.folder)) - {".lock"} if args.overwrite else []:
-                path = os.path.join(self.folder, name)
+                cause = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
+                raise UserError(f"--output_dir {args.output_dir}: cannot write {self.folder}: {cause}") from None
+            for path in (os.path.join(self.folder, name) for name in os.listdir(self.folder) if args.overwrite and name != ".lock"):
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        if world.size > 1:
-            dist.barrier()
+        dist.barrier() if world.size > 1 else None
         done, started = (os.path.join(self.folder, name) for name in ("results.json", "log.jsonl"))
         if os.path.exists(done):
             with open(done, encoding="utf-8") as f:
@@ -494,27 +490,27 @@ class Run:
             return
         pending, self.pending = self.pending, []
         keys = list(pending[-1][1])
-        pending = [p for p in pending if list(p[1]) == keys]
-        values = torch.stack([torch.stack([terms[k].float() for k in keys]) for _, terms, _ in pending]).double().cpu().numpy()
-        values = self.world.total(values) / self.world.size
-        bad = np.flatnonzero(~np.isfinite(values).all(1))
-        if len(bad):
-            step = pending[bad[0]][0]
-            terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(keys, values[bad[0]]))
-            rows = f"; rows of the batch: {' '.join(map(str, self.rows_of(step)))}" if self.rows_of else ""
-            raise RunError(f"{self.folder}: step {step}: not finite: {terms}{rows}; {self.last_good()}; --detect_anomaly "
-                           "finds the operation")
+        pending = [p for p in pending if list(p[1]) == keys]             # (a new phase may log other terms)
+        values = torch.stack([torch.stack([terms[k].float() for k in keys]) for _, terms, _ in pending])
+        values = self.world.total(values.double().cpu().numpy()) / self.world.size
+        for (step, _, _), row in zip(pending, values):
+            if not np.isfinite(row).all():
+                terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(keys, row))
+                rows = f"; rows of the batch: {' '.join(map(str, self.rows_of(step)))}" if self.rows_of else ""
+                raise RunError(f"{self.folder}: step {step}: not finite: {terms}{rows}; {self.last_good()}; "
+                               "--detect_anomaly finds the operation")
         rate = self.args.batch_size * (self.step - self.flushed[0]) / max(1e-9, self.seconds - self.flushed[1])
-        self.flushed = self.step, self.seconds
         line = {"step": self.step, "epoch": round(self.step / self.per_epoch, 4), **dict(zip(keys, values.mean(0).tolist())),
                 **pending[-1][2], "examples_per_second": round(rate, 1)}
+        self.flushed, told = (self.step, self.seconds), f"loss {line['loss']:.3f}, {rate:.0f} examples/s"
         if self.world.rank == 0:
-            self.guard(self.log_file.name, lambda: (self.log_file.write(json.dumps(line) + "\n"), self.log_file.flush()))
-            self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {rate:.0f} examples/s", refresh=False)
+            with self.guard(self.log_file.name):
+                self.log_file.write(json.dumps(line) + "\n")
+                self.log_file.flush()
+            self.bar.set_postfix_str(told, refresh=False)
             if self.bar.disable and (time.monotonic() - self.spoke > 20 or self.step == self.total):
                 self.spoke, left = time.monotonic(), (self.total - self.step) * self.args.batch_size / max(rate, 1e-9)
-                print(f"{self.name}: step {self.step} of {self.total}, loss {line['loss']:.3f}, {rate:.0f} examples/s, "
-                      f"{left:.0f} s left", flush=True)
+                print(f"{self.name}: step {self.step} of {self.total}, {told}, {left:.0f} s left", flush=True)
 
     def keep_best(self, metrics, module):
         """Remembers the module's weights if the main metric is the best so far."""
@@ -525,21 +521,22 @@ class Run:
     def last_good(self):
         return next((f"the last good checkpoint is {p}" for p in self.checkpoints if os.path.exists(p)), "there is no checkpoint")
 
-    def guard(self, path, write):
+    @contextlib.contextmanager
+    def guard(self, path):
+        """A write that fails ends the run with one line."""
         try:
-            write()
+            yield
         except (OSError, RuntimeError) as error:                        # torch.save turns a full disk into a RuntimeError
-            cause = getattr(error, "strerror", None) or first_line(error)
-            raise RunError(f"cannot write {path}: {cause}; {self.last_good()}") from error
+            raise RunError(f"cannot write {path}: {getattr(error, 'strerror', 0) or first_line(error)}; {self.last_good()}") from error
 
     def save(self):
         """Writes the checkpoint, on rank 0 (all have the same weights); the one before it is kept."""
         self.saved = time.monotonic()
         if self.world.rank == 0:
-            state = {"parts": {k: p.state_dict() for k, p in self.parts.items()}, "args": self.identity,
-                     "log_bytes": self.log_file.tell(), "step": self.step, "seconds": self.seconds, "best": self.best,
-                     "best_weights": self.best_weights}
-            self.guard(self.checkpoints[0], lambda: write_safely(self.checkpoints[0], lambda f: torch.save(state, f), self.checkpoints[1]))
+            state = {"parts": {k: p.state_dict() for k, p in self.parts.items()}, "args": self.identity, "log_bytes": self.log_file.tell()}
+            state |= {k: getattr(self, k) for k in ("step", "seconds", "best", "best_weights")}
+            with self.guard(self.checkpoints[0]):
+                write_safely(self.checkpoints[0], lambda f: torch.save(state, f), keep=self.checkpoints[1])
 
     def read_checkpoint(self):
         """The newest checkpoint that is whole, by its CRCs, read without running any code; or None."""
@@ -564,7 +561,8 @@ class Run:
         for split, rows in setup.unscored.items():
             logits, path = predict(forward, module, rows, setup.pad, self.world), os.path.join(self.folder, f"predictions-{split}.tsv")
             if self.world.rank == 0:
-                self.guard(path, lambda: data.write_predictions(path, setup.task, logits))
+                with self.guard(path):
+                    data.write_predictions(path, setup.task, logits)
             self.world.say(f"wrote {path}")
 
     def finish(self, metrics, batches, tokenizer, write_model):
@@ -578,34 +576,23 @@ class Run:
             "main_metric": next(iter(next(iter(metrics.values())))), "metrics": metrics, "best": self.best,
             "steps": self.step, "train_seconds": round(self.seconds, 2),
             "examples_per_second": round(self.step * self.args.batch_size / max(self.seconds, 1e-9), 1),
-            "padding_efficiency": round(float(real / computed), 4), "peak_memory_mb": round(peak_memory(self.world)), "world_size": self.world.size,
+            "padding_efficiency": round(float(real / computed), 4), "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size,
             "args": self.identity, "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                                                "python": sys.version.split()[0], "device": device_name(self.world)}}
+                                                "python": sys.version.split()[0], "device": str(self.world)}}
         if self.world.rank == 0:
-            def write():
+            with self.guard(folder):
                 shutil.rmtree(folder + ".tmp", ignore_errors=True)
                 write_model(folder + ".tmp")
                 tokenizer.save_pretrained(folder + ".tmp")
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(folder + ".tmp", folder)
                 write_safely(os.path.join(self.folder, "results.json"), lambda f: f.write(json.dumps(self.results, indent=1).encode()))
-            self.guard(folder, write)
             for path in filter(os.path.exists, self.checkpoints):
                 os.remove(path)
 
 
-def peak_memory(world):
-    """MB: of the GPU, or of the process where there is none."""
-    gpu = world.device.type == "cuda"
-    return torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def device_name(world):
-    return torch.cuda.get_device_name() if world.device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
-
-
 def write_safely(path, write, keep=None):
-    """Temporary file, fsync, rename, fsync of the folder; `keep`: where the file that was there goes."""
+    """Temporary file, fsync, rename, fsync of the folder. keep: where the file that was there goes."""
     temporary = path + ".tmp"
     try:
         with open(temporary, "wb") as f:
@@ -643,26 +630,25 @@ def profile(world, args, batches, steps):
     """Times N steps of each of `steps` {name: step(batch)} after a warm-up, in turn on the same batches: medians.
     FLOPs are torch's count; beside them stands what this machine does in a large matrix product."""
     from torch.utils.flop_counter import FlopCounterMode
-    gpu = world.device.type == "cuda"
     def timed(call, *inputs):
-        torch.cuda.synchronize() if gpu else None
+        torch.cuda.synchronize() if world.gpu else None
         start = time.perf_counter()
         call(*inputs)
-        torch.cuda.synchronize() if gpu else None
+        torch.cuda.synchronize() if world.gpu else None
         return time.perf_counter() - start
-    n, dtype = 8192 if gpu else 1536, torch.bfloat16 if world.bf16 else torch.float32
+    n, dtype = 8192 if world.gpu else 1536, torch.bfloat16 if world.bf16 else torch.float32
     a = torch.randn(n, n, device=world.device, dtype=dtype)
     peak = 2 * n**3 / min(timed(torch.matmul, a, a) for _ in range(8))                         # FLOP/s
     seconds, flops, memory = ({name: [] for name in steps} for _ in range(3))
     for batch in (batches[i] for i in range(args.profile + 3)):
         for name, step in steps.items():
-            torch.cuda.reset_peak_memory_stats() if gpu else None
+            torch.cuda.reset_peak_memory_stats() if world.gpu else None
             seconds[name].append(timed(step, batch))
-            memory[name].append(peak_memory(world))
+            memory[name].append(world.peak_memory())
             with FlopCounterMode(display=False) as counter:
                 step(batch)
             flops[name].append(counter.get_total_flops())
-    world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.batching} batching, {args.profile} steps, {device_name(world)}"
+    world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.batching} batching, {args.profile} steps, {world}"
               f", {str(dtype)[6:]}; matrix product {n}: {peak / 1e9:.0f} GFLOP/s\n{'method':<18} {'ms/step':>8} {'examples/s':>10} "
               f"{'tokens/s':>9} {'real':>6} {'GFLOP/s':>8} {'of peak':>8} {'MB':>6} {'cost':>6}")
     base, tokens = np.array(seconds[next(iter(steps))][3:]), batches.real * world.size / (args.profile + 3)

@@ -14,7 +14,8 @@ import numpy as np
 
 
 class UserError(Exception):
-    """Something the caller can mend. Its message is the one line that is shown; the exit status is 2."""
+    """Something the caller can mend: its message is the one line that is shown."""
+    status = 2                                                           # the exit status
 
 
 # ---------------------------------------------------------------------------------------------------- the table
@@ -382,7 +383,7 @@ class Batches:
     `rank` takes rows[rank::world] of each batch. batching: "length" is that; "random" leaves the shuffled order;
     "padded" also pads to max_length: the two are what other scripts do, kept for --profile to compare with.
     """
-    CHUNK, JITTER = 128, 0.08              # batches sorted together; lengths are blurred by +-8% so that epochs differ
+    CHUNK, JITTER = 256, 0.02              # batches sorted together; lengths blurred by 2%, so that no two epochs are alike
 
     def __init__(self, split, batch_size, seed, pad, rank=0, world=1, micro=0, rows=None, batching="length", width=0):
         self.split, self.batch_size, self.seed, self.pad = split, batch_size, seed, pad

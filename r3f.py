@@ -192,11 +192,14 @@ def main(argv=None):
     import time
     import common
     start, args = time.monotonic(), common.parse(flags(), argv, recipe)
+
+    def check(task):
+        if task.regression and args.method != ["std"]:
+            raise common.UserError(f"--method {' '.join(args.method)}: must be std for {args.task}, a regression task: the KL "
+                                   "of r3f and r4f is undefined there (paper, footnote 1)")
+
     with common.processes(args) as world:
-        setup = common.prepare(args, world)
-        if setup.task.regression and args.method != ["std"]:
-            raise common.UserError(f"--method {' '.join(args.method)}: must be std for {args.task}, a regression task: the KL of "
-                                   "r3f and r4f is undefined there (paper, footnote 1)")
+        setup = common.prepare(args, world, check)
 
         def build(method, seed):
             model = common.load_model(args, setup.task, setup.tokenizer, seed, world)
