@@ -62,19 +62,11 @@ def number(kind, low, high=math.inf, above=False):
     """An argparse type: a finite int or float from `low` (or above it) to `high`."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            value = kind(text)
-            if math.isfinite(value) and low <= value <= high and not (above and value == low):
+            if math.isfinite(value := kind(text)) and low <= value <= high and not (above and value == low):
                 return value
-        raise argparse.ArgumentTypeError(f"must be a{' whole' * (kind is int)} number {'above' if above else 'from'} {low}"
-                                         f"{f' to {high}' * (high < math.inf)}, got {text!r}")
+        limits = f"{'above' if above else 'from'} {low}{f' to {high}' * (high < math.inf)}"
+        raise argparse.ArgumentTypeError(f"must be a{' whole' * (kind is int)} number {limits}, got {text!r}")
     return parse
-
-
-def task_name(text):
-    """An argparse type: NAME, NAME:SPLIT or NAME=FILE with a name of the table."""
-    if text.partition("=")[0].partition(":")[0] not in data.TASKS:
-        raise argparse.ArgumentTypeError(f"must be among {' '.join(data.TASKS)}, got {text!r}")
-    return text
 
 
 def parser(doc, methods, default_methods):
@@ -89,9 +81,9 @@ def parser(doc, methods, default_methods):
     g.add_argument("--test_file", default="", metavar="FILE", help="likewise; predicted; its labels may be missing")
     g.add_argument("--text_columns", nargs="+", metavar="NAME", help="one or two columns of your files (found by name)")
     g.add_argument("--label_column", default="label", metavar="NAME", help="of your files; numbers with a point: regression")
-    g.add_argument("--local_file", nargs="+", default=[], type=task_name, metavar="NAME=FILE", help="the file of a task without a hub id")
+    g.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE", help="the file of a task without a hub id")
     g.add_argument("--train_samples", type=count, metavar="N", help="train on N seeded rows, classes in proportion")
-    g.add_argument("--eval_tasks", nargs="+", type=task_name, metavar="NAME", help="also test on these tasks (NAME or NAME:SPLIT)")
+    g.add_argument("--eval_tasks", nargs="+", metavar="NAME", help="also test on these tasks (NAME or NAME:SPLIT)")
     g.add_argument("--predict", nargs="+", default=[], metavar="SPLIT", help="write predictions-SPLIT.tsv, as GLUE wants it")
     g.add_argument("--max_length", type=number(int, 4), metavar="N", help="tokens a row (512, or the model's limit)")
     g.add_argument("--batching", default="length", choices=["length", "random", "padded"], help="the last two to compare")
@@ -128,11 +120,9 @@ def parser(doc, methods, default_methods):
 
 def print_help(path):
     """--help of a script from its `flags` alone, so that torch is not loaded for it."""
-    with open(path, encoding="utf-8") as f:
-        tree = ast.parse(f.read())
+    tree = ast.parse(open(path, encoding="utf-8").read())
     wanted = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "flags"]
-    names = {"__doc__": ast.get_docstring(tree)}
-    exec(compile(ast.Module(wanted, []), path, "exec"), names)
+    exec(compile(ast.Module(wanted, []), path, "exec"), names := {"__doc__": ast.get_docstring(tree)})
     names["flags"]().parse_args(["--help"])
 
 
@@ -142,17 +132,14 @@ def parse(p, argv, recipe):
     blank = argparse.Namespace(**{a.dest: unset for a in p._actions if a.dest != "help"})
     by_hand = sorted(k for k, v in vars(p.parse_args(argv, blank)).items() if v is not unset)
     args = p.parse_args(argv)
-    own = bool(args.train_file or args.validation_file)
+    own = args.train_file or args.validation_file or args.test_file
     if own and "task" in by_hand:
-        raise UserError(f"--task {args.task}: cannot go together with --train_file")
-    if args.test_file and not own:
-        raise UserError(f"--test_file {args.test_file}: must come with --train_file and --validation_file")
+        raise UserError(f"--task {args.task}: cannot go together with your own {own}")
     task = args.task = "custom" if own else args.task
     p.set_defaults(**recipe(args))
     args = p.parse_args(argv)
     args.task, args.by_hand, args.seeds, args.method = task, by_hand, [*dict.fromkeys(args.seeds)], [*dict.fromkeys(args.method)]
-    if "epochs" in by_hand:
-        args.max_steps = None
+    args.max_steps = None if "epochs" in by_hand else args.max_steps
     if args.eval_tasks is None:
         args.eval_tasks = {"toy": ["toy-food"], "xnli": ["xnli"], "paws-x": ["paws-x"]}.get(task, [])
     if args.text_columns and len(args.text_columns) > 2:
@@ -182,8 +169,7 @@ class World:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.gpu else torch.device("cpu")
         if self.gpu:
             torch.cuda.set_device(self.device)
-        modern = self.gpu and torch.cuda.get_device_capability() >= (8, 0)
-        self.bf16 = args.precision == "bf16" or args.precision == "auto" and modern
+        self.bf16 = args.precision == "bf16" or args.precision == "auto" and self.gpu and torch.cuda.get_device_capability() >= (8, 0)
 
     def say(self, line):
         print(line, flush=True) if self.rank == 0 else None
@@ -217,7 +203,7 @@ class World:
 
     def peak_memory(self):
         """MB: of the GPU, or of the process where there is none."""
-        return (torch.cuda.max_memory_allocated() / 2**20 if self.gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        return torch.cuda.max_memory_allocated() / 2**20 if self.gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
     def __str__(self):
         return f"{self.size} x " + (torch.cuda.get_device_name() if self.gpu else f"CPU with {torch.get_num_threads()} threads")
@@ -293,48 +279,44 @@ def load_model(args, task, tokenizer, seed, world, path=None):
     from transformers import AutoModelForSequenceClassification
     names = task.label_names or ["score"]
     torch.manual_seed(seed)
+    labels = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path or args.model, num_labels=len(names), id2label=dict(enumerate(names)),
-            label2id={n: i for i, n in enumerate(names)}, dtype=torch.float32, ignore_mismatched_sizes=True,
-            output_loading_info=True)
+            path or args.model, **labels, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception as error:
         raise UserError(f"--model {path or args.model}: cannot be loaded with a classification head: {first_line(error)}") from error
     body = model.base_model_prefix + "."
-    if args.init_from and not path:
-        for name, module in model.named_modules():
-            if name and not f"{name}.".startswith(body):
-                model._init_weights(module)
+    for name, module in model.named_modules() if args.init_from and not path else []:
+        if name and not f"{name}.".startswith(body):
+            model._init_weights(module)
     if args.init_from and not path or info["mismatched_keys"]:
         world.say(f"{args.model}: its head is not used; a fresh one for {len(names)} labels")
     lost = [k for k in info["missing_keys"] if k.startswith(body) and "pooler" not in k]
     if lost:
         world.say(f"warning: {args.model} lacks {len(lost)} weights of the encoder, which start at random: {lost[0]} ...")
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id if model.config.pad_token_id is None else model.config.pad_token_id
     return model.to(world.device).train()                                # from_pretrained gives it in eval mode
 
 
 def prepare(args, world, check=lambda task: None, **how):
-    """All that a script needs before a model is loaded, read, checked (also by check(task)) and tokenised: a namespace.
-    how: see data.encode."""
+    """All that a script needs before a model is loaded, read, checked (also by check(task)) and tokenised. how: see data.encode."""
     with world.first():
         task, train, own, further, unscored = data.load(args)
     check(task)
     tokenizer = load_tokenizer(args, world)
+    def encode(rows, of=task, **how):
+        return data.encode(rows, of.columns, tokenizer, args.max_length, **how)
     with world.first():
-        encode = lambda rows, of, **k: data.encode(rows, of.columns, tokenizer, args.max_length, **k)
-        setup = SimpleNamespace(
-            task=task, tokenizer=tokenizer, pad=tokenizer.pad_token_id, train=encode(train, task, **how),
-            own={k: (task, encode(rows, task, **{**how, "perturb": None})) for k, rows in own.items()},
-            further={k: (of, encode(rows, of, **{**how, "perturb": None})) for k, (of, rows) in further.items()},
-            unscored={k: encode(rows, task, **{**how, "perturb": None}) for k, rows in unscored.items()})
+        plain = {**how, "perturb": None}                                 # only the training rows are ever perturbed
+        setup = SimpleNamespace(task=task, tokenizer=tokenizer, pad=tokenizer.pad_token_id, train=encode(train, **how),
+                                own={k: (task, encode(rows, **plain)) for k, rows in own.items()},
+                                further={k: (of, encode(rows, of, **plain)) for k, (of, rows) in further.items()},
+                                unscored={k: encode(rows, **plain) for k, rows in unscored.items()})
     sets = {"train": (task, setup.train), **setup.own, **setup.further}
-    print_config(world, args, {
-        "labels": " ".join(task.label_names[:20]) or "a number",
-        "rows": ", ".join(f"{k} {len(s)}" for k, (_, s) in sets.items()),
-        "cut to max_length": ", ".join(f"{k} {s.cut}" for k, (_, s) in sets.items() if s.cut) or "none",
-        "running on": f"{world}, {'bf16' if world.bf16 else 'fp32'}"})
+    print_config(world, args, {"labels": " ".join(task.label_names[:20]) or "a number",
+                               "rows": ", ".join(f"{k} {len(s)}" for k, (_, s) in sets.items()),
+                               "cut to max_length": ", ".join(f"{k} {s.cut}" for k, (_, s) in sets.items() if s.cut) or "none",
+                               "running on": f"{world}, {'bf16' if world.bf16 else 'fp32'}"})
     return setup
 
 
@@ -388,10 +370,6 @@ def evaluate(forward, module, sets, setup, world):
             for name, (task, split) in sets.items()}
 
 
-def main_value(metrics):
-    return next(iter(next(iter(metrics.values())).values()))
-
-
 # ---------------------------------------------------------------------------------------------------- runs
 
 NOT_THE_RUN = set("output_dir resume overwrite save_every method seeds profile predict by_hand detect_anomaly".split())
@@ -424,15 +402,15 @@ class Run:
             self.refuse_other_flags(self.results["args"])
             world.say(f"{self.folder}: finished before; --overwrite runs it again")
         elif not args.resume and any(map(os.path.exists, [*self.checkpoints, started])):
-            raise UserError(f"--output_dir {args.output_dir}: {self.folder} holds an unfinished run: --resume goes on with "
-                            "it, --overwrite starts afresh")
+            raise UserError(f"--output_dir {args.output_dir}: {self.folder} holds an unfinished run: --resume goes on with it, "
+                            "--overwrite starts afresh")
 
     def refuse_other_flags(self, saved):
         now = self.identity
         other = [f"--{k} {saved.get(k)} (now {now.get(k)})" for k in sorted(saved.keys() | now) if saved.get(k) != now.get(k)]
         if other:
-            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with other flags: "
-                            f"{', '.join(other)}; use --overwrite or another folder")
+            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with other flags: {', '.join(other)}; "
+                            "use --overwrite or another folder")
 
     def begin(self, total, per_epoch, **parts):
         """`parts`: all that has a state_dict and changes in training; restored if there is a checkpoint to resume."""
@@ -464,17 +442,17 @@ class Run:
             self.step += 1
             self.seconds += time.monotonic() - start
             self.bar.update()
-            caught = int(self.world.total(np.array([signals["caught"]])).max())
-            timer = self.world.rank == 0 and time.monotonic() - self.saved > 300
-            due = self.step % self.args.save_every == 0 if self.args.save_every else timer
-            if caught or self.step % self.args.log_every == 0 or self.step == until or self.args.save_every and due:
-                self.flush()
-            if caught or due and self.step < self.total:
+            every, late = self.args.save_every, self.world.rank == 0 and time.monotonic() - self.saved > 300
+            caught, late = self.world.total(np.array([signals["caught"], late])) if self.world.size > 1 else (signals["caught"], late)
+            due = caught or self.step < self.total and (self.step % every == 0 if every else late)
+            if due or self.step % self.args.log_every == 0 or self.step == until:
+                self.flush()                                             # a state that is not finite is never saved
+            if due:
                 self.save()
             signals["in_step"] = False
             if caught:
-                raise Stopped(f"stopped at step {self.step} of {self.total}, saved in {self.folder}; the same command with "
-                              "--resume goes on", signals["caught"] or signal.SIGTERM)
+                raise Stopped(f"stopped at step {self.step} of {self.total}, saved in {self.folder}; the same command with --resume "
+                              "goes on", signals["caught"] or signal.SIGTERM)
 
     def every(self, n):
         """Whether the step under way ends a stretch of n steps (0: never), the very last one aside."""
@@ -497,8 +475,7 @@ class Run:
             if not np.isfinite(row).all():
                 terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(keys, row))
                 rows = f"; rows of the batch: {' '.join(map(str, self.rows_of(step)))}" if self.rows_of else ""
-                raise RunError(f"{self.folder}: step {step}: not finite: {terms}{rows}; {self.last_good()}; "
-                               "--detect_anomaly finds the operation")
+                raise RunError(f"{self.folder}: step {step}: not finite: {terms}{rows}; {self.last_good()}; see --detect_anomaly")
         rate = self.args.batch_size * (self.step - self.flushed[0]) / max(1e-9, self.seconds - self.flushed[1])
         line = {"step": self.step, "epoch": round(self.step / self.per_epoch, 4), **dict(zip(keys, values.mean(0).tolist())),
                 **pending[-1][2], "examples_per_second": round(rate, 1)}
@@ -513,9 +490,10 @@ class Run:
                 print(f"{self.name}: step {self.step} of {self.total}, {told}, {left:.0f} s left", flush=True)
 
     def keep_best(self, metrics, module):
-        """Remembers the module's weights if the main metric is the best so far."""
-        if self.best is None or main_value(metrics) > main_value(self.best["metrics"]):
-            self.best = {"step": min(self.step + 1, self.total), "metrics": metrics}
+        """Remembers the module's weights if the main metric, the first of the first set, is the best so far."""
+        value = next(iter(next(iter(metrics.values())).values()))
+        if self.best is None or value > self.best["value"]:
+            self.best = {"step": min(self.step + 1, self.total), "value": value, "metrics": metrics}
             self.best_weights = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
 
     def last_good(self):
@@ -543,13 +521,11 @@ class Run:
         there = [p for p in self.checkpoints if os.path.exists(p)]
         for path in there:
             try:
-                with zipfile.ZipFile(path) as z:
-                    if z.testzip():
-                        raise ValueError("a CRC is wrong")
+                if zipfile.ZipFile(path).testzip():
+                    raise ValueError("a CRC is wrong")
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                state["args"]["task"]
             except Exception as error:
-                self.world.say(f"{path}: is damaged: {first_line(error)[:100]}")
+                self.world.say(f"{path} is damaged ({first_line(error)[:100]})")
                 continue
             self.refuse_other_flags(state["args"])
             return state
@@ -570,15 +546,16 @@ class Run:
         import transformers
         real, computed = self.world.total(np.array([batches.real, batches.computed]))
         self.bar.close()
-        folder = os.path.join(self.folder, "model")
+        folder, done = os.path.join(self.folder, "model"), os.path.join(self.folder, "results.json")
         self.results = {
             "task": self.args.task, "method": self.method, "seed": self.seed, "model": self.args.model,
-            "main_metric": next(iter(next(iter(metrics.values())))), "metrics": metrics, "best": self.best,
-            "steps": self.step, "train_seconds": round(self.seconds, 2),
+            "main_metric": next(iter(next(iter(metrics.values())))), "metrics": metrics, "best": self.best, "steps": self.step,
+            "train_seconds": round(self.seconds, 2),
             "examples_per_second": round(self.step * self.args.batch_size / max(self.seconds, 1e-9), 1),
-            "padding_efficiency": round(float(real / computed), 4), "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size,
-            "args": self.identity, "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                                                "python": sys.version.split()[0], "device": str(self.world)}}
+            "padding_efficiency": round(float(real / computed), 4), "peak_memory_mb": round(self.world.peak_memory()),
+            "world_size": self.world.size, "args": self.identity,
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+                         "device": str(self.world)}}
         if self.world.rank == 0:
             with self.guard(folder):
                 shutil.rmtree(folder + ".tmp", ignore_errors=True)
@@ -586,7 +563,7 @@ class Run:
                 tokenizer.save_pretrained(folder + ".tmp")
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(folder + ".tmp", folder)
-                write_safely(os.path.join(self.folder, "results.json"), lambda f: f.write(json.dumps(self.results, indent=1).encode()))
+                write_safely(done, lambda f: f.write(json.dumps(self.results, indent=1).encode()))
             for path in filter(os.path.exists, self.checkpoints):
                 os.remove(path)
 
@@ -672,26 +649,22 @@ def toy_model(world):
         return folder
     world.say("pre-training the toy model, once (about 30 s) ...")
     tokenizer = BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=64)
-    config = BertConfig(vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=256, max_position_embeddings=64, hidden_dropout_prob=0.0,
-                        attention_probs_dropout_prob=0.0, initializer_range=0.1)
+    config = BertConfig(vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
+                        max_position_embeddings=64, initializer_range=0.1)
     torch.manual_seed(0)
-    model, steps, lr = BertForMaskedLM(config), 1800, 2e-3
-    ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"].to(world.device)     # (10000, n)
-    model.to(world.device).train()
+    model, steps, lr = BertForMaskedLM(config).to(world.device).eval(), 1800, 2e-3                # eval: no dropout here
+    ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"].to(world.device)       # (10000, n)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
         x_u = ids[torch.randint(len(ids), (64,), device=ids.device)]
         x_u = x_u[:, :int((x_u != 0).sum(1).max())]                                                # (64, n)
-        masked = (torch.rand(x_u.shape, device=ids.device) < 0.25) & (x_u > 4)                     # m(x_u): not the special ones
+        masked = (torch.rand(x_u.shape, device=ids.device) < 0.25) & (x_u > 4)                     # m(x_u), not the special ones
         states = model.bert(torch.where(masked, 4, x_u), (x_u != 0).long()).last_hidden_state[masked]
-        loss = torch.nn.functional.cross_entropy(model.cls(states), x_u[masked])                   # Eq. 1
-        loss.backward()
+        torch.nn.functional.cross_entropy(model.cls(states), x_u[masked]).backward()               # Eq. 1
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.1            # for fine-tuning
     model.save_pretrained(folder + ".tmp")
     tokenizer.save_pretrained(folder + ".tmp")
     shutil.rmtree(folder, ignore_errors=True)

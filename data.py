@@ -4,7 +4,8 @@
 
 Adding a task is one row of TASKS. Nothing here knows how a model is trained.
 """
-import json
+import csv
+import gzip
 import os
 import random
 import sys
@@ -156,6 +157,8 @@ def load_eval(args, trained):
     out = {}
     for name in [n for given in args.eval_tasks for n in GROUPS.get(given, [given])]:
         name, _, split = name.partition(":")
+        if name not in TASKS:
+            raise UserError(f"--eval_tasks {name}: must be among {' '.join(TASKS)}")
         task = TASKS[name]
         if task.regression != trained.regression:
             kind = ["classification", "regression"]
@@ -249,15 +252,17 @@ def read_file(path, flag):
         raise UserError(f"{flag} {path}: is empty")
     try:
         if kind in ("csv", "tsv"):
-            rows = datasets.load_dataset("csv", data_files=path, split="train", sep="," if kind == "csv" else "\t",
-                                         dtype=str, keep_default_na=False)
+            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="") as f:
+                header = next(csv.reader(f, delimiter=(sep := "," if kind == "csv" else "\t")))
+            cells = datasets.Features({name: datasets.Value("string") for name in header})
+            rows = datasets.load_dataset("csv", data_files=path, split="train", sep=sep, features=cells, keep_default_na=False)
         else:
             rows = datasets.load_dataset("json", data_files=path, split="train")
     except Exception as error:
         cause = str(error.__cause__ or error).strip().split("\n")[0]
+        if "corresponds to no data" in cause:
+            raise UserError(f"{flag} {path}: has no rows") from error
         raise UserError(f"{flag} {path}: cannot be read as {kind}: {cause[:200]}") from error
-    if len(rows) == 0:
-        raise UserError(f"{flag} {path}: has no rows")
     return rows
 
 
@@ -304,12 +309,12 @@ def normalise(rows, task, where, text=False):
 # ---------------------------------------------------------------------------------------------------- tokenising
 
 class Split:
-    """Tokenised rows in flat arrays. fields: {name: (values, offsets)}; labels (n,); lengths (n,) in tokens."""
+    """Tokenised rows in flat arrays. fields: {name: (values, offsets)}; labels (n,); lengths (n,) in tokens; cut: how
+    many rows were truncated; left: whether the model wants its padding there (XLNet)."""
 
-    def __init__(self, fields, labels):
-        self.fields, self.labels = fields, labels
+    def __init__(self, fields, labels, cut=0, left=False):
+        self.fields, self.labels, self.cut, self.left = fields, labels, cut, left
         self.lengths = sum(np.diff(fields[k][1]) for k in fields if k.startswith("input_ids"))
-        self.cut = 0                                                    # rows that were truncated
 
     def __len__(self):
         return len(self.labels)
@@ -349,9 +354,7 @@ def encode(rows, columns, tokenizer, max_length, separate=False, perturb=None):
         if name != "cut":
             flat[name] = (column.values.to_numpy(zero_copy_only=False)[column.offsets[0].as_py():].astype(np.int32),
                           column.offsets.to_numpy().astype(np.int64) - column.offsets[0].as_py())
-    split = Split(flat, np.asarray(rows["label"]))
-    split.cut = int(sum(table["cut"].to_pylist()))
-    return split
+    return Split(flat, np.asarray(rows["label"]), int(sum(table["cut"].to_pylist())), tokenizer.padding_side == "left")
 
 
 # ---------------------------------------------------------------------------------------------------- batching
@@ -364,6 +367,7 @@ def collate(split, rows, pad, width=0):
         base, suffix = (name[:-2], "_2") if name.endswith("_2") else (name, "")
         starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
         real = np.arange(max(width, lengths.max(initial=1))) < lengths[:, None]                 # (B, n)
+        real = real[:, ::-1] if split.left else real
         padded = np.full(real.shape, pad if base == "input_ids" else 0, np.int64)
         padded[real] = np.concatenate([values[s:s + n] for s, n in zip(starts, lengths)])
         out[name] = torch.from_numpy(padded)
@@ -408,6 +412,12 @@ class Batches:
                 order = order.reshape(-1, self.batch_size)[rng.permutation(self.per_epoch)].reshape(-1)
             self.epoch, self.order = epoch, order
         return self.order[at * self.batch_size:(at + 1) * self.batch_size]
+
+    def state_dict(self):
+        return {"real": self.real, "computed": self.computed}
+
+    def load_state_dict(self, state):
+        self.real, self.computed = state["real"], state["computed"]
 
     def __getitem__(self, step):
         mine = self.rows(step)[self.rank::self.world]

@@ -96,7 +96,8 @@ class R3F(torch.nn.Module):
             kl = symmetric_kl(logits, noised).mean()
         else:
             devices = [labels.device] if labels.is_cuda else []
-            with torch.random.fork_rng(devices, enabled=self.share_dropout), self.added_noise(scale=0):
+            drawn = self.added_noise(scale=0) if self.share_dropout else contextlib.nullcontext()
+            with torch.random.fork_rng(devices, enabled=self.share_dropout), drawn:
                 logits = self.model(**inputs).logits                               # g.f(x)              (B, C)
             with torch.set_grad_enabled(self.stop_grad == "none"), self.added_noise():
                 noised = self.model(**inputs).logits                               # g.f(x + z)          (B, C)

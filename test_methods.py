@@ -1,0 +1,704 @@
+"""Tests of the methods and of what the repository promises. No network: the toy language and tiny random models only.
+
+    python -m pytest -q
+"""
+import glob
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import numpy as np
+import pytest
+import torch
+import transformers
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, HERE)
+import common
+import data
+import r3f
+from common import UserError
+
+SCRIPTS = {"r3f": r3f}
+torch.set_num_threads(2)
+
+
+# ---------------------------------------------------------------------------------------------------- tiny models
+
+SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+             max_position_embeddings=64, pad_token_id=0)
+DECODER = SMALL | dict(bos_token_id=1, eos_token_id=2)
+ARCHITECTURES = {
+    "bert": ("BertConfig", SMALL), "roberta": ("RobertaConfig", SMALL | {"pad_token_id": 1}),
+    "xlm-roberta": ("XLMRobertaConfig", SMALL | {"pad_token_id": 1}),
+    "distilbert": ("DistilBertConfig", dict(vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=64)),
+    "albert": ("AlbertConfig", SMALL | {"embedding_size": 16}), "electra": ("ElectraConfig", SMALL | {"embedding_size": 16}),
+    "deberta-v2": ("DebertaV2Config", SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}),
+    "mpnet": ("MPNetConfig", SMALL | {"pad_token_id": 1}), "xlnet": ("XLNetConfig", dict(vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=64)),
+    "modernbert": ("ModernBertConfig", DECODER | {"global_attn_every_n_layers": 1, "cls_token_id": 1, "sep_token_id": 2}),
+    "bart": ("BartConfig", dict(vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, pad_token_id=1,
+                                decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64)),
+    "gpt2": ("GPT2Config", dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0)),
+    "llama": ("LlamaConfig", DECODER | {"num_key_value_heads": 4})}
+
+
+def tiny(name="bert", num_labels=3, dropout=True, seed=0):
+    torch.manual_seed(seed)
+    kind, settings = ARCHITECTURES[name]
+    config = getattr(transformers, kind)(**settings, num_labels=num_labels)
+    if not dropout:
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+    return transformers.AutoModelForSequenceClassification.from_config(config).train()
+
+
+def batch(name="bert", rows=4, n=9, num_labels=3):
+    """Rows of different lengths, padded on the right; BART wants one end-of-sentence token (2) in each."""
+    torch.manual_seed(1)
+    pad = ARCHITECTURES[name][1].get("pad_token_id", 0) if name != "xlnet" else 5
+    ids = torch.randint(6, 99, (rows, n))
+    mask = (torch.arange(n) < torch.tensor([n - i % 4 for i in range(rows)])[:, None]).long()
+    ids[torch.arange(rows), mask.sum(1) - 1] = 2
+    if name == "xlnet":
+        ids, mask = ids.flip(1), mask.flip(1)
+    return torch.arange(rows) % num_labels, {"input_ids": torch.where(mask.bool(), ids, pad), "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def world():
+    return common.World(common.parse(r3f.flags(), [], r3f.recipe))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Hub caches of the tests alone; the toy model is pre-trained here once."""
+    folder = str(tmp_path_factory.mktemp("hf"))
+    import huggingface_hub.constants
+    huggingface_hub.constants.HF_HOME = os.environ["HF_HOME"] = folder
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A random 2-layer BERT with the toy language's tokenizer, as a folder that --model takes."""
+    folder, words = str(tmp_path_factory.mktemp("models") / "tiny"), data.toy_vocabulary()
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SMALL | {"vocab_size": len(words)})
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=64).save_pretrained(folder)
+    return folder
+
+
+def run(script, folder, out, *more):
+    """The script in this process, on the toy task with the tiny model: 12 steps of 16 rows."""
+    return SCRIPTS[script].main(["--model", folder, "--output_dir", str(out), "--seeds", "0", "--max_steps", "12", "--precision",
+                                 "fp32", *map(str, more)])
+
+
+def command(script, folder, out, *more, env=(), torchrun=0, **how):
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--master_port", str(random.randint(20000, 60000))]
+    return subprocess.Popen([*(start if torchrun else [sys.executable]), os.path.join(HERE, f"{script}.py"), "--model", folder, "--output_dir", str(out),
+                             "--seeds", "0", *map(str, more)], env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+    return {os.path.relpath(f, folder): load_file(f) for f in sorted(glob.glob(f"{folder}/**/*.safetensors", recursive=True))}
+
+
+def same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys() and a
+    return all(torch.allclose(a[f][k], b[f][k], atol=tolerance, rtol=0) for f in a for k in a[f])
+
+
+# ---------------------------------------------------------------------------------------------------- R3F and R4F: maths
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_r3f_symmetric_kl():
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 4))
+    p, q = softmax(a), softmax(b)
+    expected = (p * np.log(p / q)).sum(1) + (q * np.log(q / p)).sum(1)
+    assert np.allclose(r3f.symmetric_kl(torch.tensor(a), torch.tensor(b)).numpy(), expected, atol=1e-5)
+    worked = r3f.symmetric_kl(torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.0, 0.0]])).item()
+    assert abs(worked - math.log(3) / 4) < 1e-6                           # the docstring's number: ln(3) / 4 = 0.2747
+    assert r3f.symmetric_kl(torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_r3f_noise():
+    like, draws = torch.zeros(2000, 50), {}
+    for kind in ("uniform", "normal"):
+        draws[kind] = r3f.sample_noise(like, 0.1, kind)
+        assert draws[kind].shape == like.shape and abs(draws[kind].mean()) < 1e-3
+    assert draws["uniform"].abs().max() <= 0.1 and abs(draws["uniform"].std() - 0.1 / math.sqrt(3)) < 1e-3
+    assert draws["normal"].abs().max() > 0.3 and abs(draws["normal"].std() - 0.1) < 1e-3
+    with pytest.raises(ValueError, match="uniform"):
+        r3f.sample_noise(like, 0.1, "laplace")
+
+
+def test_r3f_equation_3():
+    """The whole loss against numpy, with the logits of the two branches taken from the model by hand."""
+    model, (labels, inputs) = tiny(dropout=False), batch()
+    method = r3f.R3F(model, lam=0.7, eps=0.3)
+    torch.manual_seed(5)
+    loss, stats = method(labels, **inputs)
+    torch.manual_seed(5)
+    x = model.get_input_embeddings()(inputs["input_ids"])
+    z = torch.empty_like(x).uniform_(-0.3, 0.3)
+    with torch.no_grad():
+        clean = model(**inputs).logits.numpy()
+        noised = model(inputs_embeds=x + z, attention_mask=inputs["attention_mask"]).logits.numpy()
+    p, q, y = softmax(clean), softmax(noised), labels.numpy()
+    ce = -np.log(p[np.arange(len(y)), y]).mean()
+    kl = ((p - q) * np.log(p / q)).sum(1).mean()
+    assert kl > 1e-4 and abs(stats["ce"] - ce) < 1e-5 and abs(stats["kl"] - kl) < 1e-5
+    assert abs(loss.item() - (ce + 0.7 * kl)) < 1e-5
+
+
+def test_r3f_limits():
+    model, (labels, inputs) = tiny(dropout=False), batch()
+    plain = model(**inputs, labels=labels).loss
+    loss, stats = r3f.R3F(model, lam=0.0)(labels, **inputs)
+    assert loss == plain and stats["kl"] == 0
+    assert r3f.R3F(model, eps=0.0)(labels, **inputs)[1]["kl"] == 0
+    method = r3f.R3F(tiny(), eps=0.5).eval()
+    assert torch.equal(method(labels, **inputs)[0], method(labels, **inputs)[0])       # eval mode: no noise, no dropout
+    assert r3f.R3F(tiny(), eps=0.0)(labels, **inputs)[1]["kl"] > 1e-6                   # with dropout, KL even without noise
+
+
+def test_r3f_needless_passes_are_not_made():
+    labels, inputs = batch()
+    def rows_seen(model, **settings):
+        seen = []
+        handle = model.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True)
+        r3f.R3F(model, **settings)(labels, **inputs)
+        handle.remove()
+        return seen
+    assert rows_seen(tiny()) == [8] and rows_seen(tiny(), lam=0.0) == [4]
+    assert rows_seen(tiny(dropout=False), eps=0.0) == [4] and rows_seen(tiny(), stop_grad="noised") == [4, 4]
+
+
+def test_r3f_share_dropout():
+    model, (labels, inputs) = tiny(), batch()
+    kl = lambda eps, share: r3f.R3F(model, eps=eps, share_dropout=share)(labels, **inputs)[1]["kl"].item()
+    assert kl(0.0, True) == 0 and 0 < kl(0.1, True)
+    assert kl(1e-4, True) < 1e-3 * kl(1e-4, False)                        # the masks are the same ones: only z differs
+
+
+def test_r3f_stop_grad():
+    model, (labels, inputs) = tiny(dropout=False), batch()
+    def gradient(**settings):
+        model.zero_grad()
+        torch.manual_seed(3)
+        r3f.R3F(model, lam=50.0, eps=0.5, **settings)(labels, **inputs)[0].backward()
+        return model.get_input_embeddings().weight.grad.clone()
+    full, cut = gradient(), gradient(stop_grad="noised")
+    assert full.abs().sum() > 0 and cut.abs().sum() > 0 and not torch.allclose(full, cut)
+    torch.manual_seed(3)                                                   # the same by hand: the noised logits are constants
+    x = model.get_input_embeddings()(inputs["input_ids"])
+    z = torch.empty_like(x).uniform_(-0.5, 0.5)
+    with torch.no_grad():
+        noised = model(inputs_embeds=x + z, attention_mask=inputs["attention_mask"]).logits
+    model.zero_grad()
+    out = model(**inputs, labels=labels)
+    (out.loss + 50 * r3f.symmetric_kl(out.logits, noised).mean()).backward()
+    assert torch.allclose(model.get_input_embeddings().weight.grad, cut, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_r3f_noise_arrives(name):
+    """On every architecture: with noise the KL is real, without it 0; gradients reach the word embeddings; padding is inert."""
+    model, (labels, inputs) = tiny(name, dropout=False), batch(name)
+    method = r3f.R3F(model, eps=0.05)
+    loss, stats = method(labels, **inputs)
+    loss.backward()
+    embeddings = (model.get_encoder() if model.config.is_encoder_decoder else model).get_input_embeddings()
+    assert stats["kl"] > 1e-10 and embeddings.weight.grad.abs().sum() > 0
+    assert not embeddings._forward_hooks
+    method.eps = 0.0
+    method.random = True                                                   # makes both passes although nothing separates them
+    assert method(labels, **inputs)[1]["kl"] < 1e-10
+    method.eval()
+    if name != "bart":                                                     # (BART's head wants its last token at the end)
+        side = (3, 0) if name == "xlnet" else (0, 3)                          # XLNet reads the last position, so it pads on the left
+        wider = {k: torch.nn.functional.pad(v, side, value=(model.config.pad_token_id or 0) * (k == "input_ids")) for k, v in inputs.items()}
+        assert abs(method(labels, **inputs)[0] - method(labels, **wider)[0]) < 1e-4
+
+
+def test_r3f_noise_that_cannot_arrive_is_an_error():
+    model, (labels, inputs) = tiny(), batch()
+    with pytest.raises(RuntimeError, match="did not arrive"):
+        r3f.R3F(model)(labels, inputs_embeds=torch.randn(4, 9, 32), attention_mask=inputs["attention_mask"])
+
+
+def test_r3f_refuses():
+    with pytest.raises(ValueError, match="regression"):
+        r3f.R3F(tiny(num_labels=1))
+    for wrong in ({"noise": "laplace"}, {"stop_grad": "both"}, {"lam": -1.0}, {"eps": -1e-5}):
+        with pytest.raises(ValueError):
+            r3f.R3F(tiny(), **wrong)
+    labels, inputs = batch()
+    loss, _ = r3f.R3F(tiny(num_labels=1), lam=0.0)(labels.float(), **inputs)   # plain regression is fine
+    assert loss.dim() == 0
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra", "bart", "gpt2"])
+def test_r4f_spectral_norm(name, tmp_path):
+    """Eq. 5: after training steps the top singular value is 1; the saved weights give the same predictions."""
+    model, (labels, inputs) = r3f.spectral_normalize(tiny(name)), batch(name)
+    method = r3f.R3F(model)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
+    for step in range(60):                                                 # the learning rate ends at 0, as in the script
+        optimizer.param_groups[0]["lr"] = 0.05 * max(0, 1 - step / 30)
+        method(labels, **inputs)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    heads = [m for m in model.modules() if hasattr(m, "parametrizations")]
+    norms = [torch.linalg.matrix_norm(m.weight, 2).item() for m in heads]
+    assert heads and all(abs(norm - 1) < 5e-3 for norm in norms), norms
+    state = r3f.plain_state_dict(model)
+    assert not any("parametrizations" in k for k in state)
+    model.save_pretrained(tmp_path, state_dict=state)
+    again, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and torch.allclose(again(**inputs).logits, model(**inputs).logits, atol=1e-5)
+    assert all(hasattr(m, "parametrizations") for m in heads)                # the model itself is untouched
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+def test_metrics_by_hand():
+    p, y = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 0, 1, 1])       # tp 2, fp 1, fn 1, tn 2
+    assert data.METRICS["accuracy"](p, y) == 4 / 6 and abs(data.f1(p, y) - 4 / 6) < 1e-12
+    assert abs(data.METRICS["mcc"](p, y) - (2 * 2 - 1 * 1) / math.sqrt(3 * 3 * 3 * 3)) < 1e-12
+    assert data.METRICS["mcc"](np.ones(4), np.array([0, 1, 0, 1])) == 0
+    a, b = np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 6.0])             # sum of products 5; 2 and 14
+    assert abs(data.pearson(a, b) - 5 / math.sqrt(2 * 14)) < 1e-12 and abs(data.METRICS["spearman"](a, b) - 1) < 1e-12
+    assert data.ranks(np.array([3.0, 1.0, 3.0])).tolist() == [2.5, 1.0, 2.5]
+
+
+def test_labels_are_mapped_by_name():
+    ocnli, mnli = (data.TASKS[k].label_names for k in ("ocnli", "mnli"))
+    assert data.map_labels(ocnli, mnli).tolist() == [1, 0, 2]               # neutral, entailment, contradiction
+    assert data.map_labels(mnli, data.TASKS["hans"].label_names).tolist() == [0, 1, 1]
+    assert data.map_labels(mnli, data.TASKS["qqp"].label_names).tolist() == [1, 0, 0]           # TDT, Appendix C
+    assert data.map_labels(ocnli, data.TASKS["bustm"].label_names).tolist() == [0, 1, 0]
+    assert data.map_labels(data.TASKS["sst2"].label_names, data.TASKS["imdb"].label_names).tolist() == [0, 1]
+    with pytest.raises(UserError, match="unacceptable.*negative"):
+        data.map_labels(data.TASKS["cola"].label_names, data.TASKS["sst2"].label_names)
+
+
+def split_of(lengths, labels=None):
+    values = np.concatenate([np.full(n, i + 5) for i, n in enumerate(lengths)])
+    return data.Split({"input_ids": (values.astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]))},
+                      np.zeros(len(lengths), np.int64) if labels is None else labels)
+
+
+def test_batches():
+    rng = np.random.default_rng(0)
+    split = split_of(rng.gamma(3, 8, 1000).astype(int) + 3)
+    batches = data.Batches(split, 16, seed=1, pad=0)
+    orders = [np.concatenate([batches.rows(e * batches.per_epoch + s) for s in range(batches.per_epoch)]) for e in range(2)]
+    for order in orders:                                                     # every row; the last batch topped up
+        assert len(order) == 63 * 16 and sorted(set(order)) == list(range(1000))
+    shared = [len(set(map(frozenset, o.reshape(-1, 16)))) for o in orders]
+    assert shared == [63, 63] and len(set(map(frozenset, orders[0].reshape(-1, 16))) & set(map(frozenset, orders[1].reshape(-1, 16)))) < 7
+    means = split.lengths[orders[0]].reshape(-1, 16).mean(1)
+    assert abs(np.corrcoef(means, np.arange(63))[0, 1]) < 0.3                # long batches do not come early or late
+    again = data.Batches(split, 16, seed=1, pad=0)
+    assert (again.rows(70) == batches.rows(70)).all()                        # any step at once
+    for step in range(63):
+        again[step]
+    assert again.real / again.computed >= 0.95
+    parts = [data.Batches(split, 16, seed=1, pad=0, rank=r, world=2) for r in range(2)]
+    both = sorted(x for p in parts for m in p[5] for x in (m["input_ids"][:, 0] - 5).tolist())
+    assert both == sorted(batches.rows(5).tolist())
+
+
+def test_collate():
+    split = split_of([2, 4, 3], np.array([0, 1, 0]))
+    out = data.collate(split, np.array([0, 2]), pad=7)
+    assert out["input_ids"].tolist() == [[5, 5, 7], [7, 7, 7]] and out["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert out["labels"].tolist() == [0, 0] and data.collate(split, np.array([0]), 7, width=6)["input_ids"].shape == (1, 6)
+
+
+def test_eval_covers_every_row_once():
+    split = split_of(np.random.default_rng(0).integers(3, 60, 101))
+    for world in (1, 3):
+        rows = [r for rank in range(world) for part, _ in data.eval_batches(split, 0, rank, world, tokens=200) for r in part]
+        assert sorted(rows) == list(range(101))
+
+
+def test_train_samples_are_stratified():
+    labels = np.array([0] * 700 + [1] * 200 + [2] * 100)
+    rows = data.subset(labels, 50, seed=3)
+    assert np.bincount(labels[rows]).tolist() == [35, 10, 5] and (rows == data.subset(labels, 50, seed=3)).all()
+    assert not np.array_equal(rows, data.subset(labels, 50, seed=4))
+
+
+def test_micro_batches_give_the_same_update(world):
+    split = split_of(np.random.default_rng(0).integers(4, 30, 64), np.arange(64) % 3)
+    gradients = []
+    for micro in (None, 8, 4):
+        method = r3f.R3F(tiny(dropout=False), eps=0.0)
+        loss, stats = common.backward(method, data.Batches(split, 16, 0, 0, micro=micro)[2], world)
+        gradients.append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
+        assert abs(loss - stats["ce"]) < 1e-6
+    assert all(torch.allclose(gradients[0], g, atol=1e-6) for g in gradients[1:])
+
+
+def test_table_is_consistent():
+    for name, task in data.TASKS.items():
+        assert set(task.metrics.split()) <= set(data.METRICS) and 1 <= len(task.columns) <= 2, name
+        assert "/" in task.path or task.path in ("toy", "") and (task.where or task.path), name
+        assert len(set(task.label_names)) == len(task.label_names) and len(task.label_names) != 1, name
+
+
+@pytest.mark.parametrize("name", ["cola", "afqmc", "qnli", "paws-x", "tnews", "stsb", "csl", "sick"])
+def test_rows_of_the_hubs_shape(name, tmp_path, monkeypatch):
+    """A tiny parquet set with the documented columns and label order goes through `read`, by the call that a hub id makes."""
+    import datasets
+    task = data.TASKS[name]
+    names, split = task.label_names, task.validation.split()[0]
+    column = [3.5, 1.0, 0.0] if task.regression else [1, 0, 1]
+    rows = {c: [["a", "b"] if c == "keyword" else f"{c} {i}" for i in range(3)] for c in task.columns} | {task.label: column, "idx": [0, 1, 2]}
+    features = datasets.Features({**{c: datasets.List(datasets.Value("string")) if c == "keyword" else datasets.Value("string") for c in task.columns},
+                                  task.label: datasets.Value("float32") if task.regression else datasets.ClassLabel(names=names), "idx": datasets.Value("int32")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "part.parquet")
+    real = datasets.load_dataset
+    def from_disk(path, *config, **how):
+        assert path == task.path and (how.get("revision") == "refs/convert/parquet" if task.script else config == (task.config,))
+        table = real("parquet", data_files={split: str(tmp_path / "part.parquet")}, cache_dir=str(tmp_path / "cache"))
+        return table if task.script else table[split]
+    monkeypatch.setattr(datasets, "load_dataset", from_disk)
+    out = data.read(task, split, name, common.parse(r3f.flags(), [], r3f.recipe))
+    assert out.column_names == [*task.columns, "label"] and out["label"] == column
+    assert out[0][task.columns[-1]] == f"{task.columns[-1]} 0" and (name != "csl" or out[0]["keyword"] == "a b")
+
+
+# ---------------------------------------------------------------------------------------------------- promises
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_file_copied_alone(script, tmp_path):
+    """In a folder that holds nothing else the core imports and trains; transformers is not loaded by it."""
+    shutil.copy(os.path.join(HERE, f"{script}.py"), tmp_path)
+    code = f"import {script}, sys; assert not {{'transformers', 'datasets', 'common', 'data', 'numpy'}} - {{'numpy'}} & set(sys.modules); print('alone')"
+    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "alone\n", done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_needs_no_torch(script):
+    code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']\ntry: runpy.run_path({os.path.join(HERE, script + '.py')!r}, run_name='__main__')\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert "--seeds" in done.stdout and done.stdout.endswith("False\n"), done.stderr
+
+
+def test_layers_are_not_reversed():
+    for name in ("common.py", "data.py"):
+        text = open(os.path.join(HERE, name), encoding="utf-8").read().lower()
+        assert not re.search(r"\b(import|from) (r3f|tdt|gtuning)\b", text) and not re.search(r"\b(r4f|tdt-hard|discriminator|triplet)\b", text), name
+
+
+@pytest.mark.parametrize("script, method", [("r3f", "std"), ("r3f", "r3f"), ("r3f", "r4f")])
+def test_same_command_same_bits(script, method, tiny_folder, tmp_path, cache):
+    a, b = (run(script, tiny_folder, tmp_path / x, "--method", method) for x in "ab")
+    assert a[0]["metrics"] == b[0]["metrics"] and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    log = [json.loads(line) for line in open(tmp_path / f"a/toy/{method}-0/log.jsonl")]
+    assert log[-1]["step"] == 12 and {"loss", "lr", "epoch", "examples_per_second"} <= log[-1].keys()
+
+
+@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("r3f", "r4f")])
+def test_stopped_and_resumed_is_bit_for_bit(script, method, tiny_folder, tmp_path, cache, monkeypatch):
+    """A run that ends with an exception at two moments and is resumed ends as one that was not; so does the best state."""
+    more = ["--method", method, "--save_every", 3, "--eval_every", 4, "--log_every", 2]
+    whole = run(script, tiny_folder, tmp_path / "whole", *more)
+    steps, real = [5, 10], data.Batches.__getitem__
+    def breaks(self, step):
+        if steps and step == steps[0]:
+            steps.pop(0)
+            raise KeyError("killed")
+        return real(self, step)
+    monkeypatch.setattr(data.Batches, "__getitem__", breaks)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            run(script, tiny_folder, tmp_path / "parts", *more, "--resume")
+    parts = run(script, tiny_folder, tmp_path / "parts", *more, "--resume")
+    assert parts[0]["metrics"] == whole[0]["metrics"] and parts[0]["best"] == whole[0]["best"]
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    logs = [[{k: v for k, v in json.loads(x).items() if k != "examples_per_second"} for x in open(tmp_path / f"{p}/toy/{method}-0/log.jsonl")] for p in ("whole", "parts")]
+    assert [x["step"] for x in logs[0]] == [x["step"] for x in logs[1]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sigkill_and_sigterm(script, tiny_folder, tmp_path, cache):
+    """A real kill, then a real SIGTERM (which saves and exits with 143), then the end: the same bits as without."""
+    more = ["--max_steps", 400, "--save_every", 50, "--precision", "fp32"]
+    straight = command(script, tiny_folder, tmp_path / "a", *more)
+    out = command(script, tiny_folder, tmp_path / "b", *more)
+    watched = str(tmp_path / "b/toy/*/checkpoint.pt")
+    def wait_for_checkpoint():
+        newest = max(map(os.path.getmtime, glob.glob(watched)), default=0)
+        for _ in range(600):
+            if max(map(os.path.getmtime, glob.glob(watched)), default=0) > newest or out.poll() is not None:
+                return
+            time.sleep(0.05)
+    wait_for_checkpoint()
+    out.kill()
+    out.wait()
+    out = command(script, tiny_folder, tmp_path / "b", *more, "--resume")
+    wait_for_checkpoint()
+    out.send_signal(signal.SIGTERM)
+    text = out.communicate()[0]
+    assert out.returncode == 143 and "--resume" in text.splitlines()[-1], text
+    out = command(script, tiny_folder, tmp_path / "b", *more, "--resume")
+    text = out.communicate()[0]
+    assert out.returncode == 0 and "resumes at step" in text, text
+    assert straight.wait() == 0 and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_damaged_checkpoints(tiny_folder, tmp_path, cache, capsys, monkeypatch):
+    real = data.Batches.__getitem__
+    def breaks(self, step):
+        if step == 10:
+            raise KeyError("killed")
+        return real(self, step)
+    monkeypatch.setattr(data.Batches, "__getitem__", breaks)
+    with pytest.raises(KeyError):
+        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 3)
+    monkeypatch.setattr(data.Batches, "__getitem__", real)
+    newest, before = (tmp_path / f"toy/r3f-0/checkpoint{x}.pt" for x in ("", "-before"))
+    good = newest.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for wrong in (good[:len(good) // 2], b"", bytes(flipped)):
+        shutil.copytree(tmp_path / "toy", tmp_path / "copy/toy", dirs_exist_ok=True)
+        (tmp_path / "copy/toy/r3f-0/checkpoint.pt").write_bytes(wrong)
+        run("r3f", tiny_folder, tmp_path / "copy", "--method", "r3f", "--save_every", 3, "--resume")
+        told = capsys.readouterr().out
+        assert "checkpoint.pt is damaged" in told and "resumes at step 6" in told
+        shutil.rmtree(tmp_path / "copy")
+    newest.write_bytes(b"x")
+    before.write_bytes(good[:1000])
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 3, "--resume")
+
+
+def test_other_flags_are_refused(tiny_folder, tmp_path, cache):
+    run("r3f", tiny_folder, tmp_path, "--method", "std")
+    with pytest.raises(UserError, match=r"--lr 0.0005 \(now 0.1\)"):
+        run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 0.1)
+    assert run("r3f", tiny_folder, tmp_path, "--method", "std")[0]["steps"] == 12          # the same flags: its results
+    lock = open(tmp_path / "toy/std-0/.lock", "w")
+    import fcntl
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another run"):
+        run("r3f", tiny_folder, tmp_path, "--method", "std", "--overwrite")
+
+
+@pytest.mark.parametrize("script, method", [("r3f", "r3f")])
+def test_two_processes_end_like_one(script, method, tiny_folder, tmp_path, cache):
+    """Dropout off, eps 0: one process, and two with micro-batches, end within 1e-5."""
+    config = json.load(open(os.path.join(tiny_folder, "config.json")))
+    folder = shutil.copytree(tiny_folder, tmp_path / "still")
+    json.dump(config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, open(folder / "config.json", "w"))
+    more = ["--method", method, "--max_steps", 8, "--precision", "fp32", *(["--eps", 0] if script == "r3f" else [])]
+    one, two = command(script, str(folder), tmp_path / "1", *more), command(script, str(folder), tmp_path / "2", *more, torchrun=2)
+    texts = [p.communicate()[0] for p in (one, two)]
+    assert one.returncode == two.returncode == 0, texts
+    assert same(weights(tmp_path / "1"), weights(tmp_path / "2"), 1e-5) and texts[1].count("in percent") == 1
+    results = [json.load(open(tmp_path / f"{n}/toy/{method}-0/results.json")) for n in (1, 2)]
+    assert results[0]["metrics"] == results[1]["metrics"] and results[1]["world_size"] == 2
+
+
+def test_loss_that_is_not_finite(tiny_folder, tmp_path, cache):
+    with pytest.raises(common.RunError, match=r"step \d+: not finite: loss nan.*rows of the batch: \d+ \d+.*last good checkpoint is"):
+        run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 1e30, "--save_every", 1, "--warmup", 0.5)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch " + Bomb.mark,)
+
+
+def test_no_code_from_a_checkpoint_or_a_model_runs(tiny_folder, tmp_path, cache, capsys):
+    Bomb.mark = str(tmp_path / "ran")
+    os.makedirs(tmp_path / "toy/r3f-0")
+    torch.save({"args": Bomb(), "step": 3}, tmp_path / "toy/r3f-0/checkpoint.pt")
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--resume")
+    folder = shutil.copytree(tiny_folder, tmp_path / "evil")
+    os.remove(folder / "model.safetensors")
+    torch.save({"bert.embeddings.word_embeddings.weight": Bomb()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="--model .*evil"):
+        run("r3f", str(folder), tmp_path / "out", "--method", "std")
+    with open(folder / "pytorch_model.bin", "wb") as f:
+        pickle.dump(Bomb(), f)
+    with pytest.raises(UserError, match="--model .*evil"):
+        run("r3f", str(folder), tmp_path / "out2", "--method", "std")
+    assert not os.path.exists(Bomb.mark)
+
+
+def test_full_disk(tiny_folder, tmp_path, cache, monkeypatch):
+    """A write that fails with "no space left" ends the run with one line; the checkpoint before it is whole."""
+    real, count = torch.save, []
+    def full(state, f):
+        count.append(1)
+        if len(count) == 2:
+            f.write(b"half")
+            raise OSError(28, "No space left on device")
+        real(state, f)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(common.RunError, match="checkpoint.pt: No space left on device; the last good checkpoint is"):
+        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 3)
+    assert torch.load(tmp_path / "toy/r3f-0/checkpoint.pt", weights_only=True)["step"] == 3
+    assert not glob.glob(str(tmp_path / "toy/r3f-0/*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------------------- your own files
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def own(folder, name="t.csv", rows=40, text="text,label\n" + "".join(f"good plot {i},{'yes' if i % 2 else 'no'}\n" for i in range(40))):
+    return write(folder / name, text)
+
+
+def test_own_files(tiny_folder, tmp_path, cache):
+    rows = [("really good plot", "yes"), ("bad actor", "no"), ("007", "yes"), ("NA", "no")] * 5
+    files = {"csv": "text,label\n" + "".join(f"{t},{y}\n" for t, y in rows), "tsv": "text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in rows),
+             "jsonl": "".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows), "json": json.dumps([{"text": t, "label": y} for t, y in rows])}
+    for kind, text in files.items():
+        path = write(tmp_path / f"d.{kind}", text)
+        args = common.parse(r3f.flags(), ["--train_file", path, "--validation_file", path, "--batch_size", "4"], r3f.recipe)
+        task, train, own_rows, _, _ = data.load(args)
+        assert task.label_names == ["no", "yes"] and train["text"][2:4] == ["007", "NA"] and train["label"][:2] == [1, 0], kind
+    import gzip
+    with gzip.open(tmp_path / "d.csv.gz", "wt") as f:
+        f.write(files["csv"])
+    assert len(data.read_file(str(tmp_path / "d.csv.gz"), "--train_file")) == 20
+    test = write(tmp_path / "unlabelled.csv", "text\nlovely script\nboring cast\n")
+    out = run("r3f", tiny_folder, tmp_path / "out", "--method", "std", "--train_file", tmp_path / "d.csv", "--validation_file", tmp_path / "d.tsv",
+              "--test_file", test, "--batch_size", 4)
+    told = open(tmp_path / "out/custom/std-0/predictions-test.tsv").read().splitlines()
+    assert told[0] == "index\tprediction" and len(told) == 3 and {x.split("\t")[1] for x in told[1:]} <= {"no", "yes"}
+    config = json.load(open(tmp_path / "out/custom/std-0/model/config.json"))
+    assert config["id2label"] == {"0": "no", "1": "yes"} and out[0]["task"] == "custom"
+
+
+def test_regression_file(tiny_folder, tmp_path, cache):
+    path = write(tmp_path / "r.csv", "sentence1,sentence2,score\n" + "".join(f"good plot,bad plot,{i / 10}\n" for i in range(20)))
+    more = ["--train_file", path, "--validation_file", path, "--label_column", "score", "--batch_size", 4]
+    out = run("r3f", tiny_folder, tmp_path / "out", "--method", "std", *more)
+    assert set(out[0]["metrics"]["validation"]) == {"pearson", "spearman"}
+    with pytest.raises(UserError, match="--method r3f: must be std"):
+        run("r3f", tiny_folder, tmp_path / "out", "--method", "r3f", *more)
+
+
+BAD = [  # arguments (files by name, written by the test), what the line must contain
+    ("r3f", ["--task", "colla"], "--task: invalid choice: 'colla'"), ("r3f", ["--method", "r5f"], "--method: invalid choice: 'r5f'"),
+    ("r3f", ["--lam", "-1"], "--lam: must be a number from 0, got '-1'"), ("r3f", ["--eps", "nan"], "--eps: must be a number from 0, got 'nan'"),
+    ("r3f", ["--lr", "0"], "--lr: must be a number above 0, got '0'"), ("r3f", ["--lr", "inf"], "--lr: must be"), ("r3f", ["--lr", "fast"], "--lr: must be"),
+    ("r3f", ["--batch_size", "0"], "--batch_size: must be a whole number from 1"), ("r3f", ["--batch_size", "2.5"], "--batch_size"),
+    ("r3f", ["--batch_size", "999"], "--batch_size 999: must be at most the 320"), ("r3f", ["--seeds", "-1"], "--seeds: must be"),
+    ("r3f", ["--epochs", "0"], "--epochs: must be a number above 0"), ("r3f", ["--max_steps", "0"], "--max_steps: must be"),
+    ("r3f", ["--epochs", "1", "--max_steps", "3"], "not allowed with"), ("r3f", ["--warmup", "-1"], "--warmup: must be"),
+    ("r3f", ["--noise", "laplace"], "--noise: invalid choice: 'laplace'"), ("r3f", ["--max_length", "0"], "--max_length: must be a whole number from 4"),
+    ("r3f", ["--max_length", "65"], "--max_length 65: must be from 4 to 64"), ("r3f", ["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
+    ("r3f", ["--eval_tasks", "imbd"], "--eval_tasks imbd: must be among toy"), ("r3f", ["--train_samples", "8"], "--train_samples 8: must be at least --batch_size"),
+    ("r3f", ["--train_samples", "321"], "--train_samples 321: must be at most the 320"), ("r3f", ["--precision", "fp16"], "--precision: invalid choice"),
+    ("r3f", ["--betas", "0.9", "1.0"], "--betas: must be"), ("r3f", ["--grad_clip", "-0.1"], "--grad_clip: must be"), ("r3f", ["--profile", "-1"], "--profile"),
+    ("r3f", ["--model", "no/such-model"], "--model no/such-model"), ("r3f", ["--model", "NOPAD"], "no pad token"), ("r3f", ["--model", "EMPTY"], "--model"),
+    ("r3f", ["--model", "NOWEIGHTS"], "cannot be loaded with a classification head"), ("r3f", ["--init_from", "nowhere"], "--init_from nowhere: must be"),
+    ("r3f", ["--task", "cola-ood"], "--local_file cola-ood=FILE"), ("r3f", ["--output_dir", "AFILE"], "--output_dir"),
+    ("r3f", ["--task", "toy", "--train_file", "good.csv"], "--task toy: cannot go together"), ("r3f", ["--train_file", "good.csv"], "--validation_file: both"),
+    ("r3f", ["--test_file", "good.csv"], "--train_file and --validation_file: both"), ("r3f", ["--train_file", "no.csv", "--validation_file", "good.csv"], "no.csv: no such file"),
+    ("r3f", ["--train_file", "dir.csv", "--validation_file", "good.csv"], "dir.csv: is a directory"),
+    ("r3f", ["--train_file", "t.txt", "--validation_file", "good.csv"], "t.txt: must end in .csv"),
+    ("r3f", ["--train_file", "empty.csv", "--validation_file", "good.csv"], "empty.csv: is empty"),
+    ("r3f", ["--train_file", "header.csv", "--validation_file", "good.csv"], "header.csv: has no rows"),
+    ("r3f", ["--train_file", "latin.csv", "--validation_file", "good.csv"], "latin.csv: cannot be read as csv"),
+    ("r3f", ["--train_file", "bad.jsonl", "--validation_file", "good.csv"], "bad.jsonl: cannot be read as jsonl"),
+    ("r3f", ["--train_file", "hole.jsonl", "--validation_file", "good.csv"], "hole.jsonl: row 7: column 'text' is missing"),
+    ("r3f", ["--train_file", "other.csv", "--validation_file", "good.csv"], "no column text"),
+    ("r3f", ["--train_file", "good.csv", "--validation_file", "other.csv"], "no column 'text'"),
+    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--text_columns", "a"], "no column 'a' (--text_columns)"),
+    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--text_columns", "a", "b", "c"], "must be one or two names"),
+    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--label_column", "y"], "no column 'y' (--label_column)"),
+    ("r3f", ["--train_file", "good.csv", "--validation_file", "unseen.csv"], "label 'maybe' is not in the training file"),
+    ("r3f", ["--train_file", "same.csv", "--validation_file", "same.csv"], "all labels are 'no'"),
+    ("r3f", ["--train_file", "one.csv", "--validation_file", "one.csv"], "all labels are"),
+    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--batch_size", "64"], "--batch_size 64: must be at most the 40"),
+    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--test_file", "other.csv"], "other.csv: no column 'text'"),
+]
+
+
+@pytest.mark.parametrize("script, args, line", BAD, ids=[" ".join(a)[:60] for _, a, _ in BAD])
+def test_wrong_input(script, args, line, tiny_folder, tmp_path, cache, monkeypatch):
+    good = own(tmp_path, "good.csv")
+    for name, text in {"t.txt": "x", "empty.csv": "", "header.csv": "text,label\n", "other.csv": "review,label\nfine,yes\n", "bad.jsonl": '{"text": "a", "label"\n',
+                       "hole.jsonl": "".join(json.dumps({"label": ["no", "yes"][i % 2]} | ({"text": "fine"} if i != 6 else {})) + "\n" for i in range(40)),
+                       "unseen.csv": "text,label\nfine,maybe\n", "same.csv": "text,label\n" + "fine,no\n" * 40, "one.csv": "text,label\nfine,yes\n", "AFILE": "x"}.items():
+        write(tmp_path / name, text)
+    (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,yes\n".encode("latin-1"))
+    os.makedirs(tmp_path / "dir.csv")
+    os.makedirs(tmp_path / "EMPTY")
+    for name in ("NOPAD", "NOWEIGHTS"):
+        shutil.copytree(tiny_folder, tmp_path / name)
+    os.remove(tmp_path / "NOWEIGHTS/model.safetensors")
+    settings = json.load(open(tmp_path / "NOPAD/tokenizer_config.json"))
+    json.dump({k: v for k, v in settings.items() if k != "pad_token"} | {"pad_token": None}, open(tmp_path / "NOPAD/tokenizer_config.json", "w"))
+    monkeypatch.chdir(tmp_path)
+    base = ["--model", tiny_folder] if "--model" not in args else []
+    loaded = []
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: loaded.append(1) or (_ for _ in ()).throw(OSError("no weights")))
+    with pytest.raises(UserError) as error:
+        SCRIPTS[script].main([*base, "--seeds", "0", "--max_steps", "2", *args] if "--epochs" not in args and "--max_steps" not in args else [*base, *args])
+    assert line in str(error.value) and "\n" not in str(error.value).strip(), str(error.value)
+    assert bool(loaded) == ("NOWEIGHTS" in args or "AFILE" in args and bool(loaded))
+
+
+def test_one_line_and_status_2(tiny_folder, tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(HERE, "r3f.py"), "--lr", "-3"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr == "r3f.py: --lr: must be a number above 0, got '-3'\n"
+
+
+# ---------------------------------------------------------------------------------------------------- the toy world
+
+def test_toy_world_end_to_end(cache, tmp_path):
+    """`python r3f.py` as a newcomer runs it: pre-training matters out of domain, nothing is at its ceiling."""
+    start = time.time()
+    results = r3f.main(["--output_dir", str(tmp_path), "--seeds", "0"])
+    folder = glob.glob(os.path.join(cache, "toy-bert", "*"))[0]
+    scores = {r["method"]: {k: v["accuracy"] for k, v in r["metrics"].items()} for r in results}
+    model = transformers.BertForMaskedLM.from_pretrained(folder)
+    model.apply(model._init_weights)
+    scratch = str(tmp_path / "scratch")
+    transformers.BertForMaskedLM(model.config).save_pretrained(scratch)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(scratch)
+    random_start = r3f.main(["--output_dir", str(tmp_path / "r"), "--seeds", "0", "--method", "std", "--model", scratch])[0]["metrics"]
+    print(scores, random_start, time.time() - start)
+    assert scores["std"]["toy-food"] > random_start["toy-food"]["accuracy"] + 0.2
+    assert 0.85 < scores["std"]["validation"] < 0.95 and scores["std"]["toy-food"] < scores["std"]["validation"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "toy/r3f-0/model")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "toy/r3f-0/model")
+    rows = data.toy_rows("film", "validation")
+    with torch.no_grad():
+        logits = again(**tokenizer(list(rows["text"]), padding=True, return_tensors="pt")).logits
+    assert abs((logits.argmax(1).numpy() == np.array(rows["label"])).mean() - scores["r3f"]["validation"]) < 1e-9
