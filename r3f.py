@@ -71,13 +71,12 @@ class R3F(torch.nn.Module):
 
     def __init__(self, model, lam=1.0, eps=1e-5, noise="uniform", stop_grad="none", share_dropout=False):
         super().__init__()
-        if stop_grad not in ("none", "noised"):
-            raise ValueError(f"stop_grad must be 'none' or 'noised', got {stop_grad!r}")
+        if stop_grad not in ("none", "noised") or noise not in ("uniform", "normal"):
+            raise ValueError(f"stop_grad must be 'none' or 'noised', noise 'uniform' or 'normal', got {stop_grad!r}, {noise!r}")
         if lam < 0 or eps < 0:
             raise ValueError(f"lam and eps must not be negative, got {lam} and {eps}")
         if lam and model.config.num_labels == 1:
             raise ValueError("R3F needs classes: the KL of a regression model is undefined (paper, footnote 1)")
-        sample_noise(torch.zeros(1), eps, noise)                                   # an unknown kind fails here
         self.model, self.lam, self.eps, self.noise = model, lam, eps, noise
         self.stop_grad, self.share_dropout = stop_grad, share_dropout
         config = model.config.to_dict()

@@ -262,7 +262,7 @@ def test_r4f_spectral_norm(name, tmp_path):
     model, (labels, inputs) = r3f.spectral_normalize(tiny(name)), batch(name)
     method = r3f.R3F(model)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
-    for step in range(60):                                                 # the learning rate ends at 0, as in the script
+    for step in range(120):                                                # the learning rate ends at 0, as in the script
         optimizer.param_groups[0]["lr"] = 0.05 * max(0, 1 - step / 30)
         method(labels, **inputs)[0].backward()
         optimizer.step()
