@@ -169,7 +169,8 @@ class World:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.gpu else torch.device("cpu")
         if self.gpu:
             torch.cuda.set_device(self.device)
-        self.bf16 = args.precision == "bf16" or args.precision == "auto" and self.gpu and torch.cuda.get_device_capability() >= (8, 0)
+        able = torch.cuda.get_device_capability() >= (8, 0) if self.gpu else torch.cpu.get_capabilities().get("amx_bf16", False)
+        self.bf16 = args.precision == "bf16" or args.precision == "auto" and able
 
     def say(self, line):
         print(line, flush=True) if self.rank == 0 else None

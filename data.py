@@ -326,6 +326,7 @@ def encode(rows, columns, tokenizer, max_length, separate=False, perturb=None):
     separate: each text column alone, the second one's fields with the suffix _2. perturb: adds the field
     `perturbable`, 0 at special tokens ("special") or at all but the tokens of one text column (its name).
     """
+    import datasets
     from datasets.fingerprint import Hasher
     fields = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
     groups = [[c] for c in columns] if separate else [columns]
@@ -344,10 +345,17 @@ def encode(rows, columns, tokenizer, max_length, separate=False, perturb=None):
                 out["perturbable" + suffix] = [[int(p in allowed) for p in part] for part in parts]
         return out
 
-    state = [tokenizer.name_or_path, sorted(tokenizer.get_vocab().items()), repr(tokenizer), __file__ and 2]
-    key = Hasher.hash([rows._fingerprint, state, columns, max_length, separate, perturb])
-    table = rows.map(tokenise, batched=True, remove_columns=rows.column_names, new_fingerprint=key,
-                     desc="tokenising").with_format("arrow")[:]
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()                     # calls change this state; the hash is of the rest
+        tokenizer.backend_tokenizer.no_padding()
+        state = tokenizer.backend_tokenizer.to_str()
+    else:
+        state = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    key = Hasher.hash([rows._fingerprint, state, fields, tokenizer.padding_side, columns, max_length, separate, perturb, "1"])
+    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "tokenised")
+    os.makedirs(folder, exist_ok=True)
+    table = rows.map(tokenise, batched=True, remove_columns=rows.column_names, new_fingerprint=key, desc="tokenising",
+                     cache_file_name=os.path.join(folder, f"{key}.arrow")).with_format("arrow")[:]
     flat = {}
     for name in table.column_names:
         column = table[name].combine_chunks()

@@ -181,7 +181,8 @@ def recipe(args):
     if args.task == "xnli":
         paper |= {"model": "FacebookAI/xlm-roberta-large", "adam_eps": 1e-8}
     if args.task == "toy":
-        paper |= {"model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "method": ["std", "r3f"], "seeds": [0, 1, 2]}
+        paper |= {"model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "precision": "fp32",
+                  "method": ["std", "r3f"], "seeds": [0, 1, 2]}
     return paper
 
 
