@@ -33,11 +33,11 @@ class RunError(UserError):
     status = 1
 
 
-class Stopped(UserError):
-    """SIGTERM or SIGINT."""
-    def __init__(self, message, number):
-        super().__init__(message)
-        self.status = 128 + number
+def stopped(message, number):
+    """The end on SIGTERM or SIGINT."""
+    error = UserError(message)
+    error.status = 128 + number
+    return error
 
 
 def cli(main):
@@ -71,14 +71,12 @@ def number(kind, low, high=math.inf, above=False):
 
 def parser(doc, methods, default_methods):
     """The flags that all scripts have. A script adds its own group."""
-    p = Parser(description=doc.strip().split("\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=doc.strip().split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count, share, rate = number(int, 1), number(float, 0), number(float, 0, above=True)
     g = p.add_argument_group("data")
     g.add_argument("--task", default="toy", choices=list(data.TASKS), metavar="NAME", help="one of " + " ".join(data.TASKS))
-    g.add_argument("--train_file", default="", metavar="FILE", help="your own rows: csv, tsv, json or jsonl, also .gz")
-    g.add_argument("--validation_file", default="", metavar="FILE", help="likewise")
-    g.add_argument("--test_file", default="", metavar="FILE", help="likewise; predicted; its labels may be missing")
+    for part, text in (("train", "csv, tsv, json or jsonl, also .gz"), ("validation", ""), ("test", "predicted; labels may be missing")):
+        g.add_argument(f"--{part}_file", default="", metavar="FILE", help="your own rows. " + text)
     g.add_argument("--text_columns", nargs="+", metavar="NAME", help="one or two columns of your files (found by name)")
     g.add_argument("--label_column", default="label", metavar="NAME", help="of your files; numbers with a point: regression")
     g.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE", help="the file of a task without a hub id")
@@ -216,7 +214,7 @@ signals = {"caught": 0, "in_step": False}
 def on_signal(number, frame):
     """A step under way ends first; everything else, and a second signal, ends at once."""
     if not signals["in_step"] or signals["caught"]:
-        raise Stopped("stopped by a signal; --resume goes on from the last checkpoint", number)
+        raise stopped("stopped by a signal; --resume goes on from the last checkpoint", number)
     signals["caught"] = number
 
 
@@ -265,10 +263,8 @@ def load_tokenizer(args, world):
         raise UserError(f"--model {args.model}: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         raise UserError(f"--model {args.model}: its tokenizer has no pad token; must be one that has")
-    limit = getattr(config, "max_position_embeddings", None) or 10**6
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        limit -= 2                                                       # positions start after the padding's
-    limit = min(limit, tokenizer.model_max_length)
+    limit = getattr(config, "max_position_embeddings", None) or 10**6   # RoBERTa's positions start after the padding's
+    limit = min(limit - 2 * (config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")), tokenizer.model_max_length)
     if args.max_length and args.max_length > limit:
         raise UserError(f"--max_length {args.max_length}: must be from 4 to {limit}, the limit of {args.model}")
     args.max_length = args.max_length or min(512, limit)
@@ -416,18 +412,16 @@ class Run:
     def begin(self, total, per_epoch, **parts):
         """`parts`: all that has a state_dict and changes in training; restored if there is a checkpoint to resume."""
         from tqdm import tqdm
-        self.parts, self.total, self.per_epoch, length = parts, total, per_epoch, 0
+        self.parts, self.total, self.per_epoch = parts, total, per_epoch
         state = self.read_checkpoint() if self.args.resume else None
         if state:
             for key, part in parts.items():
                 part.load_state_dict(state["parts"][key])
-            for key in ("step", "seconds", "best", "best_weights"):
-                setattr(self, key, state[key])
-            length = state["log_bytes"]
+            self.step, self.seconds, self.best, self.best_weights = (state[k] for k in ("step", "seconds", "best", "best_weights"))
             self.world.say(f"{self.folder}: resumes at step {self.step} of {total}")
         if self.world.rank == 0:
             self.log_file = open(os.path.join(self.folder, "log.jsonl"), "a", encoding="utf-8")
-            self.log_file.truncate(length)
+            self.log_file.truncate(state["log_bytes"] if state else 0)
         self.bar = tqdm(total=total, initial=self.step, desc=self.name, dynamic_ncols=True, leave=False, unit="step",
                         disable=self.world.rank > 0 or not sys.stderr.isatty())
         self.saved, self.spoke, self.flushed = time.monotonic(), -math.inf, (self.step, self.seconds)
@@ -452,7 +446,7 @@ class Run:
                 self.save()
             signals["in_step"] = False
             if caught:
-                raise Stopped(f"stopped at step {self.step} of {self.total}, saved in {self.folder}; the same command with --resume "
+                raise stopped(f"stopped at step {self.step} of {self.total}, saved in {self.folder}; the same command with --resume "
                               "goes on", signals["caught"] or signal.SIGTERM)
 
     def every(self, n):
@@ -502,18 +496,20 @@ class Run:
 
     @contextlib.contextmanager
     def guard(self, path):
-        """A write that fails ends the run with one line."""
+        """A write that fails ends the run with one line, and leaves nothing half-written."""
         try:
             yield
         except (OSError, RuntimeError) as error:                        # torch.save turns a full disk into a RuntimeError
+            with contextlib.suppress(OSError):
+                os.remove(path + ".tmp")
             raise RunError(f"cannot write {path}: {getattr(error, 'strerror', 0) or first_line(error)}; {self.last_good()}") from error
 
     def save(self):
         """Writes the checkpoint, on rank 0 (all have the same weights); the one before it is kept."""
         self.saved = time.monotonic()
         if self.world.rank == 0:
-            state = {"parts": {k: p.state_dict() for k, p in self.parts.items()}, "args": self.identity, "log_bytes": self.log_file.tell()}
-            state |= {k: getattr(self, k) for k in ("step", "seconds", "best", "best_weights")}
+            state = {"parts": {k: p.state_dict() for k, p in self.parts.items()}, "step": self.step, "seconds": self.seconds, "best": self.best,
+                     "best_weights": self.best_weights, "args": self.identity, "log_bytes": self.log_file.tell()}
             with self.guard(self.checkpoints[0]):
                 write_safely(self.checkpoints[0], lambda f: torch.save(state, f), keep=self.checkpoints[1])
 
@@ -571,19 +567,13 @@ class Run:
 
 def write_safely(path, write, keep=None):
     """Temporary file, fsync, rename, fsync of the folder. keep: where the file that was there goes."""
-    temporary = path + ".tmp"
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
+    with open(path + ".tmp", "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
     if keep and os.path.exists(path):
         os.replace(path, keep)
-    os.replace(temporary, path)
+    os.replace(path + ".tmp", path)
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -609,11 +599,10 @@ def profile(world, args, batches, steps):
     FLOPs are torch's count; beside them stands what this machine does in a large matrix product."""
     from torch.utils.flop_counter import FlopCounterMode
     def timed(call, *inputs):
-        torch.cuda.synchronize() if world.gpu else None
-        start = time.perf_counter()
+        wait = torch.cuda.synchronize if world.gpu else lambda: None
+        start = (wait(), time.perf_counter())[1]
         call(*inputs)
-        torch.cuda.synchronize() if world.gpu else None
-        return time.perf_counter() - start
+        return (wait(), time.perf_counter())[1] - start
     n, dtype = 8192 if world.gpu else 1536, torch.bfloat16 if world.bf16 else torch.float32
     a = torch.randn(n, n, device=world.device, dtype=dtype)
     peak = 2 * n**3 / min(timed(torch.matmul, a, a) for _ in range(8))                         # FLOP/s
@@ -626,9 +615,9 @@ def profile(world, args, batches, steps):
             with FlopCounterMode(display=False) as counter:
                 step(batch)
             flops[name].append(counter.get_total_flops())
-    world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.batching} batching, {args.profile} steps, {world}"
-              f", {str(dtype)[6:]}; matrix product {n}: {peak / 1e9:.0f} GFLOP/s\n{'method':<18} {'ms/step':>8} {'examples/s':>10} "
-              f"{'tokens/s':>9} {'real':>6} {'GFLOP/s':>8} {'of peak':>8} {'MB':>6} {'cost':>6}")
+    world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.batching} batching, {args.profile} steps, {world}, {str(dtype)[6:]}; "
+              f"matrix product of {n}: {peak / 1e9:.0f} GFLOP/s\n{'method':<18} {'ms/step':>8} {'examples/s':>10} {'tokens/s':>9} {'real':>6} "
+              f"{'GFLOP/s':>8} {'of peak':>8} {'MB':>6} {'cost':>6}")
     base, tokens = np.array(seconds[next(iter(steps))][3:]), batches.real * world.size / (args.profile + 3)
     for name in steps:
         t, rate = np.array(seconds[name][3:]), np.median(np.array(flops[name]) / np.array(seconds[name]))
@@ -644,8 +633,7 @@ def toy_model(world):
     from huggingface_hub.constants import HF_HOME
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
     corpus, words = data.toy_corpus(), data.toy_vocabulary()
-    key = hashlib.sha256("\n".join(words + corpus).encode()).hexdigest()[:12]
-    folder = os.path.join(HF_HOME, "toy-bert", key + "-1")
+    folder = os.path.join(HF_HOME, "toy-bert", hashlib.sha256("\n".join(words + corpus).encode()).hexdigest()[:12])
     if os.path.exists(os.path.join(folder, "config.json")):
         return folder
     world.say("pre-training the toy model, once (about 30 s) ...")
