@@ -148,7 +148,7 @@ def load(args):
     for split in args.predict:
         unscored |= {s: read(task, s, args.task, args) for s in (task.test.split() if split == "test" else [split])}
     if args.test_file:
-        unscored = {"test": normalise(read_file(args.test_file, "--test_file"), task, args.test_file, text=True)}
+        unscored = {"test": normalise(read_file(args.test_file, "--test_file"), task, args.test_file)}
     return task, train, splits, load_eval(args, task), unscored
 
 
@@ -180,7 +180,7 @@ def read(task, split, name, args):
     """Rows of one split of a task of the table, by hub id, toy grammar or local file."""
     local = dict(f.split("=", 1) for f in args.local_file)
     if name in local:
-        return normalise(read_file(local[name], "--local_file"), task, local[name], text=True)
+        return normalise(read_file(local[name], "--local_file"), task, local[name])
     if not task.path:
         raise UserError(f"--task {name}: has no hub id; give its file as --local_file {name}=FILE ({task.where})")
     if task.path == "toy":
@@ -200,37 +200,31 @@ def read(task, split, name, args):
 
 
 def own_files(args):
-    """--train_file, --validation_file: csv, tsv, json or jsonl (also .gz), as (task, splits)."""
+    """--train_file and --validation_file as (task, splits). What kind of task it is, its labels tell."""
     if not (args.train_file and args.validation_file):
         raise UserError("--train_file and --validation_file: both are needed to train on your own data")
-    tables = {"train": read_file(args.train_file, "--train_file"),
-              "validation": read_file(args.validation_file, "--validation_file")}
-    have = tables["train"].column_names
-    columns = args.text_columns or next((c for c in (["text"], ["sentence1", "sentence2"], ["sentence"])
-                                         if set(c) <= set(have)), None)
+    files = {s: (getattr(args, f"{s}_file"), read_file(getattr(args, f"{s}_file"), f"--{s}_file")) for s in ("train", "validation")}
+    have = files["train"][1].column_names
+    columns = args.text_columns or next((c for c in (["text"], ["sentence1", "sentence2"], ["sentence"]) if set(c) <= set(have)), None)
     if columns is None:
-        raise UserError(f"--train_file {args.train_file}: no column text, or sentence1 and sentence2, among {have}; "
-                        "name yours with --text_columns")
-    for table, flag in ((tables["train"], "train"), (tables["validation"], "validation")):
-        for column, by in [(c, "--text_columns") for c in columns] + [(args.label_column, "--label_column")]:
+        raise UserError(f"--train_file {args.train_file}: no column text, or sentence1 and sentence2, among {have}; name yours with --text_columns")
+    for path, table in files.values():
+        for column, flag in [(c, "--text_columns") for c in columns] + [(args.label_column, "--label_column")]:
             if column not in table.column_names:
-                raise UserError(f"--{flag}_file {getattr(args, flag + '_file')}: no column {column!r} ({by}) among "
-                                f"{table.column_names}")
-    values = {s: [str(v) for v in t[args.label_column]] for s, t in tables.items()}
-    kinds = {s: "class" if all(v.lstrip("-").isdigit() for v in vs) or not all(map(is_float, vs)) else "float"
-             for s, vs in values.items()}
-    if "float" in kinds.values() and all(is_float(v) for vs in values.values() for v in vs):
+                raise UserError(f"{flag} {column}: no column {column!r} ({flag}) in {path}, which has {table.column_names}")
+    train, validation = ([str(v) for v in table[args.label_column]] for _, table in files.values())
+    whole = all(v.lstrip("-").isdigit() for v in train + validation)
+    if not whole and all(map(is_float, train + validation)):
         task = Task("custom", "", " ".join(columns), metrics="pearson spearman", label=args.label_column)
     else:
-        names = sorted(set(values["train"]), key=lambda v: (0, int(v), v) if v.lstrip("-").isdigit() else (1, 0, v))
-        unseen = sorted(set(values["validation"]) - set(names))
+        names = sorted(set(train), key=int if whole else None)
+        unseen = sorted(set(validation) - set(names))
         if unseen:
-            raise UserError(f"--validation_file {args.validation_file}: label {unseen[0]!r} is not in the training "
-                            f"file, which has {names[:20]}")
+            raise UserError(f"--validation_file {args.validation_file}: label {unseen[0]!r} is not in the training file, which has {names[:20]}")
         if len(names) < 2:
             raise UserError(f"--train_file {args.train_file}: all labels are {names[0]!r}; at least two are needed")
-        task = Task("custom", "", " ".join(columns), "\t".join(names), "accuracy", label=args.label_column)
-    return task, {s: normalise(t, task, getattr(args, s + "_file"), text=True) for s, t in tables.items()}
+        task = Task("custom", "", " ".join(columns), "\t".join(names), label=args.label_column)
+    return task, {s: normalise(table, task, path) for s, (path, table) in files.items()}
 
 
 def is_float(value):
@@ -266,44 +260,32 @@ def read_file(path, flag):
     return rows
 
 
-def normalise(rows, task, where, text=False):
-    """Keeps the text columns (strings) and "label": ids are mapped by name; text=True reads labels from their text."""
+def normalise(rows, task, where):
+    """Rows with the text columns as strings and "label": an index of the task's names, a float, or -1 where it is hidden."""
     import datasets
-    missing = [c for c in task.columns + [task.label] if c not in rows.column_names]
-    if task.label in missing and not missing[1:]:                       # a test set without labels
-        rows, missing = rows.add_column(task.label, [-1] * len(rows)), []
-    if missing:
-        raise UserError(f"{where}: no column {missing[0]!r} among {rows.column_names}")
-    feature, given = rows.features[task.label], rows[task.label]
-    names = task.label_names
-    if task.regression:
-        bad = next((i for i, v in enumerate(given) if not is_float(v if v is not None else "")), None)
-        labels = given
-    elif hasattr(feature, "names"):
-        order = None if feature.names == names else map_labels(feature.names, names)
-        labels = [v if v is None or v < 0 or order is None else order[v] for v in given]
-        bad = next((i for i, v in enumerate(labels) if v is None), None)
-    else:
-        ids = {n: i for i, n in enumerate(names)}
-        if not text and not isinstance(next(iter(given), ""), str):     # a column of ids
-            ids = {str(i): i for i in range(len(names))}
-        ids["-1"] = ids.get("-1", -1)
-        labels = [ids.get(str(v)) for v in given]
-        bad = next((i for i, v in enumerate(labels) if v is None), None)
-    if bad is not None:
-        allowed = "a number" if task.regression else f"one of {names[:20]}"
-        raise UserError(f"{where}: row {bad + 1}: label {given[bad]!r} must be {allowed}")
-    columns = {}
-    for column in task.columns:
-        cells = [" ".join(c) if isinstance(c, list) else c for c in rows[column]]
-        empty = next((i for i, c in enumerate(cells) if c is None), None)
-        if empty is not None:
-            raise UserError(f"{where}: row {empty + 1}: column {column!r} is missing")
-        columns[column] = [c if isinstance(c, str) else str(c) for c in cells]
-    kind = datasets.Value("float32" if task.regression else "int64")
-    features = datasets.Features({**{c: datasets.Value("string") for c in columns}, "label": kind})
-    return datasets.Dataset.from_dict({**columns, "label": [float(v) if task.regression else int(v) for v in labels]},
-                                      features=features)
+    if task.label not in rows.column_names and set(task.columns) <= set(rows.column_names):        # a test set without labels
+        rows = rows.add_column(task.label, [-1] * len(rows))
+    for column in task.columns + [task.label]:
+        if column not in rows.column_names:
+            raise UserError(f"{where}: no column {column!r} among {rows.column_names}")
+    names, given = task.label_names, rows[task.label]
+    own = getattr(rows.features[task.label], "names", names if task.path != "custom" else None)    # numbers are ids of these
+    index = {"-1": -1, **{n: i for i, n in enumerate(names)}}
+    index |= dict(zip(own or [], map_labels(own, names).tolist())) if names and own else {}
+    columns = {c: [" ".join(v) if isinstance(v, list) else v for v in rows[c]] for c in task.columns}
+    labels = []
+    for row, value in enumerate(given):
+        named = own[value] if own and isinstance(value, int) and 0 <= value < len(own) else str(value)
+        label = index.get(named) if names else float(value) if is_float(str(value)) else None
+        if label is None:
+            raise UserError(f"{where}: row {row + 1}: label {value!r} must be {f'one of {names[:20]}' if names else 'a number'}")
+        for column, cells in columns.items():
+            if cells[row] is None:
+                raise UserError(f"{where}: row {row + 1}: column {column!r} is missing")
+        labels.append(label)
+    features = {**{c: datasets.Value("string") for c in columns}, "label": datasets.Value("int64" if names else "float32")}
+    text = {c: [v if isinstance(v, str) else str(v) for v in cells] for c, cells in columns.items()}
+    return datasets.Dataset.from_dict({**text, "label": labels}, features=datasets.Features(features))
 
 
 # ---------------------------------------------------------------------------------------------------- tokenising
@@ -575,28 +557,26 @@ def main(argv=None):
     import argparse
     parser = argparse.ArgumentParser(description="Says what a task is.", allow_abbrev=False)
     parser.add_argument("task", help="a row of TASKS: " + " ".join(TASKS))
-    parser.add_argument("--model", default="", help="a tokenizer, to count tokens; without it, words are counted")
-    parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE")
+    parser.add_argument("--model", help="a tokenizer, to count tokens; without it, words are counted")
+    parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE", help="the file of a task without a hub id")
     args = parser.parse_args(argv)
     if args.task not in TASKS:
         raise UserError(f"task {args.task}: must be one of {' '.join(TASKS)}")
-    task = TASKS[args.task]
-    print(f"{args.task}: {task.path or 'a local file'} {task.config}\n  columns  {', '.join(task.columns)}; label "
-          f"{task.label}\n  labels   {', '.join(task.label_names) or 'a number'}\n  metrics  {task.metrics}")
+    task, count = TASKS[args.task], lambda texts: [len(t.split()) for t in texts]
+    if args.model:
+        from transformers import AutoTokenizer
+        count = lambda texts, read=AutoTokenizer.from_pretrained(args.model): [len(x) for x in read(texts)["input_ids"]]
+    print(f"{args.task}: {task.path or 'a local file'} {task.config}\n  columns  {', '.join(task.columns)}; label {task.label}\n"
+          f"  labels   {', '.join(task.label_names) or 'a number'}\n  metrics  {task.metrics}")
     for split in dict.fromkeys([task.train, *task.validation.split(), *task.test.split()]):
         try:
             rows = read(task, split, args.task, args)
         except UserError as error:
-            print(f"  {split:<9}{error}")
+            print(f"  {split}: {error}")
             continue
-        texts = [" ".join(row[c] for c in task.columns) for row in rows.select(range(min(len(rows), 5000)))]
-        if args.model:
-            from transformers import AutoTokenizer
-            lengths, unit = [len(x) for x in AutoTokenizer.from_pretrained(args.model)(texts)["input_ids"]], "tokens"
-        else:
-            lengths, unit = [len(t.split()) for t in texts], "words"
-        quantiles = ", ".join(f"{q}%: {int(np.quantile(lengths, q / 100))}" for q in (5, 50, 95, 100))
-        print(f"  {split:<9}{len(rows)} rows; {unit} at {quantiles}")
+        lengths = count([" ".join(row[c] for c in task.columns) for row in rows.select(range(min(len(rows), 5000)))])
+        print(f"  {split}: {len(rows)} rows; {'tokens' if args.model else 'words'} at "
+              + ", ".join(f"{q}%: {int(np.quantile(lengths, q / 100))}" for q in (5, 50, 95, 100)))
         for row in rows.select(range(min(3, len(rows)))):
             label = row["label"] if task.regression or row["label"] < 0 else task.label_names[row["label"]]
             print(f"    {label}: " + " | ".join(row[c][:160] for c in task.columns))
