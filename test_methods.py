@@ -2,6 +2,7 @@
 
     python -m pytest -q
 """
+import functools
 import glob
 import json
 import math
@@ -26,9 +27,10 @@ sys.path.insert(0, HERE)
 import common
 import data
 import r3f
+import tdt
 from common import UserError
 
-SCRIPTS = {"r3f": r3f}
+SCRIPTS = {"r3f": r3f, "tdt": tdt}
 torch.set_num_threads(2)
 
 
@@ -51,10 +53,12 @@ ARCHITECTURES = {
     "llama": ("LlamaConfig", DECODER | {"num_key_value_heads": 4})}
 
 
-def tiny(name="bert", num_labels=3, dropout=True, seed=0):
+def tiny(name="bert", num_labels=3, dropout=True, seed=0, spread=None):
+    """A random model in train mode. spread: of its weights at the start; large, it makes small faults in a loss visible."""
     torch.manual_seed(seed)
     kind, settings = ARCHITECTURES[name]
     config = getattr(transformers, kind)(**settings, num_labels=num_labels)
+    config.initializer_range = spread or config.initializer_range
     if not dropout:
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
@@ -279,6 +283,349 @@ def test_r4f_spectral_norm(name, tmp_path):
     assert all(hasattr(m, "parametrizations") for m in heads)                # the model itself is untouched
 
 
+# ---------------------------------------------------------------------------------------------------- TDT
+
+TDT_ARCHITECTURES = [name for name in ARCHITECTURES if name != "bart"]
+
+
+def spread(name="bert", num_labels=3):
+    return tiny(name, num_labels, dropout=False, spread=0.5)
+
+
+def wide(module):
+    """Confidences well apart, so that a fault in them shows."""
+    torch.nn.init.normal_(module.confidence_layer.weight, std=0.8, generator=torch.Generator().manual_seed(2))
+    torch.nn.init.constant_(module.confidence_layer.bias, 0.3)
+    return module.train()
+
+
+def numpy_logits(model, e, mask):
+    """What a BERT makes of the embedding layer's output e, by replacing it."""
+    handle = model.base_model.embeddings.register_forward_hook(lambda *_: torch.tensor(e, dtype=torch.float32))
+    with torch.no_grad():
+        out = model(input_ids=torch.zeros(e.shape[:2], dtype=torch.long), attention_mask=mask).logits.numpy().astype(float)
+    handle.remove()
+    return out
+
+
+def numpy_tdt(module, labels, inputs, perturbable=None):
+    """Eq. 2-7 in numpy, sentence by sentence, for both variants: (loss, stats)."""
+    model, paper = module.model, module.variant == "paper"
+    with torch.no_grad():
+        e = model.base_model.embeddings(inputs["input_ids"]).numpy().astype(float)
+    real, y = inputs["attention_mask"].numpy().astype(bool), labels.numpy()
+    w, b = module.confidence_layer.weight.detach().numpy()[0].astype(float), float(module.confidence_layer.bias.detach())
+    pos, neg, norms = e.copy(), e.copy(), []
+    for i in range(len(e)):
+        mu = {"mean": (e[i][real[i]] if paper else e[i]).mean(0), "zero": np.zeros(e.shape[-1])}[module.mu0]
+        c = np.zeros(e.shape[1])
+        for j in np.flatnonzero(real[i]):
+            c[j] = 1 / (1 + np.exp(-(e[i, j] @ w + b)))                            # Eq. 2
+            if perturbable is not None and not perturbable[i, j]:
+                c[j] = 1
+                continue
+            pos[i, j] = c[j] * e[i, j] + (1 - c[j]) * mu                           # Eq. 3
+            neg[i, j] = (1 - c[j]) * e[i, j]                                       # Eq. 5
+        norms.append(np.sqrt((c ** 2).sum()))
+    p, p_pos, p_neg = (numpy_logits(model, x, inputs["attention_mask"]) for x in (e, pos, neg))
+    if p.shape[1] == 1:
+        ce = lambda x: np.mean((x[:, 0] - y) ** 2)
+        d = lambda a, b: (a[:, 0] - b[:, 0]) ** 2
+    else:
+        ce = lambda x: -np.mean(np.log(softmax(x)[np.arange(len(y)), y]))
+        d = lambda a, b: (softmax(a) * np.log(softmax(a) / softmax(b))).sum(1)
+    if paper:
+        l_c = ce(p_pos) + module.gamma * np.mean(norms)                            # Eq. 4
+        l_r = np.maximum(module.margin + d(p_pos, p) - d(p_neg, p) - d(p_neg, p_pos), 0).mean()              # Eq. 6
+    else:
+        mean, l_c = (lambda x: x.mean() / p.shape[1]), ce(p_pos)
+        l_r = max(module.margin + mean(d(p, p_pos)) - 0.5 * mean(d(p, p_neg)) - 0.5 * mean(d(p_pos, p_neg)), 0)
+    return ce(p) + module.alpha * l_c + module.beta * l_r, {"ce": ce(p), "ce_pos": ce(p_pos), "l_c": l_c, "l_r": l_r}  # Eq. 7
+
+
+def test_tdt_triplet_loss_by_hand():
+    """P = (1/4, 3/4), P+ = (1/2, 1/2), P- = (3/4, 1/4): 2 + ln(4/3)/2 - ln(3)/2 - (3 ln(3)/4 - ln 2) = 2 + 2 ln 2 - 7 ln(3)/4."""
+    ln3 = float(np.log(3))
+    got = tdt.triplet_loss(torch.tensor([[0, ln3]]), torch.tensor([[0.0, 0]]), torch.tensor([[ln3, 0]]), 2.0)
+    assert got.shape == (1,) and got.item() == pytest.approx(1.463723, abs=1e-6)
+    assert tdt.triplet_loss(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([[4.0]]), 20.0).item() == 20 + 1 - 4 - 9
+    assert tdt.triplet_loss(torch.tensor([[0.0]]), torch.tensor([[0.0]]), torch.tensor([[9.0]]), 2.0).item() == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"mu0": "zero", "gamma": 0.5}, {"variant": "released"}, {"alpha": 0.0}, {"beta": 0.0},
+                                     {"margin": 0.3, "alpha": 4.0, "beta": 0.5}, {"labels": 1, "margin": 0.1},
+                                     {"labels": 1, "variant": "released", "margin": 0.5}], ids=str)
+def test_tdt_equals_numpy(options):
+    options = dict(options)
+    model = spread(num_labels=options.pop("labels", 3))
+    module, (labels, inputs) = wide(tdt.TDT(model, **options)), batch()
+    labels = labels.float() if model.config.num_labels == 1 else labels
+    loss, stats = module(labels, **inputs)
+    want, terms = numpy_tdt(module, labels, inputs)
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+    for key in ["ce", "ce_pos", "l_c"] + ["l_r"] * (module.beta > 0):
+        assert stats[key].item() == pytest.approx(terms[key], rel=1e-4, abs=1e-6), key
+    assert not any(v.requires_grad for v in stats.values())
+    loss.backward()
+    assert torch.isfinite(module.confidence_layer.weight.grad).all()
+
+
+def test_tdt_perturbable_tokens_alone_change():
+    model = spread()
+    module, (labels, inputs) = wide(tdt.TDT(model, gamma=0.3)), batch()
+    allowed = inputs["input_ids"] % 2 == 0
+    assert module(labels, perturbable=allowed, **inputs)[0].item() == pytest.approx(numpy_tdt(module, labels, inputs, allowed)[0], rel=1e-5)
+    none = module(labels, perturbable=torch.zeros_like(allowed), **inputs)[1]
+    assert none["ce"].item() == pytest.approx(none["ce_pos"].item(), rel=1e-6) and none["l_r"].item() == pytest.approx(2, rel=1e-5)
+
+
+def test_tdt_confidence():
+    model = spread()
+    for hard in (False, True):
+        module, (labels, inputs) = wide(tdt.TDT(model, hard=hard, mask_token_id=4)), batch()
+        c, real = module.confidence(**inputs), inputs["attention_mask"].bool()
+        assert c.shape == real.shape and (c[~real] == 0).all() and ((c[real] > 0) & (c[real] < 1)).all()
+        z = model.bert.embeddings(inputs["input_ids"]) @ module.confidence_layer.weight[0] + module.confidence_layer.bias
+        torch.testing.assert_close(c[real], torch.sigmoid(z)[real])
+        stats = module(labels, **inputs)[1]
+        assert stats["confidence"].item() == pytest.approx(c[real].mean().item(), rel=1e-5)
+        assert stats["confidence_std"].item() == pytest.approx(c[real].std(correction=0).item(), rel=1e-4)
+
+
+def test_tdt_hard_puts_mask_and_its_complement():
+    """Saturated confidences leave no chance to the draw: even tokens kept, odd ones dropped, [MASK] at their positions."""
+    model = spread()
+    labels, inputs = batch()
+    module = tdt.TDT(model, hard=True, mask_token_id=4, gamma=0.0).train()
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    keep = ids % 2 == 0
+    with torch.no_grad():
+        plain = lambda x: model(input_ids=x, attention_mask=inputs["attention_mask"]).logits
+        pos, neg = ids.masked_fill(real & ~keep, 4), ids.masked_fill(real & keep, 4)
+        want = [plain(ids), plain(pos), plain(neg)]
+    module.score = lambda e: torch.where(keep, 200.0, -200.0) + 0 * module.confidence_layer(e).squeeze(-1)
+    got, c, p, may = module.passes(3, **inputs)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert torch.equal(c, (keep & real).float())
+
+
+def test_tdt_hard_draws_with_probability_sigmoid_z():
+    model = spread()
+    labels, inputs = batch()
+    module = wide(tdt.TDT(model, hard=True, mask_token_id=4))
+    torch.manual_seed(0)
+    kept = torch.stack([module.passes(2, **inputs)[1].detach() for _ in range(400)])
+    assert ((kept < 1e-5) | ((kept - 1).abs() < 1e-5)).all()
+    torch.testing.assert_close(kept.mean(0), module.confidence(**inputs).detach(), atol=0.1, rtol=0)
+    module.zero_grad()
+    module(labels, **inputs)[0].backward()
+    assert module.confidence_layer.weight.grad.abs().max() > 0
+
+
+def test_tdt_without_weights_is_plain_and_costs_one_pass():
+    model = spread()
+    labels, inputs = batch()
+    sizes = []
+    handle = model.register_forward_pre_hook(lambda m, a, k: sizes.append(len(k["input_ids"])), with_kwargs=True)
+    want = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
+    for options, views in (({"alpha": 0, "beta": 0}, 1), ({"beta": 0}, 2), ({"alpha": 0}, 3), ({}, 3)):
+        sizes.clear()
+        loss, stats = wide(tdt.TDT(model, **options))(labels, **inputs)
+        assert sizes == [4 * views]
+        torch.testing.assert_close(stats["ce"], want.detach())
+    torch.testing.assert_close(tdt.TDT(model, 0, 0).train()(labels, **inputs)[0], want)
+    sizes.clear()
+    torch.testing.assert_close(tdt.TDT(model).eval()(labels, **inputs)[0], want)                       # eval: nothing perturbed
+    assert sizes == [4]
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "gpt2", "xlnet"])
+@pytest.mark.parametrize("hard", [False, True])
+def test_tdt_padding_never_changes_a_loss(name, hard):
+    left = name == "xlnet"
+    model = spread(name)
+    module, (labels, inputs) = wide(tdt.TDT(model, hard=hard, mask_token_id=4)), batch(name)
+    if hard:                                                                        # no draw: its noise has the batch's shape
+        module.score = lambda e, score=module.score: 1e4 * score(e)
+    pad = (3, 0) if left else (0, 3)
+    more = {k: torch.nn.functional.pad(v, pad, value=(model.config.pad_token_id or 0) if k == "input_ids" else 0) for k, v in inputs.items()}
+    torch.testing.assert_close(module(labels, **inputs)[0], module(labels, **more)[0], atol=2e-5, rtol=1e-5)
+    if name == "bert" and not hard:                                                 # and in the authors' code it does
+        module.variant = "released"
+        assert abs(module(labels, **inputs)[0] - module(labels, **more)[0]) > 1e-4
+
+
+def test_tdt_views_share_the_embedding_dropout():
+    """With dropout in the embeddings alone and c = 1 everywhere, H and H+ are the same."""
+    model = spread()
+    model.bert.embeddings.dropout.p = 0.5
+    module, (labels, inputs) = wide(tdt.TDT(model)), batch()
+    torch.nn.init.constant_(module.confidence_layer.bias, 1e4)
+    logits, c, *_ = module.passes(3, **inputs)
+    torch.testing.assert_close(logits[0], logits[1])
+    assert (logits[0] - logits[2]).abs().max() > 1e-3
+    assert (module.passes(2, **inputs)[0][0] - logits[0]).abs().max() > 1e-3        # another draw, another mask
+
+
+def test_tdt_losses_are_fp32_under_autocast():
+    model = spread()
+    module, (labels, inputs) = wide(tdt.TDT(model)), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, stats = module(labels, **inputs)
+        c = module.confidence(**inputs)
+    assert loss.dtype == torch.float32 and all(v.dtype == torch.float32 for v in stats.values())
+    assert loss.item() == pytest.approx(numpy_tdt(module, labels, inputs)[0], rel=0.05)
+    torch.testing.assert_close(c, module.confidence(**inputs), atol=1e-6, rtol=1e-6)
+
+
+def test_tdt_wrong_arguments():
+    model = spread()
+    for options in ({"mu0": "max"}, {"variant": "x"}, {"alpha": -1}, {"tau": 0}, {"hard": True}):
+        with pytest.raises(ValueError):
+            tdt.TDT(model, **options)
+
+
+@pytest.mark.parametrize("name", TDT_ARCHITECTURES)
+def test_tdt_architectures(name):
+    model = spread(name)
+    labels, inputs = batch(name)
+    for hard in (False, True):
+        module = wide(tdt.TDT(model, hard=hard, mask_token_id=4))
+        loss, stats = module(labels, **inputs)
+        loss.backward()
+        assert module.confidence_layer.weight.grad.abs().max() > 0
+        assert (stats["ce"] - stats["ce_pos"]).abs() > 1e-4                         # the perturbation arrives
+        assert not any(m._forward_hooks for m in model.modules())
+        none = module(labels, perturbable=torch.zeros_like(inputs["input_ids"]), **inputs)[1]
+        torch.testing.assert_close(none["ce"], none["ce_pos"], atol=1e-5, rtol=1e-4)   # and nothing else does
+
+
+def test_tdt_where_it_cannot_arrive():
+    config = transformers.BartConfig(vocab_size=60, num_labels=3, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                          decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=40)
+    with pytest.raises(ValueError, match="decoder"):
+        tdt.TDT(transformers.AutoModelForSequenceClassification.from_config(config))
+    model = spread()
+    labels, inputs = batch()
+    module = tdt.TDT(model).train()
+    module.embedding_layer = lambda: torch.nn.Embedding(60, 16)                     # one that the model never calls
+    with pytest.raises(RuntimeError, match="did not arrive"):
+        module(labels, **inputs)
+    module.embedding_layer = lambda: model.bert.embeddings.token_type_embeddings
+    model.bert.embeddings.token_type_embeddings.register_forward_hook(lambda m, a, x: x)
+    model.bert.embeddings.register_forward_pre_hook(lambda m, a, k: (a, {**k, "token_type_ids": k["input_ids"][:1] * 0}), with_kwargs=True)
+    with pytest.raises(RuntimeError, match="not once for"):                         # called, but for other rows than the tokens
+        module(labels, **inputs)
+
+
+def test_tdt_recipes_of_table_7():
+    import common
+    parse = lambda *argv: common.parse(tdt.flags(), list(argv), tdt.recipe)
+    got = lambda a: (a.batch_size, a.max_steps, a.warmup, a.lr)
+    assert got(parse("--task", "mnli")) == (128, 10000, 1000, 4e-5)
+    assert got(parse("--task", "cola")) == (64, 2000, 200, 2e-5)
+    assert got(parse("--task", "cola", "--model", "google-bert/bert-large-uncased")) == (32, 3000, 300, 2e-5)
+    assert got(parse("--task", "rte", "--model", "FacebookAI/roberta-large")) == (64, 2000, 100, 2e-5)
+    assert got(parse("--task", "mnli", "--model", "FacebookAI/roberta-large")) == (64, 10000, 1000, 2e-5)
+    assert got(parse("--task", "ocnli")) == (64, 3000, 300, 4e-5)
+    assert got(parse("--task", "ocnli", "--model", "hfl/chinese-macbert-large")) == (32, 3000, 300, 1e-5)
+    assert got(parse("--task", "tnews", "--model", "hfl/chinese-macbert-large")) == (64, 5000, 300, 1e-5)
+    assert "chinese" in parse("--task", "csl").model and parse("--task", "sst2").grad_clip == 1.0
+
+
+def test_tdt_damage():
+    """Two rows, [CLS] a b c d [SEP] and [CLS] e f [SEP]; half of each row's words go."""
+    ids, row = np.array([1, 10, 11, 12, 13, 2, 1, 14, 15, 2]), np.repeat([0, 1], [6, 4])
+    words, c = ids > 2, np.array([0.9, 0.1, 0.4, 0.3, 0.2, 0.9, 0.9, 0.5, 0.6, 0.9], np.float32)
+    run = functools.partial(tdt.damage, ids, row, words, mask=3)
+    assert run("highest", 0.5, 0, c).tolist() == [1, 10, 3, 3, 13, 2, 1, 14, 3, 2]
+    assert run("lowest", 0.5, 0, c).tolist() == [1, 3, 11, 12, 3, 2, 1, 3, 15, 2]
+    assert run("highest", 0.0, 0, c).tolist() == ids.tolist()
+    masks = [run("[MASK]", 0.5, draw, None) for draw in range(20)]
+    assert all((m[words] == 3).sum() == 3 and (m[~words] == ids[~words]).all() for m in masks) and len({m.tobytes() for m in masks}) > 5
+    for draw in range(20):
+        other = run("other word", 1.0, draw, None)
+        assert set(other[1:5]) <= {10, 11, 12, 13} and set(other[7:9]) <= {14, 15} and (other[~words] == ids[~words]).all()
+
+
+def test_tdt_a_word_has_the_largest_confidence_of_its_pieces():
+    tokenizer = transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] un ##bear ##able plot !".split())})
+
+    class Module:
+        confidence = staticmethod(lambda **inputs: torch.tensor([[0.99, 0.2, 0.7, 0.3, 0.4, 0.1, 0.98]]))
+    words = tdt.explain(Module, tokenizer, "Unbearable  plot!", 32, type("World", (), {"put": staticmethod(lambda x: x)}))
+    assert [(w, round(c, 2), part) for w, c, part in words] == [("Unbearable", 0.7, 0), ("plot", 0.4, 0), ("!", 0.1, 0)]
+
+
+def test_tdt_page_escapes():
+    html = tdt.page([[["<script>", 0.2, 0], ["&", 0.9, 1]]], "a < b", 0.2, 0.9)
+    assert "<script" not in html and "&lt;script&gt;" in html and "&amp;" in html and "a &lt; b" in html and "http" not in html
+
+
+@pytest.fixture(scope="module")
+def tdt_toy(tmp_path_factory):
+    """A tiny BERT over the toy words and a folder of finished runs of std, tdt and tdt-hard."""
+    import data
+    folder = tmp_path_factory.mktemp("tdt")
+    words = data.toy_vocabulary()
+    tokenizer = transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=64)
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                             max_position_embeddings=64)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = data.toy_rows("film", "train")
+    for name, n in (("train", 64), ("validation", 40)):
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps({"text": r["text"], "label": "ab"[r["label"]]}) + "\n" for r in rows.select(range(n)))
+    argv = ["--train_file", f"{folder}/train.jsonl", "--validation_file", f"{folder}/validation.jsonl", "--model", f"{folder}/model",
+            "--output_dir", f"{folder}/runs", "--batch_size", "16", "--max_steps", "6", "--lr", "1e-3", "--method", "std", "tdt", "tdt-hard"]
+    results = tdt.main(argv)
+    return folder, argv, results
+
+
+def test_tdt_runs_save_plain_models(tdt_toy):
+    folder, argv, results = tdt_toy
+    assert [r["method"] for r in results] == ["std", "tdt", "tdt-hard"]
+    for method in ("std", "tdt"):
+        saved = folder / "runs" / "custom" / f"{method}-0"
+        _, info = transformers.AutoModelForSequenceClassification.from_pretrained(saved / "model", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert (saved / "model" / "confidence.pt").exists() == (method == "tdt")
+    log = [json.loads(line) for line in open(folder / "runs" / "custom" / "tdt-0" / "log.jsonl")]
+    assert {"ce", "ce_pos", "l_c", "l_r", "confidence", "confidence_std"} <= set(log[-1])
+
+
+def test_tdt_analyses_of_finished_runs(tdt_toy, capsys):
+    folder, argv, _ = tdt_toy
+    stamp = os.stat(folder / "runs" / "custom" / "std-0" / "results.json").st_mtime_ns
+    tdt.main(argv + ["--drop", "--perturb", "--draws", "2", "--rates", "0.5", "--confidences"])
+    assert os.stat(folder / "runs" / "custom" / "std-0" / "results.json").st_mtime_ns == stamp      # nothing is trained again
+    saved = folder / "runs" / "custom" / "tdt-0"
+    drop, perturb, spread = (json.load(open(saved / f"{name}.json")) for name in ("drop", "perturb", "confidences"))
+    assert set(drop["values"]) == {f"{m}, {by}" for m in ("std", "tdt", "tdt-hard") for by in ("highest", "lowest")}
+    assert drop["values"]["std, highest"]["0.0"] == drop["values"]["std, lowest"]["0.0"]
+    assert len(perturb["values"]["tdt, [MASK]"]["0.5"]) == 2
+    assert sum(spread["counts"]) == spread["tokens"] and 0 < spread["mean"] < 1
+    assert "std, highest" in capsys.readouterr().out
+
+
+def test_tdt_explains_from_a_folder_alone(tdt_toy, capsys, tmp_path):
+    folder, _, _ = tdt_toy
+    saved = str(folder / "runs" / "custom" / "tdt-0")
+    (tmp_path / "texts").write_text("really boring plot .\n\ngreat cast", encoding="utf-8")
+    tdt.main(["--run", saved, "--explain", "great plot ||| dull ending", "--explain_file", str(tmp_path / "texts")])
+    out, items = capsys.readouterr().out, json.load(open(os.path.join(saved, "explain.json")))
+    assert [[w for w, _, _ in item["words"]] for item in items] == [["great", "plot", "dull", "ending"], ["really", "boring", "plot", "."], ["great", "cast"]]
+    assert [part for _, _, part in items[0]["words"]] == [0, 0, 1, 1] and all(0 < c < 1 for item in items for _, c, _ in item["words"])
+    assert "\x1b" not in out and f"great {items[0]['words'][0][1]:.2f}" in out
+    module = tdt.TDT(transformers.AutoModelForSequenceClassification.from_pretrained(saved + "/model")).eval()
+    module.confidence_layer.load_state_dict(torch.load(saved + "/model/confidence.pt", weights_only=True))
+    ids = transformers.AutoTokenizer.from_pretrained(saved + "/model")("great cast", return_tensors="pt")
+    assert [c for _, c, _ in items[2]["words"]] == pytest.approx(module.confidence(**ids)[0, 1:3].tolist(), abs=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------- data
 
 def test_metrics_by_hand():
@@ -414,7 +761,7 @@ def test_layers_are_not_reversed():
         assert not re.search(r"\b(import|from) (r3f|tdt|gtuning)\b", text) and not re.search(r"\b(r4f|tdt-hard|discriminator|triplet)\b", text), name
 
 
-@pytest.mark.parametrize("script, method", [("r3f", "std"), ("r3f", "r3f"), ("r3f", "r4f")])
+@pytest.mark.parametrize("script, method", [("r3f", "std"), ("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt"), ("tdt", "tdt-hard")])
 def test_same_command_same_bits(script, method, tiny_folder, tmp_path, cache):
     a, b = (run(script, tiny_folder, tmp_path / x, "--method", method) for x in "ab")
     assert a[0]["metrics"] == b[0]["metrics"] and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
@@ -422,7 +769,7 @@ def test_same_command_same_bits(script, method, tiny_folder, tmp_path, cache):
     assert log[-1]["step"] == 12 and {"loss", "lr", "epoch", "examples_per_second"} <= log[-1].keys()
 
 
-@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("r3f", "r4f")])
+@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt")])
 def test_stopped_and_resumed_is_bit_for_bit(script, method, tiny_folder, tmp_path, cache, monkeypatch):
     """A run that ends with an exception at two moments and is resumed ends as one that was not; so does the best state."""
     more = ["--method", method, "--save_every", 3, "--eval_every", 4, "--log_every", 2]
@@ -510,7 +857,7 @@ def test_other_flags_are_refused(tiny_folder, tmp_path, cache):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--overwrite")
 
 
-@pytest.mark.parametrize("script, method", [("r3f", "r3f")])
+@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt")])
 def test_two_processes_end_like_one(script, method, tiny_folder, tmp_path, cache):
     """Dropout off, eps 0: one process, and two with micro-batches, end within 1e-5."""
     config = json.load(open(os.path.join(tiny_folder, "config.json")))
@@ -646,6 +993,10 @@ BAD = [  # arguments (files by name, written by the test), what the line must co
     ("r3f", ["--train_file", "one.csv", "--validation_file", "one.csv"], "all labels are"),
     ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--batch_size", "64"], "--batch_size 64: must be at most the 40"),
     ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--test_file", "other.csv"], "other.csv: no column 'text'"),
+    ("tdt", ["--alpha", "-1"], "--alpha: must be"), ("tdt", ["--mu0", "max"], "--mu0: invalid choice"), ("tdt", ["--tau", "0"], "--tau: must be a number above 0"),
+    ("tdt", ["--rates", "2"], "--rates: must be"), ("tdt", ["--run", "nowhere", "--drop"], "--run nowhere: must be the folder of a finished run"),
+    ("tdt", ["--method", "std", "--drop"], "need a run of tdt"), ("tdt", ["--explain_file", "nowhere"], "--explain_file"), ("tdt", ["--lam", "1"], "unrecognized arguments: --lam"),
+    ("tdt", ["--method", "r3f"], "--method: invalid choice: 'r3f'"), ("tdt", ["--margin", "nan"], "--margin: must be"), ("tdt", ["--draws", "0"], "--draws: must be"),
 ]
 
 
