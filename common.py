@@ -84,7 +84,7 @@ def parser(doc, methods, default_methods):
     g.add_argument("--eval_tasks", nargs="+", metavar="NAME", help="also test on these tasks (NAME or NAME:SPLIT)")
     g.add_argument("--predict", nargs="+", default=[], metavar="SPLIT", help="write predictions-SPLIT.tsv, as GLUE wants it")
     g.add_argument("--max_length", type=number(int, 4), metavar="N", help="tokens a row (512, or the model's limit)")
-    g.add_argument("--batching", default="length", choices=["length", "random", "padded"], help="the last two to compare")
+    g.add_argument("--batching", nargs="+", default=["length"], choices=["length", "random", "padded"], help="several: --profile compares")
     g = p.add_argument_group("model")
     g.add_argument("--model", metavar="NAME_OR_PATH", help="hub id or folder (the paper's)")
     g.add_argument("--init_from", default="", metavar="RUN", help="start from a finished run's encoder, with a fresh head")
@@ -138,6 +138,8 @@ def parse(p, argv, recipe):
     args = p.parse_args(argv)
     args.task, args.by_hand, args.seeds, args.method = task, by_hand, [*dict.fromkeys(args.seeds)], [*dict.fromkeys(args.method)]
     args.max_steps = None if "epochs" in by_hand else args.max_steps
+    if len(args.batching) > 1 and not args.profile:
+        raise UserError(f"--batching {' '.join(args.batching)}: must be one of them, but for --profile")
     if args.eval_tasks is None:
         args.eval_tasks = {"toy": ["toy-food"], "xnli": ["xnli"], "paws-x": ["paws-x"]}.get(task, [])
     if args.text_columns and len(args.text_columns) > 2:
@@ -193,9 +195,9 @@ class World:
         """Tensors on the device; on a GPU the copy does not wait."""
         return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in inputs.items()} if self.gpu else inputs
 
-    def ddp(self, module):
+    def ddp(self, module, compile=True):
         """The module, compiled if asked for, its gradients averaged over the processes. (Some models leave a weight unused.)"""
-        module = torch.compile(module, dynamic=True) if self.compile else module
+        module = torch.compile(module, dynamic=True) if self.compile and compile else module
         if self.size == 1:
             return module
         return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
@@ -317,10 +319,12 @@ def prepare(args, world, check=lambda task: None, **how):
     return setup
 
 
-def build_batches(setup, args, seed, world):
-    rows = data.subset(setup.train.labels, args.train_samples, seed, setup.task.regression) if args.train_samples else None
+def build_batches(setup, args, seed, world, batching=None):
+    """The training batches of one seed; for --profile N those of N batches' rows, the same ones in every order."""
+    n = args.profile * args.batch_size or args.train_samples
+    rows = data.subset(setup.train.labels, min(n, len(setup.train)), seed, setup.task.regression) if n else None
     return data.Batches(setup.train, args.batch_size, seed, setup.pad, world.rank, world.size, args.micro_batch_size, rows,
-                        args.batching, args.max_length)
+                        batching or args.batching[0], args.max_length)
 
 
 def build_optimizer(module, args, steps):
@@ -334,27 +338,28 @@ def build_optimizer(module, args, steps):
     return optimizer, polynomial(optimizer, warmup, steps, lr_end=0.0, power=1.0)
 
 
-def backward(module, batch, world):
-    """Adds the gradient of the batch's mean loss, micro-batch by micro-batch. Returns (loss, stats), both means."""
+def backward(module, batch, world, **more):
+    """Adds the gradient of the batch's mean loss, micro-batch by micro-batch. Returns (loss, stats), both means.
+    more: goes to the module as it is."""
     count, total = sum(len(inputs["labels"]) for inputs in batch), {}
     for i, inputs in enumerate(batch):
         share = len(inputs["labels"]) / count
         last = i == len(batch) - 1 or world.size == 1                    # the processes average once a step
         with contextlib.nullcontext() if last else module.no_sync():
             with world.autocast():
-                loss, stats = module(**world.put(inputs))
+                loss, stats = module(**world.put(inputs), **more)
             (loss * share).backward()
         for key, value in {"loss": loss.detach(), **stats}.items():
             total[key] = total.get(key, 0) + value * share
     return total.pop("loss"), total
 
 
-def predict(forward, module, split, pad, world):
+def predict(forward, module, split, setup, world):
     """Logits of every row, each from one process: numpy (n, C). forward(**inputs) -> (B, C)."""
     module.eval()
-    logits = np.zeros((len(split), module.config.num_labels), np.float32)
+    logits = np.zeros((len(split), len(setup.task.label_names) or 1), np.float32)
     with torch.inference_mode(), world.autocast():
-        for rows, inputs in data.eval_batches(split, pad, world.rank, world.size):
+        for rows, inputs in data.eval_batches(split, setup.pad, world.rank, world.size):
             inputs.pop("labels")
             logits[rows] = forward(**world.put(inputs)).float().cpu().numpy()
     module.train()
@@ -363,7 +368,7 @@ def predict(forward, module, split, pad, world):
 
 def evaluate(forward, module, sets, setup, world):
     """{set: {metric: value}} for sets {name: (task, split)}; the first metric of the first set is the main one."""
-    return {name: data.score(task, setup.task, predict(forward, module, split, setup.pad, world), split.labels)
+    return {name: data.score(task, setup.task, predict(forward, module, split, setup, world), split.labels)
             for name, (task, split) in sets.items()}
 
 
@@ -426,14 +431,14 @@ class Run:
                         disable=self.world.rank > 0 or not sys.stderr.isatty())
         self.saved, self.spoke, self.flushed = time.monotonic(), -math.inf, (self.step, self.seconds)
 
-    def steps(self, until, batches=None):
-        """(step, batches[step]) up to step `until`. Each step has a random seed of its own, so any can be the first one
+    def steps(self, until, batches=None, shift=0):
+        """(step, batches[step - shift]) up to step `until`. Each step has a random seed of its own, so any can be the first one
         again; between two steps come the checkpoints, and the end on a signal."""
-        self.rows_of = getattr(batches, "rows", None)
+        self.rows_of = batches and (lambda step: batches.rows(step - shift))
         while self.step < until:
             start, signals["in_step"] = time.monotonic(), True
             torch.manual_seed(int(np.random.SeedSequence([self.seed, self.step, self.world.rank]).generate_state(1)[0]))
-            yield self.step, batches[self.step] if batches else None
+            yield self.step, batches and batches[self.step - shift]
             self.step += 1
             self.seconds += time.monotonic() - start
             self.bar.update()
@@ -463,7 +468,6 @@ class Run:
             return
         pending, self.pending = self.pending, []
         keys = list(pending[-1][1])
-        pending = [p for p in pending if list(p[1]) == keys]             # (a new phase may log other terms)
         values = torch.stack([torch.stack([terms[k].float() for k in keys]) for _, terms, _ in pending])
         values = self.world.total(values.double().cpu().numpy()) / self.world.size
         for (step, _, _), row in zip(pending, values):
@@ -532,7 +536,7 @@ class Run:
     def predict(self, forward, module, setup):
         """Writes predictions-SPLIT.tsv for every split that --predict and --test_file name."""
         for split, rows in setup.unscored.items():
-            logits, path = predict(forward, module, rows, setup.pad, self.world), os.path.join(self.folder, f"predictions-{split}.tsv")
+            logits, path = predict(forward, module, rows, setup, self.world), os.path.join(self.folder, f"predictions-{split}.tsv")
             if self.world.rank == 0:
                 with self.guard(path):
                     data.write_predictions(path, setup.task, logits)
@@ -594,35 +598,41 @@ def report(world, results, args, start):
     return results
 
 
-def profile(world, args, batches, steps):
-    """Times N steps of each of `steps` {name: step(batch)} after a warm-up, in turn on the same batches: medians.
-    FLOPs are torch's count; beside them stands what this machine does in a large matrix product."""
+def profile(world, args, rows):
+    """Times `rows` {name: (batches, step)}, all over the same rows of data, by step(batches[i]): once to warm up and to
+    count FLOPs, then three times in turn; a batch's time is the median of the three, a row's the mean over its batches."""
     from torch.utils.flop_counter import FlopCounterMode
     def timed(call, *inputs):
         wait = torch.cuda.synchronize if world.gpu else lambda: None
         start = (wait(), time.perf_counter())[1]
         call(*inputs)
         return (wait(), time.perf_counter())[1] - start
+    def whole(batches, step, i):
+        step(batches[i])
     n, dtype = 8192 if world.gpu else 1536, torch.bfloat16 if world.bf16 else torch.float32
     a = torch.randn(n, n, device=world.device, dtype=dtype)
     peak = 2 * n**3 / min(timed(torch.matmul, a, a) for _ in range(8))                         # FLOP/s
-    seconds, flops, memory = ({name: [] for name in steps} for _ in range(3))
-    for batch in (batches[i] for i in range(args.profile + 3)):
-        for name, step in steps.items():
-            torch.cuda.reset_peak_memory_stats() if world.gpu else None
-            seconds[name].append(timed(step, batch))
-            memory[name].append(world.peak_memory())
-            with FlopCounterMode(display=False) as counter:
-                step(batch)
-            flops[name].append(counter.get_total_flops())
-    world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.batching} batching, {args.profile} steps, {world}, {str(dtype)[6:]}; "
-              f"matrix product of {n}: {peak / 1e9:.0f} GFLOP/s\n{'method':<18} {'ms/step':>8} {'examples/s':>10} {'tokens/s':>9} {'real':>6} "
-              f"{'GFLOP/s':>8} {'of peak':>8} {'MB':>6} {'cost':>6}")
-    base, tokens = np.array(seconds[next(iter(steps))][3:]), batches.real * world.size / (args.profile + 3)
-    for name in steps:
-        t, rate = np.array(seconds[name][3:]), np.median(np.array(flops[name]) / np.array(seconds[name]))
-        world.say(f"{name:<18} {1e3 * np.median(t):8.1f} {args.batch_size / np.median(t):10.1f} {tokens / np.median(t):9.0f} "
-                  f"{batches.real / batches.computed:6.1%} {rate / 1e9:8.1f} {rate / peak:8.1%} {max(memory[name]):6.0f} {np.median(t / base):6.2f}")
+    seconds, flops, memory = {name: np.zeros((3, args.profile)) for name in rows}, {}, {}
+    for name, (batches, step) in rows.items():
+        torch.cuda.reset_peak_memory_stats() if world.gpu else None
+        batches.load_state_dict({"real": 0, "computed": 0})
+        with FlopCounterMode(display=False) as counter:
+            for i in range(args.profile):
+                whole(batches, step, i)
+        flops[name], memory[name], tokens = counter.get_total_flops() / args.profile, world.peak_memory(), batches.state_dict()
+        rows[name] = batches, step, tokens
+    for turn, i in [(turn, i) for turn in range(3) for i in range(args.profile)]:
+        for name, (batches, step, _) in rows.items():
+            seconds[name][turn, i] = timed(whole, batches, step, i)
+    world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.profile} steps, {world}, {str(dtype)[6:]}; matrix product of "
+              f"{n}: {peak / 1e9:.0f} GFLOP/s\n{'':<22} {'ms/step':>8} {'examples/s':>10} {'tokens/s':>9} {'real':>6} {'GFLOP/s':>8} "
+              f"{'of peak':>8} {'MB':>6} {'cost':>6}")
+    base = None
+    for name, (_, _, tokens) in rows.items():
+        t = np.median(seconds[name], 0).mean()
+        base = base or t
+        world.say(f"{name:<22} {1e3 * t:8.1f} {args.batch_size / t:10.1f} {tokens['real'] * world.size / args.profile / t:9.0f} "
+                  f"{tokens['real'] / tokens['computed']:6.1%} {flops[name] / t / 1e9:8.1f} {flops[name] / t / peak:8.1%} {memory[name]:6.0f} {t / base:6.2f}")
     return seconds
 
 

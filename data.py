@@ -8,6 +8,7 @@ import csv
 import gzip
 import os
 import random
+import re
 import sys
 from dataclasses import dataclass, replace
 
@@ -288,6 +289,39 @@ def normalise(rows, task, where):
     return datasets.Dataset.from_dict({**text, "label": labels}, features=datasets.Features(features))
 
 
+def general_text(where, n):
+    """n single sentences of general text in a fixed random order, as a Dataset: of a text file, of a hub data set as
+    ID:CONFIG:SPLIT with a column `text` (or `sentence`), or "toy". Headings, empty lines and scraps are left out."""
+    import datasets
+    if where == "toy":
+        lines = toy_corpus()
+    elif os.path.exists(where):
+        try:
+            with open(where, encoding="utf-8") as f:
+                lines = f.read().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--unlabeled {where}: cannot be read: {error}") from error
+    else:
+        path, config, split = (where.split(":") + ["", ""])[:3]
+        try:
+            rows = datasets.load_dataset(path, config or None, split=split or "train")
+            lines = rows["text" if "text" in rows.column_names else "sentence"]
+        except Exception as error:
+            raise UserError(f"--unlabeled {where}: no such file, and cannot be loaded from the hub as ID:CONFIG:SPLIT: "
+                            f"{str(error).strip().splitlines()[0][:200]}") from error
+    found = []
+    for i in np.random.default_rng(0).permutation(len(lines)):
+        line = lines[int(i)].strip()
+        if not line.startswith("="):                                    # a heading of wikitext
+            parts = re.split(r"(?<=[.!?]) +(?=[^a-z])|(?<=[。！？])", line)
+            found += [s.strip() for s in parts if len(s.strip()) >= 10]
+        if len(found) >= n:
+            break
+    if not found:
+        raise UserError(f"--unlabeled {where}: holds no sentence of ten characters or more")
+    return datasets.Dataset.from_dict({"text": found[:n], "label": [-1] * len(found[:n])})
+
+
 # ---------------------------------------------------------------------------------------------------- tokenising
 
 class Split:
@@ -300,6 +334,39 @@ class Split:
 
     def __len__(self):
         return len(self.labels)
+
+    def take(self, rows):
+        """These rows alone."""
+        fields = {name: (np.concatenate([values[at[r]:at[r + 1]] for r in rows]), np.cumsum([0, *np.diff(at)[rows]]))
+                  for name, (values, at) in self.fields.items()}
+        return Split(fields, self.labels[rows], self.cut, self.left)
+
+    def sentences(self):
+        """Each text a row of its own: the first text of all rows, then (of pairs that were encoded apart) the second."""
+        if "input_ids_2" not in self.fields:
+            return self
+        fields = {name: (np.concatenate([values, self.fields[name + "_2"][0]]), np.concatenate(
+            [at, len(values) + self.fields[name + "_2"][1][1:]])) for name, (values, at) in self.fields.items() if not name.endswith("_2")}
+        return Split(fields, np.tile(self.labels, 2), self.cut, self.left)
+
+    def collate(self, rows, pad, width=0):
+        """Tensors of the given rows, padded to their longest (or to `width`): input_ids, attention_mask, ..., labels."""
+        import torch
+        out = {}
+        for name, (values, offsets) in self.fields.items():
+            base, suffix = (name[:-2], "_2") if name.endswith("_2") else (name, "")
+            starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+            real = np.arange(max(width, lengths.max(initial=1))) < lengths[:, None]             # (B, n)
+            real = real[:, ::-1] if self.left else real
+            padded = np.full(real.shape, pad if base == "input_ids" else 0, np.int64)
+            padded[real] = np.concatenate([values[s:s + n] for s, n in zip(starts, lengths)])
+            out[name] = torch.from_numpy(padded)
+            if base == "input_ids":
+                out["attention_mask" + suffix] = torch.from_numpy(real.astype(np.int64))
+            elif base == "perturbable":
+                out[name] = out[name].bool()
+        dtype = torch.float32 if self.labels.dtype.kind == "f" else torch.long
+        return out | {"labels": torch.as_tensor(self.labels[rows], dtype=dtype)}                # (B,)
 
 
 def encode(rows, columns, tokenizer, max_length, separate=False, perturb=None):
@@ -349,26 +416,6 @@ def encode(rows, columns, tokenizer, max_length, separate=False, perturb=None):
 
 # ---------------------------------------------------------------------------------------------------- batching
 
-def collate(split, rows, pad, width=0):
-    """Tensors of the given rows, padded to their longest (or to `width`): input_ids, attention_mask, ..., labels."""
-    import torch
-    out = {}
-    for name, (values, offsets) in split.fields.items():
-        base, suffix = (name[:-2], "_2") if name.endswith("_2") else (name, "")
-        starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
-        real = np.arange(max(width, lengths.max(initial=1))) < lengths[:, None]                 # (B, n)
-        real = real[:, ::-1] if split.left else real
-        padded = np.full(real.shape, pad if base == "input_ids" else 0, np.int64)
-        padded[real] = np.concatenate([values[s:s + n] for s, n in zip(starts, lengths)])
-        out[name] = torch.from_numpy(padded)
-        if base == "input_ids":
-            out["attention_mask" + suffix] = torch.from_numpy(real.astype(np.int64))
-        elif base == "perturbable":
-            out[name] = out[name].bool()
-    dtype = torch.float32 if split.labels.dtype.kind == "f" else torch.long
-    return out | {"labels": torch.as_tensor(split.labels[rows], dtype=dtype)}                   # (B,)
-
-
 class Batches:
     """`batches[step]`: the micro-batches of one process at one step, each a dict of tensors. Any step, at once.
 
@@ -412,7 +459,7 @@ class Batches:
     def __getitem__(self, step):
         mine = self.rows(step)[self.rank::self.world]
         mine = mine[np.argsort(self.split.lengths[mine], kind="stable")]
-        batch = [collate(self.split, mine[i:i + self.micro], self.pad, self.width)
+        batch = [self.split.collate(mine[i:i + self.micro], self.pad, self.width)
                  for i in range(0, len(mine), self.micro)]
         for inputs in batch:
             masks = [v for k, v in inputs.items() if k.startswith("attention_mask")]
@@ -421,13 +468,20 @@ class Batches:
         return batch
 
 
-def eval_batches(split, pad, rank=0, world=1, tokens=8192, most=256):
-    """(rows, inputs) over every row of this process exactly once, longest first, about `tokens` tokens a batch."""
-    mine = np.argsort(-split.lengths, kind="stable")[rank::world]
-    while len(mine):
-        take = max(1, min(most, tokens // max(1, int(split.lengths[mine[0]]))))
-        yield mine[:take], collate(split, mine[:take], pad)
-        mine = mine[take:]
+def slices(lengths, tokens=8192, most=256):
+    """Every row exactly once, longest first, in arrays of about `tokens` tokens and at most `most` rows."""
+    order = np.argsort(-lengths, kind="stable")
+    while len(order):
+        take = max(1, min(most, tokens // max(1, int(lengths[order[0]]))))
+        yield order[:take]
+        order = order[take:]
+
+
+def eval_batches(split, pad, rank=0, world=1, **size):
+    """(rows, inputs) over every row of this process exactly once."""
+    mine = np.arange(rank, len(split), world)
+    for part in slices(split.lengths[mine], **size):
+        yield mine[part], split.collate(mine[part], pad)
 
 
 def subset(labels, n, seed, regression=False):

@@ -222,11 +222,12 @@ def main(argv=None):
             return loss, stats
 
         if args.profile:
-            batches, steps = common.build_batches(setup, args, args.seeds[0], world), {}
-            for method in args.method:
+            rows = {}
+            for method, order in [(m, o) for o in args.batching for m in args.method]:
                 module = build(method, args.seeds[0])
-                steps[method] = functools.partial(train_step, world.ddp(module), *common.build_optimizer(module, args, 10**6))
-            return common.profile(world, args, batches, steps)
+                step = functools.partial(train_step, world.ddp(module), *common.build_optimizer(module, args, 10**6))
+                rows[f"{method}, {order}"] = common.build_batches(setup, args, args.seeds[0], world, order), step
+            return common.profile(world, args, rows)
 
         results = []
         for method, seed in [(m, s) for s in args.seeds for m in args.method]:

@@ -678,9 +678,9 @@ def test_batches():
 
 def test_collate():
     split = split_of([2, 4, 3], np.array([0, 1, 0]))
-    out = data.collate(split, np.array([0, 2]), pad=7)
+    out = split.collate(np.array([0, 2]), pad=7)
     assert out["input_ids"].tolist() == [[5, 5, 7], [7, 7, 7]] and out["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert out["labels"].tolist() == [0, 0] and data.collate(split, np.array([0]), 7, width=6)["input_ids"].shape == (1, 6)
+    assert out["labels"].tolist() == [0, 0] and split.collate(np.array([0]), 7, width=6)["input_ids"].shape == (1, 6)
 
 
 def test_eval_covers_every_row_once():
