@@ -230,7 +230,7 @@ class Cached:
         try:
             with world.first():
                 os.makedirs(folder, exist_ok=True)
-                if not os.path.exists(done) or os.path.getsize(path) != size:
+                if not (os.path.exists(done) and os.path.exists(path) and os.path.getsize(path) == size):
                     free = shutil.disk_usage(folder).free
                     world.say(f"feature cache: {len(order)} sentences, {total} tokens, {size / 1e9:.3f} GB in {path}")
                     if size > 0.98 * free:
@@ -289,6 +289,7 @@ class Cached:
 # ---------------------------------------------------------------------------------------------------- flags
 
 def flags():
+    import os
     import common
     p, weight = common.parser(__doc__, ["adapter", "gtuning"], ["gtuning"]), common.number(float, 0)
     g = p.add_argument_group("G-Tuning")

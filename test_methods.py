@@ -2,6 +2,7 @@
 
     python -m pytest -q
 """
+import argparse
 import functools
 import glob
 import json
@@ -26,11 +27,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 import common
 import data
+import gtuning
 import r3f
 import tdt
 from common import UserError
 
-SCRIPTS = {"r3f": r3f, "tdt": tdt}
+SCRIPTS = {"r3f": r3f, "tdt": tdt, "gtuning": gtuning}
 torch.set_num_threads(2)
 
 
@@ -58,7 +60,8 @@ def tiny(name="bert", num_labels=3, dropout=True, seed=0, spread=None):
     torch.manual_seed(seed)
     kind, settings = ARCHITECTURES[name]
     config = getattr(transformers, kind)(**settings, num_labels=num_labels)
-    config.initializer_range = spread or config.initializer_range
+    if spread:
+        config.initializer_range = spread
     if not dropout:
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
@@ -118,7 +121,8 @@ def command(script, folder, out, *more, env=(), torchrun=0, **how):
 
 def weights(folder):
     from safetensors.torch import load_file
-    return {os.path.relpath(f, folder): load_file(f) for f in sorted(glob.glob(f"{folder}/**/*.safetensors", recursive=True))}
+    load = lambda f: load_file(f) if f.endswith("safetensors") else torch.load(f, weights_only=True)
+    return {os.path.relpath(f, folder): load(f) for kind in ("safetensors", "pt") for f in sorted(glob.glob(f"{folder}/**/model/*.{kind}", recursive=True))}
 
 
 def same(a, b, tolerance=0.0):
@@ -626,6 +630,310 @@ def test_tdt_explains_from_a_folder_alone(tdt_toy, capsys, tmp_path):
     assert [c for _, c, _ in items[2]["words"]] == pytest.approx(module.confidence(**ids)[0, 1:3].tolist(), abs=1e-6)
 
 
+# ---------------------------------------------------------------------------------------------------- G-Tuning
+
+def f_of(name="bert", num_labels=3, dropout=False, seed=0, **settings):
+    """GTuning around a tiny random encoder; its adapter drawn wider than it is, so that faults show."""
+    model = tiny(name, num_labels, dropout, seed, spread=0.5)
+    f = gtuning.GTuning(model.base_model, num_labels, **settings)
+    for p in [p for p in f.trained.parameters() if p.dim() > 1]:
+        torch.nn.init.normal_(p, std=0.2)
+    return f
+
+
+def clouds(rows=6, width=8, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(rows, width), torch.randn(rows, width) + 1
+
+
+class Line(torch.nn.Module):
+    """D(z) = w z."""
+    def __init__(self, *w):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(w))
+
+    def forward(self, z):
+        return z @ self.w
+
+
+def test_gtuning_critic_by_hand():
+    """w = (3, 4): the gradient's norm is 5, the penalty 16. f_t = (1, 0), f_u = (0, 1): the means of D are 3 and 4."""
+    D, f_t, f_u = Line(3.0, 4.0), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert abs(gtuning.gradient_penalty(D, f_t, f_u).item() - 16) < 1e-4
+    loss, stats = gtuning.discriminator_loss(D, f_t, f_u)
+    assert abs(loss.item() - (1 + 10 * 16)) < 1e-3 and abs(stats["wasserstein"] + 1) < 1e-6 and abs(stats["grad_norm"] - 5) < 1e-5
+    assert abs(gtuning.discriminator_loss(D, f_t, f_u, gp_weight=0.5)[0].item() - 9) < 1e-4
+    assert gtuning.generator_loss(D, f_u).item() == -4
+    loss.backward()                                                        # d/dw: f_u - f_t + 10 * 2 (5 - 1) w / 5
+    assert torch.allclose(D.w.grad, torch.tensor([-1.0, 1.0]) + 80 * torch.tensor([0.6, 0.8]), atol=1e-3)
+
+
+def test_gtuning_penalty_in_double_precision():
+    """Value by autograd sentence by sentence; its own gradient, the double backward, by finite differences."""
+    torch.manual_seed(0)
+    D, (f_t, f_u), e = gtuning.Discriminator(8).double(), clouds(), torch.randn(6, 1)
+    for p in D.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    D.output.weight.data *= 10
+    f_t, f_u, e = f_t.double(), f_u.double(), e.double()
+    norms = []
+    for t, u, k in zip(f_t, f_u, e):
+        z = (k * u + (1 - k) * t).requires_grad_()
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            D(z[None])[0].backward()
+        norms.append(z.grad.norm())
+        D.zero_grad()
+    expected = (torch.stack(norms) - 1).square().mean()
+    value = gtuning.gradient_penalty(D, f_t, f_u, e)
+    assert abs(value.item() - expected) < 1e-9 and expected > 1e-3
+    value.backward()
+    for p in (D.output.weight, D.layers.layers[0].linear1.weight, D.layers.layers[2].self_attn.in_proj_weight):
+        i = p.grad.abs().argmax()
+        with torch.no_grad():
+            sides = []
+            for step in (1e-5, -2e-5):
+                p.view(-1)[i] += step
+                with torch.enable_grad():
+                    sides.append(gtuning.gradient_penalty(D, f_t, f_u, e).item())
+            p.view(-1)[i] += 1e-5
+        assert abs((sides[0] - sides[1]) / 2e-5 - p.grad.view(-1)[i]) < 1e-5 * max(1, p.grad.abs().max())
+
+
+def test_gtuning_critic_is_fp32_and_reaches_d_alone():
+    torch.manual_seed(0)
+    D, (f_t, f_u), e = gtuning.Discriminator(8), clouds(), torch.rand(6, 1)
+    plain = gtuning.discriminator_loss(D, f_t, f_u, epsilon=e)[0]
+    f_t.requires_grad_(), f_u.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, stats = gtuning.discriminator_loss(D, f_t, f_u, epsilon=e)
+        g = gtuning.generator_loss(D, f_u)
+    assert loss == plain and loss.dtype == g.dtype == torch.float32 and not any(v.requires_grad for v in stats.values())
+    loss.backward()
+    assert f_t.grad is None and f_u.grad is None and D.output.weight.grad.abs().sum() > 0
+    ones = gtuning.gradient_penalty(D, f_t, f_u, torch.zeros(6, 1)), gtuning.gradient_penalty(D, f_t, f_t)
+    assert torch.isclose(*ones)                                             # e = 0: z is f(x_t) alone
+    assert torch.allclose(D(f_t)[2:3], D(f_t[2:3]), atol=1e-5)              # no example depends on another
+
+
+def test_gtuning_losses():
+    """Eq. 2 and Eq. 6 against numpy; with D frozen, nothing reaches it; what is not f's does not learn."""
+    f, D, (labels, inputs) = f_of(), gtuning.Discriminator(32), batch()
+    loss, stats = f(labels, **inputs)
+    p = softmax(f.logits(**inputs).detach().numpy())
+    l_t = -np.log(p[np.arange(4), labels.numpy()]).mean()
+    assert abs(loss.item() - l_t) < 1e-5 and abs(stats["l_t"] - l_t) < 1e-5
+    D.requires_grad_(False)
+    general = {f"u_{k}": v.flip(0) for k, v in inputs.items()}
+    joint, stats = f(labels, D, 0.7, 0.3, **inputs, **general)
+    l_g = -D(f.features(**inputs)).mean().item()
+    assert abs(joint.item() - (0.7 * l_t + 0.3 * l_g)) < 1e-5 and abs(stats["l_g"] - l_g) < 1e-5
+    joint.backward()
+    assert all(p.grad is None for p in D.parameters()) and all(p.grad is None for p in f.plm.parameters())
+    assert all(p.grad is not None for p in f.trained.parameters())
+    assert torch.isclose(f(labels, D, 1.0, 0.0, **inputs, **general)[0], loss)
+    one = f_of(num_labels=1)
+    y = one.logits(**inputs).squeeze(-1)
+    assert abs(one(torch.ones(4), **inputs)[0].item() - ((y - 1) ** 2).mean().item()) < 1e-6
+
+
+def test_gtuning_pairs():
+    f, (labels, inputs) = f_of(pair=True), batch()
+    second = {f"{k}_2": v.flip(0) for k, v in inputs.items()}
+    u, v = (f.features(**x).detach().numpy() for x in (inputs, {k: x.flip(0) for k, x in inputs.items()}))
+    want = np.concatenate([u, v, abs(u - v), u * v], 1) @ f.output.weight.detach().numpy().T + f.output.bias.detach().numpy()
+    assert np.allclose(f.logits(**inputs, **second).detach().numpy(), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "bart"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_gtuning_architectures(name, pooling):
+    """States in place of ids are the same; padding changes nothing; g is frozen and has no dropout; with tune_plm it learns."""
+    f, (labels, inputs) = f_of(name, dropout=True, pooling=pooling), batch(name)
+    f.adapter.eval()
+    features = f.features(**inputs)
+    assert features.shape == (4, 32) and torch.equal(features, f.features(**inputs)) and not f.plm.training
+    states = f.encode(**inputs)
+    assert torch.allclose(features, f.features(inputs["attention_mask"], states), atol=1e-6) and not states.requires_grad
+    side = (3, 0) if name == "xlnet" else (0, 3)
+    wider = {k: torch.nn.functional.pad(v, side, value=(f.config.pad_token_id or 0) * (k == "input_ids")) for k, v in inputs.items()}
+    assert torch.allclose(features, f.features(**wider), atol=1e-3)
+    hidden = f.adapter(states, src_key_padding_mask=inputs["attention_mask"] == 0)[1]
+    real = hidden[inputs["attention_mask"][1].bool()]
+    assert torch.allclose(features[1], real[0] if pooling == "cls" else real.mean(0), atol=1e-5)
+    f.eval()
+    quick = f.features(**inputs)
+    assert torch.allclose(features, quick, atol=1e-4)
+    tuned = gtuning.GTuning(tiny(name).base_model, 3, tune_plm=True)
+    tuned(labels, **inputs)[0].backward()
+    assert tuned.plm.get_input_embeddings().weight.grad.abs().sum() > 0 and tuned.plm.training
+
+
+def test_gtuning_refuses():
+    with pytest.raises(ValueError, match="encoder"):
+        gtuning.GTuning(tiny("bart").base_model, 2)
+    with pytest.raises(ValueError, match="pooling"):
+        gtuning.GTuning(tiny().base_model, 2, pooling="max")
+
+
+def test_gtuning_adapter_begins_near_the_identity():
+    f = gtuning.GTuning(tiny().base_model, 3)
+    f.eval()
+    _, inputs = batch()
+    states = f.encode(**inputs)
+    same = torch.nn.functional.cosine_similarity(f.adapter(states), torch.nn.functional.layer_norm(states, (32,)), dim=-1)
+    assert same.min() > 0.9
+    first, second = f.adapter.layers[0].linear1.weight, f.adapter.layers[1].linear1.weight
+    assert not torch.equal(first, second)                                   # the layers are not copies of one another
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_gtuning_saved_and_loaded(tune, tmp_path):
+    model = tiny(spread=0.5)
+    model.base_model.save_pretrained(tmp_path / "plm")
+    f = gtuning.GTuning(transformers.AutoModel.from_pretrained(tmp_path / "plm"), 3, pooling="mean", tune_plm=tune).eval()
+    f.config.id2label = {0: "a", 1: "b", 2: "c"}
+    if tune:
+        torch.nn.init.normal_(f.plm.get_input_embeddings().weight)
+    f.save_pretrained(tmp_path / "f")
+    again, (_, inputs) = gtuning.GTuning.from_pretrained(tmp_path / "f"), batch()
+    assert torch.allclose(f.logits(**inputs), again.logits(**inputs), atol=1e-6) and again.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert os.path.exists(tmp_path / "f/plm") == tune and not again.training and again.pooling == "mean"
+
+
+def still(folder, to):
+    """The model folder without dropout."""
+    to = str(shutil.copytree(folder, to))
+    config = json.load(open(f"{to}/config.json"))
+    json.dump(config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, open(f"{to}/config.json", "w"))
+    return to
+
+
+def pairs_of_reviews():
+    text = data.toy_rows("film", "train")["text"]
+    return "".join(json.dumps({"sentence1": text[i], "sentence2": text[i + 48], "label": ["no", "yes", "yes"][i % 3]}) + "\n" for i in range(48))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_gtuning_is_algorithm_1(pairs, tiny_folder, tmp_path, cache, monkeypatch):
+    """The script, with its cache and its shortcuts, against the algorithm read literally: every sentence goes through g and h
+    again each time it is used, one by one, and D takes its steps one after another."""
+    folder, N, T, last = still(tiny_folder, tmp_path / "still"), 8, 3, {}
+    files = ["--train_file", write(tmp_path / "p.jsonl", pairs_of_reviews()), "--validation_file", str(tmp_path / "p.jsonl"), "--unlabeled", "toy"] if pairs else []
+    argv = ["--model", folder, "--max_steps", N, "--T", T, "--seeds", 3, "--method", "gtuning", "--batch_size", 8, "--lr", 1e-2,
+            "--adam_eps", 1e-2, "--d_lr", 1e-3, "--micro_batch_size", 4, "--precision", "fp32", *files]   # (a small eps makes steps of rounding errors)
+    keep = common.Run.keep_best
+    monkeypatch.setattr(common.Run, "keep_best", lambda run, metrics, module: (keep(run, metrics, module), last.update(
+        {k: v.clone() for k, v in module.state_dict().items()})))
+    gtuning.main([*map(str, argv), "--output_dir", str(tmp_path)])
+
+    args = common.parse(gtuning.flags(), list(map(str, argv)), gtuning.recipe)
+    world = common.World(args)
+    setup = common.prepare(args, world, separate=True)
+    M = data.encode(data.general_text("toy", len(setup.train) * (1 + pairs)), ["text"], setup.tokenizer, args.max_length)
+    B = setup.train.sentences()
+    f = gtuning.GTuning(common.load_model(args, setup.task, setup.tokenizer, 3, world).base_model, 2, pair=pairs)
+    D, size = gtuning.Discriminator(32), 8 * (1 + pairs)
+    batches, of_M, of_B = (data.Batches(split, n, 3 + (k << 32), 0, batching=how) for split, n, k, how in (
+        (setup.train, 8, 0, "length"), (M, size, 1, "random"), (B, size, 2, "random")))
+    x_u, (optimizer, schedule) = data.Batches(M, 8, 3 + (3 << 32), 0), common.build_optimizer(f, args, N)
+    d_optimizer = torch.optim.Adam(D.parameters(), 1e-3, (0.0, 0.9))
+
+    def one_by_one(split, rows):
+        inputs = [split.collate(rows[i:i + 1], 0) for i in range(len(rows))]
+        return torch.cat([f.features(x["attention_mask"], input_ids=x["input_ids"], token_type_ids=x["token_type_ids"]) for x in inputs])
+
+    def learn_f(loss):
+        loss.backward()
+        optimizer.step(), schedule.step(), optimizer.zero_grad(), D.zero_grad()
+
+    def learn_d(k):
+        e = torch.randn(size, 1, generator=torch.Generator().manual_seed((3 << 32) + k))
+        with torch.no_grad():
+            f_t, f_u = one_by_one(B, of_B.rows(k)), one_by_one(M, of_M.rows(k))
+        gtuning.discriminator_loss(D, f_t, f_u, 10.0, e)[0].backward()
+        d_optimizer.step(), d_optimizer.zero_grad()
+
+    for step in range(N // 2):                                              # Eq. 2
+        x = setup.train.collate(batches.rows(step), 0)
+        learn_f(f(x.pop("labels"), **x)[0])
+    for k in range(N // 2):                                                 # Eq. 3
+        learn_d(k)
+    for r in range(N // 2):                                                 # Eq. 6, then T times Eq. 3
+        x = setup.train.collate(batches.rows(N // 2 + r), 0)
+        l_t = f(x.pop("labels"), **x)[0]
+        learn_f(l_t + 0.5 * -D(one_by_one(M, x_u.rows(r))).mean())
+        for t in range(T):
+            learn_d(N // 2 + r * T + t)
+    mine = f.trained.state_dict()
+    assert mine.keys() == last.keys() and all(torch.allclose(mine[k], last[k], atol=2e-5) for k in mine), max(
+        (mine[k] - last[k]).abs().max() for k in mine)
+
+
+def test_gtuning_cache(tiny_folder, tmp_path, cache, monkeypatch, capsys):
+    """The same numbers as without; shared; a kill while it is built costs what was not marked; too small a disk is told first."""
+    folder = still(tiny_folder, tmp_path / "still")
+    def weights_of(out, *more):
+        result = run("gtuning", folder, tmp_path / out, "--method", "gtuning", *more)
+        state = torch.load(tmp_path / out / "toy/gtuning-0/model/adapter.pt", weights_only=True)
+        return result[0]["metrics"], state
+    here = str(tmp_path / "states")
+    real, calls = gtuning.GTuning.encode, []
+    def killed(self, **inputs):
+        calls.append(len(inputs["input_ids"]))
+        if len(calls) == 9 and not os.path.exists(tmp_path / "killed"):
+            (tmp_path / "killed").touch()
+            raise KeyError("killed")
+        return real(self, **inputs)
+    monkeypatch.setattr(gtuning.GTuning, "encode", killed)
+    with pytest.raises(KeyError):
+        weights_of("a", "--cache_dir", here)
+    capsys.readouterr()
+    cached = weights_of("a", "--cache_dir", here, "--resume")
+    told, encoded = capsys.readouterr().out, sum(calls)
+    assert "feature cache: 2000 sentences" in told and "GB in " + here in told
+    calls.clear()
+    assert weights_of("b", "--cache_dir", here)[1].keys() and not calls     # another run finds it
+    assert "feature cache" not in capsys.readouterr().out
+    plain = weights_of("c", "--no_cache")
+    assert sum(calls) > 0 and plain[0] == cached[0]
+    assert all(torch.allclose(plain[1][k], cached[1][k], atol=1e-4) for k in plain[1])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    with pytest.raises(UserError, match="--cache_dir .* 0.000 GB are free, the feature cache needs 0.00"):
+        weights_of("d", "--cache_dir", str(tmp_path / "other"))
+
+
+def test_gtuning_embed(tiny_folder, tmp_path, cache, capsys):
+    a, b = torch.tensor([[0.0, 1.0], [0.0, -1.0]]), torch.tensor([[3.0, 1.0], [3.0, -1.0]])
+    assert gtuning.separation(a, b) == 3                                    # means 3 apart, spread 1
+    page = gtuning.picture({"<b>": (a, b)}, "x & y")
+    assert page.count("<circle") == page.count("<rect") == 2 and "<b>:" not in page and "x &amp; y" in page and "http" not in page
+    argv = ["--method", "adapter", "gtuning", "--embed"]
+    run("gtuning", tiny_folder, tmp_path, *argv)
+    saved = {m: np.load(tmp_path / f"toy/{m}-0/embed.npz") for m in ("adapter", "gtuning")}
+    assert all(saved[m][k].shape == (200, 32) for m in saved for k in ("in_domain", "out_of_domain"))
+    told, html = capsys.readouterr().out, (tmp_path / "toy/embed.html").read_text()
+    value = gtuning.separation(*(torch.from_numpy(saved["gtuning"][k]) for k in ("in_domain", "out_of_domain")))
+    assert f"gtuning  {value:.3f}" in told and f"gtuning: {value:.2f}" in html
+    run("gtuning", tiny_folder, tmp_path, *argv)                            # again, from the finished runs: the same
+    assert f"gtuning  {value:.3f}" in capsys.readouterr().out
+
+
+def test_general_text(tmp_path):
+    text = " = Heading = \n\n He was born in 1900 . She moved to Paris , and stayed . No .\n 你好世界你好世界你好。第二句话在这里呢呢。\n"
+    rows = data.general_text(write(tmp_path / "m.txt", text), 10)
+    assert sorted(rows["text"]) == sorted(["He was born in 1900 .", "She moved to Paris , and stayed .", "你好世界你好世界你好。", "第二句话在这里呢呢。"])
+    assert data.general_text(str(tmp_path / "m.txt"), 2)["text"] == data.general_text(str(tmp_path / "m.txt"), 10)["text"][:2]
+    assert len(data.general_text("toy", 300)) == 300
+
+
+def test_split_take_and_sentences():
+    pair = data.Split({"input_ids": (np.arange(5), np.array([0, 2, 5])), "input_ids_2": (np.arange(10, 14), np.array([0, 3, 4]))}, np.array([0, 1]))
+    both, last = pair.sentences(), pair.take(np.array([1]))
+    assert both.lengths.tolist() == [2, 3, 3, 1] and both.labels.tolist() == [0, 1, 0, 1]
+    assert both.collate(np.array([2, 3]), 7)["input_ids"].tolist() == [[10, 11, 12], [13, 7, 7]]
+    assert last.collate(np.array([0]), 7)["input_ids"].tolist() == [[2, 3, 4]] and last.fields["input_ids_2"][0].tolist() == [13]
+
+
 # ---------------------------------------------------------------------------------------------------- data
 
 def test_metrics_by_hand():
@@ -761,27 +1069,27 @@ def test_layers_are_not_reversed():
         assert not re.search(r"\b(import|from) (r3f|tdt|gtuning)\b", text) and not re.search(r"\b(r4f|tdt-hard|discriminator|triplet)\b", text), name
 
 
-@pytest.mark.parametrize("script, method", [("r3f", "std"), ("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt"), ("tdt", "tdt-hard")])
+@pytest.mark.parametrize("script, method", [("r3f", "std"), ("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt"), ("tdt", "tdt-hard"), ("gtuning", "adapter"), ("gtuning", "gtuning")])
 def test_same_command_same_bits(script, method, tiny_folder, tmp_path, cache):
     a, b = (run(script, tiny_folder, tmp_path / x, "--method", method) for x in "ab")
     assert a[0]["metrics"] == b[0]["metrics"] and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     log = [json.loads(line) for line in open(tmp_path / f"a/toy/{method}-0/log.jsonl")]
-    assert log[-1]["step"] == 12 and {"loss", "lr", "epoch", "examples_per_second"} <= log[-1].keys()
+    assert log[-1]["step"] == a[0]["steps"] and {"loss", "lr", "epoch", "examples_per_second"} <= log[-1].keys()
 
 
-@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt")])
+@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt"), ("gtuning", "gtuning")])
 def test_stopped_and_resumed_is_bit_for_bit(script, method, tiny_folder, tmp_path, cache, monkeypatch):
-    """A run that ends with an exception at two moments and is resumed ends as one that was not; so does the best state."""
+    """A run that ends with an exception at some moments and is resumed ends as one that was not; so does the best state."""
     more = ["--method", method, "--save_every", 3, "--eval_every", 4, "--log_every", 2]
     whole = run(script, tiny_folder, tmp_path / "whole", *more)
-    steps, real = [5, 10], data.Batches.__getitem__
-    def breaks(self, step):
-        if steps and step == steps[0]:
+    steps, real = [5, 10, 16][:2 + (script == "gtuning")], common.Run.log    # of gtuning: one in each phase
+    def breaks(self, *terms, **plain):
+        if steps and self.step == steps[0]:
             steps.pop(0)
             raise KeyError("killed")
-        return real(self, step)
-    monkeypatch.setattr(data.Batches, "__getitem__", breaks)
-    for _ in range(2):
+        real(self, *terms, **plain)
+    monkeypatch.setattr(common.Run, "log", breaks)
+    while steps:
         with pytest.raises(KeyError):
             run(script, tiny_folder, tmp_path / "parts", *more, "--resume")
     parts = run(script, tiny_folder, tmp_path / "parts", *more, "--resume")
@@ -857,14 +1165,12 @@ def test_other_flags_are_refused(tiny_folder, tmp_path, cache):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--overwrite")
 
 
-@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt")])
+@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "gtuning")])
 def test_two_processes_end_like_one(script, method, tiny_folder, tmp_path, cache):
     """Dropout off, eps 0: one process, and two with micro-batches, end within 1e-5."""
-    config = json.load(open(os.path.join(tiny_folder, "config.json")))
-    folder = shutil.copytree(tiny_folder, tmp_path / "still")
-    json.dump(config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, open(folder / "config.json", "w"))
+    folder = still(tiny_folder, tmp_path / "still")
     more = ["--method", method, "--max_steps", 8, "--precision", "fp32", *(["--eps", 0] if script == "r3f" else [])]
-    one, two = command(script, str(folder), tmp_path / "1", *more), command(script, str(folder), tmp_path / "2", *more, torchrun=2)
+    one, two = command(script, folder, tmp_path / "1", *more), command(script, folder, tmp_path / "2", *more, torchrun=2)
     texts = [p.communicate()[0] for p in (one, two)]
     assert one.returncode == two.returncode == 0, texts
     assert same(weights(tmp_path / "1"), weights(tmp_path / "2"), 1e-5) and texts[1].count("in percent") == 1
@@ -997,6 +1303,13 @@ BAD = [  # arguments (files by name, written by the test), what the line must co
     ("tdt", ["--rates", "2"], "--rates: must be"), ("tdt", ["--run", "nowhere", "--drop"], "--run nowhere: must be the folder of a finished run"),
     ("tdt", ["--method", "std", "--drop"], "need a run of tdt"), ("tdt", ["--explain_file", "nowhere"], "--explain_file"), ("tdt", ["--lam", "1"], "unrecognized arguments: --lam"),
     ("tdt", ["--method", "r3f"], "--method: invalid choice: 'r3f'"), ("tdt", ["--margin", "nan"], "--margin: must be"), ("tdt", ["--draws", "0"], "--draws: must be"),
+    ("gtuning", ["--method", "tdt"], "--method: invalid choice: 'tdt'"), ("gtuning", ["--T", "0"], "--T: must be a whole number from 1"),
+    ("gtuning", ["--beta", "-1"], "--beta: must be"), ("gtuning", ["--epsilon", "cauchy"], "--epsilon: invalid choice"),
+    ("gtuning", ["--d_lr", "nan"], "--d_lr: must be a number above 0"), ("gtuning", ["--gp_weight", "inf"], "--gp_weight: must be"),
+    ("gtuning", ["--unlabeled", "no/such:corpus"], "--unlabeled no/such:corpus: no such file"), ("gtuning", ["--unlabeled", "one.csv"], "--unlabeled one.csv: holds no sentence"),
+    ("gtuning", ["--unlabeled", "dir.csv"], "--unlabeled dir.csv: cannot be read"), ("gtuning", ["--unlabeled", "latin.csv"], "--unlabeled latin.csv: cannot be read"),
+    ("gtuning", ["--train_file", "good.csv", "--validation_file", "good.csv", "--embed"], "--embed: needs --eval_tasks"),
+    ("gtuning", ["--pooling", "max"], "--pooling: invalid choice"), ("gtuning", ["--layers", "0"], "--layers: must be"),
 ]
 
 
