@@ -46,24 +46,35 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------------- the method
 
-def transformer(width, heads, layers, dropout):
-    """Pre-norm transformer layers over (B, n, width), a LayerNorm behind them; weights from N(0, 0.02^2), as BERT's."""
-    one = functools.partial(torch.nn.TransformerEncoderLayer, width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
-    encoder = torch.nn.TransformerEncoder(one(), layers, torch.nn.LayerNorm(width), enable_nested_tensor=False)
-    encoder.layers = torch.nn.ModuleList(one() for _ in range(layers))             # not copies of one another
-    for name, p in encoder.named_parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.02)
-    return encoder
+class Layer(torch.nn.Module):
+    """A pre-norm transformer layer (B, n, H) -> (B, n, H); its weights begin as BERT's do, from N(0, 0.02^2)."""
+
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, torch.nn.Dropout(dropout)
+        self.norm_1, self.norm_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.query, self.key_value, self.out = (torch.nn.Linear(width, k * width) for k in (1, 2, 1))
+        self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
+        for name, p in self.named_parameters():
+            if not name.startswith("norm"):
+                torch.nn.init.normal_(p, std=0.02 * (p.dim() > 1))                 # biases: 0
+
+    def forward(self, x, mask=None, token=None):
+        """mask (B, 1, 1, n): the tokens to look at. token (B,): the only one whose new state is wanted, (B, 1, H)."""
+        y = self.norm_1(x)
+        keys = self.key_value(y)
+        if token is not None:
+            x, y = (z[torch.arange(len(z)), token][:, None] for z in (x, y))
+        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (self.query(y), *keys.chunk(2, -1)))
+        seen = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)                    # (B, n, H)
+        x = x + self.dropout(self.out(seen))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)))))
 
 
 class GTuning(torch.nn.Module):
-    """f = h . g and the output layer. plm: a Hugging Face encoder (AutoModel). num_labels: 1 is regression. layers: of h.
-    pooling: "cls" or "mean". pair: two sentences a row, the second one's inputs with the suffix _2. tune_plm: g learns too.
-
-    Inputs are the plm's (input_ids (B, n), attention_mask, ...), or `states` (B, n, H), what the plm made of them, in
-    place of the input_ids. Source: section 2.2; three layers: section 3.1.
-    """
+    """f = h . g and the output layer. plm: a Hugging Face encoder. num_labels: 1 is regression. layers: of h. pooling: "cls" or
+    "mean". pair: two sentences a row, the second one's inputs with the suffix _2. tune_plm: g learns too. Inputs are the
+    plm's, or in place of input_ids (B, n) the `states` (B, n, H) that it made of them. Source: sections 2.2 and 3.1."""
 
     def __init__(self, plm, num_labels, layers=3, pooling="cls", pair=False, tune_plm=False):
         super().__init__()
@@ -71,10 +82,10 @@ class GTuning(torch.nn.Module):
             raise ValueError(f"pooling must be 'cls' or 'mean', plm an encoder; got {pooling!r} and {type(plm).__name__}")
         config = self.config = plm.config
         self.num_labels, self.layers, self.pooling, self.pair, self.tune_plm = num_labels, layers, pooling, pair, tune_plm
-        dropout = getattr(config, "hidden_dropout_prob", 0.1)
+        width, dropout = config.hidden_size, getattr(config, "hidden_dropout_prob", 0.1)
         self.plm = plm.requires_grad_(tune_plm)                                    # g
-        self.adapter = transformer(config.hidden_size, config.num_attention_heads, layers, dropout)                # h
-        self.output = torch.nn.Linear(config.hidden_size * (4 if pair else 1), num_labels)
+        self.adapter = torch.nn.ModuleList(Layer(width, config.num_attention_heads, dropout) for _ in range(layers))       # h
+        self.norm, self.output = torch.nn.LayerNorm(width), torch.nn.Linear(width * (4 if pair else 1), num_labels)
         self.to(plm.device).train()
 
     def train(self, mode=True):
@@ -90,20 +101,20 @@ class GTuning(torch.nn.Module):
 
     def features(self, attention_mask, states=None, **inputs):
         """f(x) (B, H)."""
-        states = self.encode(attention_mask=attention_mask, **inputs) if states is None else states
-        hidden = self.adapter(states.float(), src_key_padding_mask=attention_mask == 0)                    # (B, n, H)
-        if self.pooling == "cls":
-            return hidden[torch.arange(len(hidden)), attention_mask.argmax(1)]     # the first one that is not padding
-        real = attention_mask[..., None]                                           # (B, n, 1)
-        return (hidden * real).sum(1) / real.sum(1)
+        hidden = (self.encode(attention_mask=attention_mask, **inputs) if states is None else states).float()
+        mask, real = attention_mask[:, None, None].bool(), attention_mask[..., None]
+        first = attention_mask.argmax(1) if self.pooling == "cls" else None        # the first one that is not padding
+        for layer in self.adapter[:-1]:
+            hidden = layer(hidden, mask)                                           # (B, n, H)
+        hidden = self.norm(self.adapter[-1](hidden, mask, first))                  # (B, n, H), of "cls" (B, 1, H)
+        return hidden[:, 0] if self.pooling == "cls" else (hidden * real).sum(1) / real.sum(1)
 
     def logits(self, **inputs):
         """(B, C)."""
-        if not self.pair:
-            return self.output(self.features(**inputs))
-        u, v = self.features(**{k: x for k, x in inputs.items() if not k.endswith("_2")}), self.features(
-            **{k[:-2]: x for k, x in inputs.items() if k.endswith("_2")})          # (B, H) each
-        return self.output(torch.cat([u, v, (u - v).abs(), u * v], -1))
+        second = {k[:-2]: inputs.pop(k) for k in list(inputs) if k.endswith("_2")}
+        u = self.features(**inputs)                                                # (B, H)
+        v = self.features(**second) if self.pair else None
+        return self.output(torch.cat([u, v, (u - v).abs(), u * v], -1) if self.pair else u)
 
     def forward(self, labels, D=None, alpha=1.0, beta=0.5, **inputs):
         """labels (B,) -> (L_T, {"l_t"}), Eq. 2: cross entropy, for one output the mean squared error. With D, and
@@ -119,31 +130,23 @@ class GTuning(torch.nn.Module):
     @property
     def trained(self):
         """What learns: h and the output layer, or everything."""
-        return self if self.tune_plm else torch.nn.ModuleList([self.adapter, self.output])
+        return self if self.tune_plm else torch.nn.ModuleList([self.adapter, self.norm, self.output])
 
     def save_pretrained(self, folder):
-        """h, the output layer, and the name of the frozen plm; a tuned one with its weights."""
-        os.makedirs(folder, exist_ok=True)
-        torch.save(torch.nn.ModuleList([self.adapter, self.output]).state_dict(), os.path.join(folder, "adapter.pt"))
+        """What learned, and the name of the frozen plm; a tuned one with its weights."""
         settings = {k: getattr(self, k) for k in ("num_labels", "layers", "pooling", "pair", "tune_plm")}
-        with open(os.path.join(folder, "gtuning.json"), "w") as f:
-            json.dump({"plm": self.config._name_or_path, "id2label": self.config.id2label, **settings}, f, indent=1)
-        if self.tune_plm:
-            self.plm.save_pretrained(os.path.join(folder, "plm"))
+        h = {k: v for k, v in self.state_dict().items() if not k.startswith("plm.")}
+        self.plm.save_pretrained(folder) if self.tune_plm else os.makedirs(folder, exist_ok=True)
+        torch.save({"plm": self.config._name_or_path, "id2label": self.config.id2label, "settings": settings, "h": h}, os.path.join(folder, "gtuning.pt"))
 
     @classmethod
     def from_pretrained(cls, folder, plm=None):
         """In eval mode. plm: the encoder, if it should not be loaded by the name (or path) that was saved."""
         from transformers import AutoModel
-        with open(os.path.join(folder, "gtuning.json")) as f:
-            settings = json.load(f)
-        name, names = settings.pop("plm"), settings.pop("id2label")
-        if plm is None:
-            plm = AutoModel.from_pretrained(os.path.join(folder, "plm") if settings["tune_plm"] else name, dtype=torch.float32)
-        plm.config.id2label, plm.config.label2id = {int(i): x for i, x in names.items()}, {x: int(i) for i, x in names.items()}
-        self = cls(plm, **settings)
-        state = torch.load(os.path.join(folder, "adapter.pt"), weights_only=True, map_location="cpu")
-        torch.nn.ModuleList([self.adapter, self.output]).load_state_dict(state)
+        saved = torch.load(os.path.join(folder, "gtuning.pt"), weights_only=True, map_location="cpu")
+        plm = plm or AutoModel.from_pretrained(folder if saved["settings"]["tune_plm"] else saved["plm"], dtype=torch.float32)
+        plm.config.id2label, self = saved["id2label"], cls(plm, **saved["settings"])
+        self.load_state_dict({**self.state_dict(), **saved["h"]})
         return self.eval()
 
 
@@ -152,35 +155,33 @@ class Discriminator(torch.nn.Module):
 
     def __init__(self, hidden_size, layers=3):
         super().__init__()
-        self.layers, self.output = transformer(hidden_size, 1, layers, 0.0), torch.nn.Linear(hidden_size, 1)
+        self.layers = torch.nn.Sequential(*(Layer(hidden_size, 1, 0.0) for _ in range(layers)), torch.nn.LayerNorm(hidden_size))
+        self.output = torch.nn.Linear(hidden_size, 1)
 
     def forward(self, f):
         return self.output(self.layers(f[:, None])[:, 0]).squeeze(-1)
 
 
-def gradient_penalty(D, f_t, f_u, epsilon=None):
-    """E (||grad D(z)||_2 - 1)^2, Eq. 3 and 4: a scalar, fp32 whatever the autocast. f_t, f_u (B, H), epsilon (B, 1).
-
-    D(z) = w z with w = (3, 4) has the gradient's norm 5 everywhere: the penalty is (5 - 1)^2 = 16.
-    """
-    return gradient_norm(D, f_t, f_u, epsilon).sub(1).square().mean()
-
-
 def gradient_norm(D, f_t, f_u, epsilon=None):
-    """||grad D(z)||_2 (B,), with a graph behind it. The fast attention kernels have no second derivative."""
-    epsilon = torch.randn_like(f_t[:, :1]) if epsilon is None else epsilon
-    with torch.autocast(f_t.device.type, enabled=False), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        kind = torch.promote_types(f_t.dtype, torch.float32)                       # (a double stays one)
-        z = (epsilon.to(kind) * f_u.detach().to(kind) + (1 - epsilon.to(kind)) * f_t.detach().to(kind)).requires_grad_()   # Eq. 4
-        gradient, = torch.autograd.grad(D(z).sum(), z, create_graph=True)          # (B, H)
-    return (gradient.square().sum(1) + 1e-12).sqrt()                               # the root has no derivative at 0
+    """||grad D(z)||_2, Eq. 3 and 4: f_t, f_u (B, H), epsilon (B, 1) -> (B,) with a graph behind it, at least fp32."""
+    kind = torch.promote_types(f_t.dtype, torch.float32)
+    e = torch.randn_like(f_t[:, :1]) if epsilon is None else epsilon.to(kind)
+    z = (e * f_u.detach().to(kind) + (1 - e) * f_t.detach().to(kind)).requires_grad_()                     # Eq. 4
+    with torch.autocast(z.device.type, enabled=False), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        gradient, = torch.autograd.grad(D(z).sum(), z, create_graph=True)          # (other kernels have no second derivative)
+    return (gradient.square().sum(1) + 1e-12).sqrt()                               # (the root has none at 0)
+
+
+def gradient_penalty(D, f_t, f_u, epsilon=None):
+    """E (||grad D(z)||_2 - 1)^2, Eq. 3: a scalar. D(z) = (3, 4) z has the norm 5 everywhere: the penalty is 16."""
+    return gradient_norm(D, f_t, f_u, epsilon).sub(1).square().mean()
 
 
 def discriminator_loss(D, f_t, f_u, gp_weight=10.0, epsilon=None):
     """L_D of Eq. 3, and {"wasserstein": E[D(f(x_t)) - D(f(x_u))], "penalty", "grad_norm"}; gradients reach D alone."""
     with torch.autocast(f_t.device.type, enabled=False):
         real, general = D(torch.cat([f_t, f_u]).detach().float()).chunk(2)         # (B,) each
-    norm = gradient_norm(D, f_t, f_u, epsilon)                                     # (B,)
+    norm = gradient_norm(D, f_t, f_u, epsilon)
     wasserstein, penalty = real.mean() - general.mean(), norm.sub(1).square().mean()
     stats = {"wasserstein": wasserstein.detach(), "penalty": penalty.detach(), "grad_norm": norm.mean().detach()}
     return -wasserstein + gp_weight * penalty, stats                               # Eq. 3
@@ -190,17 +191,6 @@ def generator_loss(D, f_u):
     """L_G of Eq. 5. Freeze D around it: D.requires_grad_(False)."""
     with torch.autocast(f_u.device.type, enabled=False):
         return -D(f_u.float()).mean()
-
-
-class Critic(torch.nn.Module):
-    """Eq. 3 as one forward, which is what DistributedDataParallel wants."""
-
-    def __init__(self, D, gp_weight):
-        super().__init__()
-        self.D, self.gp_weight = D, gp_weight
-
-    def forward(self, f_t, f_u, epsilon):
-        return discriminator_loss(self.D, f_t, f_u, self.gp_weight, epsilon)
 
 
 # ---------------------------------------------------------------------------------------------------- feature cache
@@ -350,6 +340,17 @@ spread around them (Figure 2 of G-Tuning, Findings of ACL 2023).</small></html>
 
 
 # ---------------------------------------------------------------------------------------------------- the experiment
+
+class Critic(torch.nn.Module):
+    """Eq. 3 as one forward, which is what DistributedDataParallel wants."""
+
+    def __init__(self, D, gp_weight):
+        super().__init__()
+        self.D, self.gp_weight = D, gp_weight
+
+    def forward(self, f_t, f_u, epsilon):
+        return discriminator_loss(self.D, f_t, f_u, self.gp_weight, epsilon)
+
 
 def main(argv=None):
     """Trains every --method with every seed. Returns their results, as in results.json."""

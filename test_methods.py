@@ -121,7 +121,7 @@ def command(script, folder, out, *more, env=(), torchrun=0, **how):
 
 def weights(folder):
     from safetensors.torch import load_file
-    load = lambda f: load_file(f) if f.endswith("safetensors") else torch.load(f, weights_only=True)
+    load = lambda f: load_file(f) if f.endswith("safetensors") else (state := torch.load(f, weights_only=True)).get("h", state)
     return {os.path.relpath(f, folder): load(f) for kind in ("safetensors", "pt") for f in sorted(glob.glob(f"{folder}/**/model/*.{kind}", recursive=True))}
 
 
@@ -687,7 +687,7 @@ def test_gtuning_penalty_in_double_precision():
     value = gtuning.gradient_penalty(D, f_t, f_u, e)
     assert abs(value.item() - expected) < 1e-9 and expected > 1e-3
     value.backward()
-    for p in (D.output.weight, D.layers.layers[0].linear1.weight, D.layers.layers[2].self_attn.in_proj_weight):
+    for p in (D.output.weight, D.layers[0].up.weight, D.layers[2].key_value.weight):
         i = p.grad.abs().argmax()
         with torch.no_grad():
             sides = []
@@ -757,12 +757,11 @@ def test_gtuning_architectures(name, pooling):
     side = (3, 0) if name == "xlnet" else (0, 3)
     wider = {k: torch.nn.functional.pad(v, side, value=(f.config.pad_token_id or 0) * (k == "input_ids")) for k, v in inputs.items()}
     assert torch.allclose(features, f.features(**wider), atol=1e-3)
-    hidden = f.adapter(states, src_key_padding_mask=inputs["attention_mask"] == 0)[1]
-    real = hidden[inputs["attention_mask"][1].bool()]
+    hidden = states                                                         # by hand, all tokens through all layers
+    for layer in f.adapter:
+        hidden = layer(hidden, inputs["attention_mask"][:, None, None].bool())
+    real = f.norm(hidden)[1][inputs["attention_mask"][1].bool()]
     assert torch.allclose(features[1], real[0] if pooling == "cls" else real.mean(0), atol=1e-5)
-    f.eval()
-    quick = f.features(**inputs)
-    assert torch.allclose(features, quick, atol=1e-4)
     tuned = gtuning.GTuning(tiny(name).base_model, 3, tune_plm=True)
     tuned(labels, **inputs)[0].backward()
     assert tuned.plm.get_input_embeddings().weight.grad.abs().sum() > 0 and tuned.plm.training
@@ -776,14 +775,23 @@ def test_gtuning_refuses():
 
 
 def test_gtuning_adapter_begins_near_the_identity():
-    f = gtuning.GTuning(tiny().base_model, 3)
-    f.eval()
-    _, inputs = batch()
-    states = f.encode(**inputs)
-    same = torch.nn.functional.cosine_similarity(f.adapter(states), torch.nn.functional.layer_norm(states, (32,)), dim=-1)
-    assert same.min() > 0.9
-    first, second = f.adapter.layers[0].linear1.weight, f.adapter.layers[1].linear1.weight
-    assert not torch.equal(first, second)                                   # the layers are not copies of one another
+    f, (_, inputs) = gtuning.GTuning(tiny().base_model, 3).eval(), batch()
+    first = torch.nn.functional.layer_norm(f.encode(**inputs)[:, 0], (32,))
+    assert torch.nn.functional.cosine_similarity(f.features(**inputs), first).min() > 0.9
+
+
+def test_gtuning_layer_is_a_transformer_layer():
+    """Against torch's own pre-norm layer with the same weights; `token` gives that token's state."""
+    mine, torchs = gtuning.Layer(32, 4, 0.0), torch.nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True)
+    for p in mine.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    names = {"norm1": mine.norm_1, "norm2": mine.norm_2, "linear1": mine.up, "linear2": mine.down, "self_attn.out_proj": mine.out}
+    state = {f"{k}.{part}": getattr(m, part) for k, m in names.items() for part in ("weight", "bias")}
+    torchs.load_state_dict(state | {f"self_attn.in_proj_{part}": torch.cat([getattr(mine.query, part), getattr(mine.key_value, part)]) for part in ("weight", "bias")})
+    x, mask = torch.randn(4, 9, 32), batch()[1]["attention_mask"]
+    want = torchs(x, src_key_padding_mask=mask == 0)
+    assert torch.allclose(mine(x, mask[:, None, None].bool())[mask.bool()], want[mask.bool()], atol=1e-3)
+    assert torch.allclose(mine(x, mask[:, None, None].bool(), torch.tensor([0, 2, 1, 3]))[:, 0], want[range(4), [0, 2, 1, 3]], atol=1e-3)
 
 
 @pytest.mark.parametrize("tune", [False, True])
@@ -797,7 +805,7 @@ def test_gtuning_saved_and_loaded(tune, tmp_path):
     f.save_pretrained(tmp_path / "f")
     again, (_, inputs) = gtuning.GTuning.from_pretrained(tmp_path / "f"), batch()
     assert torch.allclose(f.logits(**inputs), again.logits(**inputs), atol=1e-6) and again.config.id2label == {0: "a", 1: "b", 2: "c"}
-    assert os.path.exists(tmp_path / "f/plm") == tune and not again.training and again.pooling == "mean"
+    assert os.path.exists(tmp_path / "f/config.json") == tune and not again.training and again.pooling == "mean"
 
 
 def still(folder, to):
@@ -874,7 +882,7 @@ def test_gtuning_cache(tiny_folder, tmp_path, cache, monkeypatch, capsys):
     folder = still(tiny_folder, tmp_path / "still")
     def weights_of(out, *more):
         result = run("gtuning", folder, tmp_path / out, "--method", "gtuning", *more)
-        state = torch.load(tmp_path / out / "toy/gtuning-0/model/adapter.pt", weights_only=True)
+        state = torch.load(tmp_path / out / "toy/gtuning-0/model/gtuning.pt", weights_only=True)["h"]
         return result[0]["metrics"], state
     here = str(tmp_path / "states")
     real, calls = gtuning.GTuning.encode, []
