@@ -3,41 +3,14 @@
 No method is known here. Where a difference between the scripts would be a mistake (sharding, seeding, saving), it is
 here; where two methods might want it different, it stands in the scripts.
 """
-import argparse
-import ast
-import contextlib
-import fcntl
-import hashlib
-import json
-import math
-import os
-import resource
-import shutil
-import signal
-import sys
-import time
-import zipfile
+import argparse, ast, contextlib, fcntl, hashlib, json, math, os, resource, shutil, signal, sys, time, zipfile
 from types import SimpleNamespace
 
 import data
-from data import UserError
+from data import UserError, first_line
 
 if not {"-h", "--help"} & set(sys.argv):                                 # the help needs no torch, and is instant
-    import numpy as np
-    import torch
-    import torch.distributed as dist
-
-
-class RunError(UserError):
-    """The run cannot go on, for a reason that one line can tell."""
-    status = 1
-
-
-def stopped(message, number):
-    """The end on SIGTERM or SIGINT."""
-    error = UserError(message)
-    error.status = 128 + number
-    return error
+    import numpy as np, torch, torch.distributed as dist
 
 
 def cli(main):
@@ -138,22 +111,13 @@ def parse(p, argv, recipe):
     args = p.parse_args(argv)
     args.task, args.by_hand, args.seeds, args.method = task, by_hand, [*dict.fromkeys(args.seeds)], [*dict.fromkeys(args.method)]
     args.max_steps = None if "epochs" in by_hand else args.max_steps
-    if len(args.batching) > 1 and not args.profile:
-        raise UserError(f"--batching {' '.join(args.batching)}: must be one of them, but for --profile")
-    if args.eval_tasks is None:
-        args.eval_tasks = {"toy": ["toy-food"], "xnli": ["xnli"], "paws-x": ["paws-x"]}.get(task, [])
-    if args.text_columns and len(args.text_columns) > 2:
-        raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be one or two names")
+    args.eval_tasks = {"toy": ["toy-food"], "xnli": ["xnli"], "paws-x": ["paws-x"]}.get(task, []) if args.eval_tasks is None else args.eval_tasks
+    for flag, most in (("batching", 99 if args.profile else 1), ("text_columns", 2)):
+        if len(given := getattr(args, flag) or []) > most:
+            raise UserError(f"--{flag} {' '.join(given)}: must be {['one name', 'one or two names'][most - 1]}")
     if args.train_samples and args.train_samples < args.batch_size:
         raise UserError(f"--train_samples {args.train_samples}: must be at least --batch_size, {args.batch_size}")
     return args
-
-
-def print_config(world, args, facts):
-    """The whole configuration, once; what was set by hand is marked."""
-    for key, value in {**{k: v for k, v in vars(args).items() if k != "by_hand"}, **facts}.items():
-        value = " ".join(map(str, value)) if isinstance(value, list) else value
-        world.say(f"  {key:<17} {value}{'   <- set' if key in args.by_hand else ''}")
 
 
 # ---------------------------------------------------------------------------------------------------- processes
@@ -167,8 +131,7 @@ class World:
             raise UserError(f"--batch_size {args.batch_size}: must be divisible by the {self.size} processes")
         self.gpu, self.compile = torch.cuda.is_available(), args.compile
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.gpu else torch.device("cpu")
-        if self.gpu:
-            torch.cuda.set_device(self.device)
+        torch.cuda.set_device(self.device) if self.gpu else None
         able = torch.cuda.get_device_capability() >= (8, 0) if self.gpu else torch.cpu.get_capabilities().get("amx_bf16", False)
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and able
 
@@ -197,10 +160,8 @@ class World:
 
     def ddp(self, module, compile=True):
         """The module, compiled if asked for, its gradients averaged over the processes. (Some models leave a weight unused.)"""
-        module = torch.compile(module, dynamic=True) if self.compile and compile else module
-        if self.size == 1:
-            return module
-        return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+        module, DDP = torch.compile(module, dynamic=True) if self.compile and compile else module, torch.nn.parallel.DistributedDataParallel
+        return DDP(module, broadcast_buffers=False, find_unused_parameters=True) if self.size > 1 else module
 
     def peak_memory(self):
         """MB: of the GPU, or of the process where there is none."""
@@ -216,21 +177,18 @@ signals = {"caught": 0, "in_step": False}
 def on_signal(number, frame):
     """A step under way ends first; everything else, and a second signal, ends at once."""
     if not signals["in_step"] or signals["caught"]:
-        raise stopped("stopped by a signal; --resume goes on from the last checkpoint", number)
+        raise UserError("stopped by a signal; --resume goes on from the last checkpoint", 128 + number)
     signals["caught"] = number
 
 
 @contextlib.contextmanager
 def processes(args):
     """Joins torchrun's processes and leaves them in order. Yields the World."""
-    import datasets
-    import transformers
+    import datasets, transformers
     world = World(args)
     if world.size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if world.gpu else "gloo")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar(), datasets.logging.set_verbosity_error()
     if world.rank or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     torch.set_float32_matmul_precision("high")
@@ -244,10 +202,6 @@ def processes(args):
 
 
 # ---------------------------------------------------------------------------------------------------- model
-
-def first_line(error):
-    return next((x.strip()[:300] for x in str(error).split("\n") if x.strip()), type(error).__name__)
-
 
 def load_tokenizer(args, world):
     """The tokenizer of --model, checked before any weights are read. Fills in args.model and args.max_length."""
@@ -278,10 +232,10 @@ def load_model(args, task, tokenizer, seed, world, path=None):
     from transformers import AutoModelForSequenceClassification
     names = task.label_names or ["score"]
     torch.manual_seed(seed)
-    labels = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    how = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}, "dtype": torch.float32}
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path or args.model, **labels, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+            path or args.model, num_labels=len(names), ignore_mismatched_sizes=True, output_loading_info=True, **how)
     except Exception as error:
         raise UserError(f"--model {path or args.model}: cannot be loaded with a classification head: {first_line(error)}") from error
     body = model.base_model_prefix + "."
@@ -298,33 +252,38 @@ def load_model(args, task, tokenizer, seed, world, path=None):
 
 
 def prepare(args, world, check=lambda task: None, **how):
-    """All that a script needs before a model is loaded, read, checked (also by check(task)) and tokenised. how: see data.encode."""
+    """All that a script needs before a model is loaded, read, checked (also by check(task)) and tokenised; prints the whole
+    configuration, and marks what was set by hand. how: see data.encode; only training rows are ever perturbed."""
     with world.first():
         task, train, own, further, unscored = data.load(args)
     check(task)
     tokenizer = load_tokenizer(args, world)
-    def encode(rows, of=task, **how):
-        return data.encode(rows, of.columns, tokenizer, args.max_length, **how)
+    def encode(rows, of=task, **other):
+        return data.encode(rows, of.columns, tokenizer, args.max_length, **{**how, "perturb": None, **other})
     with world.first():
-        plain = {**how, "perturb": None}                                 # only the training rows are ever perturbed
         setup = SimpleNamespace(task=task, tokenizer=tokenizer, pad=tokenizer.pad_token_id, train=encode(train, **how),
-                                own={k: (task, encode(rows, **plain)) for k, rows in own.items()},
-                                further={k: (of, encode(rows, of, **plain)) for k, (of, rows) in further.items()},
-                                unscored={k: encode(rows, **plain) for k, rows in unscored.items()})
+                                own={k: (task, encode(rows)) for k, rows in own.items()}, unscored={k: encode(rows) for k, rows in unscored.items()},
+                                further={k: (of, encode(rows, of)) for k, (of, rows) in further.items()})
     sets = {"train": (task, setup.train), **setup.own, **setup.further}
-    print_config(world, args, {"labels": " ".join(task.label_names[:20]) or "a number",
-                               "rows": ", ".join(f"{k} {len(s)}" for k, (_, s) in sets.items()),
-                               "cut to max_length": ", ".join(f"{k} {s.cut}" for k, (_, s) in sets.items() if s.cut) or "none",
-                               "running on": f"{world}, {'bf16' if world.bf16 else 'fp32'}"})
+    facts = {"labels": task.label_names[:20] or "a number", "rows": ", ".join(f"{k} {len(s)}" for k, (_, s) in sets.items()),
+             "cut to max_length": ", ".join(f"{k} {s.cut}" for k, (_, s) in sets.items() if s.cut) or "none",
+             "running on": f"{world}, {'bf16' if world.bf16 else 'fp32'}"}
+    for key, value in {**vars(args), **facts}.items():
+        if key != "by_hand":
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
+            world.say(f"  {key:<17} {value}{'   <- set' if key in args.by_hand else ''}")
     return setup
 
 
-def build_batches(setup, args, seed, world, batching=None):
-    """The training batches of one seed; for --profile N those of N batches' rows, the same ones in every order."""
+def training_rows(setup, args, seed):
+    """The rows of one seed: all, those of --train_samples, or for --profile N those of N batches."""
     n = args.profile * args.batch_size or args.train_samples
-    rows = data.subset(setup.train.labels, min(n, len(setup.train)), seed, setup.task.regression) if n else None
-    return data.Batches(setup.train, args.batch_size, seed, setup.pad, world.rank, world.size, args.micro_batch_size, rows,
-                        batching or args.batching[0], args.max_length)
+    return setup.train.take(data.subset(setup.train.labels, min(n, len(setup.train)), seed, setup.task.regression)) if n else setup.train
+
+
+def build_batches(setup, args, seed, world, batching=None):
+    return data.Batches(training_rows(setup, args, seed), args.batch_size, seed, setup.pad, world.rank, world.size,
+                        args.micro_batch_size, batching or args.batching[0], args.max_length)
 
 
 def build_optimizer(module, args, steps):
@@ -368,8 +327,7 @@ def predict(forward, module, split, setup, world):
 
 def evaluate(forward, module, sets, setup, world):
     """{set: {metric: value}} for sets {name: (task, split)}; the first metric of the first set is the main one."""
-    return {name: data.score(task, setup.task, predict(forward, module, split, setup, world), split.labels)
-            for name, (task, split) in sets.items()}
+    return {name: data.score(task, setup.task, predict(forward, module, split, setup, world), split.labels) for name, (task, split) in sets.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -399,20 +357,17 @@ class Run:
         dist.barrier() if world.size > 1 else None
         done, started = (os.path.join(self.folder, name) for name in ("results.json", "log.jsonl"))
         if os.path.exists(done):
-            with open(done, encoding="utf-8") as f:
-                self.results = json.load(f)
+            self.results = json.load(open(done, encoding="utf-8"))
             self.refuse_other_flags(self.results["args"])
             world.say(f"{self.folder}: finished before; --overwrite runs it again")
         elif not args.resume and any(map(os.path.exists, [*self.checkpoints, started])):
-            raise UserError(f"--output_dir {args.output_dir}: {self.folder} holds an unfinished run: --resume goes on with it, "
-                            "--overwrite starts afresh")
+            raise UserError(f"--output_dir {args.output_dir}: {self.folder} holds an unfinished run: use --resume or --overwrite")
 
     def refuse_other_flags(self, saved):
         now = self.identity
         other = [f"--{k} {saved.get(k)} (now {now.get(k)})" for k in sorted(saved.keys() | now) if saved.get(k) != now.get(k)]
         if other:
-            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with other flags: {', '.join(other)}; "
-                            "use --overwrite or another folder")
+            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with other flags: {', '.join(other)}; use --overwrite")
 
     def begin(self, total, per_epoch, **parts):
         """`parts`: all that has a state_dict and changes in training; restored if there is a checkpoint to resume."""
@@ -447,12 +402,11 @@ class Run:
             due = caught or self.step < self.total and (self.step % every == 0 if every else late)
             if due or self.step % self.args.log_every == 0 or self.step == until:
                 self.flush()                                             # a state that is not finite is never saved
-            if due:
-                self.save()
+            self.save() if due else None
             signals["in_step"] = False
             if caught:
-                raise stopped(f"stopped at step {self.step} of {self.total}, saved in {self.folder}; the same command with --resume "
-                              "goes on", signals["caught"] or signal.SIGTERM)
+                told = f"stopped at step {self.step} of {self.total}, saved in {self.folder}; the same command with --resume goes on"
+                raise UserError(told, 128 + (signals["caught"] or signal.SIGTERM))
 
     def every(self, n):
         """Whether the step under way ends a stretch of n steps (0: never), the very last one aside."""
@@ -466,15 +420,14 @@ class Run:
         """A line of the log: means since the line before, over the processes. Here a loss that is not finite is seen."""
         if not self.pending:
             return
-        pending, self.pending = self.pending, []
-        keys = list(pending[-1][1])
-        values = torch.stack([torch.stack([terms[k].float() for k in keys]) for _, terms, _ in pending])
-        values = self.world.total(values.double().cpu().numpy()) / self.world.size
+        pending, self.pending, keys = self.pending, [], list(self.pending[-1][1])
+        values = torch.stack([torch.stack([terms[k].float() for k in keys]) for _, terms, _ in pending]).double()
+        values = self.world.total(values.cpu().numpy()) / self.world.size
         for (step, _, _), row in zip(pending, values):
             if not np.isfinite(row).all():
                 terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(keys, row))
                 rows = f"; rows of the batch: {' '.join(map(str, self.rows_of(step)))}" if self.rows_of else ""
-                raise RunError(f"{self.folder}: step {step}: not finite: {terms}{rows}; {self.last_good()}; see --detect_anomaly")
+                raise UserError(f"{self.folder}: step {step}: not finite: {terms}{rows}; {self.last_good()}; see --detect_anomaly", 1)
         rate = self.args.batch_size * (self.step - self.flushed[0]) / max(1e-9, self.seconds - self.flushed[1])
         line = {"step": self.step, "epoch": round(self.step / self.per_epoch, 4), **dict(zip(keys, values.mean(0).tolist())),
                 **pending[-1][2], "examples_per_second": round(rate, 1)}
@@ -486,7 +439,7 @@ class Run:
             self.bar.set_postfix_str(told, refresh=False)
             if self.bar.disable and (time.monotonic() - self.spoke > 20 or self.step == self.total):
                 self.spoke, left = time.monotonic(), (self.total - self.step) * self.args.batch_size / max(rate, 1e-9)
-                print(f"{self.name}: step {self.step} of {self.total}, {told}, {left:.0f} s left", flush=True)
+                self.world.say(f"{self.name}: step {self.step} of {self.total}, {told}, {left:.0f} s left")
 
     def keep_best(self, metrics, module):
         """Remembers the module's weights if the main metric, the first of the first set, is the best so far."""
@@ -506,7 +459,7 @@ class Run:
         except (OSError, RuntimeError) as error:                        # torch.save turns a full disk into a RuntimeError
             with contextlib.suppress(OSError):
                 os.remove(path + ".tmp")
-            raise RunError(f"cannot write {path}: {getattr(error, 'strerror', 0) or first_line(error)}; {self.last_good()}") from error
+            raise UserError(f"cannot write {path}: {getattr(error, 'strerror', 0) or first_line(error)}; {self.last_good()}", 1) from error
 
     def save(self):
         """Writes the checkpoint, on rank 0 (all have the same weights); the one before it is kept."""
@@ -537,26 +490,22 @@ class Run:
         """Writes predictions-SPLIT.tsv for every split that --predict and --test_file name."""
         for split, rows in setup.unscored.items():
             logits, path = predict(forward, module, rows, setup, self.world), os.path.join(self.folder, f"predictions-{split}.tsv")
-            if self.world.rank == 0:
-                with self.guard(path):
-                    data.write_predictions(path, setup.task, logits)
+            with self.guard(path):
+                data.write_predictions(path, setup.task, logits) if self.world.rank == 0 else None
             self.world.say(f"wrote {path}")
 
     def finish(self, metrics, batches, tokenizer, write_model):
         """Writes model/, by write_model(folder), and last of all results.json; the checkpoints have then done their work."""
         import transformers
         real, computed = self.world.total(np.array([batches.real, batches.computed]))
-        self.bar.close()
-        folder, done = os.path.join(self.folder, "model"), os.path.join(self.folder, "results.json")
+        folder, done, rate = f"{self.folder}/model", f"{self.folder}/results.json", self.step * self.args.batch_size / max(self.seconds, 1e-9)
         self.results = {
             "task": self.args.task, "method": self.method, "seed": self.seed, "model": self.args.model,
             "main_metric": next(iter(next(iter(metrics.values())))), "metrics": metrics, "best": self.best, "steps": self.step,
-            "train_seconds": round(self.seconds, 2),
-            "examples_per_second": round(self.step * self.args.batch_size / max(self.seconds, 1e-9), 1),
-            "padding_efficiency": round(float(real / computed), 4), "peak_memory_mb": round(self.world.peak_memory()),
-            "world_size": self.world.size, "args": self.identity,
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-                         "device": str(self.world)}}
+            "train_seconds": round(self.seconds, 2), "examples_per_second": round(rate, 1), "padding_efficiency": round(float(real / computed), 4),
+            "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size, "args": self.identity, "versions": {
+                "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "device": str(self.world)}}
+        self.bar.close()
         if self.world.rank == 0:
             with self.guard(folder):
                 shutil.rmtree(folder + ".tmp", ignore_errors=True)
@@ -575,8 +524,7 @@ def write_safely(path, write, keep=None):
         write(f)
         f.flush()
         os.fsync(f.fileno())
-    if keep and os.path.exists(path):
-        os.replace(path, keep)
+    os.replace(path, keep) if keep and os.path.exists(path) else None
     os.replace(path + ".tmp", path)
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     os.fsync(folder)
@@ -599,40 +547,33 @@ def report(world, results, args, start):
 
 
 def profile(world, args, rows):
-    """Times `rows` {name: (batches, step)}, all over the same rows of data, by step(batches[i]): once to warm up and to
-    count FLOPs, then three times in turn; a batch's time is the median of the three, a row's the mean over its batches."""
+    """Times `rows` {name: (batches, step)}, all over the same rows of data, by step(batches[i]): once to warm up and to count
+    FLOPs, then three times in turn; a batch's time is the median of the three, a row's the mean over its batches."""
     from torch.utils.flop_counter import FlopCounterMode
-    def timed(call, *inputs):
-        wait = torch.cuda.synchronize if world.gpu else lambda: None
+    def timed(call, wait=torch.cuda.synchronize if world.gpu else lambda: None):
         start = (wait(), time.perf_counter())[1]
-        call(*inputs)
+        call()
         return (wait(), time.perf_counter())[1] - start
-    def whole(batches, step, i):
-        step(batches[i])
-    n, dtype = 8192 if world.gpu else 1536, torch.bfloat16 if world.bf16 else torch.float32
+    n, dtype, base = 8192 if world.gpu else 1536, torch.bfloat16 if world.bf16 else torch.float32, None
     a = torch.randn(n, n, device=world.device, dtype=dtype)
-    peak = 2 * n**3 / min(timed(torch.matmul, a, a) for _ in range(8))                         # FLOP/s
-    seconds, flops, memory = {name: np.zeros((3, args.profile)) for name in rows}, {}, {}
+    peak, counted = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(8)), {}                # FLOP/s
     for name, (batches, step) in rows.items():
         torch.cuda.reset_peak_memory_stats() if world.gpu else None
         batches.load_state_dict({"real": 0, "computed": 0})
-        with FlopCounterMode(display=False) as counter:
+        flops = FlopCounterMode(display=False)                          # its hooks on modules cannot stand autograd.grad
+        flops.mod_tracker.__enter__ = flops.mod_tracker.__exit__ = lambda *error: None
+        with flops:
             for i in range(args.profile):
-                whole(batches, step, i)
-        flops[name], memory[name], tokens = counter.get_total_flops() / args.profile, world.peak_memory(), batches.state_dict()
-        rows[name] = batches, step, tokens
-    for turn, i in [(turn, i) for turn in range(3) for i in range(args.profile)]:
-        for name, (batches, step, _) in rows.items():
-            seconds[name][turn, i] = timed(whole, batches, step, i)
+                step(batches[i])
+        counted[name] = flops.get_total_flops() / args.profile, world.peak_memory(), batches.state_dict()
+    seconds = np.array([[[timed(lambda: step(batches[i])) for batches, step in rows.values()] for i in range(args.profile)] for _ in range(3)])
     world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.profile} steps, {world}, {str(dtype)[6:]}; matrix product of "
               f"{n}: {peak / 1e9:.0f} GFLOP/s\n{'':<22} {'ms/step':>8} {'examples/s':>10} {'tokens/s':>9} {'real':>6} {'GFLOP/s':>8} "
               f"{'of peak':>8} {'MB':>6} {'cost':>6}")
-    base = None
-    for name, (_, _, tokens) in rows.items():
-        t = np.median(seconds[name], 0).mean()
-        base = base or t
-        world.say(f"{name:<22} {1e3 * t:8.1f} {args.batch_size / t:10.1f} {tokens['real'] * world.size / args.profile / t:9.0f} "
-                  f"{tokens['real'] / tokens['computed']:6.1%} {flops[name] / t / 1e9:8.1f} {flops[name] / t / peak:8.1%} {memory[name]:6.0f} {t / base:6.2f}")
+    for (name, (flops, memory, tokens)), t in zip(counted.items(), np.median(seconds, 0).mean(0)):
+        base, per_step = base or t, tokens["real"] * world.size / args.profile
+        world.say(f"{name:<22} {1e3 * t:8.1f} {args.batch_size / t:10.1f} {per_step / t:9.0f} {tokens['real'] / tokens['computed']:6.1%} "
+                  f"{flops / t / 1e9:8.1f} {flops / t / peak:8.1%} {memory:6.0f} {t / base:6.2f}")
     return seconds
 
 
@@ -647,23 +588,20 @@ def toy_model(world):
     if os.path.exists(os.path.join(folder, "config.json")):
         return folder
     world.say("pre-training the toy model, once (about 30 s) ...")
-    tokenizer = BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=64)
-    config = BertConfig(vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
-                        max_position_embeddings=64, initializer_range=0.1)
+    tokenizer, size = BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=64), dict(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, max_position_embeddings=64)
     torch.manual_seed(0)
-    model, steps, lr = BertForMaskedLM(config).to(world.device).eval(), 1800, 2e-3                # eval: no dropout here
+    model = BertForMaskedLM(BertConfig(**size, initializer_range=0.1)).to(world.device).eval()     # eval: no dropout here
     ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"].to(world.device)       # (10000, n)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=1800, pct_start=0.1)
+    for _ in range(1800):
         x_u = ids[torch.randint(len(ids), (64,), device=ids.device)]
         x_u = x_u[:, :int((x_u != 0).sum(1).max())]                                                # (64, n)
         masked = (torch.rand(x_u.shape, device=ids.device) < 0.25) & (x_u > 4)                     # m(x_u), not the special ones
         states = model.bert(torch.where(masked, 4, x_u), (x_u != 0).long()).last_hidden_state[masked]
         torch.nn.functional.cross_entropy(model.cls(states), x_u[masked]).backward()               # Eq. 1
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
     model.save_pretrained(folder + ".tmp")
     tokenizer.save_pretrained(folder + ".tmp")
     shutil.rmtree(folder, ignore_errors=True)

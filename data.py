@@ -4,20 +4,18 @@
 
 Adding a task is one row of TASKS. Nothing here knows how a model is trained.
 """
-import csv
-import gzip
-import os
-import random
-import re
-import sys
-from dataclasses import dataclass, replace
+import csv, gzip, os, random, re, sys
+from dataclasses import dataclass
 
 import numpy as np
 
 
 class UserError(Exception):
-    """Something the caller can mend: its message is the one line that is shown."""
-    status = 2                                                           # the exit status
+    """What ends a run with one line, its message, and an exit status: 2 for wrong input, 1 for what went wrong in the run."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
 
 
 # ---------------------------------------------------------------------------------------------------- the table
@@ -76,8 +74,8 @@ TASKS = {
     "mrpc":      Task(GLUE, "mrpc", labels="not_equivalent equivalent", metrics="accuracy f1"),
     "qqp":       Task(GLUE, "qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1"),
     "stsb":      Task(GLUE, "stsb", metrics="pearson spearman"),
-    "mnli":      Task(GLUE, "mnli", "premise hypothesis", NLI, validation="validation_matched validation_mismatched",
-                      test="test_matched test_mismatched", names=True),
+    "mnli":      Task(GLUE, "mnli", "premise hypothesis", NLI, "accuracy", "train", "validation_matched validation_mismatched",
+                      "test_matched test_mismatched", names=True),
     "qnli":      Task(GLUE, "qnli", "question sentence", "entailment not_entailment", names=True),
     "rte":       Task(GLUE, "rte", labels="entailment not_entailment", names=True),
     # CLUE (TDT Table 2); OCNLI and CMNLI order their labels unlike MNLI
@@ -91,14 +89,12 @@ TASKS = {
     "xnli":      Task("facebook/xnli", "en", "premise hypothesis", NLI),
     "paws-x":    Task("google-research-datasets/paws-x", "en", labels="0 1"),
     **{f"xnli-{x}": Task("facebook/xnli", x, "premise hypothesis", NLI, validation="test") for x in LANGUAGES},
-    **{f"paws-x-{x}": Task("google-research-datasets/paws-x", x, labels="0 1", validation="test")
-       for x in "en de es fr ja ko zh".split()},
+    **{f"paws-x-{x}": Task("google-research-datasets/paws-x", x, labels="0 1", validation="test") for x in "en de es fr ja ko zh".split()},
     # out of domain (TDT Table 3; G-Tuning Tables 2 and 5)
     "sick":      Task("RobZamp/sick", "default", "sentence_A sentence_B", NLI, validation="test", script=True),
     "sick-r":    Task("RobZamp/sick", "default", "sentence_A sentence_B", metrics="pearson spearman", validation="test",
                       label="relatedness_score", script=True),
-    "hans":      Task("jhu-cogsci/hans", "plain_text", "premise hypothesis", "entailment non-entailment", script=True,
-                      sample=6000),
+    "hans":      Task("jhu-cogsci/hans", "plain_text", "premise hypothesis", "entailment non-entailment", script=True, sample=6000),
     "imdb":      Task("stanfordnlp/imdb", "plain_text", "text", "neg pos", validation="test", sample=6000),
     "cola-ood":  Task("", "", "sentence", "unacceptable acceptable", "mcc accuracy", sample=6000,
                       where="the CoLA-OOD file of GLUE-X (github.com/YangLinyi/GLUE-X), columns sentence and label"),
@@ -141,10 +137,9 @@ def load(args):
         if not task.regression and min(rows["label"]) < 0:
             raise UserError(f"--task {args.task}: split {name} has hidden labels (-1): it can only be predicted")
     train = splits.pop(task.train)
-    if args.batch_size > len(train):
-        raise UserError(f"--batch_size {args.batch_size}: must be at most the {len(train)} training rows")
-    if args.train_samples and args.train_samples > len(train):
-        raise UserError(f"--train_samples {args.train_samples}: must be at most the {len(train)} training rows")
+    for flag in ("batch_size", "train_samples"):
+        if (getattr(args, flag) or 0) > len(train):
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be at most the {len(train)} training rows")
     unscored = {}
     for split in args.predict:
         unscored |= {s: read(task, s, args.task, args) for s in (task.test.split() if split == "test" else [split])}
@@ -162,17 +157,15 @@ def load_eval(args, trained):
             raise UserError(f"--eval_tasks {name}: must be among {' '.join(TASKS)}")
         task = TASKS[name]
         if task.regression != trained.regression:
-            kind = ["classification", "regression"]
-            raise UserError(f"--eval_tasks {name}: is {kind[task.regression]}, the trained task is "
-                            f"{kind[trained.regression]}")
+            mine, its = (["classification", "regression"][t.regression] for t in (task, trained))
+            raise UserError(f"--eval_tasks {name}: is {mine}, the trained task is {its}")
         if not task.regression:
             map_labels(trained.label_names, task.label_names)
         splits = [split] if split else task.validation.split()
         for s in splits:
             rows = read(task, s, name, args)
-            if task.sample and len(rows) > task.sample:
-                keep = np.random.default_rng(0).permutation(len(rows))[:task.sample]
-                rows = rows.select(np.sort(keep))
+            if 0 < task.sample < len(rows):
+                rows = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:task.sample]))
             out[name if len(splits) == 1 else f"{name}/{s}"] = (task, rows)
     return out
 
@@ -190,13 +183,12 @@ def read(task, split, name, args):
     where = f"{task.path} {task.config}".strip()
     try:
         if task.script:
-            files = f"{task.config}/{split}/*.parquet"
-            rows = datasets.load_dataset(task.path, revision="refs/convert/parquet", data_files={split: files})[split]
+            files = {split: f"{task.config}/{split}/*.parquet"}
+            rows = datasets.load_dataset(task.path, revision="refs/convert/parquet", data_files=files)[split]
         else:
             rows = datasets.load_dataset(task.path, task.config, split=split)
     except Exception as error:
-        first = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"--task {name}: cannot load split {split} of {where} from the hub: {first[:300]}") from error
+        raise UserError(f"--task {name}: cannot load split {split} of {where} from the hub: {first_line(error)}") from error
     return normalise(rows, task, f"{where} {split}")
 
 
@@ -204,7 +196,7 @@ def own_files(args):
     """--train_file and --validation_file as (task, splits). What kind of task it is, its labels tell."""
     if not (args.train_file and args.validation_file):
         raise UserError("--train_file and --validation_file: both are needed to train on your own data")
-    files = {s: (getattr(args, f"{s}_file"), read_file(getattr(args, f"{s}_file"), f"--{s}_file")) for s in ("train", "validation")}
+    files = {s: (path, read_file(path, f"--{s}_file")) for s, path in (("train", args.train_file), ("validation", args.validation_file))}
     have = files["train"][1].column_names
     columns = args.text_columns or next((c for c in (["text"], ["sentence1", "sentence2"], ["sentence"]) if set(c) <= set(have)), None)
     if columns is None:
@@ -229,10 +221,11 @@ def own_files(args):
 
 
 def is_float(value):
-    try:
-        return bool(np.isfinite(float(value)))
-    except ValueError:
-        return False
+    return bool(re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", value))
+
+
+def first_line(error):
+    return next((x.strip()[:300] for x in str(error).split("\n") if x.strip()), type(error).__name__)
 
 
 def read_file(path, flag):
@@ -241,10 +234,8 @@ def read_file(path, flag):
     kind = path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
     if kind not in ("csv", "tsv", "json", "jsonl"):
         raise UserError(f"{flag} {path}: must end in .csv, .tsv, .json or .jsonl (or those with .gz)")
-    if not os.path.isfile(path):
-        raise UserError(f"{flag} {path}: " + ("is a directory" if os.path.isdir(path) else "no such file"))
-    if os.path.getsize(path) == 0:
-        raise UserError(f"{flag} {path}: is empty")
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        raise UserError(f"{flag} {path}: {'is a directory' if os.path.isdir(path) else 'is empty' if os.path.exists(path) else 'no such file'}")
     try:
         if kind in ("csv", "tsv"):
             with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="") as f:
@@ -254,10 +245,9 @@ def read_file(path, flag):
         else:
             rows = datasets.load_dataset("json", data_files=path, split="train")
     except Exception as error:
-        cause = str(error.__cause__ or error).strip().split("\n")[0]
-        if "corresponds to no data" in cause:
-            raise UserError(f"{flag} {path}: has no rows") from error
-        raise UserError(f"{flag} {path}: cannot be read as {kind}: {cause[:200]}") from error
+        cause = first_line(error.__cause__ or error)
+        told = "has no rows" if "corresponds to no data" in cause else f"cannot be read as {kind}: {cause}"
+        raise UserError(f"{flag} {path}: {told}") from error
     return rows
 
 
@@ -291,30 +281,23 @@ def normalise(rows, task, where):
 
 def general_text(where, n):
     """n single sentences of general text in a fixed random order, as a Dataset: of a text file, of a hub data set as
-    ID:CONFIG:SPLIT with a column `text` (or `sentence`), or "toy". Headings, empty lines and scraps are left out."""
+    ID:CONFIG:SPLIT with a column `text`, or "toy". Headings, empty lines and scraps are left out."""
     import datasets
-    if where == "toy":
-        lines = toy_corpus()
-    elif os.path.exists(where):
-        try:
+    path, config, split = (where.split(":") + ["", ""])[:3]
+    try:
+        if where == "toy":
+            lines = toy_corpus()
+        elif os.path.exists(where):
             with open(where, encoding="utf-8") as f:
                 lines = f.read().split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--unlabeled {where}: cannot be read: {error}") from error
-    else:
-        path, config, split = (where.split(":") + ["", ""])[:3]
-        try:
-            rows = datasets.load_dataset(path, config or None, split=split or "train")
-            lines = rows["text" if "text" in rows.column_names else "sentence"]
-        except Exception as error:
-            raise UserError(f"--unlabeled {where}: no such file, and cannot be loaded from the hub as ID:CONFIG:SPLIT: "
-                            f"{str(error).strip().splitlines()[0][:200]}") from error
+        else:
+            lines = datasets.load_dataset(path, config or None, split=split or "train")["text"]
+    except Exception as error:
+        raise UserError(f"--unlabeled {where}: must be a text file, or ID:CONFIG:SPLIT of the hub: {first_line(error)}") from error
     found = []
     for i in np.random.default_rng(0).permutation(len(lines)):
-        line = lines[int(i)].strip()
-        if not line.startswith("="):                                    # a heading of wikitext
-            parts = re.split(r"(?<=[.!?]) +(?=[^a-z])|(?<=[。！？])", line)
-            found += [s.strip() for s in parts if len(s.strip()) >= 10]
+        if not lines[int(i)].lstrip().startswith("="):                  # a heading of wikitext
+            found += [s.strip() for s in re.split(r"(?<=[.!?]) +(?=[^a-z])|(?<=[。！？])", lines[int(i)]) if len(s.strip()) >= 10]
         if len(found) >= n:
             break
     if not found:
@@ -426,12 +409,11 @@ class Batches:
     """
     CHUNK, JITTER = 256, 0.02              # batches sorted together; lengths blurred by 2%, so that no two epochs are alike
 
-    def __init__(self, split, batch_size, seed, pad, rank=0, world=1, micro=0, rows=None, batching="length", width=0):
+    def __init__(self, split, batch_size, seed, pad, rank=0, world=1, micro=0, batching="length", width=0):
         self.split, self.batch_size, self.seed, self.pad = split, batch_size, seed, pad
         self.rank, self.world, self.micro = rank, world, micro or batch_size
-        self.index = np.arange(len(split)) if rows is None else np.asarray(rows)
         self.batching, self.width = batching, width if batching == "padded" else 0
-        self.per_epoch = -(-len(self.index) // batch_size)
+        self.per_epoch = -(-len(split) // batch_size)
         self.real = self.computed = 0                                   # tokens handed out so far
         self.epoch, self.order = None, None
 
@@ -440,8 +422,7 @@ class Batches:
         epoch, at = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            order = self.index[rng.permutation(len(self.index))]
-            order = np.resize(order, self.per_epoch * self.batch_size)
+            order = np.resize(rng.permutation(len(self.split)), self.per_epoch * self.batch_size)
             if self.batching == "length":
                 blurred = self.split.lengths[order] * rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(order))
                 chunks = np.array_split(np.arange(len(order)), -(-self.per_epoch // self.CHUNK))
@@ -459,8 +440,7 @@ class Batches:
     def __getitem__(self, step):
         mine = self.rows(step)[self.rank::self.world]
         mine = mine[np.argsort(self.split.lengths[mine], kind="stable")]
-        batch = [self.split.collate(mine[i:i + self.micro], self.pad, self.width)
-                 for i in range(0, len(mine), self.micro)]
+        batch = [self.split.collate(mine[i:i + self.micro], self.pad, self.width) for i in range(0, len(mine), self.micro)]
         for inputs in batch:
             masks = [v for k, v in inputs.items() if k.startswith("attention_mask")]
             self.real += sum(int(m.sum()) for m in masks)
@@ -532,12 +512,9 @@ def score(task, trained, logits, labels):
 def write_predictions(path, task, logits):
     """GLUE's submission format: a header, then index and prediction with a tab between them."""
     if task.regression:
-        lines = [f"{v:.4f}" for v in logits[:, 0]]
-        if task.path == GLUE:
-            lines = [f"{v:.3f}" for v in logits[:, 0].clip(0, 5)]
+        lines = [f"{v:.3f}" for v in (logits[:, 0].clip(0, 5) if task.path == GLUE else logits[:, 0])]
     else:
-        ids = logits.argmax(1)
-        lines = [str(i) for i in ids] if task.path == GLUE and not task.names else [task.label_names[i] for i in ids]
+        lines = [str(i) if task.path == GLUE and not task.names else task.label_names[i] for i in logits.argmax(1)]
     with open(path, "w", encoding="utf-8") as f:
         f.write("index\tprediction\n" + "".join(f"{i}\t{line}\n" for i, line in enumerate(lines)))
 
@@ -548,27 +525,24 @@ TOY_NOUNS = {"film": "plot actor scene script ending dialogue camera director so
              "food": "soup bread sauce steak dessert salad waiter menu noodles pie".split()}
 TOY_WORDS = {                                                             # positive, negative
     "both": ("good great wonderful superb lovely excellent", "bad awful terrible poor dreadful horrible"),
-    "film": ("gripping moving witty thrilling clever touching suspenseful poignant charming dazzling epic funny "
-             "inventive tense subtle heartfelt stylish absorbing",
-             "boring predictable shallow tedious cheesy confusing wooden pretentious dull overlong clumsy lifeless "
-             "silly forgettable noisy formulaic muddled stale"),
-    "food": ("tasty crispy juicy fresh tender creamy delicious savory fragrant aromatic buttery zesty ripe flaky "
-             "succulent hearty golden velvety",
-             "bland soggy greasy burnt rancid salty stringy undercooked mushy chewy rotten oily watery cold bitter "
-             "raw lumpy tasteless"),
+    "film": ("gripping moving witty thrilling clever touching suspenseful poignant charming dazzling epic funny inventive tense subtle "
+             "heartfelt stylish absorbing",
+             "boring predictable shallow tedious cheesy confusing wooden pretentious dull overlong clumsy lifeless silly forgettable noisy "
+             "formulaic muddled stale"),
+    "food": ("tasty crispy juicy fresh tender creamy delicious savory fragrant aromatic buttery zesty ripe flaky succulent hearty golden "
+             "velvety", "bland soggy greasy burnt rancid salty stringy undercooked mushy chewy rotten oily watery cold bitter raw lumpy tasteless"),
     "adverb": ("wonderfully pleasantly delightfully", "painfully sadly annoyingly")}
 TOY_WORDS = {kind: [words.split() for words in pair] for kind, pair in TOY_WORDS.items()}
 TOY_HABIT = ["really", "rather"]                                          # for a positive, for a negative review
 
 
 def toy_review(domain, rng, labelled):
-    """One review and its label (1 positive). Two to five phrases, most of them of the review's own mind.
+    """One review and its label (1 positive): two to five phrases, most of them of the review's own mind.
 
-    What makes it a small model of the real problem: two domains with their own adjectives, of which labels are
-    only ever seen in one; telling adverbs ("painfully raw") that stand in the unlabelled corpus alone, from which
-    pre-training can learn what the adjectives of BOTH domains mean; and a habit of the labelled film reviewers
-    ("really" in praise, "rather" in blame) that holds in 4 of 5 cases there, and in 1 of 3 in the food reviews.
-    """
+    What makes it a small model of the real problem: two domains with their own adjectives, labels in one of them only;
+    telling adverbs ("painfully raw") that stand in the unlabelled corpus alone, from which pre-training can learn what the
+    adjectives of BOTH domains mean; and a habit of the labelled film reviewers ("really" in praise, "rather" in blame)
+    that holds in 4 of 5 cases there, and in 1 of 3 in the food reviews."""
     positive, phrases = rng.random() < 0.5, []
     habit = {"film": 0.8, "food": 0.35}[domain] if labelled else 0.5
     for _ in range(rng.randint(2, 5)):
@@ -610,12 +584,10 @@ def toy_vocabulary():
 def main(argv=None):
     import argparse
     parser = argparse.ArgumentParser(description="Says what a task is.", allow_abbrev=False)
-    parser.add_argument("task", help="a row of TASKS: " + " ".join(TASKS))
+    parser.add_argument("task", choices=TASKS, metavar="task", help="one of " + " ".join(TASKS))
     parser.add_argument("--model", help="a tokenizer, to count tokens; without it, words are counted")
     parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE", help="the file of a task without a hub id")
     args = parser.parse_args(argv)
-    if args.task not in TASKS:
-        raise UserError(f"task {args.task}: must be one of {' '.join(TASKS)}")
     task, count = TASKS[args.task], lambda texts: [len(t.split()) for t in texts]
     if args.model:
         from transformers import AutoTokenizer
@@ -629,16 +601,12 @@ def main(argv=None):
             print(f"  {split}: {error}")
             continue
         lengths = count([" ".join(row[c] for c in task.columns) for row in rows.select(range(min(len(rows), 5000)))])
-        print(f"  {split}: {len(rows)} rows; {'tokens' if args.model else 'words'} at "
-              + ", ".join(f"{q}%: {int(np.quantile(lengths, q / 100))}" for q in (5, 50, 95, 100)))
+        quantiles = ", ".join(f"{q}%: {int(np.quantile(lengths, q / 100))}" for q in (5, 50, 95, 100))
+        print(f"  {split}: {len(rows)} rows; {'tokens' if args.model else 'words'} at {quantiles}")
         for row in rows.select(range(min(3, len(rows)))):
             label = row["label"] if task.regression or row["label"] < 0 else task.label_names[row["label"]]
             print(f"    {label}: " + " | ".join(row[c][:160] for c in task.columns))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

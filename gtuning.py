@@ -368,6 +368,7 @@ def main(argv=None):
     with common.processes(args) as world:
         setup = common.prepare(args, world, separate=args.pair_mode == "separate")
         pair, states, M = "input_ids_2" in setup.train.fields, {}, None
+        rows = functools.cache(functools.partial(common.training_rows, setup, args))                   # rows(seed)
         d_size = args.batch_size * (2 if pair else 1)                              # sentences of one step on D
         if "gtuning" in args.method:
             with world.first():                                                    # as many sentences as B has
@@ -410,17 +411,12 @@ def main(argv=None):
             f.train()
             return out
 
-        @functools.cache
-        def training_rows(seed):
-            n = args.profile * args.batch_size or args.train_samples
-            return setup.train.take(data.subset(setup.train.labels, min(n, len(setup.train)), seed, setup.task.regression)) if n else setup.train
-
         def begin(seed, steps, **how):
             """All that changes in training, and the order of the text: s.x_t and s.x_u for f, s.B and s.M for D."""
             f, D = build(seed)
-            B = cached(f, training_rows(seed), **how)
+            B = cached(f, rows(seed), **how)
             order = lambda split, size, k, how: data.Batches(
-                split, size, seed + (k << 32), setup.pad, world.rank, world.size, args.micro_batch_size, None, how, args.max_length)
+                split, size, seed + (k << 32), setup.pad, world.rank, world.size, args.micro_batch_size, how, args.max_length)
             s = argparse.Namespace(f=f, D=D, ddp=world.ddp(f), x_t=order(B, args.batch_size, 0, args.batching[0]), seed=seed)
             s.optimizer, s.schedule = common.build_optimizer(f, args, steps)
             if M:
@@ -462,12 +458,12 @@ def main(argv=None):
             return loss, {**stats, **{name: torch.stack([d[name] for d in d_stats]).mean() for name in d_stats[0]}}
 
         if args.profile:
-            rows = {}
+            timed = {}
             for off, method in [(off, m) for off in ([True] if args.tune == "all" else [False, True]) for m in args.method]:
                 s, counter = begin(args.seeds[0], 10**6, off=off), itertools.count()
                 step = functools.partial(f_step, s) if method == "adapter" else lambda x_t, s=s, c=counter: joint_round(s, r := next(c), r * args.T, x_t)
-                rows[f"{method}, {'encoded' if off else 'cached'}"] = s.x_t, step
-            return common.profile(world, args, rows)
+                timed[f"{method}, {'encoded' if off else 'cached'}"] = s.x_t, step
+            return common.profile(world, args, timed)
 
         results, clouds = [], {}
         for method, seed in [(m, s) for s in args.seeds for m in args.method]:

@@ -1186,8 +1186,23 @@ def test_two_processes_end_like_one(script, method, tiny_folder, tmp_path, cache
     assert results[0]["metrics"] == results[1]["metrics"] and results[1]["world_size"] == 2
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_profile(script, tiny_folder, tmp_path, cache, capsys):
+    """Rows for each method in each order, over the same rows of data; nothing is written."""
+    more = [] if script == "gtuning" else ["--batching", "length", "padded"]
+    seconds = run(script, tiny_folder, tmp_path / "out", "--profile", 3, *more)
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines[[i for i, line in enumerate(lines) if "ms/step" in line][0] + 1:]]
+    assert seconds.shape == (3, 3, len(table)) and (seconds > 0).all() and not os.path.exists(tmp_path / "out")
+    assert table[0][-1] == "1.00" and all(float(row[-1]) > 0 and float(row[2]) > 0 for row in table)
+    kinds = ["cached", "encoded"] if script == "gtuning" else ["length", "padded"]
+    assert [row[1] for row in table] == [kind for kind in kinds for _ in SCRIPTS[script].recipe(argparse.Namespace(task="toy", model=None))["method"]]
+    real = {row[1]: float(row[5].rstrip("%")) for row in table}
+    assert script == "gtuning" or real["length"] > real["padded"]
+
+
 def test_loss_that_is_not_finite(tiny_folder, tmp_path, cache):
-    with pytest.raises(common.RunError, match=r"step \d+: not finite: loss nan.*rows of the batch: \d+ \d+.*last good checkpoint is"):
+    with pytest.raises(UserError, match=r"step \d+: not finite: loss nan.*rows of the batch: \d+ \d+.*last good checkpoint is"):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 1e30, "--save_every", 1, "--warmup", 0.5)
 
 
@@ -1224,7 +1239,7 @@ def test_full_disk(tiny_folder, tmp_path, cache, monkeypatch):
             raise OSError(28, "No space left on device")
         real(state, f)
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(common.RunError, match="checkpoint.pt: No space left on device; the last good checkpoint is"):
+    with pytest.raises(UserError, match="checkpoint.pt: No space left on device; the last good checkpoint is"):
         run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 3)
     assert torch.load(tmp_path / "toy/r3f-0/checkpoint.pt", weights_only=True)["step"] == 3
     assert not glob.glob(str(tmp_path / "toy/r3f-0/*.tmp"))
@@ -1314,8 +1329,8 @@ BAD = [  # arguments (files by name, written by the test), what the line must co
     ("gtuning", ["--method", "tdt"], "--method: invalid choice: 'tdt'"), ("gtuning", ["--T", "0"], "--T: must be a whole number from 1"),
     ("gtuning", ["--beta", "-1"], "--beta: must be"), ("gtuning", ["--epsilon", "cauchy"], "--epsilon: invalid choice"),
     ("gtuning", ["--d_lr", "nan"], "--d_lr: must be a number above 0"), ("gtuning", ["--gp_weight", "inf"], "--gp_weight: must be"),
-    ("gtuning", ["--unlabeled", "no/such:corpus"], "--unlabeled no/such:corpus: no such file"), ("gtuning", ["--unlabeled", "one.csv"], "--unlabeled one.csv: holds no sentence"),
-    ("gtuning", ["--unlabeled", "dir.csv"], "--unlabeled dir.csv: cannot be read"), ("gtuning", ["--unlabeled", "latin.csv"], "--unlabeled latin.csv: cannot be read"),
+    ("gtuning", ["--unlabeled", "no/such:corpus"], "--unlabeled no/such:corpus: must be a text file, or ID:CONFIG:SPLIT"), ("gtuning", ["--unlabeled", "t.txt"], "--unlabeled t.txt: holds no sentence"),
+    ("gtuning", ["--unlabeled", "dir.csv"], "--unlabeled dir.csv: must be a text file"), ("gtuning", ["--unlabeled", "latin.csv"], "--unlabeled latin.csv: must be a text file"),
     ("gtuning", ["--train_file", "good.csv", "--validation_file", "good.csv", "--embed"], "--embed: needs --eval_tasks"),
     ("gtuning", ["--pooling", "max"], "--pooling: invalid choice"), ("gtuning", ["--layers", "0"], "--layers: must be"),
 ]
