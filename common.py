@@ -1,8 +1,6 @@
-"""What the scripts share: flags, processes, model and optimizer, evaluation, checkpoints, logs, results, --profile.
-
-No method is known here. Where a difference between the scripts would be a mistake (sharding, seeding, saving), it is
-here; where two methods might want it different, it stands in the scripts.
-"""
+"""What the scripts share: flags, processes, model and optimizer, evaluation, checkpoints, logs, results, --profile. No method
+is known here. Where a difference between the scripts would be a mistake (sharding, seeding, saving), it is here; where two
+methods might want it different, it stands in the scripts."""
 import argparse, ast, contextlib, fcntl, hashlib, json, math, os, resource, shutil, signal, sys, time, zipfile
 from types import SimpleNamespace
 
@@ -206,11 +204,10 @@ def processes(args):
 def load_tokenizer(args, world):
     """The tokenizer of --model, checked before any weights are read. Fills in args.model and args.max_length."""
     from transformers import AutoConfig, AutoTokenizer
-    if args.init_from:
-        args.model = os.path.join(args.init_from, "model")
-        if not os.path.isfile(os.path.join(args.model, "config.json")):
-            raise UserError(f"--init_from {args.init_from}: must be the folder of a finished run, with model/ in it")
-    elif args.model == "toy":
+    args.model = os.path.join(args.init_from, "model") if args.init_from else args.model
+    if args.init_from and not os.path.isfile(os.path.join(args.model, "config.json")):
+        raise UserError(f"--init_from {args.init_from}: must be the folder of a finished run, with model/ in it")
+    if args.model == "toy":
         with world.first():
             args.model = toy_model(world)
     try:
@@ -289,17 +286,15 @@ def build_batches(setup, args, seed, world, batching=None):
 def build_optimizer(module, args, steps):
     """(AdamW, its schedule: warm-up, then polynomial decay of power 1). Weight decay on matrices only."""
     from transformers import get_polynomial_decay_schedule_with_warmup as polynomial
-    weights = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in module.parameters() if p.requires_grad and (p.dim() > 1) == matrix],
+               "weight_decay": args.weight_decay * matrix} for matrix in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
     warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
     return optimizer, polynomial(optimizer, warmup, steps, lr_end=0.0, power=1.0)
 
 
 def backward(module, batch, world, **more):
-    """Adds the gradient of the batch's mean loss, micro-batch by micro-batch. Returns (loss, stats), both means.
-    more: goes to the module as it is."""
+    """Adds the gradient of the batch's mean loss, micro-batch by micro-batch. Returns (loss, stats), means. more: for the module."""
     count, total = sum(len(inputs["labels"]) for inputs in batch), {}
     for i, inputs in enumerate(batch):
         share = len(inputs["labels"]) / count
@@ -382,13 +377,13 @@ class Run:
         if self.world.rank == 0:
             self.log_file = open(os.path.join(self.folder, "log.jsonl"), "a", encoding="utf-8")
             self.log_file.truncate(state["log_bytes"] if state else 0)
-        self.bar = tqdm(total=total, initial=self.step, desc=self.name, dynamic_ncols=True, leave=False, unit="step",
-                        disable=self.world.rank > 0 or not sys.stderr.isatty())
+        silent = self.world.rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=self.step, desc=self.name, dynamic_ncols=True, leave=False, unit="step", disable=silent)
         self.saved, self.spoke, self.flushed = time.monotonic(), -math.inf, (self.step, self.seconds)
 
     def steps(self, until, batches=None, shift=0):
-        """(step, batches[step - shift]) up to step `until`. Each step has a random seed of its own, so any can be the first one
-        again; between two steps come the checkpoints, and the end on a signal."""
+        """(step, batches[step - shift]) up to step `until`, each step with a random seed of its own, so that any can be the
+        first one again; between two of them come the checkpoints, and the end on a signal."""
         self.rows_of = batches and (lambda step: batches.rows(step - shift))
         while self.step < until:
             start, signals["in_step"] = time.monotonic(), True
@@ -398,7 +393,7 @@ class Run:
             self.seconds += time.monotonic() - start
             self.bar.update()
             every, late = self.args.save_every, self.world.rank == 0 and time.monotonic() - self.saved > 300
-            caught, late = self.world.total(np.array([signals["caught"], late])) if self.world.size > 1 else (signals["caught"], late)
+            caught, late = self.world.total(np.array([signals["caught"], late]))
             due = caught or self.step < self.total and (self.step % every == 0 if every else late)
             if due or self.step % self.args.log_every == 0 or self.step == until:
                 self.flush()                                             # a state that is not finite is never saved
@@ -427,7 +422,7 @@ class Run:
             if not np.isfinite(row).all():
                 terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(keys, row))
                 rows = f"; rows of the batch: {' '.join(map(str, self.rows_of(step)))}" if self.rows_of else ""
-                raise UserError(f"{self.folder}: step {step}: not finite: {terms}{rows}; {self.last_good()}; see --detect_anomaly", 1)
+                self.fail(f"{self.folder}: step {step}: not finite: {terms}{rows}; see --detect_anomaly")
         rate = self.args.batch_size * (self.step - self.flushed[0]) / max(1e-9, self.seconds - self.flushed[1])
         line = {"step": self.step, "epoch": round(self.step / self.per_epoch, 4), **dict(zip(keys, values.mean(0).tolist())),
                 **pending[-1][2], "examples_per_second": round(rate, 1)}
@@ -448,8 +443,9 @@ class Run:
             self.best = {"step": min(self.step + 1, self.total), "value": value, "metrics": metrics}
             self.best_weights = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
 
-    def last_good(self):
-        return next((f"the last good checkpoint is {p}" for p in self.checkpoints if os.path.exists(p)), "there is no checkpoint")
+    def fail(self, message, cause=None):
+        last = next((f"the last good checkpoint is {p}" for p in self.checkpoints if os.path.exists(p)), "there is no checkpoint")
+        raise UserError(f"{message}; {last}", 1) from cause
 
     @contextlib.contextmanager
     def guard(self, path):
@@ -459,7 +455,7 @@ class Run:
         except (OSError, RuntimeError) as error:                        # torch.save turns a full disk into a RuntimeError
             with contextlib.suppress(OSError):
                 os.remove(path + ".tmp")
-            raise UserError(f"cannot write {path}: {getattr(error, 'strerror', 0) or first_line(error)}; {self.last_good()}", 1) from error
+            self.fail(f"cannot write {path}: {getattr(error, 'strerror', 0) or first_line(error)}", error)
 
     def save(self):
         """Writes the checkpoint, on rank 0 (all have the same weights); the one before it is kept."""
@@ -475,8 +471,7 @@ class Run:
         there = [p for p in self.checkpoints if os.path.exists(p)]
         for path in there:
             try:
-                if zipfile.ZipFile(path).testzip():
-                    raise ValueError("a CRC is wrong")
+                assert not zipfile.ZipFile(path).testzip(), "a CRC is wrong"
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:
                 self.world.say(f"{path} is damaged ({first_line(error)[:100]})")

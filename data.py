@@ -22,14 +22,11 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """One row of TASKS. Lists are written as words with spaces between them.
-
-    text: one or two columns. labels: names in the order of the ids; empty for regression. metrics: the first is the
-    main one. validation: the splits that are scored. script: the repository holds only a loading script, which is
-    never run, so its parquet export is read. sample: that many seeded rows are scored. perturb: the one text column
-    that a perturbing method may touch. names: leaderboard files hold label names, not ids. where: for a set without
-    a hub id, where its file comes from (--local_file NAME=FILE).
-    """
+    """One row of TASKS. Lists are written as words with spaces between them. text: one or two columns. labels: names in the
+    order of the ids; empty for regression. metrics: the first is the main one. validation: the splits that are scored.
+    script: the repository holds only a loading script, which is never run, so its parquet export is read. sample: that
+    many seeded rows are scored. perturb: the one text column that a perturbing method may touch. names: leaderboard
+    files hold label names, not ids. where: of a set without a hub id, where its file comes from (--local_file NAME=FILE)."""
     path: str
     config: str = ""
     text: str = "sentence1 sentence2"
@@ -56,10 +53,6 @@ class Task:
     @property
     def regression(self):
         return not self.labels
-
-    @property
-    def main_metric(self):
-        return self.metrics.split()[0]
 
 
 GLUE, CLUE, NLI = "nyu-mll/glue", "clue/clue", "entailment neutral contradiction"
@@ -123,11 +116,9 @@ def map_labels(names, targets):
 # ---------------------------------------------------------------------------------------------------- loading
 
 def load(args):
-    """(task, train, own, further, unscored): the trained task and its rows, checked before any model is loaded. own:
-    {split: rows} of its validation splits; further: {name: (task, rows)} of --eval_tasks; unscored: {split: rows} to predict.
-
-    Rows are a `datasets.Dataset` with the text columns as strings and "label" as an index (a float for regression).
-    """
+    """(task, train, own, further, unscored): the trained task and its rows, checked before any model is loaded. own: {split: rows}
+    of its validation splits; further: {name: (task, rows)} of --eval_tasks; unscored: {split: rows} to predict. Rows are a
+    `datasets.Dataset` with the text columns as strings and "label" as an index (a float for regression)."""
     if args.task == "custom":
         task, splits = own_files(args)
     else:
@@ -263,8 +254,7 @@ def normalise(rows, task, where):
     own = getattr(rows.features[task.label], "names", names if task.path != "custom" else None)    # numbers are ids of these
     index = {"-1": -1, **{n: i for i, n in enumerate(names)}}
     index |= dict(zip(own or [], map_labels(own, names).tolist())) if names and own else {}
-    columns = {c: [" ".join(v) if isinstance(v, list) else v for v in rows[c]] for c in task.columns}
-    labels = []
+    columns, labels = {c: [" ".join(v) if isinstance(v, list) else v for v in rows[c]] for c in task.columns}, []
     for row, value in enumerate(given):
         named = own[value] if own and isinstance(value, int) and 0 <= value < len(own) else str(value)
         label = index.get(named) if names else float(value) if is_float(str(value)) else None
@@ -285,19 +275,16 @@ def general_text(where, n):
     import datasets
     path, config, split = (where.split(":") + ["", ""])[:3]
     try:
-        if where == "toy":
-            lines = toy_corpus()
-        elif os.path.exists(where):
-            with open(where, encoding="utf-8") as f:
-                lines = f.read().split("\n")
+        if where == "toy" or os.path.exists(where):
+            lines = toy_corpus() if where == "toy" else open(where, encoding="utf-8").read().split("\n")
         else:
             lines = datasets.load_dataset(path, config or None, split=split or "train")["text"]
     except Exception as error:
         raise UserError(f"--unlabeled {where}: must be a text file, or ID:CONFIG:SPLIT of the hub: {first_line(error)}") from error
-    found = []
+    found, end = [], re.compile(r"(?<=[.!?]) +(?=[^a-z])|(?<=[。！？])")
     for i in np.random.default_rng(0).permutation(len(lines)):
         if not lines[int(i)].lstrip().startswith("="):                  # a heading of wikitext
-            found += [s.strip() for s in re.split(r"(?<=[.!?]) +(?=[^a-z])|(?<=[。！？])", lines[int(i)]) if len(s.strip()) >= 10]
+            found += [s.strip() for s in end.split(lines[int(i)]) if len(s.strip()) >= 10]
         if len(found) >= n:
             break
     if not found:
@@ -353,11 +340,9 @@ class Split:
 
 
 def encode(rows, columns, tokenizer, max_length, separate=False, perturb=None):
-    """Tokenises rows once, cached by `datasets` under the hash of rows, tokenizer and settings. Returns a Split.
-
-    separate: each text column alone, the second one's fields with the suffix _2. perturb: adds the field
-    `perturbable`, 0 at special tokens ("special") or at all but the tokens of one text column (its name).
-    """
+    """Tokenises rows once, cached by `datasets` under the hash of rows, tokenizer and settings. Returns a Split. separate: each
+    text column alone, the second one's fields with the suffix _2. perturb: adds the field `perturbable`, 0 at special
+    tokens ("special") or at all but the tokens of one text column (its name)."""
     import datasets
     from datasets.fingerprint import Hasher
     fields = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
@@ -366,8 +351,7 @@ def encode(rows, columns, tokenizer, max_length, separate=False, perturb=None):
     def tokenise(batch):
         out = {"cut": [0] * len(batch["label"])}
         for i, group in enumerate(groups):
-            encoded = tokenizer(*[batch[c] for c in group], truncation=True, max_length=max_length)
-            suffix = "_2" if i else ""
+            encoded, suffix = tokenizer(*[batch[c] for c in group], truncation=True, max_length=max_length), "_2" * (i > 0)
             out |= {name + suffix: encoded[name] for name in fields if name in encoded}
             if encoded.is_fast:
                 out["cut"] = [c | bool(e.overflowing) for c, e in zip(out["cut"], encoded.encodings)]
@@ -389,24 +373,21 @@ def encode(rows, columns, tokenizer, max_length, separate=False, perturb=None):
     table = rows.map(tokenise, batched=True, remove_columns=rows.column_names, new_fingerprint=key, desc="tokenising",
                      cache_file_name=os.path.join(folder, f"{key}.arrow")).with_format("arrow")[:]
     flat = {}
-    for name in table.column_names:
+    for name in [n for n in table.column_names if n != "cut"]:
         column = table[name].combine_chunks()
-        if name != "cut":
-            flat[name] = (column.values.to_numpy(zero_copy_only=False)[column.offsets[0].as_py():].astype(np.int32),
-                          column.offsets.to_numpy().astype(np.int64) - column.offsets[0].as_py())
+        flat[name] = (column.values.to_numpy(zero_copy_only=False)[column.offsets[0].as_py():].astype(np.int32),
+                      column.offsets.to_numpy().astype(np.int64) - column.offsets[0].as_py())
     return Split(flat, np.asarray(rows["label"]), int(sum(table["cut"].to_pylist())), tokenizer.padding_side == "left")
 
 
 # ---------------------------------------------------------------------------------------------------- batching
 
 class Batches:
-    """`batches[step]`: the micro-batches of one process at one step, each a dict of tensors. Any step, at once.
-
-    The order is a function of (seed, epoch) alone: rows are shuffled, cut into large chunks, sorted by length within
-    each, cut into batches, and the batches shuffled; the last one is topped up with the epoch's first rows. Process
-    `rank` takes rows[rank::world] of each batch. batching: "length" is that; "random" leaves the shuffled order;
-    "padded" also pads to max_length: the two are what other scripts do, kept for --profile to compare with.
-    """
+    """`batches[step]`: the micro-batches of one process at one step, each a dict of tensors. Any step, at once. The order is a
+    function of (seed, epoch) alone: rows are shuffled, cut into large chunks, sorted by length within each, cut into
+    batches, and the batches shuffled; the last one is topped up with the epoch's first rows. Process `rank` takes
+    rows[rank::world] of each batch. batching: "length" is that; "random" leaves the shuffled order; "padded" also pads
+    to max_length: the two are what other scripts do, kept for --profile to compare with."""
     CHUNK, JITTER = 256, 0.02              # batches sorted together; lengths blurred by 2%, so that no two epochs are alike
 
     def __init__(self, split, batch_size, seed, pad, rank=0, world=1, micro=0, batching="length", width=0):
@@ -414,8 +395,7 @@ class Batches:
         self.rank, self.world, self.micro = rank, world, micro or batch_size
         self.batching, self.width = batching, width if batching == "padded" else 0
         self.per_epoch = -(-len(split) // batch_size)
-        self.real = self.computed = 0                                   # tokens handed out so far
-        self.epoch, self.order = None, None
+        self.real, self.computed, self.epoch, self.order = 0, 0, None, None        # tokens handed out so far; the epoch's rows
 
     def rows(self, step):
         """The rows of the whole batch at `step`, over all processes: (batch_size,)."""
@@ -492,8 +472,7 @@ def pearson(p, y):
 
 def f1(p, y):
     """F1 of class 1, as GLUE scores MRPC and QQP."""
-    hit = np.sum((p == 1) & (y == 1))
-    return float(2 * hit / max(1, np.sum(p == 1) + np.sum(y == 1)))
+    return float(2 * np.sum((p == 1) & (y == 1)) / max(1, np.sum(p == 1) + np.sum(y == 1)))
 
 
 METRICS = {"accuracy": lambda p, y: float(np.mean(p == y)), "f1": f1, "mcc": lambda p, y: pearson(p, y),

@@ -18,8 +18,11 @@ Network, Findings of ACL 2023. f = h . g: g the pre-trained model, frozen; h the
 Choices, where the paper is silent (its authors released no code):
  1. g stays frozen, without dropout, in all phases, as Eq. 2 and Algorithm 1 say (section 3.1 speaks of fine-tuning it
     first); --tune all trains it too, which is the FT of Appendix A. h: 3 pre-norm transformer layers over g's token
-    states, drawn small, so that h begins near the identity; then a LayerNorm, so that f(x) cannot run away from D.
- 2. f(x) is the first token's vector, or the mean over the real tokens (--pooling mean).
+    states, drawn small, so that h begins near the identity.
+ 2. f(x) is the first token's vector, or the mean over the real tokens (--pooling mean), after a LayerNorm, so that it cannot
+    run away from D, and of length 4 whatever the width H: D has slope 1, so beta and lam weigh as the vectors are long.
+    At the LayerNorm's own sqrt(H), 20 for H = 384, L_G overruled L_T and the accuracy fell to chance; at 1 the
+    penalty overruled D (README). The output layer reads the vectors at sqrt(H).
  3. D: 3 pre-norm transformer layers over f(x) as a sequence of one, then a number. No dropout, and no BatchNorm, for
     which the penalty of one example would depend on the others.
  4. e is one draw for each example, from N(0, 1) as written; --epsilon uniform is U(0, 1), as in WGAN-GP.
@@ -62,11 +65,13 @@ class Layer(torch.nn.Module):
     def forward(self, x, mask=None, token=None):
         """mask (B, 1, 1, n): the tokens to look at. token (B,): the only one whose new state is wanted, (B, 1, H)."""
         y = self.norm_1(x)
-        keys = self.key_value(y)
+        keys, values = self.key_value(y).chunk(2, -1)
         if token is not None:
             x, y = (z[torch.arange(len(z)), token][:, None] for z in (x, y))
-        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (self.query(y), *keys.chunk(2, -1)))
-        seen = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)                    # (B, n, H)
+        seen = values                                                              # a sequence of one sees itself alone
+        if values.shape[1] > 1:
+            q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (self.query(y), keys, values))
+            seen = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)                # (B, n, H)
         x = x + self.dropout(self.out(seen))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)))))
 
@@ -86,15 +91,12 @@ class GTuning(torch.nn.Module):
         self.plm = plm.requires_grad_(tune_plm)                                    # g
         self.adapter = torch.nn.ModuleList(Layer(width, config.num_attention_heads, dropout) for _ in range(layers))       # h
         self.norm, self.output = torch.nn.LayerNorm(width), torch.nn.Linear(width * (4 if pair else 1), num_labels)
+        self.scale = width ** 0.5 / 4                                              # so that f(x) has length 4, choice 2
         self.to(plm.device).train()
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.plm.train(mode and self.tune_plm)
-        return self
-
     def encode(self, **inputs):
-        """g's token states (B, n, H), in bf16 under autocast."""
+        """g's token states (B, n, H), in bf16 under autocast; frozen, g has no dropout."""
+        self.plm.train(self.training and self.tune_plm)
         with torch.set_grad_enabled(self.tune_plm and torch.is_grad_enabled()):
             states = self.plm(**inputs).last_hidden_state
         return states.bfloat16() if torch.is_autocast_enabled(states.device.type) else states
@@ -106,14 +108,14 @@ class GTuning(torch.nn.Module):
         first = attention_mask.argmax(1) if self.pooling == "cls" else None        # the first one that is not padding
         for layer in self.adapter[:-1]:
             hidden = layer(hidden, mask)                                           # (B, n, H)
-        hidden = self.norm(self.adapter[-1](hidden, mask, first))                  # (B, n, H), of "cls" (B, 1, H)
+        hidden = self.norm(self.adapter[-1](hidden, mask, first)) / self.scale     # (B, n, H), of "cls" (B, 1, H)
         return hidden[:, 0] if self.pooling == "cls" else (hidden * real).sum(1) / real.sum(1)
 
     def logits(self, **inputs):
         """(B, C)."""
         second = {k[:-2]: inputs.pop(k) for k in list(inputs) if k.endswith("_2")}
-        u = self.features(**inputs)                                                # (B, H)
-        v = self.features(**second) if self.pair else None
+        u = self.scale * self.features(**inputs)                                   # (B, H)
+        v = self.scale * self.features(**second) if self.pair else None
         return self.output(torch.cat([u, v, (u - v).abs(), u * v], -1) if self.pair else u)
 
     def forward(self, labels, D=None, alpha=1.0, beta=0.5, **inputs):
@@ -289,7 +291,7 @@ def flags():
     g.add_argument("--epsilon", default="normal", choices=["normal", "uniform"], help="distribution of e, Eq. 4 (choice 4)")
     g.add_argument("--T", type=common.number(int, 1), default=5, help="steps of D for one of f, Algorithm 1; the paper tries 3 5 7 9")
     g.add_argument("--d_lr", type=common.number(float, 0, above=True), default=1e-4, help="learning rate of D")
-    g.add_argument("--d_betas", type=common.number(float, 0, 0.99999), nargs=2, default=[0.0, 0.9], help="of D's Adam")
+    g.add_argument("--d_betas", type=common.number(float, 0, 0.99999), nargs=2, default=[0.9, 0.999], help="of D's Adam")
     g.add_argument("--layers", type=common.number(int, 1), default=3, help="of h and of D")
     g.add_argument("--pooling", default="cls", choices=["cls", "mean"], help="f(x), choice 2")
     g.add_argument("--pair_mode", default="separate", choices=["separate", "joint"], help="choice 6")

@@ -329,7 +329,7 @@ def analyse(args, look, setup, world):
     def score(module, changed):
         other = common.data.Split({**split.fields, "input_ids": (changed, offsets)}, split.labels, left=split.left)
         logits = common.predict(lambda **inputs: module.model(**inputs).logits, module.model, other, setup, world)
-        return common.data.score(task, setup.task, logits, split.labels)[task.main_metric]
+        return common.data.score(task, setup.task, logits, split.labels)[task.metrics.split()[0]]
 
     def load(method, folder):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(os.path.join(folder, "model"), dtype=torch.float32)
@@ -369,9 +369,9 @@ def analyse(args, look, setup, world):
                 tables[figure].append({f"{method}, {by}": {rate: [score(module, damage(ids, row, words, by, rate, draw, c, mask))
                     for draw in range(draws if rate else 1)] for rate in rates} for method, module in modules.items() for by in kinds})
                 write(first or next(iter(folders.values())), f"{figure}.json", json.dumps({
-                    "set": name, "metric": task.main_metric, "confidences": first, "values": tables[figure][-1]}, indent=1))
+                    "set": name, "metric": task.metrics.split()[0], "confidences": first, "values": tables[figure][-1]}, indent=1))
     for figure in [figure for figure in tables if tables[figure]]:
-        world.say(f"\n{args.task} {name}: {task.main_metric} in percent when that share of the words is replaced, "
+        world.say(f"\n{args.task} {name}: {task.metrics.split()[0]} in percent when that share of the words is replaced, "
                   f"{'those of highest or lowest confidence' if figure == 'drop' else 'random ones'}\nrate  "
                   + "".join(f"{column:>25}" for column in tables[figure][0]))
         for rate in rates:

@@ -740,6 +740,7 @@ def test_gtuning_pairs():
     f, (labels, inputs) = f_of(pair=True), batch()
     second = {f"{k}_2": v.flip(0) for k, v in inputs.items()}
     u, v = (f.features(**x).detach().numpy() for x in (inputs, {k: x.flip(0) for k, x in inputs.items()}))
+    u, v = u * 32 ** 0.5 / 4, v * 32 ** 0.5 / 4
     want = np.concatenate([u, v, abs(u - v), u * v], 1) @ f.output.weight.detach().numpy().T + f.output.bias.detach().numpy()
     assert np.allclose(f.logits(**inputs, **second).detach().numpy(), want, atol=1e-4)
 
@@ -760,7 +761,7 @@ def test_gtuning_architectures(name, pooling):
     hidden = states                                                         # by hand, all tokens through all layers
     for layer in f.adapter:
         hidden = layer(hidden, inputs["attention_mask"][:, None, None].bool())
-    real = f.norm(hidden)[1][inputs["attention_mask"][1].bool()]
+    real = f.norm(hidden)[1].div(32 ** 0.5 / 4)[inputs["attention_mask"][1].bool()]
     assert torch.allclose(features[1], real[0] if pooling == "cls" else real.mean(0), atol=1e-5)
     tuned = gtuning.GTuning(tiny(name).base_model, 3, tune_plm=True)
     tuned(labels, **inputs)[0].backward()
@@ -844,7 +845,7 @@ def test_gtuning_is_algorithm_1(pairs, tiny_folder, tmp_path, cache, monkeypatch
     batches, of_M, of_B = (data.Batches(split, n, 3 + (k << 32), 0, batching=how) for split, n, k, how in (
         (setup.train, 8, 0, "length"), (M, size, 1, "random"), (B, size, 2, "random")))
     x_u, (optimizer, schedule) = data.Batches(M, 8, 3 + (3 << 32), 0), common.build_optimizer(f, args, N)
-    d_optimizer = torch.optim.Adam(D.parameters(), 1e-3, (0.0, 0.9))
+    d_optimizer = torch.optim.Adam(D.parameters(), 1e-3, (0.9, 0.999))
 
     def one_by_one(split, rows):
         inputs = [split.collate(rows[i:i + 1], 0) for i in range(len(rows))]
