@@ -24,9 +24,8 @@ def cli(main):
 
 # ---------------------------------------------------------------------------------------------------- flags
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message.removeprefix("argument "))
+def refuse(message):
+    raise UserError(message.removeprefix("argument "))
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -35,15 +34,15 @@ def number(kind, low, high=math.inf, above=False):
         with contextlib.suppress(ValueError):
             if math.isfinite(value := kind(text)) and low <= value <= high and not (above and value == low):
                 return value
-        limits = f"{'above' if above else 'from'} {low}{f' to {high}' * (high < math.inf)}"
-        raise argparse.ArgumentTypeError(f"must be a{' whole' * (kind is int)} number {limits}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a{' whole' * (kind is int)} number {'above' if above else 'from'} {low}"
+                                         f"{f' to {high}' * (high < math.inf)}, got {text!r}")
     return parse
 
 
 def parser(doc, methods, default_methods):
     """The flags that all scripts have. A script adds its own group."""
-    p = Parser(description=doc.strip().split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    count, share, rate = number(int, 1), number(float, 0), number(float, 0, above=True)
+    p = argparse.ArgumentParser(description=doc.strip().split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error, count, share, rate = refuse, number(int, 1), number(float, 0), number(float, 0, above=True)
     g = p.add_argument_group("data")
     g.add_argument("--task", default="toy", choices=list(data.TASKS), metavar="NAME", help="one of " + " ".join(data.TASKS))
     for part, text in (("train", "csv, tsv, json or jsonl, also .gz"), ("validation", ""), ("test", "predicted; labels may be missing")):
@@ -90,8 +89,8 @@ def parser(doc, methods, default_methods):
 def print_help(path):
     """--help of a script from its `flags` alone, so that torch is not loaded for it."""
     tree = ast.parse(open(path, encoding="utf-8").read())
-    wanted = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "flags"]
-    exec(compile(ast.Module(wanted, []), path, "exec"), names := {"__doc__": ast.get_docstring(tree)})
+    wanted, names = [n for n in tree.body if getattr(n, "name", "") == "flags"], {"__doc__": ast.get_docstring(tree)}
+    exec(compile(ast.Module(wanted, []), path, "exec"), names)
     names["flags"]().parse_args(["--help"])
 
 
@@ -117,8 +116,6 @@ def parse(p, argv, recipe):
         raise UserError(f"--train_samples {args.train_samples}: must be at least --batch_size, {args.batch_size}")
     return args
 
-
-# ---------------------------------------------------------------------------------------------------- processes
 
 class World:
     """The processes of a run, torchrun's or this one alone: rank, size, device, bf16 (whether the passes are)."""
@@ -162,8 +159,8 @@ class World:
         return DDP(module, broadcast_buffers=False, find_unused_parameters=True) if self.size > 1 else module
 
     def peak_memory(self):
-        """MB: of the GPU, or of the process where there is none."""
-        return torch.cuda.max_memory_allocated() / 2**20 if self.gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        used = torch.cuda.max_memory_allocated() if self.gpu else 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used / 2**20                                              # MB
 
     def __str__(self):
         return f"{self.size} x " + (torch.cuda.get_device_name() if self.gpu else f"CPU with {torch.get_num_threads()} threads")
@@ -195,8 +192,7 @@ def processes(args):
         signal.signal(number, on_signal)
     yield world
     if world.size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        dist.barrier(), dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -235,11 +231,10 @@ def load_model(args, task, tokenizer, seed, world, path=None):
             path or args.model, num_labels=len(names), ignore_mismatched_sizes=True, output_loading_info=True, **how)
     except Exception as error:
         raise UserError(f"--model {path or args.model}: cannot be loaded with a classification head: {first_line(error)}") from error
-    body = model.base_model_prefix + "."
-    for name, module in model.named_modules() if args.init_from and not path else []:
-        if name and not f"{name}.".startswith(body):
-            model._init_weights(module)
-    if args.init_from and not path or info["mismatched_keys"]:
+    body, fresh = model.base_model_prefix + ".", args.init_from and not path
+    for module in [m for n, m in model.named_modules() if fresh and n and not f"{n}.".startswith(body)]:
+        model._init_weights(module)
+    if fresh or info["mismatched_keys"]:
         world.say(f"{args.model}: its head is not used; a fresh one for {len(names)} labels")
     lost = [k for k in info["missing_keys"] if k.startswith(body) and "pooler" not in k]
     if lost:
@@ -265,10 +260,9 @@ def prepare(args, world, check=lambda task: None, **how):
     facts = {"labels": task.label_names[:20] or "a number", "rows": ", ".join(f"{k} {len(s)}" for k, (_, s) in sets.items()),
              "cut to max_length": ", ".join(f"{k} {s.cut}" for k, (_, s) in sets.items() if s.cut) or "none",
              "running on": f"{world}, {'bf16' if world.bf16 else 'fp32'}"}
-    for key, value in {**vars(args), **facts}.items():
-        if key != "by_hand":
-            value = " ".join(map(str, value)) if isinstance(value, list) else value
-            world.say(f"  {key:<17} {value}{'   <- set' if key in args.by_hand else ''}")
+    for key, value in {**{k: v for k, v in vars(args).items() if k != "by_hand"}, **facts}.items():
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
+        world.say(f"  {key:<17} {value}{'   <- set' if key in args.by_hand else ''}")
     return setup
 
 
@@ -289,16 +283,14 @@ def build_optimizer(module, args, steps):
     groups = [{"params": [p for p in module.parameters() if p.requires_grad and (p.dim() > 1) == matrix],
                "weight_decay": args.weight_decay * matrix} for matrix in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
-    warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
-    return optimizer, polynomial(optimizer, warmup, steps, lr_end=0.0, power=1.0)
+    return optimizer, polynomial(optimizer, int(args.warmup if args.warmup >= 1 else args.warmup * steps), steps, lr_end=0.0, power=1.0)
 
 
 def backward(module, batch, world, **more):
     """Adds the gradient of the batch's mean loss, micro-batch by micro-batch. Returns (loss, stats), means. more: for the module."""
     count, total = sum(len(inputs["labels"]) for inputs in batch), {}
     for i, inputs in enumerate(batch):
-        share = len(inputs["labels"]) / count
-        last = i == len(batch) - 1 or world.size == 1                    # the processes average once a step
+        share, last = len(inputs["labels"]) / count, i == len(batch) - 1 or world.size == 1        # the processes average once a step
         with contextlib.nullcontext() if last else module.no_sync():
             with world.autocast():
                 loss, stats = module(**world.put(inputs), **more)
@@ -321,8 +313,13 @@ def predict(forward, module, split, setup, world):
 
 
 def evaluate(forward, module, sets, setup, world):
-    """{set: {metric: value}} for sets {name: (task, split)}; the first metric of the first set is the main one."""
-    return {name: data.score(task, setup.task, predict(forward, module, split, setup, world), split.labels) for name, (task, split) in sets.items()}
+    """{set: {metric: value}} for sets {name: (task, split)}, and the averages over languages; the first metric of the first set
+    is the main one."""
+    out = {name: data.score(task, setup.task, predict(forward, module, split, setup, world), split.labels) for name, (task, split) in sets.items()}
+    for group, names in data.GROUPS.items():
+        if len(found := [out[name] for name in names if name in out]) > 1:
+            out[f"{group}-average"] = {metric: float(np.mean([scores[metric] for scores in found])) for metric in found[0]}
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -336,7 +333,7 @@ class Run:
     def __init__(self, args, method, seed, world):
         self.args, self.method, self.seed, self.world = args, method, seed, world
         self.name, self.folder = f"{args.task} {method}-{seed}", os.path.join(args.output_dir, args.task, f"{method}-{seed}")
-        self.checkpoints = [os.path.join(self.folder, f"checkpoint{x}.pt") for x in ("", "-before")]
+        self.checkpoints = [f"{self.folder}/checkpoint{x}.pt" for x in ("", "-before")]
         self.identity = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}))
         self.step, self.seconds, self.best, self.best_weights, self.pending, self.results = 0, 0.0, None, None, [], None
         if world.rank == 0:
@@ -350,17 +347,15 @@ class Run:
             for path in (os.path.join(self.folder, name) for name in os.listdir(self.folder) if args.overwrite and name != ".lock"):
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         dist.barrier() if world.size > 1 else None
-        done, started = (os.path.join(self.folder, name) for name in ("results.json", "log.jsonl"))
-        if os.path.exists(done):
+        if os.path.exists(done := f"{self.folder}/results.json"):
             self.results = json.load(open(done, encoding="utf-8"))
             self.refuse_other_flags(self.results["args"])
             world.say(f"{self.folder}: finished before; --overwrite runs it again")
-        elif not args.resume and any(map(os.path.exists, [*self.checkpoints, started])):
+        elif not args.resume and any(map(os.path.exists, [*self.checkpoints, f"{self.folder}/log.jsonl"])):
             raise UserError(f"--output_dir {args.output_dir}: {self.folder} holds an unfinished run: use --resume or --overwrite")
 
     def refuse_other_flags(self, saved):
-        now = self.identity
-        other = [f"--{k} {saved.get(k)} (now {now.get(k)})" for k in sorted(saved.keys() | now) if saved.get(k) != now.get(k)]
+        other = [f"--{k} {saved.get(k)} (now {v})" for k, v in self.identity.items() if saved.get(k) != v]
         if other:
             raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with other flags: {', '.join(other)}; use --overwrite")
 
@@ -389,13 +384,12 @@ class Run:
             start, signals["in_step"] = time.monotonic(), True
             torch.manual_seed(int(np.random.SeedSequence([self.seed, self.step, self.world.rank]).generate_state(1)[0]))
             yield self.step, batches and batches[self.step - shift]
-            self.step += 1
-            self.seconds += time.monotonic() - start
+            self.step, self.seconds = self.step + 1, self.seconds + time.monotonic() - start
             self.bar.update()
             every, late = self.args.save_every, self.world.rank == 0 and time.monotonic() - self.saved > 300
             caught, late = self.world.total(np.array([signals["caught"], late]))
             due = caught or self.step < self.total and (self.step % every == 0 if every else late)
-            if due or self.step % self.args.log_every == 0 or self.step == until:
+            if self.pending and (due or self.step % self.args.log_every == 0 or self.step == until):
                 self.flush()                                             # a state that is not finite is never saved
             self.save() if due else None
             signals["in_step"] = False
@@ -404,8 +398,7 @@ class Run:
                 raise UserError(told, 128 + (signals["caught"] or signal.SIGTERM))
 
     def every(self, n):
-        """Whether the step under way ends a stretch of n steps (0: never), the very last one aside."""
-        return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total
+        return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total      # does this step end n steps, but for the last?
 
     def log(self, loss, stats, **plain):
         """Terms of this step; they stay on the device until the next line of the log."""
@@ -413,8 +406,6 @@ class Run:
 
     def flush(self):
         """A line of the log: means since the line before, over the processes. Here a loss that is not finite is seen."""
-        if not self.pending:
-            return
         pending, self.pending, keys = self.pending, [], list(self.pending[-1][1])
         values = torch.stack([torch.stack([terms[k].float() for k in keys]) for _, terms, _ in pending]).double()
         values = self.world.total(values.cpu().numpy()) / self.world.size
@@ -492,20 +483,19 @@ class Run:
     def finish(self, metrics, batches, tokenizer, write_model):
         """Writes model/, by write_model(folder), and last of all results.json; the checkpoints have then done their work."""
         import transformers
-        real, computed = self.world.total(np.array([batches.real, batches.computed]))
+        real = np.divide(*self.world.total(np.array([batches.real, batches.computed])))
         folder, done, rate = f"{self.folder}/model", f"{self.folder}/results.json", self.step * self.args.batch_size / max(self.seconds, 1e-9)
         self.results = {
             "task": self.args.task, "method": self.method, "seed": self.seed, "model": self.args.model,
             "main_metric": next(iter(next(iter(metrics.values())))), "metrics": metrics, "best": self.best, "steps": self.step,
-            "train_seconds": round(self.seconds, 2), "examples_per_second": round(rate, 1), "padding_efficiency": round(float(real / computed), 4),
+            "train_seconds": round(self.seconds, 2), "examples_per_second": round(rate, 1), "padding_efficiency": round(float(real), 4),
             "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size, "args": self.identity, "versions": {
                 "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "device": str(self.world)}}
         self.bar.close()
         if self.world.rank == 0:
             with self.guard(folder):
                 shutil.rmtree(folder + ".tmp", ignore_errors=True)
-                write_model(folder + ".tmp")
-                tokenizer.save_pretrained(folder + ".tmp")
+                write_model(folder + ".tmp"), tokenizer.save_pretrained(folder + ".tmp")
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(folder + ".tmp", folder)
                 write_safely(done, lambda f: f.write(json.dumps(self.results, indent=1).encode()))
@@ -517,16 +507,12 @@ def write_safely(path, write, keep=None):
     """Temporary file, fsync, rename, fsync of the folder. keep: where the file that was there goes."""
     with open(path + ".tmp", "wb") as f:
         write(f)
-        f.flush()
-        os.fsync(f.fileno())
+        f.flush(), os.fsync(f.fileno())
     os.replace(path, keep) if keep and os.path.exists(path) else None
     os.replace(path + ".tmp", path)
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
-    os.fsync(folder)
+    os.fsync(folder := os.open(os.path.dirname(path), os.O_RDONLY))
     os.close(folder)
 
-
-# ---------------------------------------------------------------------------------------------------- what is shown
 
 def report(world, results, args, start):
     """The table over methods and seeds, as the papers give it: mean, standard deviation, median and max, in percent."""
@@ -572,8 +558,6 @@ def profile(world, args, rows):
     return seconds
 
 
-# ---------------------------------------------------------------------------------------------------- the toy model
-
 def toy_model(world):
     """Folder of a 2-layer BERT pre-trained on the toy corpus by masked language modelling (G-Tuning, Eq. 1); cached."""
     from huggingface_hub.constants import HF_HOME
@@ -597,8 +581,7 @@ def toy_model(world):
         states = model.bert(torch.where(masked, 4, x_u), (x_u != 0).long()).last_hidden_state[masked]
         torch.nn.functional.cross_entropy(model.cls(states), x_u[masked]).backward()               # Eq. 1
         optimizer.step(), schedule.step(), optimizer.zero_grad()
-    model.save_pretrained(folder + ".tmp")
-    tokenizer.save_pretrained(folder + ".tmp")
+    model.save_pretrained(folder + ".tmp"), tokenizer.save_pretrained(folder + ".tmp")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(folder + ".tmp", folder)
     return folder

@@ -220,8 +220,7 @@ def recipe(args):
         clue = {k: (*v[:3], 1e-5) for k, v in clue.items()} | {"ocnli": (32, 3000, 300, 1e-5)}
     model = "hfl/chinese-bert-wwm" if args.task in [*clue, "cmnli"] else "google-bert/bert-base-uncased"
     paper = {"model": model, "lr": 2e-5, "weight_decay": 0.0, "warmup": 0.1, "grad_clip": 1.0}
-    if args.task in glue | clue:
-        paper |= dict(zip(("batch_size", "max_steps", "warmup", "lr"), (glue | clue)[args.task]))
+    paper |= dict(zip(("batch_size", "max_steps", "warmup", "lr"), (glue | clue).get(args.task, ())))
     if args.task == "toy":
         paper |= dict(model="toy", lr=5e-4, epochs=15, batch_size=16, method=["std", "tdt"], seeds=[0, 1, 2], alpha=0.5, beta=0.5)
     return paper
@@ -238,8 +237,7 @@ def read_analyses(args):
     look.explain = [line.strip() for line in [*look.explain, *(look.explain_file or [])] if line.strip()]
     for folder in look.run:
         try:
-            with open(os.path.join(folder, "results.json"), encoding="utf-8") as f:
-                results = json.load(f)
+            results = json.load(open(os.path.join(folder, "results.json"), encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise common.UserError(f"--run {folder}: must be the folder of a finished run: {error}") from None
         if look.runs and results["task"] != args.task:
