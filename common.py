@@ -18,7 +18,8 @@ def cli(main):
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         time.sleep(3 * (rank > 0))                                       # rank 0, if it fails too, ends all before that
-        print(f"{os.path.basename(sys.argv[0])}: {f'rank {rank}: ' * (rank > 0)}{error}", file=sys.stderr, flush=True)
+        if rank == 0 or error.status < 128:                              # (all end on the same signal)
+            print(f"{os.path.basename(sys.argv[0])}: {f'rank {rank}: ' * (rank > 0)}{error}", file=sys.stderr, flush=True)
         return error.status
 
 
@@ -153,10 +154,10 @@ class World:
         """Tensors on the device; on a GPU the copy does not wait."""
         return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in inputs.items()} if self.gpu else inputs
 
-    def ddp(self, module, compile=True):
-        """The module, compiled if asked for, its gradients averaged over the processes. (Some models leave a weight unused.)"""
+    def ddp(self, module, compile=True, unused=True):
+        """The module, compiled if asked for, its gradients averaged over the processes. unused: weights may have no gradient."""
         module, DDP = torch.compile(module, dynamic=True) if self.compile and compile else module, torch.nn.parallel.DistributedDataParallel
-        return DDP(module, broadcast_buffers=False, find_unused_parameters=True) if self.size > 1 else module
+        return DDP(module, forward_sync_buffers=False, find_unused_parameters=unused) if self.size > 1 else module
 
     def peak_memory(self):
         used = torch.cuda.max_memory_allocated() if self.gpu else 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -178,11 +179,13 @@ def on_signal(number, frame):
 
 @contextlib.contextmanager
 def processes(args):
-    """Joins torchrun's processes and leaves them in order. Yields the World."""
+    """Joins torchrun's processes and leaves them in order. Yields the World. (After a restart by torchrun the addresses of the
+    dead processes are still in its store: hence the prefix.)"""
     import datasets, transformers
     world = World(args)
     if world.size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if world.gpu else "gloo")
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if world.gpu else "gloo", store=store, rank=world.rank, world_size=world.size)
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar(), datasets.logging.set_verbosity_error()
     if world.rank or not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -443,10 +446,11 @@ class Run:
         """A write that fails ends the run with one line, and leaves nothing half-written."""
         try:
             yield
-        except (OSError, RuntimeError) as error:                        # torch.save turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:                        # torch.save makes a RuntimeError of a full disk
             with contextlib.suppress(OSError):
                 os.remove(path + ".tmp")
-            self.fail(f"cannot write {path}: {getattr(error, 'strerror', 0) or first_line(error)}", error)
+            why = error.__context__ if isinstance(error.__context__, OSError) else error
+            self.fail(f"cannot write {path}: {getattr(why, 'strerror', 0) or first_line(why)}", error)
 
     def save(self):
         """Writes the checkpoint, on rank 0 (all have the same weights); the one before it is kept."""

@@ -561,7 +561,8 @@ def toy_vocabulary():
 # ---------------------------------------------------------------------------------------------------- describe a task
 
 def main(argv=None):
-    import argparse
+    import argparse, datasets
+    datasets.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description="Says what a task is.", allow_abbrev=False)
     parser.add_argument("task", choices=TASKS, metavar="task", help="one of " + " ".join(TASKS))
     parser.add_argument("--model", help="a tokenizer, to count tokens; without it, words are counted")

@@ -419,7 +419,7 @@ def main(argv=None):
             B = cached(f, rows(seed), **how)
             order = lambda split, size, k, how: data.Batches(
                 split, size, seed + (k << 32), setup.pad, world.rank, world.size, args.micro_batch_size, how, args.max_length)
-            s = argparse.Namespace(f=f, D=D, ddp=world.ddp(f), x_t=order(B, args.batch_size, 0, args.batching[0]), seed=seed)
+            s = argparse.Namespace(f=f, D=D, ddp=world.ddp(f, unused=args.tune == "all"), x_t=order(B, args.batch_size, 0, args.batching[0]), seed=seed)
             s.optimizer, s.schedule = common.build_optimizer(f, args, steps)
             if M:
                 s.M, s.B = (order(split, d_size, k, "random") for split, k in ((cached(f, M, **how), 1), (B.sentences(), 2)))
