@@ -1,7 +1,6 @@
-"""What the scripts share: flags, processes, model and optimizer, evaluation, checkpoints, logs, results, --profile. No method
-is known here. Where a difference between the scripts would be a mistake (sharding, seeding, saving), it is here; where two
-methods might want it different, it stands in the scripts."""
-import argparse, ast, contextlib, fcntl, hashlib, json, math, os, resource, shutil, signal, sys, time, zipfile
+"""What the scripts share: flags, processes, model and optimizer, evaluation, checkpoints, logs, results, --profile. What two
+methods might want different stands in the scripts; no method is known here."""
+import argparse, ast, contextlib, ctypes, fcntl, hashlib, json, math, os, resource, shutil, signal, sys, time, zipfile
 from types import SimpleNamespace
 
 import data
@@ -22,8 +21,6 @@ def cli(main):
             print(f"{os.path.basename(sys.argv[0])}: {f'rank {rank}: ' * (rank > 0)}{error}", file=sys.stderr, flush=True)
         return error.status
 
-
-# ---------------------------------------------------------------------------------------------------- flags
 
 def refuse(message):
     raise UserError(message.removeprefix("argument "))
@@ -97,10 +94,8 @@ def print_help(path):
 
 def parse(p, argv, recipe):
     """The flags given by hand over the task's recipe, recipe(args) -> {flag: value}, over the defaults."""
-    unset = object()
-    blank = argparse.Namespace(**{a.dest: unset for a in p._actions if a.dest != "help"})
-    by_hand = sorted(k for k, v in vars(p.parse_args(argv, blank)).items() if v is not unset)
-    args = p.parse_args(argv)
+    args, words = p.parse_args(argv), {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    by_hand = sorted(a.dest for a in p._actions if words & {*a.option_strings})
     own = args.train_file or args.validation_file or args.test_file
     if own and "task" in by_hand:
         raise UserError(f"--task {args.task}: cannot go together with your own {own}")
@@ -167,11 +162,10 @@ class World:
         return f"{self.size} x " + (torch.cuda.get_device_name() if self.gpu else f"CPU with {torch.get_num_threads()} threads")
 
 
-signals = {"caught": 0, "in_step": False}
+signals = {"caught": 0, "in_step": False}                               # a step under way ends first; all else, or a second signal, ends at once
 
 
 def on_signal(number, frame):
-    """A step under way ends first; everything else, and a second signal, ends at once."""
     if not signals["in_step"] or signals["caught"]:
         raise UserError("stopped by a signal; --resume goes on from the last checkpoint", 128 + number)
     signals["caught"] = number
@@ -187,25 +181,22 @@ def processes(args):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0])
         dist.init_process_group("cpu:gloo,cuda:nccl" if world.gpu else "gloo", store=store, rank=world.rank, world_size=world.size)
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar(), datasets.logging.set_verbosity_error()
-    if world.rank or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars() if world.rank or not sys.stderr.isatty() else None
     torch.set_float32_matmul_precision("high")
     torch.autograd.set_detect_anomaly(args.detect_anomaly)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    with contextlib.suppress(OSError, AttributeError):                   # glibc would give large tensors back to the kernel, which zeroes
+        ctypes.CDLL(None).mallopt(-1, 2**30), ctypes.CDLL(None).mallopt(-3, 2**30)       # them for the next step: 30% of R3F on RTE
+    signal.signal(signal.SIGTERM, on_signal), signal.signal(signal.SIGINT, on_signal)
     yield world
-    if world.size > 1:
-        dist.barrier(), dist.destroy_process_group()
+    (dist.barrier(), dist.destroy_process_group()) if world.size > 1 else None
 
-
-# ---------------------------------------------------------------------------------------------------- model
 
 def load_tokenizer(args, world):
     """The tokenizer of --model, checked before any weights are read. Fills in args.model and args.max_length."""
     from transformers import AutoConfig, AutoTokenizer
-    args.model = os.path.join(args.init_from, "model") if args.init_from else args.model
-    if args.init_from and not os.path.isfile(os.path.join(args.model, "config.json")):
+    if args.init_from and not os.path.isfile(os.path.join(args.init_from, "model", "config.json")):
         raise UserError(f"--init_from {args.init_from}: must be the folder of a finished run, with model/ in it")
+    args.model = os.path.join(args.init_from, "model") if args.init_from else args.model
     if args.model == "toy":
         with world.first():
             args.model = toy_model(world)
@@ -228,10 +219,10 @@ def load_model(args, task, tokenizer, seed, world, path=None):
     from transformers import AutoModelForSequenceClassification
     names = task.label_names or ["score"]
     torch.manual_seed(seed)
-    how = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}, "dtype": torch.float32}
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path or args.model, num_labels=len(names), ignore_mismatched_sizes=True, output_loading_info=True, **how)
+            path or args.model, num_labels=len(names), id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)},
+            dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception as error:
         raise UserError(f"--model {path or args.model}: cannot be loaded with a classification head: {first_line(error)}") from error
     body, fresh = model.base_model_prefix + ".", args.init_from and not path
@@ -316,16 +307,13 @@ def predict(forward, module, split, setup, world):
 
 
 def evaluate(forward, module, sets, setup, world):
-    """{set: {metric: value}} for sets {name: (task, split)}, and the averages over languages; the first metric of the first set
-    is the main one."""
+    """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages; the first metric of the first set is the main."""
     out = {name: data.score(task, setup.task, predict(forward, module, split, setup, world), split.labels) for name, (task, split) in sets.items()}
     for group, names in data.GROUPS.items():
         if len(found := [out[name] for name in names if name in out]) > 1:
             out[f"{group}-average"] = {metric: float(np.mean([scores[metric] for scores in found])) for metric in found[0]}
     return out
 
-
-# ---------------------------------------------------------------------------------------------------- runs
 
 NOT_THE_RUN = set("output_dir resume overwrite save_every method seeds profile predict by_hand detect_anomaly".split())
 
@@ -389,9 +377,8 @@ class Run:
             yield self.step, batches and batches[self.step - shift]
             self.step, self.seconds = self.step + 1, self.seconds + time.monotonic() - start
             self.bar.update()
-            every, late = self.args.save_every, self.world.rank == 0 and time.monotonic() - self.saved > 300
-            caught, late = self.world.total(np.array([signals["caught"], late]))
-            due = caught or self.step < self.total and (self.step % every == 0 if every else late)
+            caught, late = self.world.total(np.array([signals["caught"], self.world.rank == 0 and time.monotonic() - self.saved > 300]))
+            due = caught or self.step < self.total and (self.step % self.args.save_every == 0 if self.args.save_every else late)
             if self.pending and (due or self.step % self.args.log_every == 0 or self.step == until):
                 self.flush()                                             # a state that is not finite is never saved
             self.save() if due else None
@@ -423,8 +410,7 @@ class Run:
         self.flushed, told = (self.step, self.seconds), f"loss {line['loss']:.3f}, {rate:.0f} examples/s"
         if self.world.rank == 0:
             with self.guard(self.log_file.name):
-                self.log_file.write(json.dumps(line) + "\n")
-                self.log_file.flush()
+                print(json.dumps(line), file=self.log_file, flush=True)
             self.bar.set_postfix_str(told, refresh=False)
             if self.bar.disable and (time.monotonic() - self.spoke > 20 or self.step == self.total):
                 self.spoke, left = time.monotonic(), (self.total - self.step) * self.args.batch_size / max(rate, 1e-9)
@@ -497,11 +483,8 @@ class Run:
                 "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "device": str(self.world)}}
         self.bar.close()
         if self.world.rank == 0:
-            with self.guard(folder):
-                shutil.rmtree(folder + ".tmp", ignore_errors=True)
-                write_model(folder + ".tmp"), tokenizer.save_pretrained(folder + ".tmp")
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(folder + ".tmp", folder)
+            with self.guard(folder):                                     # without results.json it is no finished model
+                write_model(folder), tokenizer.save_pretrained(folder), os.sync()
                 write_safely(done, lambda f: f.write(json.dumps(self.results, indent=1).encode()))
             for path in filter(os.path.exists, self.checkpoints):
                 os.remove(path)
@@ -537,8 +520,8 @@ def profile(world, args, rows):
     from torch.utils.flop_counter import FlopCounterMode
     def timed(call, wait=torch.cuda.synchronize if world.gpu else lambda: None):
         start = (wait(), time.perf_counter())[1]
-        call()
-        return (wait(), time.perf_counter())[1] - start
+        call(), wait()
+        return time.perf_counter() - start
     n, dtype, base = 8192 if world.gpu else 1536, torch.bfloat16 if world.bf16 else torch.float32, None
     a = torch.randn(n, n, device=world.device, dtype=dtype)
     peak, counted = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(8)), {}                # FLOP/s
@@ -571,10 +554,11 @@ def toy_model(world):
     if os.path.exists(os.path.join(folder, "config.json")):
         return folder
     world.say("pre-training the toy model, once (about 30 s) ...")
-    tokenizer, size = BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=64), dict(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, max_position_embeddings=64)
     torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(**size, initializer_range=0.1)).to(world.device).eval()     # eval: no dropout here
+    tokenizer = BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=64)
+    model = BertForMaskedLM(BertConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
+        max_position_embeddings=64, initializer_range=0.1)).to(world.device).eval()                # eval: no dropout here
     ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"].to(world.device)       # (10000, n)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=1800, pct_start=0.1)

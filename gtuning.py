@@ -56,7 +56,7 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, torch.nn.Dropout(dropout)
         self.norm_1, self.norm_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
-        self.query, self.key_value, self.out = (torch.nn.Linear(width, k * width) for k in (1, 2, 1))
+        self.query, self.key, self.value, self.out = (torch.nn.Linear(width, width) for _ in range(4))
         self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
         for name, p in self.named_parameters():
             if not name.startswith("norm"):
@@ -64,13 +64,12 @@ class Layer(torch.nn.Module):
 
     def forward(self, x, mask=None, token=None):
         """mask (B, 1, 1, n): the tokens to look at. token (B,): the only one whose new state is wanted, (B, 1, H)."""
-        y = self.norm_1(x)
-        keys, values = self.key_value(y).chunk(2, -1)
+        y = z = self.norm_1(x)
+        seen = self.value(z)                                                       # a sequence of one sees itself alone
         if token is not None:
-            x, y = (z[torch.arange(len(z)), token][:, None] for z in (x, y))
-        seen = values                                                              # a sequence of one sees itself alone
-        if values.shape[1] > 1:
-            q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (self.query(y), keys, values))
+            x, y = (t[torch.arange(len(t)), token][:, None] for t in (x, y))
+        if z.shape[1] > 1:
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(y), self.key(z), seen))
             seen = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)                # (B, n, H)
         x = x + self.dropout(self.out(seen))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)))))

@@ -687,7 +687,7 @@ def test_gtuning_penalty_in_double_precision():
     value = gtuning.gradient_penalty(D, f_t, f_u, e)
     assert abs(value.item() - expected) < 1e-9 and expected > 1e-3
     value.backward()
-    for p in (D.output.weight, D.layers[0].up.weight, D.layers[2].key_value.weight):
+    for p in (D.output.weight, D.layers[0].up.weight, D.layers[2].value.weight):
         i = p.grad.abs().argmax()
         with torch.no_grad():
             sides = []
@@ -788,7 +788,7 @@ def test_gtuning_layer_is_a_transformer_layer():
         torch.nn.init.normal_(p, std=0.3)
     names = {"norm1": mine.norm_1, "norm2": mine.norm_2, "linear1": mine.up, "linear2": mine.down, "self_attn.out_proj": mine.out}
     state = {f"{k}.{part}": getattr(m, part) for k, m in names.items() for part in ("weight", "bias")}
-    torchs.load_state_dict(state | {f"self_attn.in_proj_{part}": torch.cat([getattr(mine.query, part), getattr(mine.key_value, part)]) for part in ("weight", "bias")})
+    torchs.load_state_dict(state | {f"self_attn.in_proj_{part}": torch.cat([getattr(m, part) for m in (mine.query, mine.key, mine.value)]) for part in ("weight", "bias")})
     x, mask = torch.randn(4, 9, 32), batch()[1]["attention_mask"]
     want = torchs(x, src_key_padding_mask=mask == 0)
     assert torch.allclose(mine(x, mask[:, None, None].bool())[mask.bool()], want[mask.bool()], atol=1e-3)
