@@ -129,8 +129,7 @@ class World:
     def say(self, line):
         print(line, flush=True) if self.rank == 0 else None
 
-    def total(self, array):
-        """The sum of a numpy array over the processes, on all of them."""
+    def total(self, array):                                              # a numpy array's sum over the processes, on all of them
         if self.size > 1:
             dist.all_reduce(array := torch.from_numpy(np.ascontiguousarray(array)))
         return np.asarray(array)
@@ -145,8 +144,7 @@ class World:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def put(self, inputs):
-        """Tensors on the device; on a GPU the copy does not wait."""
+    def put(self, inputs):                                               # on the device; a GPU's copy does not wait
         return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in inputs.items()} if self.gpu else inputs
 
     def ddp(self, module, compile=True, unused=True):
@@ -155,8 +153,7 @@ class World:
         return DDP(module, forward_sync_buffers=False, find_unused_parameters=unused) if self.size > 1 else module
 
     def peak_memory(self):
-        used = torch.cuda.max_memory_allocated() if self.gpu else 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return used / 2**20                                              # MB
+        return torch.cuda.max_memory_allocated() / 2**20 if self.gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10    # MB
 
     def __str__(self):
         return f"{self.size} x " + (torch.cuda.get_device_name() if self.gpu else f"CPU with {torch.get_num_threads()} threads")
@@ -261,9 +258,9 @@ def prepare(args, world, check=lambda task: None, **how):
 
 
 def training_rows(setup, args, seed):
-    """The rows of one seed: all, those of --train_samples, or for --profile N those of N batches."""
-    n = args.profile * args.batch_size or args.train_samples
-    return setup.train.take(data.subset(setup.train.labels, min(n, len(setup.train)), seed, setup.task.regression)) if n else setup.train
+    """The rows of one seed: all, or those of --train_samples."""
+    n = min(args.train_samples or len(setup.train), len(setup.train))
+    return setup.train.take(data.subset(setup.train.labels, n, seed, setup.task.regression)) if args.train_samples else setup.train
 
 
 def build_batches(setup, args, seed, world, batching=None):
@@ -515,8 +512,8 @@ def report(world, results, args, start):
 
 
 def profile(world, args, rows):
-    """Times `rows` {name: (batches, step)}, all over the same rows of data, by step(batches[i]): once to warm up and to count
-    FLOPs, then three times in turn; a batch's time is the median of the three, a row's the mean over its batches."""
+    """Times `rows` {name: (batches, step)} by step(batches[i]), on N batches evenly spaced over the epoch's lengths: once to warm up and to
+    count FLOPs, then three times in turn; a batch's time is the median of the three, a row's the mean over its batches."""
     from torch.utils.flop_counter import FlopCounterMode
     def timed(call, wait=torch.cuda.synchronize if world.gpu else lambda: None):
         start = (wait(), time.perf_counter())[1]
@@ -524,17 +521,20 @@ def profile(world, args, rows):
         return time.perf_counter() - start
     n, dtype, base = 8192 if world.gpu else 1536, torch.bfloat16 if world.bf16 else torch.float32, None
     a = torch.randn(n, n, device=world.device, dtype=dtype)
-    peak, counted = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(8)), {}                # FLOP/s
+    peak, counted, chosen = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(8)), {}, {}    # FLOP/s
     for name, (batches, step) in rows.items():
         torch.cuda.reset_peak_memory_stats() if world.gpu else None
+        by_length = sorted(range(batches.per_epoch), key=lambda i: batches.split.lengths[batches.rows(i)].sum())
+        chosen[name] = [by_length[int(i)] for i in np.linspace(0, batches.per_epoch - 1, args.profile + 2)[1:-1]]
         batches.load_state_dict({"real": 0, "computed": 0})
         flops = FlopCounterMode(display=False)                          # its hooks on modules cannot stand autograd.grad
         flops.mod_tracker.__enter__ = flops.mod_tracker.__exit__ = lambda *error: None
         with flops:
-            for i in range(args.profile):
+            for i in chosen[name]:
                 step(batches[i])
         counted[name] = flops.get_total_flops() / args.profile, world.peak_memory(), batches.state_dict()
-    seconds = np.array([[[timed(lambda: step(batches[i])) for batches, step in rows.values()] for i in range(args.profile)] for _ in range(3)])
+    seconds = np.array([[[timed(lambda: step(batches[i])) for i, (batches, step) in zip(turn, rows.values())]
+                         for turn in zip(*chosen.values())] for _ in range(3)])
     world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.profile} steps, {world}, {str(dtype)[6:]}; matrix product of "
               f"{n}: {peak / 1e9:.0f} GFLOP/s\n{'':<22} {'ms/step':>8} {'examples/s':>10} {'tokens/s':>9} {'real':>6} {'GFLOP/s':>8} "
               f"{'of peak':>8} {'MB':>6} {'cost':>6}")
