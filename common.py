@@ -182,7 +182,7 @@ def processes(args):
     torch.set_float32_matmul_precision("high")
     torch.autograd.set_detect_anomaly(args.detect_anomaly)
     with contextlib.suppress(OSError, AttributeError):                   # glibc would give large tensors back to the kernel, which zeroes
-        ctypes.CDLL(None).mallopt(-1, 2**30), ctypes.CDLL(None).mallopt(-3, 2**30)       # them for the next step: 30% of R3F on RTE
+        ctypes.CDLL(None).mallopt(-1, 2**30), ctypes.CDLL(None).mallopt(-3, 2**30)       # them again each step: a third of a large one
     signal.signal(signal.SIGTERM, on_signal), signal.signal(signal.SIGINT, on_signal)
     yield world
     (dist.barrier(), dist.destroy_process_group()) if world.size > 1 else None
