@@ -74,8 +74,9 @@ def parser(doc, methods, default_methods):
     g.add_argument("--grad_clip", type=share, default=0.0, help="largest gradient norm; 0: no clipping")
     g = p.add_argument_group("running")
     g.add_argument("--output_dir", default="runs", metavar="DIR", help="a run's folder is DIR/TASK/METHOD-SEED")
-    g.add_argument("--resume", action="store_true", help="go on where an unfinished run stopped")
-    g.add_argument("--overwrite", action="store_true", help="start afresh where a run is already")
+    either = g.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on where an unfinished run stopped")
+    either.add_argument("--overwrite", action="store_true", help="start afresh where a run is already")
     g.add_argument("--eval_every", type=number(int, 0), default=0, metavar="N", help="steps; keeps the best; 0: only at the end")
     g.add_argument("--save_every", type=number(int, 0), default=0, metavar="N", help="steps to a checkpoint; 0: five minutes")
     g.add_argument("--log_every", type=count, default=20, metavar="N", help="steps to a line of log.jsonl")
@@ -84,8 +85,7 @@ def parser(doc, methods, default_methods):
     return p
 
 
-def print_help(path):
-    """--help of a script from its `flags` alone, so that torch is not loaded for it."""
+def print_help(path):                                                    # from the script's `flags` alone, so that torch is not loaded
     tree = ast.parse(open(path, encoding="utf-8").read())
     wanted, names = [n for n in tree.body if getattr(n, "name", "") == "flags"], {"__doc__": ast.get_docstring(tree)}
     exec(compile(ast.Module(wanted, []), path, "exec"), names)
@@ -135,8 +135,7 @@ class World:
         return np.asarray(array)
 
     @contextlib.contextmanager
-    def first(self):
-        """The block runs on rank 0, then on the others, which find its files."""
+    def first(self):                                                     # runs on rank 0, then on the others, which find its files
         dist.barrier() if self.rank else None
         yield
         dist.barrier() if self.size > 1 and not self.rank else None
@@ -163,9 +162,9 @@ signals = {"caught": 0, "in_step": False}                               # a step
 
 
 def on_signal(number, frame):
-    if not signals["in_step"] or signals["caught"]:
-        raise UserError("stopped by a signal; --resume goes on from the last checkpoint", 128 + number)
-    signals["caught"] = number
+    at_once, signals["caught"] = signals["caught"] or not signals["in_step"], number
+    if at_once:
+        raise UserError("stopped by a signal; the same command with --resume goes on", 128 + number)
 
 
 @contextlib.contextmanager
@@ -177,7 +176,7 @@ def processes(args):
     if world.size > 1:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0])
         dist.init_process_group("cpu:gloo,cuda:nccl" if world.gpu else "gloo", store=store, rank=world.rank, world_size=world.size)
-    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar(), datasets.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar(), datasets.logging.set_verbosity(50)
     datasets.disable_progress_bars() if world.rank or not sys.stderr.isatty() else None
     torch.set_float32_matmul_precision("high")
     torch.autograd.set_detect_anomaly(args.detect_anomaly)
@@ -192,7 +191,7 @@ def load_tokenizer(args, world):
     """The tokenizer of --model, checked before any weights are read. Fills in args.model and args.max_length."""
     from transformers import AutoConfig, AutoTokenizer
     if args.init_from and not os.path.isfile(os.path.join(args.init_from, "model", "config.json")):
-        raise UserError(f"--init_from {args.init_from}: must be the folder of a finished run, with model/ in it")
+        raise UserError(f"--init_from {args.init_from}: must be the folder of a finished run of r3f.py or tdt.py")
     args.model = os.path.join(args.init_from, "model") if args.init_from else args.model
     if args.model == "toy":
         with world.first():
@@ -322,7 +321,8 @@ class Run:
         self.args, self.method, self.seed, self.world = args, method, seed, world
         self.name, self.folder = f"{args.task} {method}-{seed}", os.path.join(args.output_dir, args.task, f"{method}-{seed}")
         self.checkpoints = [f"{self.folder}/checkpoint{x}.pt" for x in ("", "-before")]
-        self.identity = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}))
+        known = {a.dest for a in parser(" ", [], [])._actions} if method == "std" else vars(args)       # std is the same in all scripts
+        self.identity = json.loads(json.dumps({k: v for k, v in vars(args).items() if k in known and k not in NOT_THE_RUN}))
         self.step, self.seconds, self.best, self.best_weights, self.pending, self.results = 0, 0.0, None, None, [], None
         if world.rank == 0:
             try:
@@ -336,8 +336,11 @@ class Run:
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         dist.barrier() if world.size > 1 else None
         if os.path.exists(done := f"{self.folder}/results.json"):
-            self.results = json.load(open(done, encoding="utf-8"))
-            self.refuse_other_flags(self.results["args"])
+            try:
+                self.results = json.load(open(done, encoding="utf-8"))
+                self.refuse_other_flags(self.results["args"])
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{done}: is damaged; --overwrite runs it again") from error
             world.say(f"{self.folder}: finished before; --overwrite runs it again")
         elif not args.resume and any(map(os.path.exists, [*self.checkpoints, f"{self.folder}/log.jsonl"])):
             raise UserError(f"--output_dir {args.output_dir}: {self.folder} holds an unfinished run: use --resume or --overwrite")
@@ -345,7 +348,7 @@ class Run:
     def refuse_other_flags(self, saved):
         other = [f"--{k} {saved.get(k)} (now {v})" for k, v in self.identity.items() if saved.get(k) != v]
         if other:
-            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with other flags: {', '.join(other)}; use --overwrite")
+            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with other flags: {', '.join(other)}; use --overwrite, or another folder")
 
     def begin(self, total, per_epoch, **parts):
         """`parts`: all that has a state_dict and changes in training; restored if there is a checkpoint to resume."""
@@ -387,8 +390,7 @@ class Run:
     def every(self, n):
         return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total      # does this step end n steps, but for the last?
 
-    def log(self, loss, stats, **plain):
-        """Terms of this step; they stay on the device until the next line of the log."""
+    def log(self, loss, stats, **plain):                                 # they stay on the device until the next line of the log
         self.pending.append((self.step, {"loss": loss.detach(), **stats}, plain))
 
     def flush(self):
@@ -404,7 +406,7 @@ class Run:
         rate = self.args.batch_size * (self.step - self.flushed[0]) / max(1e-9, self.seconds - self.flushed[1])
         line = {"step": self.step, "epoch": round(self.step / self.per_epoch, 4), **dict(zip(keys, values.mean(0).tolist())),
                 **pending[-1][2], "examples_per_second": round(rate, 1)}
-        self.flushed, told = (self.step, self.seconds), f"loss {line['loss']:.3f}, {rate:.0f} examples/s"
+        self.flushed, told = (self.step, self.seconds), ", ".join([f"{k} {line[k]:.3g}" for k in keys[:4]] + [f"{rate:.0f} examples/s"])
         if self.world.rank == 0:
             with self.guard(self.log_file.name):
                 print(json.dumps(line), file=self.log_file, flush=True)
@@ -413,8 +415,7 @@ class Run:
                 self.spoke, left = time.monotonic(), (self.total - self.step) * self.args.batch_size / max(rate, 1e-9)
                 self.world.say(f"{self.name}: step {self.step} of {self.total}, {told}, {left:.0f} s left")
 
-    def keep_best(self, metrics, module):
-        """Remembers the module's weights if the main metric, the first of the first set, is the best so far."""
+    def keep_best(self, metrics, module):                                # by the main metric, the first of the first set
         value = next(iter(next(iter(metrics.values())).values()))
         if self.best is None or value > self.best["value"]:
             self.best = {"step": min(self.step + 1, self.total), "value": value, "metrics": metrics}
@@ -435,8 +436,7 @@ class Run:
             why = error.__context__ if isinstance(error.__context__, OSError) else error
             self.fail(f"cannot write {path}: {getattr(why, 'strerror', 0) or first_line(why)}", error)
 
-    def save(self):
-        """Writes the checkpoint, on rank 0 (all have the same weights); the one before it is kept."""
+    def save(self):                                                      # on rank 0: all have the same weights
         self.saved = time.monotonic()
         if self.world.rank == 0:
             state = {"parts": {k: p.state_dict() for k, p in self.parts.items()}, "step": self.step, "seconds": self.seconds, "best": self.best,
@@ -506,7 +506,7 @@ def report(world, results, args, start):
     for name, metric in [(s, m) for s in sets for m in sets[s]]:
         for method in args.method:
             v = 100 * np.array([r["metrics"][name][metric] for r in results if r["method"] == method])
-            world.say(f"{name:<{wide}}  {metric:<9} {method:<8} {v.mean():6.2f} {v.std(ddof=len(v) > 1):5.2f} {np.median(v):6.2f} {v.max():6.2f}")
+            world.say(f"{name:<{wide}}  {metric:<9} {method:<8} {v.mean():6.2f} {'%.2f' % v.std(ddof=1) if len(v) > 1 else '-':>5} {np.median(v):6.2f} {v.max():6.2f}")
     world.say(f"{time.monotonic() - start:.0f} s; models, logs and results are in {os.path.join(args.output_dir, args.task)}")
     return results
 

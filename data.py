@@ -10,15 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 
-class UserError(Exception):
-    """What ends a run with one line, its message, and an exit status: 2 for wrong input, 1 for what went wrong in the run."""
+class UserError(BaseException):
+    """Ends a run with one line, its message, and an exit status: 2 for wrong input, 1 for what went wrong in the run, 128 + n after
+    signal n. No library's `except Exception` holds it up."""
 
     def __init__(self, message, status=2):
         super().__init__(message)
         self.status = status
 
-
-# ---------------------------------------------------------------------------------------------------- the table
 
 @dataclass(frozen=True)
 class Task:
@@ -113,8 +112,6 @@ def map_labels(names, targets):
     return np.array([find(name) for name in names])
 
 
-# ---------------------------------------------------------------------------------------------------- loading
-
 def load(args):
     """(task, train, own, further, unscored): the trained task and its rows, checked before any model is loaded. own: {split: rows}
     of its validation splits; further: {name: (task, rows)} of --eval_tasks; unscored: {split: rows} to predict. Rows are a
@@ -132,6 +129,8 @@ def load(args):
         if (getattr(args, flag) or 0) > len(train):
             raise UserError(f"--{flag} {getattr(args, flag)}: must be at most the {len(train)} training rows")
     unscored = {}
+    if args.predict and args.task == "custom":
+        raise UserError(f"--predict {' '.join(args.predict)}: is for tasks of the table; your own rows to predict are the --test_file")
     for split in args.predict:
         unscored |= {s: read(task, s, args.task, args) for s in (task.test.split() if split == "test" else [split])}
     if args.test_file:
@@ -163,21 +162,23 @@ def load_eval(args, trained):
 
 def read(task, split, name, args):
     """Rows of one split of a task of the table, by hub id, toy grammar or local file."""
-    local = dict(f.split("=", 1) for f in args.local_file)
+    local = dict(f.partition("=")[::2] for f in args.local_file)
+    for given, path in local.items():
+        if given not in TASKS or not path:
+            raise UserError(f"--local_file {given}={path}: must be NAME=FILE, NAME one of {' '.join(TASKS)}")
     if name in local:
         return normalise(read_file(local[name], "--local_file"), task, local[name])
     if not task.path:
         raise UserError(f"--task {name}: has no hub id; give its file as --local_file {name}=FILE ({task.where})")
     if task.path == "toy":
+        if split not in ("train", "validation", "test"):
+            raise UserError(f"--task {name}: has no split {split}; must be train, validation or test")
         return toy_rows(task.config, split)
     import datasets
     where = f"{task.path} {task.config}".strip()
     try:
-        if task.script:
-            files = {split: f"{task.config}/{split}/*.parquet"}
-            rows = datasets.load_dataset(task.path, revision="refs/convert/parquet", data_files=files)[split]
-        else:
-            rows = datasets.load_dataset(task.path, task.config, split=split)
+        exported = {"revision": "refs/convert/parquet", "data_files": {split: f"{task.config}/{split}/*.parquet"}}
+        rows = datasets.load_dataset(task.path, split=split, **(exported if task.script else {"name": task.config}))
     except Exception as error:
         raise UserError(f"--task {name}: cannot load split {split} of {where} from the hub: {first_line(error)}") from error
     return normalise(rows, task, f"{where} {split}")
@@ -196,7 +197,10 @@ def own_files(args):
         for column, flag in [(c, "--text_columns") for c in columns] + [(args.label_column, "--label_column")]:
             if column not in table.column_names:
                 raise UserError(f"{flag} {column}: no column {column!r} ({flag}) in {path}, which has {table.column_names}")
-    train, validation = ([str(v) for v in table[args.label_column]] for _, table in files.values())
+    train, validation = ([label_of(v) for v in table[args.label_column]] for _, table in files.values())
+    for (path, _), labels in zip(files.values(), (train, validation)):
+        if "" in labels:
+            raise UserError(f"{path}: row {labels.index('') + 1}: no label in column {args.label_column!r} (--label_column)")
     whole = all(v.lstrip("-").isdigit() for v in train + validation)
     if not whole and all(map(is_float, train + validation)):
         task = Task("custom", "", " ".join(columns), metrics="pearson spearman", label=args.label_column)
@@ -209,6 +213,11 @@ def own_files(args):
             raise UserError(f"--train_file {args.train_file}: all labels are {names[0]!r}; at least two are needed")
         task = Task("custom", "", " ".join(columns), "\t".join(names), label=args.label_column)
     return task, {s: normalise(table, task, path) for s, (path, table) in files.items()}
+
+
+def label_of(value):
+    """A cell as a label: without the spaces around it, "" if there is none."""
+    return "" if value is None or str(value).strip().lower() == "nan" else str(value).strip()
 
 
 def is_float(value):
@@ -229,17 +238,16 @@ def read_file(path, flag):
         raise UserError(f"{flag} {path}: {'is a directory' if os.path.isdir(path) else 'is empty' if os.path.exists(path) else 'no such file'}")
     try:
         if kind in ("csv", "tsv"):
-            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="") as f:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as f:
                 header = next(csv.reader(f, delimiter=(sep := "," if kind == "csv" else "\t")))
             cells = datasets.Features({name: datasets.Value("string") for name in header})
-            rows = datasets.load_dataset("csv", data_files=path, split="train", sep=sep, features=cells, keep_default_na=False)
-        else:
-            rows = datasets.load_dataset("json", data_files=path, split="train")
+            return datasets.load_dataset("csv", data_files=path, split="train", sep=sep, features=cells, keep_default_na=False,
+                                         encoding="utf-8-sig")              # as spreadsheets write it, or plain
+        return datasets.load_dataset("json", data_files=path, split="train")
     except Exception as error:
         cause = first_line(error.__cause__ or error)
         told = "has no rows" if "corresponds to no data" in cause else f"cannot be read as {kind}: {cause}"
         raise UserError(f"{flag} {path}: {told}") from error
-    return rows
 
 
 def normalise(rows, task, where):
@@ -256,13 +264,13 @@ def normalise(rows, task, where):
     index |= dict(zip(own or [], map_labels(own, names).tolist())) if names and own else {}
     columns, labels = {c: [" ".join(v) if isinstance(v, list) else v for v in rows[c]] for c in task.columns}, []
     for row, value in enumerate(given):
-        named = own[value] if own and isinstance(value, int) and 0 <= value < len(own) else str(value)
+        named = own[value] if own and isinstance(value, int) and 0 <= value < len(own) else label_of(value)
         label = index.get(named) if names else float(value) if is_float(str(value)) else None
         if label is None:
             raise UserError(f"{where}: row {row + 1}: label {value!r} must be {f'one of {names[:20]}' if names else 'a number'}")
         for column, cells in columns.items():
             if cells[row] is None:
-                raise UserError(f"{where}: row {row + 1}: column {column!r} is missing")
+                raise UserError(f"{where}: row {row + 1}: no text in column {column!r}")
         labels.append(label)
     features = {**{c: datasets.Value("string") for c in columns}, "label": datasets.Value("int64" if names else "float32")}
     text = {c: [v if isinstance(v, str) else str(v) for v in cells] for c, cells in columns.items()}
@@ -292,8 +300,6 @@ def general_text(where, n):
     return datasets.Dataset.from_dict({"text": found[:n], "label": [-1] * len(found[:n])})
 
 
-# ---------------------------------------------------------------------------------------------------- tokenising
-
 class Split:
     """Tokenised rows in flat arrays. fields: {name: (values, offsets)}; labels (n,); lengths (n,) in tokens; cut: how
     many rows were truncated; left: whether the model wants its padding there (XLNet)."""
@@ -305,8 +311,7 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def take(self, rows):
-        """These rows alone."""
+    def take(self, rows):                                               # these alone
         fields = {name: (np.concatenate([values[at[r]:at[r + 1]] for r in rows]), np.cumsum([0, *np.diff(at)[rows]]))
                   for name, (values, at) in self.fields.items()}
         return Split(fields, self.labels[rows], self.cut, self.left)
@@ -379,8 +384,6 @@ def encode(rows, columns, tokenizer, max_length, separate=False, perturb=None):
                       column.offsets.to_numpy().astype(np.int64) - column.offsets[0].as_py())
     return Split(flat, np.asarray(rows["label"]), int(sum(table["cut"].to_pylist())), tokenizer.padding_side == "left")
 
-
-# ---------------------------------------------------------------------------------------------------- batching
 
 class Batches:
     """`batches[step]`: the micro-batches of one process at one step, each a dict of tensors. Any step, at once. The order is a
@@ -456,8 +459,6 @@ def subset(labels, n, seed, regression=False):
     return np.sort(np.concatenate([g[:c] for g, c in zip(groups, counts)]))
 
 
-# ---------------------------------------------------------------------------------------------------- metrics
-
 def ranks(x):
     """Ranks of x, ties averaged: (n,)."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
@@ -470,21 +471,13 @@ def pearson(p, y):
     return float(p @ y / norm) if norm > 0 else 0.0
 
 
-def f1(p, y):
-    """F1 of class 1, as GLUE scores MRPC and QQP."""
-    return float(2 * np.sum((p == 1) & (y == 1)) / max(1, np.sum(p == 1) + np.sum(y == 1)))
-
-
-METRICS = {"accuracy": lambda p, y: float(np.mean(p == y)), "f1": f1, "mcc": lambda p, y: pearson(p, y),
-           "pearson": pearson, "spearman": lambda p, y: pearson(ranks(p), ranks(y))}
+METRICS = {"accuracy": lambda p, y: float(np.mean(p == y)), "mcc": pearson, "pearson": pearson, "spearman": lambda p, y: pearson(ranks(p), ranks(y)),
+           "f1": lambda p, y: float(2 * np.sum((p == 1) & (y == 1)) / max(1, np.sum(p == 1) + np.sum(y == 1)))}       # of class 1, as in GLUE
 
 
 def score(task, trained, logits, labels):
     """{metric: value} of logits (n, C), with the trained task's labels mapped to those of `task` by name."""
-    if task.regression:
-        predictions = logits[:, 0]
-    else:
-        predictions = map_labels(trained.label_names, task.label_names)[logits.argmax(1)]
+    predictions = logits[:, 0] if task.regression else map_labels(trained.label_names, task.label_names)[logits.argmax(1)]
     return {m: METRICS[m](predictions, labels) for m in task.metrics.split()}
 
 
@@ -497,8 +490,6 @@ def write_predictions(path, task, logits):
     with open(path, "w", encoding="utf-8") as f:
         f.write("index\tprediction\n" + "".join(f"{i}\t{line}\n" for i, line in enumerate(lines)))
 
-
-# ---------------------------------------------------------------------------------------------------- the toy language
 
 TOY_NOUNS = {"film": "plot actor scene script ending dialogue camera director soundtrack cast".split(),
              "food": "soup bread sauce steak dessert salad waiter menu noodles pie".split()}
@@ -553,16 +544,13 @@ def toy_corpus(n=10000):
 
 
 def toy_vocabulary():
-    words = {w for pair in TOY_WORDS.values() for words in pair for w in words}
-    words |= {w for nouns in TOY_NOUNS.values() for w in nouns} | set(TOY_HABIT) | {"not", ",", "."}
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+    words = [w for pair in TOY_WORDS.values() for words in pair for w in words] + [w for nouns in TOY_NOUNS.values() for w in nouns]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*words, *TOY_HABIT, "not", ",", "."})]
 
-
-# ---------------------------------------------------------------------------------------------------- describe a task
 
 def main(argv=None):
     import argparse, datasets
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     parser = argparse.ArgumentParser(description="Says what a task is.", allow_abbrev=False)
     parser.add_argument("task", choices=TASKS, metavar="task", help="one of " + " ".join(TASKS))
     parser.add_argument("--model", help="a tokenizer, to count tokens; without it, words are counted")
@@ -578,6 +566,8 @@ def main(argv=None):
         try:
             rows = read(task, split, args.task, args)
         except UserError as error:
+            if args.local_file:
+                raise
             print(f"  {split}: {error}")
             continue
         lengths = count([" ".join(row[c] for c in task.columns) for row in rows.select(range(min(len(rows), 5000)))])
@@ -589,4 +579,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError, ValueError) as error:                    # these two: no such --model
+        sys.exit(print(f"data.py: {first_line(error)}", file=sys.stderr) or 2)

@@ -365,6 +365,8 @@ def main(argv=None):
     place = argparse.Namespace(**{k: vars(args).pop(k) for k in ("cache_dir", "no_cache", "embed")})   # no part of a run
     if place.embed and not args.eval_tasks:
         raise common.UserError("--embed: needs --eval_tasks; the first of them is the text out of domain")
+    if args.max_steps == 1 and "gtuning" in args.method:
+        raise common.UserError("--max_steps 1: must be at least 2 for gtuning, whose phases have N/2 steps")
 
     with common.processes(args) as world:
         setup = common.prepare(args, world, separate=args.pair_mode == "separate")
@@ -391,7 +393,8 @@ def main(argv=None):
             if not states:
                 digest = hashlib.blake2b()
                 for name, p in f.plm.state_dict().items():
-                    digest.update(name.encode() + p.cpu().contiguous().numpy().tobytes())
+                    if "pooler" not in name:                               # not used, and random where the model has none
+                        digest.update(name.encode() + p.cpu().contiguous().numpy().tobytes())
                 states["model"] = digest.hexdigest()
             if id(split) not in states:
                 states[id(split)] = split, Cached(f, split, place.cache_dir, states["model"], setup.pad, world)
@@ -499,6 +502,8 @@ def main(argv=None):
                 run.keep_best(evaluate(s.f, setup.own), s.f.trained)
                 s.f.trained.load_state_dict(run.best_weights)
                 run.finish(evaluate(s.f, {**setup.own, **setup.further}), s.x_t, setup.tokenizer, s.f.save_pretrained)
+                if run.best["step"] <= end1 < end3:
+                    world.say(f"{run.name}: the best state, at step {run.best['step']}, is of phase 1, before D")
             results.append(run.results)
             if setup.unscored or place.embed:
                 plm = None if args.tune == "all" else common.load_model(args, setup.task, setup.tokenizer, seed, world).base_model

@@ -180,9 +180,9 @@ def recipe(args):
         paper |= dict(zip(("lr", "max_steps", "batch_size"), table[args.task]))
     if args.task == "xnli":
         paper |= {"model": "FacebookAI/xlm-roberta-large", "adam_eps": 1e-8}
-    if args.task == "toy":
-        paper |= {"model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "precision": "fp32",
-                  "method": ["std", "r3f"], "seeds": [0, 1, 2]}
+    if args.task == "toy":                                                 # std as in tdt.py, which then finds its runs
+        paper |= {"model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "precision": "fp32", "betas": [0.9, 0.999], "adam_eps": 1e-8,
+                  "weight_decay": 0.0, "warmup": 0.1, "grad_clip": 1.0, "method": ["std", "r3f"], "seeds": [0, 1, 2]}
     return paper
 
 

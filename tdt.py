@@ -222,7 +222,7 @@ def recipe(args):
     paper = {"model": model, "lr": 2e-5, "weight_decay": 0.0, "warmup": 0.1, "grad_clip": 1.0}
     paper |= dict(zip(("batch_size", "max_steps", "warmup", "lr"), (glue | clue).get(args.task, ())))
     if args.task == "toy":
-        paper |= dict(model="toy", lr=5e-4, epochs=15, batch_size=16, method=["std", "tdt"], seeds=[0, 1, 2], alpha=0.5, beta=0.5)
+        paper |= dict(model="toy", lr=5e-4, epochs=15, batch_size=16, precision="fp32", method=["std", "tdt"], seeds=[0, 1, 2], alpha=0.5, beta=0.5)
     return paper
 
 
@@ -234,20 +234,21 @@ def read_analyses(args):
     import common
     look = argparse.Namespace(runs={}, **{k: vars(args).pop(k) for k in (
         "run", "explain", "explain_file", "confidences", "perturb", "drop", "rates", "draws")})
-    look.explain = [line.strip() for line in [*look.explain, *(look.explain_file or [])] if line.strip()]
+    asked, look.explain = look.explain or look.explain_file, [line.strip() for line in [*look.explain, *(look.explain_file or [])] if line.strip()]
     for folder in look.run:
         try:
             results = json.load(open(os.path.join(folder, "results.json"), encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise common.UserError(f"--run {folder}: must be the folder of a finished run: {error}") from None
-        if look.runs and results["task"] != args.task:
-            raise common.UserError(f"--run {folder}: is a run of {results['task']}; must be of {args.task}, as the one before")
+            assert results["method"] in ("std", "tdt", "tdt-hard"), f"its method is {results['method']}"
+        except (OSError, ValueError, KeyError, AssertionError) as error:
+            raise common.UserError(f"--run {folder}: must be the folder of a finished run of std, tdt or tdt-hard: {error}") from None
+        if (look.runs or "task" in args.by_hand) and results["task"] != args.task:
+            raise common.UserError(f"--run {folder}: is a run of {results['task']}; must be of {args.task}, as --task or the one before")
         look.runs.setdefault(results["seed"], {})[results["method"]] = folder
         vars(args).update({k: v for k, v in results["args"].items() if k not in args.by_hand})
         args.model, args.init_from = os.path.join(folder, "model"), ""
     look.figures = look.confidences or look.perturb or look.drop
-    if (look.run or look.explain_file) and not (look.figures or look.explain):
-        raise common.UserError("--run, --explain_file: there is no text to explain, nor --confidences, --perturb or --drop")
+    if (look.run or asked) and not (look.figures or look.explain) or any(t.count("|||") > 1 for t in look.explain):
+        raise common.UserError("--run, --explain: must have a text (of a pair, two) to explain, or --confidences, --perturb or --drop")
     return look
 
 
@@ -268,7 +269,7 @@ def explain(module, tokenizer, text, max_length, world):
 def page(texts, title, lo, hi):
     """The texts of `explain` as one self-contained HTML page."""
     from html import escape
-    paint, cards = lambda c: f"background:rgba(14,116,144,{(c - lo) / (hi - lo):.2f});color:{'#fff' if 2 * c > lo + hi else '#1e293b'}", ""
+    paint, cards = lambda c: f"background:rgba(14,116,144,{(c - lo) / (hi - lo):.2f});color:{'#fff' if c - lo > 0.75 * (hi - lo) else '#1e293b'}", ""
     for words in texts:
         sides = ["".join(f'<span><b style="{paint(c)}">{escape(word)}</b><i>{c:.2f}</i></span>' for word, c, part in words if part == side)
                  for side in (0, 1)]
@@ -330,8 +331,7 @@ def analyse(args, look, setup, world):
         return common.data.score(task, setup.task, logits, split.labels)[task.metrics.split()[0]]
 
     def load(method, folder):
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(os.path.join(folder, "model"), dtype=torch.float32)
-        module = TDT(model)
+        module = TDT(transformers.AutoModelForSequenceClassification.from_pretrained(os.path.join(folder, "model"), dtype=torch.float32))
         if method != "std":
             module.confidence_layer.load_state_dict(torch.load(os.path.join(folder, "model", "confidence.pt"), weights_only=True))
         return module.to(world.device).eval()
@@ -349,7 +349,7 @@ def analyse(args, look, setup, world):
                 for line in texts:
                     world.say(f"{folder}: " + " ".join(paint.format(shade(c), word, c) for word, c, _ in line))
                 write(folder, "explain.json", json.dumps([dict(text=t, words=w) for t, w in zip(look.explain, texts)], indent=1))
-                write(folder, "explain.html", page(texts, f"What the model looks at ({args.task})", lo, hi))
+                write(folder, "explain.html", page(texts, f"What the model looks at ({folder})", lo, hi))
             if look.confidences:                                                   # Figure 4
                 c = confidences(module)
                 counts, (kinds, at, n) = np.histogram(c[words], 20, (0, 1))[0], np.unique(ids[words], False, True, True)

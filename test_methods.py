@@ -947,7 +947,7 @@ def test_split_take_and_sentences():
 
 def test_metrics_by_hand():
     p, y = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 0, 1, 1])       # tp 2, fp 1, fn 1, tn 2
-    assert data.METRICS["accuracy"](p, y) == 4 / 6 and abs(data.f1(p, y) - 4 / 6) < 1e-12
+    assert data.METRICS["accuracy"](p, y) == 4 / 6 and abs(data.METRICS["f1"](p, y) - 4 / 6) < 1e-12
     assert abs(data.METRICS["mcc"](p, y) - (2 * 2 - 1 * 1) / math.sqrt(3 * 3 * 3 * 3)) < 1e-12
     assert data.METRICS["mcc"](np.ones(4), np.array([0, 1, 0, 1])) == 0
     a, b = np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 6.0])             # sum of products 5; 2 and 14
@@ -1269,6 +1269,9 @@ def test_own_files(tiny_folder, tmp_path, cache):
         args = common.parse(r3f.flags(), ["--train_file", path, "--validation_file", path, "--batch_size", "4"], r3f.recipe)
         task, train, own_rows, _, _ = data.load(args)
         assert task.label_names == ["no", "yes"] and train["text"][2:4] == ["007", "NA"] and train["label"][:2] == [1, 0], kind
+    marked = write(tmp_path / "marked.csv", "\ufeff" + files["csv"].replace(",yes", ", yes "))        # as spreadsheets and people write
+    args = common.parse(r3f.flags(), ["--train_file", marked, "--validation_file", path, "--batch_size", "4"], r3f.recipe)
+    assert data.load(args)[0].label_names == ["no", "yes"]
     import gzip
     with gzip.open(tmp_path / "d.csv.gz", "wt") as f:
         f.write(files["csv"])
@@ -1315,7 +1318,16 @@ BAD = [  # arguments (files by name, written by the test), what the line must co
     ("r3f", ["--train_file", "header.csv", "--validation_file", "good.csv"], "header.csv: has no rows"),
     ("r3f", ["--train_file", "latin.csv", "--validation_file", "good.csv"], "latin.csv: cannot be read as csv"),
     ("r3f", ["--train_file", "bad.jsonl", "--validation_file", "good.csv"], "bad.jsonl: cannot be read as jsonl"),
-    ("r3f", ["--train_file", "hole.jsonl", "--validation_file", "good.csv"], "hole.jsonl: row 7: column 'text' is missing"),
+    ("r3f", ["--train_file", "hole.jsonl", "--validation_file", "good.csv"], "hole.jsonl: row 7: no text in column 'text'"),
+    ("r3f", ["--train_file", "gap.csv", "--validation_file", "good.csv"], "gap.csv: row 7: no label in column 'label'"),
+    ("r3f", ["--train_file", "good.csv", "--validation_file", "nan.csv"], "nan.csv: row 7: no label in column 'label'"),
+    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--predict", "test"], "--predict test: is for tasks of the table"),
+    ("r3f", ["--predict", "nope"], "--task toy: has no split nope"), ("r3f", ["--local_file", "foo"], "--local_file foo=: must be NAME=FILE"),
+    ("r3f", ["--local_file", "imdbb=good.csv"], "--local_file imdbb=good.csv: must be"), ("r3f", ["--resume", "--overwrite"], "not allowed with"),
+    ("tdt", ["--run", "R3F", "--drop"], "--run R3F: must be the folder of a finished run of std, tdt or tdt-hard: its method is r3f"),
+    ("tdt", ["--run", "NOTHING", "--drop"], "--run NOTHING: must be the folder of a finished run"), ("tdt", ["--explain", " "], "--explain: must have a text"),
+    ("tdt", ["--explain", "a ||| b ||| c"], "--explain: must have a text"), ("tdt", ["--run", "TDT", "--task", "toy-food", "--drop"], "is a run of toy; must be of toy-food"),
+    ("gtuning", ["--max_steps", "1"], "--max_steps 1: must be at least 2"),
     ("r3f", ["--train_file", "other.csv", "--validation_file", "good.csv"], "no column text"),
     ("r3f", ["--train_file", "good.csv", "--validation_file", "other.csv"], "no column 'text'"),
     ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--text_columns", "a"], "no column 'a' (--text_columns)"),
@@ -1347,6 +1359,11 @@ def test_wrong_input(script, args, line, tiny_folder, tmp_path, cache, monkeypat
                        "hole.jsonl": "".join(json.dumps({"label": ["no", "yes"][i % 2]} | ({"text": "fine"} if i != 6 else {})) + "\n" for i in range(40)),
                        "unseen.csv": "text,label\nfine,maybe\n", "same.csv": "text,label\n" + "fine,no\n" * 40, "one.csv": "text,label\nfine,yes\n", "AFILE": "x"}.items():
         write(tmp_path / name, text)
+    for name, label in (("gap.csv", ""), ("nan.csv", "nan")):
+        write(tmp_path / name, "text,label\n" + "".join(f"fine,{label if i == 6 else ['no', 'yes'][i % 2]}\n" for i in range(40)))
+    for name, results in (("R3F", {"method": "r3f"}), ("NOTHING", {}), ("TDT", {"method": "tdt", "task": "toy"})):
+        os.makedirs(tmp_path / name)
+        write(tmp_path / name / "results.json", json.dumps(results))
     (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,yes\n".encode("latin-1"))
     os.makedirs(tmp_path / "dir.csv")
     os.makedirs(tmp_path / "EMPTY")
@@ -1363,6 +1380,25 @@ def test_wrong_input(script, args, line, tiny_folder, tmp_path, cache, monkeypat
         SCRIPTS[script].main([*base, "--seeds", "0", "--max_steps", "2", *args] if "--epochs" not in args and "--max_steps" not in args else [*base, *args])
     assert line in str(error.value) and "\n" not in str(error.value).strip(), str(error.value)
     assert bool(loaded) == ("NOWEIGHTS" in args or "AFILE" in args and bool(loaded))
+
+
+def test_plain_fine_tuning_is_one_run_for_all_scripts(tiny_folder, tmp_path, cache, capsys):
+    """std of r3f.py and of tdt.py: the second finds the first one's; other shared flags are another run; a damaged result is told."""
+    first = run("r3f", tiny_folder, tmp_path, "--method", "std")
+    assert run("tdt", tiny_folder, tmp_path, "--method", "std", "--alpha", 3) == first and "finished before" in capsys.readouterr().out
+    with pytest.raises(UserError, match="other flags: --lr 0.0005 .now 0.001."):
+        run("tdt", tiny_folder, tmp_path, "--method", "std", "--lr", 1e-3)
+    write(tmp_path / "toy/std-0/results.json", '{"task": ')
+    with pytest.raises(UserError, match="results.json: is damaged"):
+        run("r3f", tiny_folder, tmp_path, "--method", "std")
+
+
+def test_a_signal_is_not_taken_for_a_model_that_cannot_be_loaded(tiny_folder, tmp_path, cache, monkeypatch):
+    monkeypatch.setitem(common.signals, "caught", 0)
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: common.on_signal(signal.SIGINT, None))
+    with pytest.raises(UserError, match="stopped by a signal") as error:
+        run("r3f", tiny_folder, tmp_path)
+    assert error.value.status == 130
 
 
 def test_one_line_and_status_2(tiny_folder, tmp_path):
