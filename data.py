@@ -177,8 +177,8 @@ def read(task, split, name, args):
     import datasets
     where = f"{task.path} {task.config}".strip()
     try:
-        exported = {"revision": "refs/convert/parquet", "data_files": {split: f"{task.config}/{split}/*.parquet"}}
-        rows = datasets.load_dataset(task.path, split=split, **(exported if task.script else {"name": task.config}))
+        export = {"revision": "refs/convert/parquet", "data_files": {split: f"{task.config}/{split}/*.parquet"}} if task.script else {}
+        rows = datasets.load_dataset(task.path, None if task.script else task.config, split=split, **export)
     except Exception as error:
         raise UserError(f"--task {name}: cannot load split {split} of {where} from the hub: {first_line(error)}") from error
     return normalise(rows, task, f"{where} {split}")

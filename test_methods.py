@@ -1044,10 +1044,9 @@ def test_rows_of_the_hubs_shape(name, tmp_path, monkeypatch):
                                   task.label: datasets.Value("float32") if task.regression else datasets.ClassLabel(names=names), "idx": datasets.Value("int32")})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "part.parquet")
     real = datasets.load_dataset
-    def from_disk(path, *config, **how):
-        assert path == task.path and (how.get("revision") == "refs/convert/parquet" if task.script else config == (task.config,))
-        table = real("parquet", data_files={split: str(tmp_path / "part.parquet")}, cache_dir=str(tmp_path / "cache"))
-        return table if task.script else table[split]
+    def from_disk(path, config, **how):
+        assert path == task.path and (how.get("revision") == "refs/convert/parquet" if task.script else config == task.config)
+        return real("parquet", data_files={split: str(tmp_path / "part.parquet")}, cache_dir=str(tmp_path / "cache"))[how["split"]]
     monkeypatch.setattr(datasets, "load_dataset", from_disk)
     out = data.read(task, split, name, common.parse(r3f.flags(), [], r3f.recipe))
     assert out.column_names == [*task.columns, "label"] and out["label"] == column
