@@ -112,6 +112,13 @@ def run(script, folder, out, *more):
                                  "fp32", *map(str, more)])
 
 
+@pytest.fixture
+def one_thread():                                                           # as in the processes of `command`: the same bits
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
 def command(script, folder, out, *more, env=(), torchrun=0, **how):
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--master_port", str(random.randint(20000, 60000))]
     return subprocess.Popen([*(start if torchrun else [sys.executable]), os.path.join(HERE, f"{script}.py"), "--model", folder, "--output_dir", str(out),
@@ -1108,30 +1115,23 @@ def test_stopped_and_resumed_is_bit_for_bit(script, method, tiny_folder, tmp_pat
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_sigkill_and_sigterm(script, tiny_folder, tmp_path, cache):
+def test_sigkill_and_sigterm(script, tiny_folder, tmp_path, cache, one_thread):
     """A real kill, then a real SIGTERM (which saves and exits with 143), then the end: the same bits as without."""
-    more = ["--max_steps", 400, "--save_every", 50, "--precision", "fp32"]
-    straight = command(script, tiny_folder, tmp_path / "a", *more)
-    out = command(script, tiny_folder, tmp_path / "b", *more)
+    more = ["--method", script, "--max_steps", 80, "--save_every", 10, "--precision", "fp32"]
     watched = str(tmp_path / "b/toy/*/checkpoint.pt")
-    def wait_for_checkpoint():
+    def ended_after_a_checkpoint(number, *how):
         newest = max(map(os.path.getmtime, glob.glob(watched)), default=0)
-        for _ in range(600):
-            if max(map(os.path.getmtime, glob.glob(watched)), default=0) > newest or out.poll() is not None:
-                return
-            time.sleep(0.05)
-    wait_for_checkpoint()
-    out.kill()
-    out.wait()
-    out = command(script, tiny_folder, tmp_path / "b", *more, "--resume")
-    wait_for_checkpoint()
-    out.send_signal(signal.SIGTERM)
-    text = out.communicate()[0]
-    assert out.returncode == 143 and "--resume" in text.splitlines()[-1], text
-    out = command(script, tiny_folder, tmp_path / "b", *more, "--resume")
-    text = out.communicate()[0]
-    assert out.returncode == 0 and "resumes at step" in text, text
-    assert straight.wait() == 0 and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+        out = command(script, tiny_folder, tmp_path / "b", *more, *how)
+        while max(map(os.path.getmtime, glob.glob(watched)), default=0) <= newest and out.poll() is None:
+            time.sleep(0.02)
+        out.send_signal(number)
+        return out.communicate()[0], out.returncode
+    assert ended_after_a_checkpoint(signal.SIGKILL)[1] == -signal.SIGKILL
+    text, status = ended_after_a_checkpoint(signal.SIGTERM, "--resume")
+    assert status == 143 and "resumes at step" in text and "--resume" in text.splitlines()[-1], text
+    run(script, tiny_folder, tmp_path / "a", *more)
+    run(script, tiny_folder, tmp_path / "b", *more, "--resume")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
 def test_damaged_checkpoints(tiny_folder, tmp_path, cache, capsys, monkeypatch):
@@ -1174,14 +1174,15 @@ def test_other_flags_are_refused(tiny_folder, tmp_path, cache):
 
 
 @pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "gtuning")])
-def test_two_processes_end_like_one(script, method, tiny_folder, tmp_path, cache):
+def test_two_processes_end_like_one(script, method, tiny_folder, tmp_path, cache, one_thread):
     """Dropout off, eps 0: one process, and two with micro-batches, end within 1e-5."""
     folder = still(tiny_folder, tmp_path / "still")
     more = ["--method", method, "--max_steps", 8, "--precision", "fp32", *(["--eps", 0] if script == "r3f" else [])]
-    one, two = command(script, folder, tmp_path / "1", *more), command(script, folder, tmp_path / "2", *more, torchrun=2)
-    texts = [p.communicate()[0] for p in (one, two)]
-    assert one.returncode == two.returncode == 0, texts
-    assert same(weights(tmp_path / "1"), weights(tmp_path / "2"), 1e-5) and texts[1].count("in percent") == 1
+    two = command(script, folder, tmp_path / "2", *more, torchrun=2)
+    run(script, folder, tmp_path / "1", *more)
+    text = two.communicate()[0]
+    assert two.returncode == 0, text
+    assert same(weights(tmp_path / "1"), weights(tmp_path / "2"), 1e-5) and text.count("in percent") == 1
     results = [json.load(open(tmp_path / f"{n}/toy/{method}-0/results.json")) for n in (1, 2)]
     assert results[0]["metrics"] == results[1]["metrics"] and results[1]["world_size"] == 2
 
