@@ -57,7 +57,7 @@ def parser(doc, methods, default_methods):
     g.add_argument("--model", metavar="NAME_OR_PATH", help="hub id or folder (the paper's)")
     g.add_argument("--init_from", default="", metavar="RUN", help="start from a finished run's encoder, with a fresh head")
     g.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the passes; weights are fp32")
-    g.add_argument("--compile", action="store_true", help="torch.compile")
+    g.add_argument("--compile", action="store_true", help="torch.compile; experimental: works for r3f, not yet for std and tdt")
     g = p.add_argument_group("training")
     g.add_argument("--method", nargs="+", default=default_methods, choices=methods, help="several: all run, one table")
     g.add_argument("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], metavar="N", help="one run each")
