@@ -57,7 +57,7 @@ def parser(doc, methods, default_methods):
     g.add_argument("--model", metavar="NAME_OR_PATH", help="hub id or folder (the paper's)")
     g.add_argument("--init_from", default="", metavar="RUN", help="start from a finished run's encoder, with a fresh head")
     g.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the passes; weights are fp32")
-    g.add_argument("--compile", action="store_true", help="torch.compile; experimental: works for r3f, not yet for std and tdt")
+    g.add_argument("--compile", action="store_true", help="torch.compile; experimental, not every method trains with it yet")
     g = p.add_argument_group("training")
     g.add_argument("--method", nargs="+", default=default_methods, choices=methods, help="several: all run, one table")
     g.add_argument("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], metavar="N", help="one run each")
@@ -191,7 +191,7 @@ def load_tokenizer(args, world):
     """The tokenizer of --model, checked before any weights are read. Fills in args.model and args.max_length."""
     from transformers import AutoConfig, AutoTokenizer
     if args.init_from and not os.path.isfile(os.path.join(args.init_from, "model", "config.json")):
-        raise UserError(f"--init_from {args.init_from}: must be the folder of a finished run of r3f.py or tdt.py")
+        raise UserError(f"--init_from {args.init_from}: must be the folder of a finished run, with model/config.json in it")
     args.model = os.path.join(args.init_from, "model") if args.init_from else args.model
     if args.model == "toy":
         with world.first():

@@ -55,12 +55,12 @@ class Task:
 
 
 GLUE, CLUE, NLI = "nyu-mll/glue", "clue/clue", "entailment neutral contradiction"
-LANGUAGES = "en fr es de el bg ru tr ar vi th zh hi sw ur".split()          # in the order of R3F's Table 3
+LANGUAGES = "en fr es de el bg ru tr ar vi th zh hi sw ur".split()          # in the order of the XNLI tables
 TNEWS = "100 101 102 103 104 106 107 108 109 110 112 113 114 115 116"
 TASKS = {
     "toy":       Task("toy", "film", "text", "negative positive"),
     "toy-food":  Task("toy", "food", "text", "negative positive"),
-    # GLUE (R3F Table 2, TDT Table 1, G-Tuning Table 1)
+    # GLUE
     "cola":      Task(GLUE, "cola", "sentence", "unacceptable acceptable", "mcc accuracy"),
     "sst2":      Task(GLUE, "sst2", "sentence", "negative positive"),
     "mrpc":      Task(GLUE, "mrpc", labels="not_equivalent equivalent", metrics="accuracy f1"),
@@ -70,19 +70,19 @@ TASKS = {
                       "test_matched test_mismatched", names=True),
     "qnli":      Task(GLUE, "qnli", "question sentence", "entailment not_entailment", names=True),
     "rte":       Task(GLUE, "rte", labels="entailment not_entailment", names=True),
-    # CLUE (TDT Table 2); OCNLI and CMNLI order their labels unlike MNLI
+    # CLUE; OCNLI and CMNLI order their labels unlike MNLI
     "ocnli":     Task(CLUE, "ocnli", labels="neutral entailment contradiction"),
     "cmnli":     Task(CLUE, "cmnli", labels="neutral entailment contradiction"),
     "iflytek":   Task(CLUE, "iflytek", "sentence", " ".join(map(str, range(119)))),
     "tnews":     Task(CLUE, "tnews", "sentence", TNEWS),
     "csl":       Task(CLUE, "csl", "keyword abst", "0 1", perturb="abst"),
     "afqmc":     Task(CLUE, "afqmc", labels="0 1"),
-    # across languages: train on English, test on each (R3F Table 3, G-Tuning Table 3)
+    # across languages: train on English, test on each
     "xnli":      Task("facebook/xnli", "en", "premise hypothesis", NLI),
     "paws-x":    Task("google-research-datasets/paws-x", "en", labels="0 1"),
     **{f"xnli-{x}": Task("facebook/xnli", x, "premise hypothesis", NLI, validation="test") for x in LANGUAGES},
     **{f"paws-x-{x}": Task("google-research-datasets/paws-x", x, labels="0 1", validation="test") for x in "en de es fr ja ko zh".split()},
-    # out of domain (TDT Table 3; G-Tuning Tables 2 and 5)
+    # out of domain, as the papers test it
     "sick":      Task("RobZamp/sick", "default", "sentence_A sentence_B", NLI, validation="test", script=True),
     "sick-r":    Task("RobZamp/sick", "default", "sentence_A sentence_B", metrics="pearson spearman", validation="test",
                       label="relatedness_score", script=True),
@@ -95,7 +95,7 @@ TASKS = {
 }
 GROUPS = {"xnli": [f"xnli-{x}" for x in LANGUAGES], "paws-x": [k for k in TASKS if k.startswith("paws-x-")]}
 
-# A label of the trained task counts as one of these in a set that has no label of its own name (TDT Appendix C).
+# A label of the trained task counts as one of these in a set that has no label of its own name, as in the papers.
 MEANS = {"neg": ["negative"], "pos": ["positive"], "negative": ["neg"], "positive": ["pos"],
          "not_entailment": ["non-entailment"], "non-entailment": ["not_entailment"],
          "entailment": ["duplicate", "1"], "neutral": ["not_entailment", "non-entailment", "not_duplicate", "0"],

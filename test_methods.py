@@ -1189,7 +1189,7 @@ def test_two_processes_end_like_one(script, method, tiny_folder, tmp_path, cache
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_profile(script, tiny_folder, tmp_path, cache, capsys):
-    """Rows for each method in each order, over the same rows of data; nothing is written."""
+    """Rows for each method in each order; nothing is written."""
     more = [] if script == "gtuning" else ["--batching", "length", "padded"]
     seconds = run(script, tiny_folder, tmp_path / "out", "--profile", 3, *more)
     lines = capsys.readouterr().out.splitlines()
