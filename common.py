@@ -1,6 +1,5 @@
-"""What the scripts share: flags, processes, model and optimizer, evaluation, checkpoints, logs, results, --profile. What two
-methods might want different stands in the scripts; no method is known here."""
-import argparse, ast, contextlib, ctypes, fcntl, hashlib, json, math, os, resource, shutil, signal, sys, time, zipfile
+"""What the scripts share: flags, processes, model, optimizer, evaluation, checkpoints, logs, results, --profile. No method is known here."""
+import argparse, ast, contextlib, ctypes, fcntl, functools, hashlib, json, math, os, resource, shutil, signal, sys, time, warnings, zipfile
 from types import SimpleNamespace
 
 import data
@@ -57,7 +56,7 @@ def parser(doc, methods, default_methods):
     g.add_argument("--model", metavar="NAME_OR_PATH", help="hub id or folder (the paper's)")
     g.add_argument("--init_from", default="", metavar="RUN", help="start from a finished run's encoder, with a fresh head")
     g.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the passes; weights are fp32")
-    g.add_argument("--compile", action="store_true", help="torch.compile; experimental, not every method trains with it yet")
+    g.add_argument("--compile", action="store_true", help="torch.compile of the model's layers; slower on CPUs")
     g = p.add_argument_group("training")
     g.add_argument("--method", nargs="+", default=default_methods, choices=methods, help="several: all run, one table")
     g.add_argument("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], metavar="N", help="one run each")
@@ -146,10 +145,11 @@ class World:
     def put(self, inputs):                                               # on the device; a GPU's copy does not wait
         return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in inputs.items()} if self.gpu else inputs
 
-    def ddp(self, module, compile=True, unused=True):
-        """The module, compiled if asked for, its gradients averaged over the processes. unused: weights may have no gradient."""
-        module, DDP = torch.compile(module, dynamic=True) if self.compile and compile else module, torch.nn.parallel.DistributedDataParallel
-        return DDP(module, forward_sync_buffers=False, find_unused_parameters=unused) if self.size > 1 else module
+    def ddp(self, module, unused=True):
+        """The module, its layers compiled if asked for, its gradients averaged over the processes. unused: weights may have no gradient."""
+        for layer in [x for m in module.modules() if self.compile and type(m) is torch.nn.ModuleList for x in m]:
+            layer.compile(dynamic=True)                                  # one by one: they share their code, which is compiled once
+        return torch.nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False, find_unused_parameters=unused) if self.size > 1 else module
 
     def peak_memory(self):
         return torch.cuda.max_memory_allocated() / 2**20 if self.gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10    # MB
@@ -167,21 +167,31 @@ def on_signal(number, frame):
         raise UserError("stopped by a signal; the same command with --resume goes on", 128 + number)
 
 
+@functools.cache
+def speed_up_cpu():
+    """Memory stays with the process (glibc gives large tensors back to the kernel, which zeroes them again each step), and dropout's
+    masks are made of 16 random bits a number (torch draws number by number). Each is up to a third of a step."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-1, 2**30), ctypes.CDLL(None).mallopt(-3, 2**30)
+    def bernoulli_(mask, p=0.5, *, generator=None):                      # 1 with probability p, to 2^-16
+        bits = torch.empty(mask.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None, generator=generator).view(torch.int16)
+        return mask.fill_(p) if p in (0, 1) else mask.copy_((bits[:mask.numel()] < round(2**16 * p) - 2**15).view(mask.shape))
+    with warnings.catch_warnings(action="ignore"):                       # of replacing torch's
+        torch.library.impl("aten::bernoulli_.float", "cpu", bernoulli_)
+
+
 @contextlib.contextmanager
 def processes(args):
-    """Joins torchrun's processes and leaves them in order. Yields the World. (After a restart by torchrun the addresses of the
-    dead processes are still in its store: hence the prefix.)"""
+    """Joins torchrun's processes and leaves them in order. Yields the World."""
     import datasets, transformers
     world = World(args)
-    if world.size > 1:
+    if world.size > 1:                                                   # (the store still has the addresses from before a restart)
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0])
         dist.init_process_group("cpu:gloo,cuda:nccl" if world.gpu else "gloo", store=store, rank=world.rank, world_size=world.size)
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar(), datasets.logging.set_verbosity(50)
     datasets.disable_progress_bars() if world.rank or not sys.stderr.isatty() else None
-    torch.set_float32_matmul_precision("high")
-    torch.autograd.set_detect_anomaly(args.detect_anomaly)
-    with contextlib.suppress(OSError, AttributeError):                   # glibc would give large tensors back to the kernel, which zeroes
-        ctypes.CDLL(None).mallopt(-1, 2**30), ctypes.CDLL(None).mallopt(-3, 2**30)       # them again each step: a third of a large one
+    torch.set_float32_matmul_precision("high"), torch.autograd.set_detect_anomaly(args.detect_anomaly)
+    speed_up_cpu() if not world.gpu else None
     signal.signal(signal.SIGTERM, on_signal), signal.signal(signal.SIGINT, on_signal)
     yield world
     (dist.barrier(), dist.destroy_process_group()) if world.size > 1 else None
@@ -193,9 +203,8 @@ def load_tokenizer(args, world):
     if args.init_from and not os.path.isfile(os.path.join(args.init_from, "model", "config.json")):
         raise UserError(f"--init_from {args.init_from}: must be the folder of a finished run, with model/config.json in it")
     args.model = os.path.join(args.init_from, "model") if args.init_from else args.model
-    if args.model == "toy":
-        with world.first():
-            args.model = toy_model(world)
+    with world.first():
+        args.model = toy_model(world) if args.model == "toy" else args.model
     try:
         config, tokenizer = AutoConfig.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
     except Exception as error:
@@ -234,13 +243,12 @@ def load_model(args, task, tokenizer, seed, world, path=None):
 
 
 def prepare(args, world, check=lambda task: None, **how):
-    """All that a script needs before a model is loaded, read, checked (also by check(task)) and tokenised; prints the whole
-    configuration, and marks what was set by hand. how: see data.encode; only training rows are ever perturbed."""
+    """All rows, read, checked (also by check(task)) and tokenised, before a model is loaded; tells all settings. how: see data.encode."""
     with world.first():
         task, train, own, further, unscored = data.load(args)
     check(task)
     tokenizer = load_tokenizer(args, world)
-    def encode(rows, of=task, **other):
+    def encode(rows, of=task, **other):                                  # rows to evaluate are never perturbed
         return data.encode(rows, of.columns, tokenizer, args.max_length, **{**how, "perturb": None, **other})
     with world.first():
         setup = SimpleNamespace(task=task, tokenizer=tokenizer, pad=tokenizer.pad_token_id, train=encode(train, **how),
@@ -258,8 +266,7 @@ def prepare(args, world, check=lambda task: None, **how):
 
 def training_rows(setup, args, seed):
     """The rows of one seed: all, or those of --train_samples."""
-    n = min(args.train_samples or len(setup.train), len(setup.train))
-    return setup.train.take(data.subset(setup.train.labels, n, seed, setup.task.regression)) if args.train_samples else setup.train
+    return setup.train.take(data.subset(setup.train.labels, args.train_samples, seed, setup.task.regression)) if args.train_samples else setup.train
 
 
 def build_batches(setup, args, seed, world, batching=None):
@@ -363,13 +370,12 @@ class Run:
         if self.world.rank == 0:
             self.log_file = open(os.path.join(self.folder, "log.jsonl"), "a", encoding="utf-8")
             self.log_file.truncate(state["log_bytes"] if state else 0)
-        silent = self.world.rank > 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=self.step, desc=self.name, dynamic_ncols=True, leave=False, unit="step", disable=silent)
+        self.bar = tqdm(total=total, initial=self.step, desc=self.name, leave=False, unit="step", dynamic_ncols=True,
+                        disable=self.world.rank > 0 or not sys.stderr.isatty())
         self.saved, self.spoke, self.flushed = time.monotonic(), -math.inf, (self.step, self.seconds)
 
     def steps(self, until, batches=None, shift=0):
-        """(step, batches[step - shift]) up to step `until`, each step with a random seed of its own, so that any can be the
-        first one again; between two of them come the checkpoints, and the end on a signal."""
+        """(step, batches[step - shift]) up to step `until`, each with a random seed of its own, so that any can be the first one again."""
         self.rows_of = batches and (lambda step: batches.rows(step - shift))
         while self.step < until:
             start, signals["in_step"] = time.monotonic(), True
@@ -494,8 +500,7 @@ def write_safely(path, write, keep=None):
         f.flush(), os.fsync(f.fileno())
     os.replace(path, keep) if keep and os.path.exists(path) else None
     os.replace(path + ".tmp", path)
-    os.fsync(folder := os.open(os.path.dirname(path), os.O_RDONLY))
-    os.close(folder)
+    os.fsync(folder := os.open(os.path.dirname(path), os.O_RDONLY)), os.close(folder)
 
 
 def report(world, results, args, start):
@@ -512,8 +517,7 @@ def report(world, results, args, start):
 
 
 def profile(world, args, rows):
-    """Times `rows` {name: (batches, step)} by step(batches[i]), on N batches evenly spaced over the epoch's lengths: once to warm up and to
-    count FLOPs, then three times in turn; a batch's time is the median of the three, a row's the mean over its batches."""
+    """Times `rows` {name: (batches, step)} on N batches evenly spaced over the epoch's lengths, in turn; of each batch the median of three."""
     from torch.utils.flop_counter import FlopCounterMode
     def timed(call, wait=torch.cuda.synchronize if world.gpu else lambda: None):
         start = (wait(), time.perf_counter())[1]
@@ -523,15 +527,13 @@ def profile(world, args, rows):
     a = torch.randn(n, n, device=world.device, dtype=dtype)
     peak, counted, chosen = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(8)), {}, {}    # FLOP/s
     for name, (batches, step) in rows.items():
-        torch.cuda.reset_peak_memory_stats() if world.gpu else None
         by_length = sorted(range(batches.per_epoch), key=lambda i: batches.split.lengths[batches.rows(i)].sum())
         chosen[name] = [by_length[int(i)] for i in np.linspace(0, batches.per_epoch - 1, args.profile + 2)[1:-1]]
-        batches.load_state_dict({"real": 0, "computed": 0})
+        batches.load_state_dict({"real": 0, "computed": 0}), torch.cuda.reset_peak_memory_stats() if world.gpu else None
         flops = FlopCounterMode(display=False)                          # its hooks on modules cannot stand autograd.grad
         flops.mod_tracker.__enter__ = flops.mod_tracker.__exit__ = lambda *error: None
-        with flops:
-            for i in chosen[name]:
-                step(batches[i])
+        with torch.compiler.set_stance("force_eager"), flops:            # compiled code cannot be counted
+            [step(batches[i]) for i in chosen[name]]                     # which also warms up
         counted[name] = flops.get_total_flops() / args.profile, world.peak_memory(), batches.state_dict()
     seconds = np.array([[[timed(lambda: step(batches[i])) for i, (batches, step) in zip(turn, rows.values())]
                          for turn in zip(*chosen.values())] for _ in range(3)])

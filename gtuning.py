@@ -425,7 +425,7 @@ def main(argv=None):
             s.optimizer, s.schedule = common.build_optimizer(f, args, steps)
             if M:
                 s.M, s.B = (order(split, d_size, k, "random") for split, k in ((cached(f, M, **how), 1), (B.sentences(), 2)))
-                s.x_u, s.critic = order(s.M.split, args.batch_size, 3, args.batching[0]), world.ddp(Critic(D, args.gp_weight), compile=False)
+                s.x_u, s.critic = order(s.M.split, args.batch_size, 3, args.batching[0]), world.ddp(Critic(D, args.gp_weight))
                 s.d_optimizer = torch.optim.Adam(D.parameters(), args.d_lr, tuple(args.d_betas), fused=True)
             return s
 

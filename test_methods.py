@@ -1202,6 +1202,36 @@ def test_profile(script, tiny_folder, tmp_path, cache, capsys):
     assert script == "gtuning" or real["length"] > real["padded"]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_compiled_layers_give_the_same_numbers(script, tiny_folder, tmp_path, cache, monkeypatch):
+    """Every method trains and evaluates with --compile. (Here the layers are traced but not translated, which takes long.)"""
+    traced, compile = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, dynamic: traced.append(layer) or compile(layer, backend="eager", dynamic=dynamic))
+    losses, methods = [], {"r3f": ["std", "r3f", "r4f"], "tdt": ["std", "tdt", "tdt-hard"], "gtuning": ["adapter", "gtuning"]}[script]
+    for flags in ([], ["--compile"]):
+        run(script, tiny_folder, tmp_path / str(len(flags)), "--max_steps", 4, "--log_every", 1, "--method", *methods, *flags)
+        losses += [[json.loads(line)["loss"] for m in methods for line in open(tmp_path / str(len(flags)) / "toy" / f"{m}-0" / "log.jsonl")]]
+    assert np.allclose(*losses, rtol=1e-5) and len(losses[0]) == (10 if script == "gtuning" else 12)
+    assert len(traced) == (2 * 5 if script == "gtuning" else 3 * 2)           # of each model: h's three layers and BERT's two
+
+
+def test_dropout_draws_fast_and_well():
+    """The masks that --help does not speak of: in share, dtype, layout and seed as torch's own, in sdpa's dropout too."""
+    common.speed_up_cpu()
+    for p in (0.0, 0.1, 0.9, 1.0):
+        torch.manual_seed(0)
+        x = torch.empty(1000, 1001).t().bernoulli_(p)
+        assert abs(x.mean().item() - p) < 0.002 and set(x.unique().tolist()) <= {0.0, 1.0}
+        assert (x.float().std(0).mean() - (p * (1 - p)) ** 0.5).abs() < 0.002 and (x.std(1).mean() - (p * (1 - p)) ** 0.5).abs() < 0.002
+        torch.manual_seed(0)
+        assert torch.equal(x, torch.empty(1000, 1001).t().bernoulli_(p)) and (p in (0, 1) or not torch.equal(x, torch.empty_like(x).bernoulli_(p)))
+    mask = torch.empty(10000, dtype=torch.bool).bernoulli_(0.3)
+    assert mask.dtype == torch.bool and 2700 < mask.sum() < 3300 and torch.empty(0).bernoulli_(0.3).numel() == 0
+    v = torch.ones(1, 1, 400, 400)
+    out = torch.nn.functional.scaled_dot_product_attention(v, v, v, dropout_p=0.1)
+    assert out.unique().numel() > 5 and abs(out.mean().item() - 1) < 0.01
+
+
 def test_loss_that_is_not_finite(tiny_folder, tmp_path, cache):
     with pytest.raises(UserError, match=r"step \d+: not finite: loss nan.*rows of the batch: \d+ \d+.*last good checkpoint is"):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 1e30, "--save_every", 1, "--warmup", 0.5)
