@@ -1114,24 +1114,26 @@ def test_stopped_and_resumed_is_bit_for_bit(script, method, tiny_folder, tmp_pat
     assert [x["step"] for x in logs[0]] == [x["step"] for x in logs[1]]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_sigkill_and_sigterm(script, tiny_folder, tmp_path, cache, one_thread):
+def test_sigkill_and_sigterm(tiny_folder, tmp_path, cache, one_thread):
     """A real kill, then a real SIGTERM (which saves and exits with 143), then the end: the same bits as without."""
-    more = ["--method", script, "--max_steps", 80, "--save_every", 10, "--precision", "fp32"]
-    watched = str(tmp_path / "b/toy/*/checkpoint.pt")
-    def ended_after_a_checkpoint(number, *how):
-        newest = max(map(os.path.getmtime, glob.glob(watched)), default=0)
-        out = command(script, tiny_folder, tmp_path / "b", *more, *how)
-        while max(map(os.path.getmtime, glob.glob(watched)), default=0) <= newest and out.poll() is None:
+    from concurrent.futures import ThreadPoolExecutor
+    flags = lambda script: ["--method", script, "--max_steps", 80, "--save_every", 10, "--precision", "fp32"]
+    def ended_after_a_checkpoint(script, number, *how):
+        newest = lambda: max(map(os.path.getmtime, glob.glob(str(tmp_path / script / "toy/*/checkpoint.pt"))), default=0)
+        before, out = newest(), command(script, tiny_folder, tmp_path / script, *flags(script), *how)
+        while newest() <= before and out.poll() is None:
             time.sleep(0.02)
         out.send_signal(number)
         return out.communicate()[0], out.returncode
-    assert ended_after_a_checkpoint(signal.SIGKILL)[1] == -signal.SIGKILL
-    text, status = ended_after_a_checkpoint(signal.SIGTERM, "--resume")
-    assert status == 143 and "resumes at step" in text and "--resume" in text.splitlines()[-1], text
-    run(script, tiny_folder, tmp_path / "a", *more)
-    run(script, tiny_folder, tmp_path / "b", *more, "--resume")
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    def killed_and_terminated(script):
+        return ended_after_a_checkpoint(script, signal.SIGKILL)[1], *ended_after_a_checkpoint(script, signal.SIGTERM, "--resume")
+    with ThreadPoolExecutor() as pool:                                        # (their time is their start's)
+        ends = dict(zip(SCRIPTS, pool.map(killed_and_terminated, SCRIPTS)))
+    for script, (killed, text, status) in ends.items():
+        assert (killed, status) == (-signal.SIGKILL, 143) and "resumes at step" in text and "--resume" in text.splitlines()[-1], text
+        run(script, tiny_folder, tmp_path / "whole", *flags(script))
+        run(script, tiny_folder, tmp_path / script, *flags(script), "--resume")
+        assert same(weights(tmp_path / "whole/toy" / f"{script}-0"), weights(tmp_path / script / "toy" / f"{script}-0"))
 
 
 def test_damaged_checkpoints(tiny_folder, tmp_path, cache, capsys, monkeypatch):
