@@ -6,7 +6,8 @@ import data
 from data import UserError, first_line
 
 if not {"-h", "--help"} & set(sys.argv):                                 # the help needs no torch, and is instant
-    import numpy as np, torch, torch.distributed as dist
+    import numpy as np, torch
+    from torch import distributed as dist, library
 
 
 def cli(main):
@@ -169,15 +170,14 @@ def on_signal(number, frame):
 
 @functools.cache
 def speed_up_cpu():
-    """Memory stays with the process (glibc gives large tensors back to the kernel, which zeroes them again each step), and dropout's
-    masks are made of 16 random bits a number (torch draws number by number). Each is up to a third of a step."""
+    """Keeps freed memory (glibc gives it back to the kernel, which zeroes it again), makes dropout's masks of 16 random bits a number."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-1, 2**30), ctypes.CDLL(None).mallopt(-3, 2**30)
     def bernoulli_(mask, p=0.5, *, generator=None):                      # 1 with probability p, to 2^-16
         bits = torch.empty(mask.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None, generator=generator).view(torch.int16)
         return mask.fill_(p) if p in (0, 1) else mask.copy_((bits[:mask.numel()] < round(2**16 * p) - 2**15).view(mask.shape))
-    with warnings.catch_warnings(action="ignore"):                       # of replacing torch's
-        torch.library.impl("aten::bernoulli_.float", "cpu", bernoulli_)
+    with warnings.catch_warnings(action="ignore"):                       # of replacing torch's, which draws one by one: up to a quarter of a step
+        library.impl("aten::bernoulli_.float", "cpu", bernoulli_)
 
 
 @contextlib.contextmanager
