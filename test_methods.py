@@ -114,9 +114,10 @@ def run(script, folder, out, *more):
 
 @pytest.fixture
 def one_thread():                                                           # as in the processes of `command`: the same bits
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
 
 
 def command(script, folder, out, *more, env=(), torchrun=0, **how):
