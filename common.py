@@ -1,26 +1,56 @@
-"""What the scripts share: flags, processes, model, optimizer, evaluation, checkpoints, logs, results, --profile. No method is known here."""
-import argparse, ast, contextlib, ctypes, fcntl, functools, hashlib, json, math, os, resource, shutil, signal, sys, time, warnings, zipfile
-from types import SimpleNamespace
+"""What the scripts share: flags, processes, models, evaluation, runs and their files. No method.
+
+    1  flags                           parser, parse, number
+    2  processes and signals           cli, World, processes, Progress
+    3  model, optimizer, backward      prepare, load_model, build_optimizer, backward
+    4  predictions and scores          predict, evaluate
+    5  a run                           Run: its folder, log, checkpoints and results
+    6  states of a frozen encoder      CachedSplit, the feature cache
+    7  tables, pages, --profile        print_table, html_page, profile_methods
+    8  masked language modelling       toy_model
+"""
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import html
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+
+import numpy as np
 
 import data
 from data import UserError, first_line
 
-if not {"-h", "--help"} & set(sys.argv):                                 # the help needs no torch, and is instant
-    import numpy as np, torch
-    from torch import distributed as dist, library
+if not {"-h", "--help"} & set(sys.argv):               # the help needs no torch, and comes at once
+    import torch
+    from torch import distributed as dist
 
 
-def cli(main):
-    """Runs `main`, returns the exit status. Rank 0 tells what is wrong; another rank only if rank 0 goes on."""
-    try:
-        main()
-    except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        time.sleep(3 * (rank > 0))                                       # rank 0, if it fails too, ends all before that
-        if rank == 0 or error.status < 128:                              # (all end on the same signal)
-            print(f"{os.path.basename(sys.argv[0])}: {f'rank {rank}: ' * (rank > 0)}{error}", file=sys.stderr, flush=True)
-        return error.status
+class RunError(Exception):
+    """A run that cannot go on: its loss is not finite, its disk is full. One line, as UserError."""
 
+
+class Stopped(SystemExit):
+    """A signal ends the run. code: 128 + its number. message: the line that says how to go on."""
+
+    def __init__(self, number, message):
+        super().__init__(128 + number)
+        self.message = message
+
+
+# ----------------------------------------------------------------------------------------  1  flags
 
 def refuse(message):
     raise UserError(message.removeprefix("argument "))
@@ -28,550 +58,1628 @@ def refuse(message):
 
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: a finite int or float from `low` (or above it) to `high`."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if math.isfinite(value := kind(text)) and low <= value <= high and not (above and value == low):
-                return value
-        raise argparse.ArgumentTypeError(f"must be a{' whole' * (kind is int)} number {'above' if above else 'from'} {low}"
-                                         f"{f' to {high}' * (high < math.inf)}, got {text!r}")
-    return parse
+    whole = " whole" if kind is int else ""
+    bounds = f"{'above' if above else 'from'} {low}"
+    if high < math.inf:
+        bounds += f" to {high}"
+
+    def parse_number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        allowed = math.isfinite(value) and low <= value <= high and not (above and value == low)
+        if not allowed:
+            raise argparse.ArgumentTypeError(f"must be a{whole} number {bounds}, got {text!r}")
+        return value
+
+    return parse_number
+
+
+def task_name(text):
+    data.check_task(text, "--task")
+    return text
+
+
+def own_name(text):
+    """The name of one's own task, which becomes a folder's name."""
+    plain = all(letter.isalnum() or letter in "._-" for letter in text)
+    if not plain or not text[:1].isalnum() or text in data.TASKS:
+        raise argparse.ArgumentTypeError(
+            f"must be letters, digits, '.', '_' and '-', and no name of the table, got {text!r}")
+    return text
 
 
 def parser(doc, methods, default_methods):
     """The flags that all scripts have. A script adds its own group."""
-    p = argparse.ArgumentParser(description=doc.strip().split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.error, count, share, rate = refuse, number(int, 1), number(float, 0), number(float, 0, above=True)
-    g = p.add_argument_group("data")
-    g.add_argument("--task", default="toy", choices=list(data.TASKS), metavar="NAME", help="one of " + " ".join(data.TASKS))
-    for part, text in (("train", "csv, tsv, json or jsonl, also .gz"), ("validation", ""), ("test", "predicted; labels may be missing")):
-        g.add_argument(f"--{part}_file", default="", metavar="FILE", help="your own rows. " + text)
-    g.add_argument("--text_columns", nargs="+", metavar="NAME", help="one or two columns of your files (found by name)")
-    g.add_argument("--label_column", default="label", metavar="NAME", help="of your files; numbers with a point: regression")
-    g.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE", help="the file of a task without a hub id")
-    g.add_argument("--train_samples", type=count, metavar="N", help="train on N seeded rows, classes in proportion")
-    g.add_argument("--eval_tasks", nargs="+", metavar="NAME", help="also test on these tasks (NAME or NAME:SPLIT)")
-    g.add_argument("--predict", nargs="+", default=[], metavar="SPLIT", help="write predictions-SPLIT.tsv, as GLUE wants it")
-    g.add_argument("--max_length", type=number(int, 4), metavar="N", help="tokens a row (512, or the model's limit)")
-    g.add_argument("--batching", nargs="+", default=["length"], choices=["length", "random", "padded"], help="several: --profile compares")
-    g = p.add_argument_group("model")
-    g.add_argument("--model", metavar="NAME_OR_PATH", help="hub id or folder (the paper's)")
-    g.add_argument("--init_from", default="", metavar="RUN", help="start from a finished run's encoder, with a fresh head")
-    g.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the passes; weights are fp32")
-    g.add_argument("--compile", action="store_true", help="torch.compile of the model's layers; slower on CPUs")
-    g = p.add_argument_group("training")
-    g.add_argument("--method", nargs="+", default=default_methods, choices=methods, help="several: all run, one table")
-    g.add_argument("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], metavar="N", help="one run each")
-    g.add_argument("--batch_size", type=count, default=32, metavar="N", help="rows a step, over all processes")
-    g.add_argument("--micro_batch_size", type=count, metavar="N", help="most rows of one process in one pass (all)")
-    both = g.add_mutually_exclusive_group()
-    both.add_argument("--epochs", type=rate, default=3.0, metavar="N", help="passes over the rows")
-    both.add_argument("--max_steps", type=count, metavar="N", help="instead of --epochs")
-    g.add_argument("--lr", type=rate, default=1e-5, help="peak learning rate; it decays linearly to 0")
-    g.add_argument("--warmup", type=share, default=0.06, help="steps if 1 or more, else a share of all steps")
-    g.add_argument("--weight_decay", type=share, default=0.01, help="AdamW's, on matrices only")
-    g.add_argument("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.9, 0.999], help="Adam's")
-    g.add_argument("--adam_eps", type=rate, default=1e-8, help="Adam's")
-    g.add_argument("--grad_clip", type=share, default=0.0, help="largest gradient norm; 0: no clipping")
-    g = p.add_argument_group("running")
-    g.add_argument("--output_dir", default="runs", metavar="DIR", help="a run's folder is DIR/TASK/METHOD-SEED")
-    either = g.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on where an unfinished run stopped")
-    either.add_argument("--overwrite", action="store_true", help="start afresh where a run is already")
-    g.add_argument("--eval_every", type=number(int, 0), default=0, metavar="N", help="steps; keeps the best; 0: only at the end")
-    g.add_argument("--save_every", type=number(int, 0), default=0, metavar="N", help="steps to a checkpoint; 0: five minutes")
-    g.add_argument("--log_every", type=count, default=20, metavar="N", help="steps to a line of log.jsonl")
-    g.add_argument("--profile", type=number(int, 0), default=0, metavar="N", help="time N steps of each --method, and stop")
-    g.add_argument("--detect_anomaly", action="store_true", help="torch's search for the first nan; slow")
+    p = argparse.ArgumentParser(
+        description=doc.strip().split("\n")[0], allow_abbrev=False,
+        epilog="A task's recipe from the paper overrides these defaults; a flag overrides both.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = refuse
+    add_data_flags(p.add_argument_group("data"))
+    add_model_flags(p.add_argument_group("model"))
+    add_training_flags(p.add_argument_group("training"), methods, default_methods)
+    add_running_flags(p.add_argument_group("running"))
     return p
 
 
-def print_help(path):                                                    # from the script's `flags` alone, so that torch is not loaded
-    tree = ast.parse(open(path, encoding="utf-8").read())
-    wanted, names = [n for n in tree.body if getattr(n, "name", "") == "flags"], {"__doc__": ast.get_docstring(tree)}
-    exec(compile(ast.Module(wanted, []), path, "exec"), names)
-    names["flags"]().parse_args(["--help"])
+def add_data_flags(g):
+    g.add_argument("--task", type=task_name, default="toy", metavar="NAME",
+                   help="one of " + " ".join(data.TASKS))
+    g.add_argument("--train_file", default="", metavar="FILE",
+                   help="your own rows: csv, tsv, json or jsonl, also .gz")
+    g.add_argument("--validation_file", default="", metavar="FILE", help="your own rows to score")
+    g.add_argument("--test_file", default="", metavar="FILE",
+                   help="your own rows to predict; labels may be missing")
+    g.add_argument("--name", type=own_name, default="custom", metavar="NAME",
+                   help="what your own task is called in --output_dir")
+    g.add_argument("--text_columns", nargs="+", metavar="NAME",
+                   help="one or two columns of your files (found by name)")
+    g.add_argument("--label_column", default="label", metavar="NAME",
+                   help="of your files; numbers with a point: regression")
+    g.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
+                   help="the file of a task without a hub id")
+    g.add_argument("--train_samples", type=number(int, 1), metavar="N",
+                   help="train on N seeded rows, classes in proportion")
+    g.add_argument("--dev_samples", type=number(int, 0), default=0, metavar="N",
+                   help="that many training rows are held out, to choose the best state by")
+    g.add_argument("--choosing", action="store_true",
+                   help="score the held-out rows alone, as --grid does before it has chosen")
+    g.add_argument("--eval_tasks", nargs="+", metavar="NAME",
+                   help="also test on these tasks (NAME or NAME:SPLIT)")
+    g.add_argument("--predict", nargs="+", default=[], metavar="SPLIT",
+                   help="write predictions-SPLIT.tsv, as GLUE wants it")
+    g.add_argument("--max_length", type=number(int, 4), metavar="N",
+                   help="tokens a row (512, or the model's limit)")
+    g.add_argument("--batching", nargs="+", default=["length"], metavar="ORDER",
+                   choices=["length", "random", "padded"],
+                   help="length, random or padded; several: --profile compares")
+
+
+def add_model_flags(g):
+    g.add_argument("--model", metavar="NAME_OR_PATH", help="hub id or folder (the paper's)")
+    g.add_argument("--init_from", default="", metavar="RUN",
+                   help="start from a finished run's encoder, with a fresh head")
+    g.add_argument("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"],
+                   help="of the passes; weights are fp32; auto: bf16 where the machine has it")
+    g.add_argument("--weight_noise", type=number(float, 0), default=0.0, metavar="L",
+                   help="NoisyTune: before training W := W + U(-L/2, L/2) std(W); its paper: 0.15")
+    g.add_argument("--compile", action="store_true",
+                   help="torch.compile of the model's layers; slower on CPUs")
+
+
+def add_training_flags(g, methods, default_methods):
+    positive = number(float, 0, above=True)
+    g.add_argument("--method", nargs="+", default=default_methods, choices=methods,
+                   help="several: all run, one table")
+    g.add_argument("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], metavar="N",
+                   help="one run each")
+    g.add_argument("--batch_size", type=number(int, 1), default=32, metavar="N",
+                   help="rows a step, over all processes")
+    g.add_argument("--micro_batch_size", type=number(int, 1), metavar="N",
+                   help="most rows of one process in one pass (all)")
+    length = g.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive, default=3.0, metavar="N",
+                        help="passes over the rows")
+    length.add_argument("--max_steps", type=number(int, 1), metavar="N",
+                        help="instead of --epochs")
+    g.add_argument("--lr", type=positive, default=1e-5,
+                   help="peak learning rate; it decays linearly to 0")
+    g.add_argument("--warmup", type=number(float, 0), default=0.06,
+                   help="steps if 1 or more, else a share of all steps")
+    g.add_argument("--weight_decay", type=number(float, 0), default=0.01,
+                   help="AdamW's, on matrices only")
+    g.add_argument("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.9, 0.999],
+                   help="Adam's")
+    g.add_argument("--adam_eps", type=positive, default=1e-8, help="Adam's")
+    g.add_argument("--grad_clip", type=number(float, 0), default=0.0,
+                   help="largest gradient norm; 0: no clipping")
+
+
+def add_running_flags(g):
+    g.add_argument("--output_dir", default="runs", metavar="DIR",
+                   help="a run's folder is DIR/TASK/METHOD-SEED")
+    again = g.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true",
+                       help="go on where an unfinished run stopped")
+    again.add_argument("--overwrite", action="store_true",
+                       help="start afresh where a run is already")
+    g.add_argument("--eval_every", type=number(int, 0), default=0, metavar="N",
+                   help="steps; keeps the best; 0: only at the end")
+    g.add_argument("--save_every", type=number(int, 0), default=0, metavar="N",
+                   help="steps to a checkpoint; 0: five minutes")
+    g.add_argument("--log_every", type=number(int, 1), default=20, metavar="N",
+                   help="steps to a line of log.jsonl")
+    g.add_argument("--profile", type=number(int, 0), default=0, metavar="N",
+                   help="time N steps of each --method, and stop")
+    g.add_argument("--grid", nargs="*", default=[], metavar="FLAG=A,B",
+                   help="try all combinations, choose by the held-out rows, then run all --seeds")
+    g.add_argument("--threads", type=number(int, 0), default=0, metavar="N",
+                   help="of a CPU; 0: as many as torch takes")
+    g.add_argument("--detect_anomaly", action="store_true",
+                   help="torch's search for the first nan; slow")
 
 
 def parse(p, argv, recipe):
-    """The flags given by hand over the task's recipe, recipe(args) -> {flag: value}, over the defaults."""
-    args, words = p.parse_args(argv), {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    by_hand = sorted(a.dest for a in p._actions if words & {*a.option_strings})
-    own = args.train_file or args.validation_file or args.test_file
-    if own and "task" in by_hand:
-        raise UserError(f"--task {args.task}: cannot go together with your own {own}")
-    task = args.task = "custom" if own else args.task
-    p.set_defaults(**recipe(args))
+    """The flags given by hand over the task's recipe over the defaults.
+
+    recipe(args) -> (its name, {flag: value}). Sets besides the flags: by_hand, the flags that were
+    set; recipe_name and recipe, what the recipe set; own_files, the first of one's own files or "";
+    path, where the model lies.
+    """
     args = p.parse_args(argv)
-    args.task, args.by_hand, args.seeds, args.method = task, by_hand, [*dict.fromkeys(args.seeds)], [*dict.fromkeys(args.method)]
-    args.max_steps = None if "epochs" in by_hand else args.max_steps
-    args.eval_tasks = {"toy": ["toy-food"], "xnli": ["xnli"], "paws-x": ["paws-x"]}.get(task, []) if args.eval_tasks is None else args.eval_tasks
-    for flag, most in (("batching", 99 if args.profile else 1), ("text_columns", 2)):
-        if len(given := getattr(args, flag) or []) > most:
-            raise UserError(f"--{flag} {' '.join(given)}: must be {['one name', 'one or two names'][most - 1]}")
-    if args.train_samples and args.train_samples < args.batch_size:
-        raise UserError(f"--train_samples {args.train_samples}: must be at least --batch_size, {args.batch_size}")
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    by_hand = sorted(action.dest for action in p._actions if words & set(action.option_strings))
+    own_files = args.train_file or args.validation_file or args.test_file
+    if own_files and "task" in by_hand:
+        raise UserError(f"--task {args.task}: cannot go together with your own {own_files}")
+
+    task = args.name if own_files else args.task
+    args.task = task
+    if args.init_from:                                 # a recipe may look at the model
+        args.model = run_model(args.init_from)
+    recipe_name, values = recipe(args)
+    p.set_defaults(**values)
+    args = p.parse_args(argv)
+    args.task = task
+    args.own_files = own_files
+    args.by_hand = by_hand
+    args.recipe = values
+    args.recipe_name = recipe_name
+    if args.init_from:
+        args.model = run_model(args.init_from)
+    args.path = args.model
+    args.seeds = [*dict.fromkeys(args.seeds)]
+    args.method = [*dict.fromkeys(args.method)]
+    settle_length(args)
+    if args.eval_tasks is None:
+        args.eval_tasks = [] if own_files else data.TASKS[task].further.split()
+    check_flags(args)
     return args
 
 
+def run_model(folder):
+    """The model's folder of a finished run."""
+    if not os.path.isfile(os.path.join(folder, "model", "config.json")):
+        raise UserError(f"--init_from {folder}: must be the folder of a finished run, with "
+                        "model/config.json in it")
+    return os.path.join(folder, "model")
+
+
+def is_large(model):
+    """Whether a model is of the papers' "large" size, by its name or by its config.json."""
+    try:
+        with open(os.path.join(model or "", "config.json"), encoding="utf-8") as file:
+            return json.load(file).get("hidden_size", 0) >= 1024
+    except (OSError, ValueError):
+        return "large" in (model or "")
+
+
+def settle_length(args):
+    """Of --epochs and --max_steps the one that holds; a recipe's warm-up keeps its share of it."""
+    chosen = {"epochs", "max_steps"} & set(args.by_hand)
+    recipe_steps = args.recipe.get("max_steps")
+    if chosen and recipe_steps and args.warmup >= 1 and "warmup" not in args.by_hand:
+        args.warmup = args.warmup / recipe_steps
+    if "epochs" in chosen:
+        args.max_steps = None
+    if args.max_steps:
+        args.epochs = None
+
+
+def check_flags(args):
+    if len(args.batching) > 1 and not args.profile:
+        given = " ".join(args.batching)
+        raise UserError(f"--batching {given}: must be one name (several: with --profile)")
+    if len(args.text_columns or []) > 2:
+        raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be one or two names")
+    if (args.grid or args.choosing) and not args.dev_samples:
+        flag = "--grid" if args.grid else "--choosing"
+        raise UserError(f"{flag}: needs --dev_samples, the training rows to choose by")
+    if args.train_samples and args.train_samples < args.batch_size:
+        raise UserError(f"--train_samples {args.train_samples}: must be at least --batch_size, "
+                        f"{args.batch_size}")
+
+
+def check_methods(args, task, methods, why=""):
+    """UserError, with the reason `why`, if a --method cannot train this kind of task.
+
+    methods {name: (the kinds that it can train, the flags of its own)}.
+    """
+    for method in args.method:
+        kinds, _ = methods[method]
+        if task.kind not in kinds.split():
+            able = [name for name, (kinds, _) in methods.items() if task.kind in kinds.split()]
+            others = " or ".join(able) or "of another script"
+            raise UserError(f"--method {method}: must be {others} for {args.task}, whose kind is "
+                            f"{task.kind}{why}")
+
+
+# ------------------------------------------------------------------------  2  processes and signals
+
+def cli(main):
+    """Runs `main`, returns the exit status: 2 for wrong input, 1 for a run that failed.
+
+    Rank 0 tells what is wrong. The others see the same, or that rank 0 has gone; they speak only if
+    nobody has ended them after a while, for then it is theirs alone.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main()
+        return 0
+    except (UserError, RunError) as error:
+        time.sleep(10 if rank else 0)
+        tell_error(rank, error)
+        return 2 if isinstance(error, UserError) else 1
+    except Stopped as stop:
+        if rank == 0:
+            tell_error(rank, stop.message)
+        return stop.code
+    except BrokenPipeError:                            # the reader of our output has gone: `| head`
+        sys.stderr.close()
+        return 1
+    except RuntimeError:
+        time.sleep(10 if rank else 0)                  # a process that waited for one that failed
+        raise
+
+
+def tell_error(rank, message):
+    who = f"rank {rank}: " if rank else ""
+    print(f"{os.path.basename(sys.argv[0])}: {who}{message}", file=sys.stderr, flush=True)
+
+
 class World:
-    """The processes of a run, torchrun's or this one alone: rank, size, device, bf16 (whether the passes are)."""
+    """The processes of a run, torchrun's or this one alone: rank, size, device, precision."""
 
     def __init__(self, args):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
         if args.batch_size % self.size:
-            raise UserError(f"--batch_size {args.batch_size}: must be divisible by the {self.size} processes")
-        self.gpu, self.compile = torch.cuda.is_available(), args.compile
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.gpu else torch.device("cpu")
-        torch.cuda.set_device(self.device) if self.gpu else None
-        able = torch.cuda.get_device_capability() >= (8, 0) if self.gpu else torch.cpu.get_capabilities().get("amx_bf16", False)
-        self.bf16 = args.precision == "bf16" or args.precision == "auto" and able
+            raise UserError(f"--batch_size {args.batch_size}: must be divisible by the {self.size} "
+                            "processes")
+        self.gpu = torch.cuda.is_available()
+        self.compile = args.compile
+        self.progress = None                           # the bar that is open
+        self.evaluating = 0.0                          # seconds spent in `evaluate` so far
+        if self.gpu:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+            has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
+        else:
+            self.device = torch.device("cpu")
+            has_bf16 = torch.cpu.get_capabilities().get("amx_bf16", False)
+        self.precision = args.precision
+        if self.precision == "auto":
+            self.precision = "bf16" if has_bf16 else "fp32"
+
+    @property
+    def bf16(self):
+        return self.precision == "bf16"
 
     def say(self, line):
-        print(line, flush=True) if self.rank == 0 else None
+        if self.rank == 0:
+            if self.progress:
+                self.progress.clear()
+            print(line, flush=True)
 
-    def total(self, array):                                              # a numpy array's sum over the processes, on all of them
+    def total(self, array):
+        """A numpy array's sum over the processes, on all of them."""
+        if self.size == 1:
+            return np.asarray(array)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        dist.all_reduce(tensor)
+        return tensor.numpy()
+
+    def gather(self, items):
+        """A list with None where an item is another process's, made whole on all of them."""
+        if self.size == 1:
+            return items
+        parts = [None] * self.size
+        dist.all_gather_object(parts, items)
+        whole = [None] * len(items)
+        for part in parts:
+            for i, item in enumerate(part):
+                if item is not None:
+                    whole[i] = item
+        return whole
+
+    def barrier(self):
         if self.size > 1:
-            dist.all_reduce(array := torch.from_numpy(np.ascontiguousarray(array)))
-        return np.asarray(array)
+            dist.barrier()
 
     @contextlib.contextmanager
-    def first(self):                                                     # runs on rank 0, then on the others, which find its files
-        dist.barrier() if self.rank else None
+    def first(self):
+        """Runs on rank 0, then on the others, which find its files."""
+        if self.rank > 0:
+            self.barrier()
         yield
-        dist.barrier() if self.size > 1 and not self.rank else None
+        if self.rank == 0:
+            self.barrier()
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def put(self, inputs):                                               # on the device; a GPU's copy does not wait
-        return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in inputs.items()} if self.gpu else inputs
+    def put(self, inputs):
+        """Tensors on the device; the copy to a GPU does not wait."""
+        if not self.gpu:
+            return inputs
+        return {name: value.pin_memory().to(self.device, non_blocking=True)
+                for name, value in inputs.items()}
 
     def ddp(self, module, unused=True):
-        """The module, its layers compiled if asked for, its gradients averaged over the processes. unused: weights may have no gradient."""
-        for layer in [x for m in module.modules() if self.compile and type(m) is torch.nn.ModuleList for x in m]:
-            layer.compile(dynamic=True)                                  # one by one: they share their code, which is compiled once
-        return torch.nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False, find_unused_parameters=unused) if self.size > 1 else module
+        """The module with its gradients averaged over the processes.
+
+        unused: some weights may have no gradient. With --compile the layers are compiled one by
+        one: they share their code, which is so compiled once.
+        """
+        if self.compile:
+            for part in module.modules():
+                if type(part) is torch.nn.ModuleList:
+                    for layer in part:
+                        layer.compile(dynamic=True)
+        if self.size == 1:
+            return module
+        return torch.nn.parallel.DistributedDataParallel(
+            module, forward_sync_buffers=False, find_unused_parameters=unused)
 
     def peak_memory(self):
-        return torch.cuda.max_memory_allocated() / 2**20 if self.gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10    # MB
+        """MB, of this process since its start (of a GPU: since the last reset)."""
+        if self.gpu:
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
     def __str__(self):
-        return f"{self.size} x " + (torch.cuda.get_device_name() if self.gpu else f"CPU with {torch.get_num_threads()} threads")
+        if self.gpu:
+            return f"{self.size} x {torch.cuda.get_device_name()}"
+        threads = torch.get_num_threads()
+        return f"{self.size} x CPU with {threads} thread{'s' * (threads > 1)}"
 
 
-signals = {"caught": 0, "in_step": False}                               # a step under way ends first; all else, or a second signal, ends at once
+class Progress:
+    """How far something is: a bar on a terminal, elsewhere a line every 20 seconds. Rank 0 alone.
+
+    As a context manager it is the world's open bar, which a line that is printed clears first.
+    """
+    SECONDS = 20
+
+    def __init__(self, world, name, total, done=0, unit="step"):
+        from tqdm import tqdm
+        self.world = world
+        self.name = name
+        self.total = total
+        self.done = done
+        self.started = time.monotonic()
+        self.spoke = self.started
+        self.before = done
+        self.bar = None
+        if world.rank == 0 and sys.stderr.isatty():
+            layout = ("{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} "
+                      "{elapsed}<{remaining}{postfix}")
+            self.bar = tqdm(total=total, initial=done, desc=name, leave=False, unit=unit,
+                            dynamic_ncols=True, bar_format=layout)
+
+    def update(self, n=1, told=""):
+        self.done += n
+        if self.bar is not None:
+            if told:
+                self.bar.set_postfix_str(told, refresh=False)
+            self.bar.update(n)
+        elif time.monotonic() - self.spoke > self.SECONDS:
+            self.spoke = time.monotonic()
+            rate = (self.done - self.before) / (self.spoke - self.started)
+            left = (self.total - self.done) / rate
+            told = f", {told}" if told else ""
+            self.world.say(f"{self.name}: {self.done} of {self.total}{told}, {left:.0f} s left")
+
+    def clear(self):
+        if self.bar is not None:
+            self.bar.clear()
+
+    def __enter__(self):
+        self.outer = self.world.progress
+        self.world.progress = self
+        return self
+
+    def __exit__(self, *error):
+        self.world.progress = self.outer
+        if self.bar is not None:
+            self.bar.close()
+
+
+# A step that is under way ends first; all else, or a second signal, ends at once.
+signals = {"caught": 0, "in_step": False}
 
 
 def on_signal(number, frame):
-    at_once, signals["caught"] = signals["caught"] or not signals["in_step"], number
+    at_once = signals["caught"] or not signals["in_step"]
+    signals["caught"] = number
     if at_once:
-        raise UserError("stopped by a signal; the same command with --resume goes on", 128 + number)
+        raise Stopped(number, "stopped by a signal; the same command with --resume goes on")
 
 
-@functools.cache
-def speed_up_cpu():
-    """Keeps freed memory (glibc gives it back to the kernel, which zeroes it again), makes dropout's masks of 16 random bits a number."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(-1, 2**30), ctypes.CDLL(None).mallopt(-3, 2**30)
-    def bernoulli_(mask, p=0.5, *, generator=None):                      # 1 with probability p, to 2^-16
-        bits = torch.empty(mask.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None, generator=generator).view(torch.int16)
-        return mask.fill_(p) if p in (0, 1) else mask.copy_((bits[:mask.numel()] < round(2**16 * p) - 2**15).view(mask.shape))
-    with warnings.catch_warnings(action="ignore"):                       # of replacing torch's, which draws one by one: up to a quarter of a step
-        library.impl("aten::bernoulli_.float", "cpu", bernoulli_)
+@contextlib.contextmanager
+def handled_signals():
+    """SIGTERM and SIGINT save and stop the run; afterwards they do what they did before."""
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signals.update(caught=0, in_step=False)
+
+
+def keep_freed_memory():
+    """On glibc: freed memory stays with the process.
+
+    Otherwise glibc gives the large tensors of each step back to the kernel, which fills the pages
+    with zeros before it gives them out again.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3        # of malloc.h
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+    except (OSError, AttributeError):
+        pass                                           # another C library
+
+
+joined = itertools.count()                             # how often `processes` was entered
 
 
 @contextlib.contextmanager
 def processes(args):
     """Joins torchrun's processes and leaves them in order. Yields the World."""
-    import datasets, transformers
-    world = World(args)
-    if world.size > 1:                                                   # (the store still has the addresses from before a restart)
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("cpu:gloo,cuda:nccl" if world.gpu else "gloo", store=store, rank=world.rank, world_size=world.size)
-    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar(), datasets.logging.set_verbosity(50)
-    datasets.disable_progress_bars() if world.rank or not sys.stderr.isatty() else None
-    torch.set_float32_matmul_precision("high"), torch.autograd.set_detect_anomaly(args.detect_anomaly)
-    speed_up_cpu() if not world.gpu else None
-    signal.signal(signal.SIGTERM, on_signal), signal.signal(signal.SIGINT, on_signal)
-    yield world
-    (dist.barrier(), dist.destroy_process_group()) if world.size > 1 else None
+    import datasets
+    import transformers
+    with handled_signals():
+        world = World(args)
+        if world.size > 1:
+            # The store still has the addresses from before a restart, or from a run before in
+            # these processes: hence the prefix.
+            store = next(dist.rendezvous("env://"))[0]
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+            store = dist.PrefixStore(f"{restarts}/{next(joined)}", store)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if world.gpu else "gloo", rank=world.rank,
+                world_size=world.size, store=store)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        if world.rank > 0 or not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        torch.set_float32_matmul_precision("high" if world.precision == "tf32" else "highest")
+        torch.autograd.set_detect_anomaly(args.detect_anomaly)
+        threads = torch.get_num_threads()
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        if not world.gpu:
+            keep_freed_memory()
+        try:
+            yield world
+        finally:
+            torch.set_num_threads(threads)
+        if world.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+# -------------------------------------------------------------------  3  model, optimizer, backward
+
+@dataclass
+class Setup:
+    """A run's task, tokenizer and encoded rows."""
+    task: data.Task
+    tokenizer: object
+    train: data.Split
+    own: dict                      # {split: (task, Split)}, validation splits
+    further: dict                  # {name: (task, Split)}, of --eval_tasks
+    unscored: dict                 # {split: Split}, to predict
+    held_out: dict                 # {"held-out": (task, Split)}, of --dev_samples
+
+    @property
+    def kind(self):
+        return data.KINDS[self.task.kind]
+
+    @property
+    def choose_by(self):
+        """The sets by which the best state is chosen."""
+        return self.held_out or self.own
+
+    @property
+    def scored(self):
+        """All sets that are scored at the end; the first has the main metric."""
+        return {**self.own, **self.further, **self.held_out}
+
+
+def prepare(args, world, check=None, **how):
+    """Reads, checks (also by check(task)) and encodes all rows, before a model is loaded: a Setup.
+
+    how: see the kind's `tokenise` in data.py.
+    """
+    with world.first():
+        rows = data.load(args)
+    if check:
+        check(rows.task)
+    tokenizer = load_tokenizer(args, world)
+    to_train = how
+    to_evaluate = {name: value for name, value in how.items() if name != "perturb"}
+
+    def encode(rows, task, how):
+        return data.encode(rows, task, tokenizer, args.max_length, **how)
+
+    task = rows.task
+    with world.first():
+        train = encode(rows.train, task, to_train)
+        own = {}
+        for name, part in rows.own.items():
+            own[name] = task, encode(part, task, to_evaluate)
+        further = {}
+        for name, (its_task, part) in rows.further.items():
+            further[name] = its_task, encode(part, its_task, to_evaluate)
+        unscored = {name: encode(part, task, to_evaluate) for name, part in rows.unscored.items()}
+    setup = Setup(task, tokenizer, train, own, further, unscored, {})
+    hold_out(args, setup)
+    tell_settings(args, setup, world)
+    return setup
+
+
+def hold_out(args, setup):
+    """--dev_samples: takes these out of the training rows, the same ones whatever the seed."""
+    n = args.dev_samples
+    if not n:
+        return
+    left = len(setup.train) - n
+    if left < max(args.batch_size, args.train_samples or 0):
+        raise UserError(f"--dev_samples {n}: of the {len(setup.train)} training rows {left} would "
+                        "be left, fewer than --train_samples or --batch_size")
+    chosen = data.subset(setup.train, n, 0)
+    others = np.setdiff1d(np.arange(len(setup.train)), chosen)
+    setup.held_out = {"held-out": (setup.task, setup.train.take(chosen))}
+    setup.train = setup.train.take(others)
+    if args.choosing:
+        setup.own, setup.further, setup.unscored = {}, {}, {}
+
+
+def tell_settings(args, setup, world):
+    """What a run is, in a few lines. All flags stand in results.json."""
+    def listed(names):
+        words = []
+        for name in names:
+            value = getattr(args, name, None)
+            if isinstance(value, list):
+                value = " ".join(map(str, value))
+            if value is not None:
+                words.append(f"{name} {value}")
+        return ", ".join(words) or "nothing"
+
+    sets = {"train": (setup.task, setup.train), **setup.scored}
+    sizes = {name: str(len(split)) for name, (_, split) in sets.items()}
+    if args.train_samples:
+        sizes["train"] = f"{args.train_samples} of {len(setup.train)}"
+    cut = [f"{name} {split.cut}" for name, (_, split) in sets.items() if split.cut]
+    names = setup.task.label_names
+    labels = " ".join(names[:20]) + (f" ... ({len(names)})" if len(names) > 20 else "")
+    by_recipe = [name for name in args.recipe if name not in args.by_hand]
+    world.say(f"{args.task}, {args.model}")
+    world.say(f"  recipe      {args.recipe_name}: {listed(by_recipe)}")
+    world.say(f"  set by you  {listed(args.by_hand)}")
+    world.say(f"  labels      {labels or 'a number'}")
+    world.say(f"  rows        {', '.join(f'{name} {size}' for name, size in sizes.items())}")
+    world.say(f"  max_length  {args.max_length} tokens; cut rows: {', '.join(cut) or 'none'}")
+    world.say(f"  running on  {world}, {world.precision}")
 
 
 def load_tokenizer(args, world):
-    """The tokenizer of --model, checked before any weights are read. Fills in args.model and args.max_length."""
+    """The tokenizer of --model, checked before any weights are read. Sets args.path, max_length."""
     from transformers import AutoConfig, AutoTokenizer
-    if args.init_from and not os.path.isfile(os.path.join(args.init_from, "model", "config.json")):
-        raise UserError(f"--init_from {args.init_from}: must be the folder of a finished run, with model/config.json in it")
-    args.model = os.path.join(args.init_from, "model") if args.init_from else args.model
-    with world.first():
-        args.model = toy_model(world) if args.model == "toy" else args.model
+    if args.model == "toy":
+        with world.first():
+            args.path = toy_model(world)
     try:
-        config, tokenizer = AutoConfig.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(args.path)
+        tokenizer = AutoTokenizer.from_pretrained(args.path)
     except Exception as error:
         raise UserError(f"--model {args.model}: {first_line(error)}") from error
+    if os.path.isdir(args.path):
+        files = [name for name in os.listdir(args.path) if "token" in name or "vocab" in name
+                 or name.endswith(".model")]
+        if not files:
+            raise UserError(f"--model {args.model}: the folder holds no tokenizer; save the "
+                            "model's own into it")
     if tokenizer.pad_token_id is None:
-        raise UserError(f"--model {args.model}: its tokenizer has no pad token; must be one that has")
-    limit = getattr(config, "max_position_embeddings", None) or 10**6   # RoBERTa's positions start after the padding's
-    limit = min(limit - 2 * (config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")), tokenizer.model_max_length)
+        raise UserError(f"--model {args.model}: its tokenizer has no pad token; must be one that "
+                        "has")
+
+    limit = getattr(config, "max_position_embeddings", None) or 10**6
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        limit -= 2                                     # their positions start after the padding's
+    limit = min(limit, tokenizer.model_max_length)
     if args.max_length and args.max_length > limit:
-        raise UserError(f"--max_length {args.max_length}: must be from 4 to {limit}, the limit of {args.model}")
+        raise UserError(f"--max_length {args.max_length}: must be from 4 to {limit}, the limit of "
+                        f"{args.model}")
     args.max_length = args.max_length or min(512, limit)
     return tokenizer
 
 
-def load_model(args, task, tokenizer, seed, world, path=None):
-    """--model, or the finished run's at `path`, in fp32 with a classification head for `task`; a fresh head is seeded."""
-    from transformers import AutoModelForSequenceClassification
-    names = task.label_names or ["score"]
+def load_model(args, setup, seed, world, path=None):
+    """--model, or a finished run's at `path`, in fp32, for the task, in train mode.
+
+    A fresh head is drawn by the seed.
+    """
+    import transformers
+    loader = getattr(transformers, setup.kind.auto_class)
     torch.manual_seed(seed)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path or args.model, num_labels=len(names), id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)},
-            dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+        model, info = loader.from_pretrained(
+            path or args.path, **setup.kind.settings(setup.task), dtype=torch.float32,
+            ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception as error:
-        raise UserError(f"--model {path or args.model}: cannot be loaded with a classification head: {first_line(error)}") from error
-    body, fresh = model.base_model_prefix + ".", args.init_from and not path
-    for module in [m for n, m in model.named_modules() if fresh and n and not f"{n}.".startswith(body)]:
-        model._init_weights(module)
+        raise UserError(f"--model {path or args.model}: cannot be loaded by "
+                        f"{setup.kind.auto_class}: {first_line(error)}") from error
+
+    body = model.base_model_prefix + "."
+    fresh = args.init_from and not path
+    if fresh:
+        for name, module in model.named_modules():
+            if name and not f"{name}.".startswith(body):
+                model._init_weights(module)
     if fresh or info["mismatched_keys"]:
-        world.say(f"{args.model}: its head is not used; a fresh one for {len(names)} labels")
-    lost = [k for k in info["missing_keys"] if k.startswith(body) and "pooler" not in k]
+        world.say(f"{args.model}: its head is not used; a fresh one of {setup.task.outputs}")
+    lost = [key for key in info["missing_keys"] if key.startswith(body) and "pooler" not in key]
     if lost:
-        world.say(f"warning: {args.model} lacks {len(lost)} weights of the encoder, which start at random: {lost[0]} ...")
-    model.config.pad_token_id = tokenizer.pad_token_id if model.config.pad_token_id is None else model.config.pad_token_id
-    return model.to(world.device).train()                                # from_pretrained gives it in eval mode
+        world.say(f"warning: {args.model} lacks {len(lost)} weights of the encoder, which start at "
+                  f"random: {lost[0]} ...")
+
+    words = len(setup.tokenizer)
+    known = model.get_input_embeddings().num_embeddings
+    if words > known:
+        raise UserError(f"--model {args.model}: its tokenizer has {words} words, the model "
+                        f"embeddings for {known}")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = setup.tokenizer.pad_token_id
+    if args.weight_noise and not path:
+        add_weight_noise(model.base_model, args.weight_noise, seed)
+    return model.to(world.device).train()              # from_pretrained gives it in eval mode
 
 
-def prepare(args, world, check=lambda task: None, **how):
-    """All rows, read, checked (also by check(task)) and tokenised, before a model is loaded; tells all settings. how: see data.encode."""
-    with world.first():
-        task, train, own, further, unscored = data.load(args)
-    check(task)
-    tokenizer = load_tokenizer(args, world)
-    def encode(rows, of=task, **other):                                  # rows to evaluate are never perturbed
-        return data.encode(rows, of.columns, tokenizer, args.max_length, **{**how, "perturb": None, **other})
-    with world.first():
-        setup = SimpleNamespace(task=task, tokenizer=tokenizer, pad=tokenizer.pad_token_id, train=encode(train, **how),
-                                own={k: (task, encode(rows)) for k, rows in own.items()}, unscored={k: encode(rows) for k, rows in unscored.items()},
-                                further={k: (of, encode(rows, of)) for k, (of, rows) in further.items()})
-    sets = {"train": (task, setup.train), **setup.own, **setup.further}
-    facts = {"labels": task.label_names[:20] or "a number", "rows": ", ".join(f"{k} {len(s)}" for k, (_, s) in sets.items()),
-             "cut to max_length": ", ".join(f"{k} {s.cut}" for k, (_, s) in sets.items() if s.cut) or "none",
-             "running on": f"{world}, {'bf16' if world.bf16 else 'fp32'}"}
-    for key, value in {**{k: v for k, v in vars(args).items() if k != "by_hand"}, **facts}.items():
-        value = " ".join(map(str, value)) if isinstance(value, list) else value
-        world.say(f"  {key:<17} {value}{'   <- set' if key in args.by_hand else ''}")
-    return setup
+def add_weight_noise(model, scale, seed):
+    """NoisyTune: W := W + U(-scale/2, scale/2) std(W), for each parameter tensor, in place.
+
+    Wu et al., NoisyTune, ACL 2022. A tensor of one number has no standard deviation, and stays.
+    """
+    source = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():                  # tied weights come once
+        if weight.numel() > 1:
+            noise = torch.rand(weight.shape, generator=source) - 0.5
+            weight.data += scale * weight.data.std() * noise.to(weight.device)
 
 
 def training_rows(setup, args, seed):
-    """The rows of one seed: all, or those of --train_samples."""
-    return setup.train.take(data.subset(setup.train.labels, args.train_samples, seed, setup.task.regression)) if args.train_samples else setup.train
+    """The rows of one seed as a Split: all, or those of --train_samples."""
+    if not args.train_samples:
+        return setup.train
+    return setup.train.take(data.subset(setup.train, args.train_samples, seed))
 
 
 def build_batches(setup, args, seed, world, batching=None):
-    return data.Batches(training_rows(setup, args, seed), args.batch_size, seed, setup.pad, world.rank, world.size,
-                        args.micro_batch_size, batching or args.batching[0], args.max_length)
+    return data.Batches(
+        training_rows(setup, args, seed), args.batch_size, seed, world.rank, world.size,
+        args.micro_batch_size, batching or args.batching[0], args.max_length)
+
+
+def seeds_and_methods(args):
+    """(seed, method) of all runs, seed by seed."""
+    return itertools.product(args.seeds, args.method)
+
+
+def count_steps(args, per_epoch):
+    return args.max_steps or max(1, round(args.epochs * per_epoch))
 
 
 def build_optimizer(module, args, steps):
-    """(AdamW, its schedule: warm-up, then polynomial decay of power 1). Weight decay on matrices only."""
-    from transformers import get_polynomial_decay_schedule_with_warmup as polynomial
-    groups = [{"params": [p for p in module.parameters() if p.requires_grad and (p.dim() > 1) == matrix],
-               "weight_decay": args.weight_decay * matrix} for matrix in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
-    return optimizer, polynomial(optimizer, int(args.warmup if args.warmup >= 1 else args.warmup * steps), steps, lr_end=0.0, power=1.0)
+    """(AdamW, its schedule: warm-up, then linear decay to 0). Weight decay on matrices only."""
+    from transformers import get_polynomial_decay_schedule_with_warmup
+    warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
+    if warmup and warmup >= steps:
+        raise UserError(f"--warmup {args.warmup:g}: must be less than the {steps} steps")
+
+    learning = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.dim() > 1]
+    vectors = [p for p in learning if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
+    schedule = get_polynomial_decay_schedule_with_warmup(
+        optimizer, warmup, steps, lr_end=0.0, power=1.0)
+    return optimizer, schedule
 
 
 def backward(module, batch, world, **more):
-    """Adds the gradient of the batch's mean loss, micro-batch by micro-batch. Returns (loss, stats), means. more: for the module."""
-    count, total = sum(len(inputs["labels"]) for inputs in batch), {}
+    """Adds the gradient of the batch's mean loss, micro-batch by micro-batch.
+
+    more: for the module's forward. Returns (loss, stats), means over the batch: over its labels, be
+    there one a row or, with -100 where there is none, one a token.
+    """
+    labels = [int((inputs["labels"] != -100).sum()) for inputs in batch]
+    mean = world.total(np.array([sum(labels)]))[0] / world.size          # of a process
+    total = {}
     for i, inputs in enumerate(batch):
-        share, last = len(inputs["labels"]) / count, i == len(batch) - 1 or world.size == 1        # the processes average once a step
-        with contextlib.nullcontext() if last else module.no_sync():
+        share = labels[i] / float(mean)
+        is_last = i == len(batch) - 1
+        waits = world.size > 1 and not is_last         # the processes average once a step
+        with module.no_sync() if waits else contextlib.nullcontext():
             with world.autocast():
                 loss, stats = module(**world.put(inputs), **more)
             (loss * share).backward()
-        for key, value in {"loss": loss.detach(), **stats}.items():
-            total[key] = total.get(key, 0) + value * share
-    return total.pop("loss"), total
+        for name, value in {"loss": loss.detach(), **stats}.items():
+            total[name] = total.get(name, 0) + value * share
+    loss = total.pop("loss")
+    return loss, total
 
 
-def predict(forward, module, split, setup, world):
-    """Logits of every row, each from one process: numpy (n, C). forward(**inputs) -> (B, C)."""
+# -----------------------------------------------------------------------  4  predictions and scores
+
+def predict(forward, module, split, setup, world, name="predicting"):
+    """What the task's kind keeps of the outputs, [one a row of the split], on every process.
+
+    forward(**inputs) -> the outputs of a batch. module: what is set to eval mode meanwhile. Each
+    row goes through one process.
+    """
     module.eval()
-    logits = np.zeros((len(split), len(setup.task.label_names) or 1), np.float32)
-    with torch.inference_mode(), world.autocast():
-        for rows, inputs in data.eval_batches(split, setup.pad, world.rank, world.size):
-            inputs.pop("labels")
-            logits[rows] = forward(**world.put(inputs)).float().cpu().numpy()
+    kept = [None] * len(split)
+    mine = len(range(world.rank, len(split), world.size))
+    progress = Progress(world, name, mine, unit="row")
+    with torch.inference_mode(), world.autocast(), progress:
+        for rows, inputs in data.eval_batches(split, world.rank, world.size):
+            labels = inputs.pop("labels")
+            outputs = forward(**world.put(inputs))
+            for row, output in zip(rows, setup.kind.collect(outputs, labels, setup.tokenizer)):
+                kept[row] = output
+            progress.update(len(rows))
     module.train()
-    return world.total(logits)
+    return world.gather(kept)
 
 
-def evaluate(forward, module, sets, setup, world):
-    """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages; the first metric of the first set is the main."""
-    out = {name: data.score(task, setup.task, predict(forward, module, split, setup, world), split.labels) for name, (task, split) in sets.items()}
+def evaluate(forward, module, sets, setup, world, final=False):
+    """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
+
+    The first metric of the first set is the main one. final: warns of a model that says the same of
+    all rows.
+    """
+    started = time.monotonic()
+    scores = {}
+    for name, (task, split) in sets.items():
+        kept = predict(forward, module, split, setup, world, f"evaluating {name}")
+        scores[name] = setup.kind.score(task, setup.task, kept, split)
+        if final:
+            texts = {setup.kind.text(setup.task, output) for output in kept}
+            if len(texts) == 1 and len(kept) > 1:
+                world.say(f"warning: {name}: all {len(kept)} rows are predicted as {texts.pop()!r}")
+
     for group, names in data.GROUPS.items():
-        if len(found := [out[name] for name in names if name in out]) > 1:
-            out[f"{group}-average"] = {metric: float(np.mean([scores[metric] for scores in found])) for metric in found[0]}
-    return out
+        found = [scores[name] for name in names if name in scores]
+        if len(found) > 1:
+            metrics = found[0].keys()
+            scores[f"{group}-average"] = {
+                metric: float(np.mean([values[metric] for values in found])) for metric in metrics}
+    world.evaluating += time.monotonic() - started
+    return scores
 
 
-NOT_THE_RUN = set("output_dir resume overwrite save_every method seeds profile predict by_hand detect_anomaly".split())
+# ----------------------------------------------------------------------------------------  5  a run
+
+# Flags (and what `parse` adds to them) that may differ between two halves of one run.
+NOT_THE_RUN = {
+    "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
+    "detect_anomaly", "threads", "grid", "name", "by_hand", "recipe", "recipe_name", "own_files",
+    "path"}
+
+
+def flags_that_count(args, own_flags):
+    """{flag: value} of all that makes a run what it is, as json gives it back."""
+    shared = {action.dest for action in parser(" ", [], [])._actions}
+    counted = (shared | {"max_length", *own_flags.split()}) - NOT_THE_RUN
+    values = {name: value for name, value in vars(args).items() if name in counted}
+    return json.loads(json.dumps(values))
 
 
 class Run:
-    """One task, method and seed: its folder, steps, log, checkpoints and results."""
+    """One task, method and seed: its folder, steps, log, checkpoints and results.
 
-    def __init__(self, args, method, seed, world):
-        self.args, self.method, self.seed, self.world = args, method, seed, world
-        self.name, self.folder = f"{args.task} {method}-{seed}", os.path.join(args.output_dir, args.task, f"{method}-{seed}")
-        self.checkpoints = [f"{self.folder}/checkpoint{x}.pt" for x in ("", "-before")]
-        known = {a.dest for a in parser(" ", [], [])._actions} if method == "std" else vars(args)       # std is the same in all scripts
-        self.identity = json.loads(json.dumps({k: v for k, v in vars(args).items() if k in known and k not in NOT_THE_RUN}))
-        self.step, self.seconds, self.best, self.best_weights, self.pending, self.results = 0, 0.0, None, None, [], None
+    own_flags: those of the script's flags that the method has a use for. These and the flags that
+    all scripts have tell it from other runs.
+    """
+
+    def __init__(self, args, method, seed, world, own_flags=""):
+        self.args = args
+        self.method = method
+        self.seed = seed
+        self.world = world
+        self.name = f"{args.task} {method}-{seed}"
+        self.recipe = args.recipe_name.partition(":")[0]
+        self.folder = self.choose_folder()
+        self.model_folder = f"{self.folder}/model"
+        self.log_path = f"{self.folder}/log.jsonl"
+        self.checkpoints = [f"{self.folder}/checkpoint.pt", f"{self.folder}/checkpoint-before.pt"]
+        self.identity = flags_that_count(args, own_flags)
+
+        self.step = 0
+        self.seconds = 0.0                             # of training, without evaluation
+        self.started = None                            # when the step under way began
+        self.best = None                               # {"step", "seconds", "value", "metrics"}
+        self.best_weights = None
+        self.pending = []                              # steps that are not in the log yet
+        self.results = None
+
         if world.rank == 0:
-            try:
-                os.makedirs(self.folder, exist_ok=True)
-                self.lock = open(os.path.join(self.folder, ".lock"), "w")
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                cause = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
-                raise UserError(f"--output_dir {args.output_dir}: cannot write {self.folder}: {cause}") from None
-            for path in (os.path.join(self.folder, name) for name in os.listdir(self.folder) if args.overwrite and name != ".lock"):
-                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        dist.barrier() if world.size > 1 else None
-        if os.path.exists(done := f"{self.folder}/results.json"):
-            try:
-                self.results = json.load(open(done, encoding="utf-8"))
-                self.refuse_other_flags(self.results["args"])
-            except (ValueError, KeyError) as error:
-                raise UserError(f"{done}: is damaged; --overwrite runs it again") from error
-            world.say(f"{self.folder}: finished before; --overwrite runs it again")
-        elif not args.resume and any(map(os.path.exists, [*self.checkpoints, f"{self.folder}/log.jsonl"])):
-            raise UserError(f"--output_dir {args.output_dir}: {self.folder} holds an unfinished run: use --resume or --overwrite")
+            self.take_folder()
+        world.barrier()
+        self.find_results()
 
-    def refuse_other_flags(self, saved):
-        other = [f"--{k} {saved.get(k)} (now {v})" for k, v in self.identity.items() if saved.get(k) != v]
+    def choose_folder(self):
+        """DIR/TASK/METHOD-SEED; where that is a run by another recipe: METHOD-RECIPE-SEED."""
+        task_folder = os.path.join(self.args.output_dir, self.args.task)
+        folder = os.path.join(task_folder, f"{self.method}-{self.seed}")
+        try:
+            with open(os.path.join(folder, ".lock"), encoding="utf-8") as file:
+                there = file.read()
+        except OSError:
+            there = ""
+        if there and there != self.recipe:
+            return os.path.join(task_folder, f"{self.method}-{self.recipe}-{self.seed}")
+        return folder
+
+    def take_folder(self):
+        """Makes the folder, locks it, and with --overwrite empties it."""
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            self.lock = open(os.path.join(self.folder, ".lock"), "a", encoding="utf-8")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock.truncate(0)
+            self.lock.write(self.recipe)
+            self.lock.flush()
+        except OSError as error:
+            taken = isinstance(error, BlockingIOError)
+            why = "another run is writing there" if taken else error.strerror
+            raise UserError(f"--output_dir {self.args.output_dir}: cannot write {self.folder}: "
+                            f"{why}") from None
+        if not self.args.overwrite:
+            return
+        for name in os.listdir(self.folder):
+            path = os.path.join(self.folder, name)
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            elif name != ".lock":
+                os.remove(path)
+
+    def find_results(self):
+        """self.results of a finished run; an unfinished one must be wanted."""
+        path = f"{self.folder}/results.json"
+        if os.path.exists(path):
+            self.results = read_results(path)
+            self.refuse_another(self.results)
+            self.world.say(f"{self.folder}: finished before; --overwrite runs it again")
+        elif not self.args.resume:
+            if any(map(os.path.exists, [*self.checkpoints, self.log_path])):
+                raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds an "
+                                "unfinished run: use --resume or --overwrite")
+
+    def refuse_another(self, saved):
+        """saved: results or a checkpoint's state. Method, seed and flags must be this run's."""
+        for name, mine in (("method", self.method), ("seed", self.seed)):
+            if saved.get(name) != mine:
+                raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run "
+                                f"of {name} {saved.get(name)}, not {mine}; use --overwrite, or "
+                                "another folder")
+        other = []
+        for name, value in self.identity.items():
+            if saved["args"].get(name) != value:
+                other.append(f"--{name} {saved['args'].get(name)} (now {value})")
         if other:
-            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with other flags: {', '.join(other)}; use --overwrite, or another folder")
+            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with "
+                            f"other flags: {', '.join(other)}; use --overwrite, or another folder")
 
     def begin(self, total, per_epoch, **parts):
-        """`parts`: all that has a state_dict and changes in training; restored if there is a checkpoint to resume."""
-        from tqdm import tqdm
-        self.parts, self.total, self.per_epoch = parts, total, per_epoch
+        """parts: all that has a state_dict and changes in training; a checkpoint restores it."""
+        self.parts = parts
+        self.total = total
+        self.per_epoch = per_epoch
         state = self.read_checkpoint() if self.args.resume else None
         if state:
-            for key, part in parts.items():
-                part.load_state_dict(state["parts"][key])
-            self.step, self.seconds, self.best, self.best_weights = (state[k] for k in ("step", "seconds", "best", "best_weights"))
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.step = state["step"]
+            self.seconds = state["seconds"]
+            self.best = state["best"]
+            self.best_weights = state["best_weights"]
             self.world.say(f"{self.folder}: resumes at step {self.step} of {total}")
         if self.world.rank == 0:
-            self.log_file = open(os.path.join(self.folder, "log.jsonl"), "a", encoding="utf-8")
-            self.log_file.truncate(state["log_bytes"] if state else 0)
-        self.bar = tqdm(total=total, initial=self.step, desc=self.name, leave=False, unit="step", dynamic_ncols=True,
-                        disable=self.world.rank > 0 or not sys.stderr.isatty())
-        self.saved, self.spoke, self.flushed = time.monotonic(), -math.inf, (self.step, self.seconds)
+            self.open_log(state["log_bytes"] if state else 0)
+        self.saved = time.monotonic()
+        self.flushed = self.step, self.seconds         # where the last line of the log was
 
-    def steps(self, until, batches=None, shift=0):
-        """(step, batches[step - shift]) up to step `until`, each with a random seed of its own, so that any can be the first one again."""
-        self.rows_of = batches and (lambda step: batches.rows(step - shift))
-        while self.step < until:
-            start, signals["in_step"] = time.monotonic(), True
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, self.step, self.world.rank]).generate_state(1)[0]))
-            yield self.step, batches and batches[self.step - shift]
-            self.step, self.seconds = self.step + 1, self.seconds + time.monotonic() - start
-            self.bar.update()
-            caught, late = self.world.total(np.array([signals["caught"], self.world.rank == 0 and time.monotonic() - self.saved > 300]))
-            due = caught or self.step < self.total and (self.step % self.args.save_every == 0 if self.args.save_every else late)
-            if self.pending and (due or self.step % self.args.log_every == 0 or self.step == until):
-                self.flush()                                             # a state that is not finite is never saved
-            self.save() if due else None
-            signals["in_step"] = False
-            if caught:
-                told = f"stopped at step {self.step} of {self.total}, saved in {self.folder}; the same command with --resume goes on"
-                raise UserError(told, 128 + (signals["caught"] or signal.SIGTERM))
+    def open_log(self, size):
+        """The log as it was at the checkpoint. One that was deleted since is not made up."""
+        self.log_file = open(self.log_path, "a", encoding="utf-8")
+        there = os.path.getsize(self.log_path)
+        if there < size:
+            self.world.say(f"warning: {self.log_path} has lost lines; it goes on from here")
+        self.log_file.truncate(min(there, size))
+
+    def steps(self, until, batches=None, first=0, shift=0, phase=""):
+        """(step, batches[step - shift]) up to step `until`.
+
+        Each step has a random seed of its own, so that any can be the first one again. first: where
+        this phase of the run began; the bar counts from there.
+        """
+        self.batches = batches
+        self.shift = shift
+        name = f"{self.name} {phase}".strip()
+        with Progress(self.world, name, until - first, self.step - first) as progress:
+            while self.step < until:
+                self.started = time.monotonic() - self.world.evaluating
+                signals["in_step"] = True
+                seed = np.random.SeedSequence([self.seed, self.step, self.world.rank])
+                torch.manual_seed(int(seed.generate_state(1)[0]))
+
+                yield self.step, None if batches is None else batches[self.step - shift]
+
+                self.seconds = self.seconds_so_far()
+                self.started = None
+                self.step += 1
+                progress.update(told=self.end_step(until))
+                signals["in_step"] = False
+
+    def seconds_so_far(self):
+        """Of training, with those of the step that is under way, without evaluation."""
+        if self.started is None:
+            return self.seconds
+        return self.seconds + time.monotonic() - self.world.evaluating - self.started
+
+    def end_step(self, until):
+        """Logs and saves what is due, and stops if a signal came. Returns a word on the loss."""
+        late = self.world.rank == 0 and time.monotonic() - self.saved > 300
+        caught, late = self.world.total(np.array([signals["caught"], late]))
+        if self.args.save_every:
+            late = self.step % self.args.save_every == 0
+        is_last = self.step == self.total              # saved before anything is evaluated
+        save_now = caught or late or is_last
+
+        told = ""
+        log_now = self.step % self.args.log_every == 0 or self.step == until
+        if self.pending and (log_now or save_now):     # a state that is not finite is never saved
+            told = f"loss {self.flush():.3g}"
+        if save_now:
+            self.save()
+        if caught:
+            number = signals["caught"] or signal.SIGTERM
+            raise Stopped(number, f"stopped at step {self.step} of {self.total}, saved in "
+                                  f"{self.folder}; the same command with --resume goes on")
+        return told
 
     def every(self, n):
-        return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total      # does this step end n steps, but for the last?
+        """Does this step end n steps? Not the last one, after which there is a look anyway."""
+        return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total
 
-    def log(self, loss, stats, **plain):                                 # they stay on the device until the next line of the log
+    def log(self, loss, stats, **plain):
+        """A step's terms. They stay on the device until the next line of the log."""
         self.pending.append((self.step, {"loss": loss.detach(), **stats}, plain))
 
     def flush(self):
-        """A line of the log: means since the line before, over the processes. Here a loss that is not finite is seen."""
-        pending, self.pending, keys = self.pending, [], list(self.pending[-1][1])
-        values = torch.stack([torch.stack([terms[k].float() for k in keys]) for _, terms, _ in pending]).double()
-        values = self.world.total(values.cpu().numpy()) / self.world.size
+        """A line of the log: means since the line before, over the processes. Returns the loss.
+
+        Here a loss that is not finite is seen.
+        """
+        pending, self.pending = self.pending, []
+        names = list(pending[-1][1])
+        rows = [torch.stack([terms[name].float() for name in names]) for _, terms, _ in pending]
+        values = torch.stack(rows).double().cpu().numpy()                # (steps, terms)
+        values = self.world.total(values) / self.world.size
         for (step, _, _), row in zip(pending, values):
             if not np.isfinite(row).all():
-                terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(keys, row))
-                rows = f"; rows of the batch: {' '.join(map(str, self.rows_of(step)))}" if self.rows_of else ""
-                self.fail(f"{self.folder}: step {step}: not finite: {terms}{rows}; see --detect_anomaly")
-        rate = self.args.batch_size * (self.step - self.flushed[0]) / max(1e-9, self.seconds - self.flushed[1])
-        line = {"step": self.step, "epoch": round(self.step / self.per_epoch, 4), **dict(zip(keys, values.mean(0).tolist())),
-                **pending[-1][2], "examples_per_second": round(rate, 1)}
-        self.flushed, told = (self.step, self.seconds), ", ".join([f"{k} {line[k]:.3g}" for k in keys[:4]] + [f"{rate:.0f} examples/s"])
-        if self.world.rank == 0:
-            with self.guard(self.log_file.name):
-                print(json.dumps(line), file=self.log_file, flush=True)
-            self.bar.set_postfix_str(told, refresh=False)
-            if self.bar.disable and (time.monotonic() - self.spoke > 20 or self.step == self.total):
-                self.spoke, left = time.monotonic(), (self.total - self.step) * self.args.batch_size / max(rate, 1e-9)
-                self.world.say(f"{self.name}: step {self.step} of {self.total}, {told}, {left:.0f} s left")
+                self.fail_at(step, dict(zip(names, row)))
 
-    def keep_best(self, metrics, module):                                # by the main metric, the first of the first set
-        value = next(iter(next(iter(metrics.values())).values()))
+        before, seconds_before = self.flushed
+        seconds = max(1e-9, self.seconds - seconds_before)
+        rate = self.args.batch_size * (self.step - before) / seconds
+        self.flushed = self.step, self.seconds
+        means = dict(zip(names, values.mean(0).tolist()))
+        plain = pending[-1][2]
+        self.write_line(self.step, {**means, **plain, "examples_per_second": round(rate, 1)})
+        return means["loss"]
+
+    def write_line(self, step, terms):
+        """One line of log.jsonl."""
+        line = {"step": step, "epoch": round(step / self.per_epoch, 4), **terms}
+        if self.world.rank == 0:
+            with self.guard(self.log_path):
+                print(json.dumps(line), file=self.log_file, flush=True)
+
+    def keep_best(self, metrics, module):
+        """Of two states the one with the higher main metric, the first of the first set."""
+        step = min(self.step + 1, self.total)          # in the loop the step is not over yet
+        self.log_scores(metrics, step)
+        value = main_value(metrics)
         if self.best is None or value > self.best["value"]:
-            self.best = {"step": min(self.step + 1, self.total), "value": value, "metrics": metrics}
-            self.best_weights = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+            self.best = {"step": step, "seconds": round(self.seconds_so_far(), 2), "value": value,
+                         "metrics": metrics}
+            weights = module.state_dict().items()
+            self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in weights}
+
+    def log_scores(self, metrics, step):
+        """The line of an evaluation in log.jsonl, for the curves."""
+        self.write_line(step, {"seconds": round(self.seconds_so_far(), 2), "metrics": metrics})
+
+    def fail_at(self, step, terms):
+        told = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        rows = ""
+        if self.batches is not None:
+            numbers = self.batches.rows(step - self.shift)
+            rows = "; rows of the batch: " + " ".join(map(str, numbers))
+        self.fail(f"{self.folder}: step {step}: not finite: {told}{rows}; see --detect_anomaly")
 
     def fail(self, message, cause=None):
-        last = next((f"the last good checkpoint is {p}" for p in self.checkpoints if os.path.exists(p)), "there is no checkpoint")
-        raise UserError(f"{message}; {last}", 1) from cause
+        there = [path for path in self.checkpoints if os.path.exists(path)]
+        last = f"the last good checkpoint is {there[0]}" if there else "there is no checkpoint"
+        raise RunError(f"{message}; {last}") from cause
 
     @contextlib.contextmanager
     def guard(self, path):
         """A write that fails ends the run with one line, and leaves nothing half-written."""
         try:
             yield
-        except (OSError, RuntimeError) as error:                        # torch.save makes a RuntimeError of a full disk
+        except (OSError, RuntimeError) as error:       # torch.save makes the latter of a full disk
             with contextlib.suppress(OSError):
                 os.remove(path + ".tmp")
-            why = error.__context__ if isinstance(error.__context__, OSError) else error
-            self.fail(f"cannot write {path}: {getattr(why, 'strerror', 0) or first_line(why)}", error)
+            inner = error.__context__
+            cause = inner if isinstance(inner, OSError) else error
+            why = getattr(cause, "strerror", None) or first_line(cause)
+            self.fail(f"cannot write {path}: {why}", error)
 
-    def save(self):                                                      # on rank 0: all have the same weights
+    def save(self):
+        """A checkpoint, from rank 0: all have the same weights."""
         self.saved = time.monotonic()
-        if self.world.rank == 0:
-            state = {"parts": {k: p.state_dict() for k, p in self.parts.items()}, "step": self.step, "seconds": self.seconds, "best": self.best,
-                     "best_weights": self.best_weights, "args": self.identity, "log_bytes": self.log_file.tell()}
-            with self.guard(self.checkpoints[0]):
-                write_safely(self.checkpoints[0], lambda f: torch.save(state, f), keep=self.checkpoints[1])
+        if self.world.rank > 0:
+            return
+        state = {
+            "method": self.method, "seed": self.seed, "args": self.identity,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "step": self.step, "seconds": self.seconds, "log_bytes": self.log_file.tell(),
+            "best": self.best, "best_weights": self.best_weights}
+        newest, before = self.checkpoints
+        with self.guard(newest):
+            write_safely(newest, lambda file: torch.save(state, file), keep=before)
 
     def read_checkpoint(self):
-        """The newest checkpoint that is whole, by its CRCs, read without running any code; or None."""
-        there = [p for p in self.checkpoints if os.path.exists(p)]
+        """The newest checkpoint that is whole, by its CRCs, read without running any code."""
+        there = [path for path in self.checkpoints if os.path.exists(path)]
         for path in there:
             try:
-                assert not zipfile.ZipFile(path).testzip(), "a CRC is wrong"
+                damaged = zipfile.ZipFile(path).testzip()
+                if damaged:
+                    raise ValueError("a CRC is wrong")
                 state = torch.load(path, map_location="cpu", weights_only=True)
+                if not isinstance(state, dict) or "log_bytes" not in state:
+                    raise ValueError("it is no checkpoint of a run")
             except Exception as error:
                 self.world.say(f"{path} is damaged ({first_line(error)[:100]})")
                 continue
-            self.refuse_other_flags(state["args"])
+            self.refuse_another(state)
             return state
         if there:
-            raise UserError(f"--resume: no checkpoint in {self.folder} can be read; --overwrite starts afresh")
+            raise UserError(f"--resume: no checkpoint in {self.folder} can be read; --overwrite "
+                            "starts afresh")
+        return None
 
     def predict(self, forward, module, setup):
-        """Writes predictions-SPLIT.tsv for every split that --predict and --test_file name."""
-        for split, rows in setup.unscored.items():
-            logits, path = predict(forward, module, rows, setup, self.world), os.path.join(self.folder, f"predictions-{split}.tsv")
-            with self.guard(path):
-                data.write_predictions(path, setup.task, logits) if self.world.rank == 0 else None
-            self.world.say(f"wrote {path}")
+        """Writes the predictions for every split that --predict and --test_file name."""
+        for name, split in setup.unscored.items():
+            kept = predict(forward, module, split, setup, self.world, f"predicting {name}")
+            if self.world.rank == 0:
+                with self.guard(f"{self.folder}/predictions-{name}"):
+                    path = setup.kind.write(self.folder, name, setup.task, kept, split)
+                self.world.say(f"wrote {path}")
 
     def finish(self, metrics, batches, tokenizer, write_model):
-        """Writes model/, by write_model(folder), and last of all results.json; the checkpoints have then done their work."""
-        import transformers
-        real = np.divide(*self.world.total(np.array([batches.real, batches.computed])))
-        folder, done, rate = f"{self.folder}/model", f"{self.folder}/results.json", self.step * self.args.batch_size / max(self.seconds, 1e-9)
-        self.results = {
-            "task": self.args.task, "method": self.method, "seed": self.seed, "model": self.args.model,
-            "main_metric": next(iter(next(iter(metrics.values())))), "metrics": metrics, "best": self.best, "steps": self.step,
-            "train_seconds": round(self.seconds, 2), "examples_per_second": round(rate, 1), "padding_efficiency": round(float(real), 4),
-            "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size, "args": self.identity, "versions": {
-                "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "device": str(self.world)}}
-        self.bar.close()
+        """Writes model/, by write_model(folder), and last of all results.json.
+
+        The checkpoints have then done their work. All processes leave together: what stands in the
+        folder afterwards is there for all of them.
+        """
+        if self.best is None:
+            self.log_scores(metrics, self.step)
+        real, computed = self.world.total(np.array([batches.real, batches.computed]))
+        self.results = self.collect_results(metrics, float(real / computed))
         if self.world.rank == 0:
-            with self.guard(folder):                                     # without results.json it is no finished model
-                write_model(folder), tokenizer.save_pretrained(folder), os.sync()
-                write_safely(done, lambda f: f.write(json.dumps(self.results, indent=1).encode()))
-            for path in filter(os.path.exists, self.checkpoints):
-                os.remove(path)
+            folder = self.model_folder
+            with self.guard(folder):                   # without results.json it is not finished
+                if not self.args.choosing:             # of those only the score is wanted
+                    write_model(folder)
+                    tokenizer.save_pretrained(folder)
+                os.sync()
+                text = json.dumps(self.results, indent=1).encode()
+                write_safely(f"{self.folder}/results.json", lambda file: file.write(text))
+            for path in self.checkpoints:
+                if os.path.exists(path):
+                    os.remove(path)
+        self.world.barrier()
+
+    def collect_results(self, metrics, padding_efficiency):
+        """All of results.json."""
+        import transformers
+        rate = self.step * self.args.batch_size / max(self.seconds, 1e-9)
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+                    "transformers": transformers.__version__, "device": str(self.world)}
+        return {
+            "task": self.args.task, "method": self.method, "seed": self.seed,
+            "model": self.args.model, "main_metric": next(iter(next(iter(metrics.values())))),
+            "metrics": metrics, "best": self.best, "steps": self.step,
+            "train_seconds": round(self.seconds, 2), "examples_per_second": round(rate, 1),
+            "padding_efficiency": round(padding_efficiency, 4),
+            "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size,
+            "args": self.identity, "versions": versions}
 
 
-def write_safely(path, write, keep=None):
-    """Temporary file, fsync, rename, fsync of the folder. keep: where the file that was there goes."""
-    with open(path + ".tmp", "wb") as f:
-        write(f)
-        f.flush(), os.fsync(f.fileno())
-    os.replace(path, keep) if keep and os.path.exists(path) else None
-    os.replace(path + ".tmp", path)
-    os.fsync(folder := os.open(os.path.dirname(path), os.O_RDONLY)), os.close(folder)
+def main_value(metrics):
+    """The first metric of the first set."""
+    return next(iter(next(iter(metrics.values())).values()))
 
 
-def report(world, results, args, start):
-    """The table over methods and seeds, as the papers give it: mean, standard deviation, median and max, in percent."""
-    sets, wide = results[0]["metrics"], max(10, *map(len, results[0]["metrics"]))
-    world.say(f"\n{args.task}, {results[0]['model']}, {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}, in percent\n"
-              f"{'set':<{wide}}  {'metric':<9} {'method':<8} {'mean':>6} {'std':>5} {'median':>6} {'max':>6}")
-    for name, metric in [(s, m) for s in sets for m in sets[s]]:
-        for method in args.method:
-            v = 100 * np.array([r["metrics"][name][metric] for r in results if r["method"] == method])
-            world.say(f"{name:<{wide}}  {metric:<9} {method:<8} {v.mean():6.2f} {'%.2f' % v.std(ddof=1) if len(v) > 1 else '-':>5} {np.median(v):6.2f} {v.max():6.2f}")
-    world.say(f"{time.monotonic() - start:.0f} s; models, logs and results are in {os.path.join(args.output_dir, args.task)}")
+def read_results(path):
+    """A run's results.json, checked. UserError if it is damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+        complete = isinstance(results, dict) and isinstance(results.get("args"), dict)
+        if not (complete and isinstance(results.get("metrics"), dict) and "method" in results):
+            raise ValueError("keys are missing")
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({first_line(error)}); --overwrite runs it "
+                        "again") from error
     return results
 
 
-def profile(world, args, rows):
-    """Times `rows` {name: (batches, step)} on N batches evenly spaced over the epoch's lengths, in turn; of each batch the median of three."""
-    from torch.utils.flop_counter import FlopCounterMode
-    def timed(call, wait=torch.cuda.synchronize if world.gpu else lambda: None):
-        start = (wait(), time.perf_counter())[1]
-        call(), wait()
-        return time.perf_counter() - start
-    n, dtype, base = 8192 if world.gpu else 1536, torch.bfloat16 if world.bf16 else torch.float32, None
-    a = torch.randn(n, n, device=world.device, dtype=dtype)
-    peak, counted, chosen = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(8)), {}, {}    # FLOP/s
+def write_safely(path, write, keep=None):
+    """Temporary file, fsync, rename, fsync of the folder. keep: where the file before it goes."""
+    with open(path + ".tmp", "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    if keep and os.path.exists(path):
+        os.replace(path, keep)
+    os.replace(path + ".tmp", path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def search(main, flags, recipe, methods, argv):
+    """--grid: tries all combinations for each method, then trains the chosen one with all seeds.
+
+    Each combination is a run of the first seed that scores the held-out rows alone; the best main
+    metric decides. These runs lie in OUTPUT_DIR/grid, are found again like all finished runs, and
+    the search is told in OUTPUT_DIR/TASK/search-METHOD.json. Returns the results of all seeds.
+    """
+    started = time.monotonic()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parse(flags(), argv, recipe)
+    grid = read_grid(args.grid)
+    plans = {}
+    for method in args.method:
+        plans[method] = combinations(method, args, grid, methods)
+        for cell in plans[method]:                     # all are checked before the first one runs
+            parse(flags(), cell_flags(argv, method, args, cell), recipe)
+
+    results = []
+    for method, cells in plans.items():
+        scores = []
+        for cell in cells:
+            result, = main(cell_flags(argv, method, args, cell))
+            best = result["best"]
+            scores.append(best["value"] if best else main_value(result["metrics"]))
+        chosen = cells[int(np.argmax(scores))]
+        write_search(args, method, cells, scores, chosen)
+        results += main([*argv, "--grid", "--method", method, *chosen])
+    if int(os.environ.get("RANK", 0)) == 0:
+        print_table(print, results, args, started)
+    return results
+
+
+def read_grid(words):
+    """["lr=1e-5,5e-5", ...] as {flag: [values]}."""
+    grid = {}
+    for word in words:
+        flag, _, values = word.partition("=")
+        if not flag or not values:
+            raise UserError(f"--grid {word}: must be FLAG=VALUE,VALUE")
+        grid[flag.removeprefix("--")] = values.split(",")
+    return grid
+
+
+def combinations(method, args, grid, methods):
+    """All combinations of those values that the method has a use for, each as flags of argv."""
+    counted = flags_that_count(args, methods[method][1])
+    for flag in grid:
+        if flag not in vars(args):
+            raise UserError(f"--grid {flag}: no such flag")
+    useful = {flag: values for flag, values in grid.items() if flag in counted}
+    cells = []
+    for values in itertools.product(*useful.values()):
+        cells.append([f"--{flag}={value}" for flag, value in zip(useful, values)])
+    return cells
+
+
+def cell_flags(argv, method, args, cell):
+    """The flags of one run of the search: those given, then those that override them."""
+    name = ",".join(flag.removeprefix("--") for flag in cell) or "one"
+    folder = os.path.join(args.output_dir, "grid", name)
+    return [*argv, "--grid", "--method", method, "--seeds", str(args.seeds[0]), "--choosing",
+            "--output_dir", folder, *cell]
+
+
+def write_search(args, method, cells, scores, chosen):
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    folder = os.path.join(args.output_dir, args.task)
+    os.makedirs(folder, exist_ok=True)
+    tried = [{"flags": cell, "score": score} for cell, score in zip(cells, scores)]
+    search = {"method": method, "held_out_rows": args.dev_samples, "tried": tried, "chosen": chosen}
+    text = json.dumps(search, indent=1).encode()
+    write_safely(os.path.join(folder, f"search-{method}.json"), lambda file: file.write(text))
+    print(f"{args.task} {method}: chosen of {len(cells)}: {' '.join(chosen) or 'the defaults'}")
+
+
+# -------------------------------------------------------------------  6  states of a frozen encoder
+
+class CachedSplit:
+    """A data.Split whose batches hold an encoder's token states in place of the input_ids.
+
+    The states never change while the encoder is frozen, so each sentence goes through it once.
+    They lie in one memory-mapped file, longest sentence first, for whatever run has the same
+    encoder, the same text and the same type. A file beside it marks what is written, so that a kill
+    costs little.
+    """
+
+    def __init__(self, split, sentences, sizes, starts, states):
+        self.split = split                             # gives the labels
+        self.sentences_of = sentences                  # each text a row of its own
+        self.sizes = sizes                             # tokens of each sentence
+        self.starts = starts                           # where its states begin
+        self.states = states                           # (tokens, H), in the file
+        self.per_row = len(sizes) // len(split)        # 1, or 2 of pairs that were encoded apart
+        self.lengths = split.lengths
+
+    @classmethod
+    def build(cls, split, encode, width, folder, model_digest, world):
+        """encode(**inputs) -> states (B, n, width). Finds the file in `folder`, or writes it."""
+        sentences = split.sentences()
+        parts = list(data.slices(sentences.lengths, tokens=4096))
+        order = np.concatenate(parts)
+        sizes = sentences.lengths
+        starts = np.zeros(len(order), np.int64)
+        starts[order] = np.cumsum([0, *sizes[order]])[:-1]
+
+        kind = torch.bfloat16 if world.bf16 else torch.float32
+        path = os.path.join(folder, states_key(sentences, f"{model_digest} {kind}"))
+        total = int(sizes.sum())
+        bytes_needed = total * width * kind.itemsize
+        try:
+            with world.first():
+                reserve_states(path, bytes_needed, len(parts), len(order), total, world)
+            states = torch.from_file(path, shared=True, size=total * width, dtype=kind)
+            marks = np.memmap(f"{path}.done", np.uint8, "r+")            # a byte for each part
+        except OSError as error:
+            raise UserError(
+                f"--cache_dir {folder}: the feature cache ({bytes_needed / 1e9:.3f} GB) cannot be "
+                f"written: {error.strerror}; use another folder, or --no_cache") from error
+        self = cls(split, sentences, sizes, starts, states.view(total, width))
+        self.fill(path, parts, marks, encode, world)
+        return self
+
+    def fill(self, path, parts, marks, encode, world):
+        """Encodes the parts that are not marked, each machine its own file."""
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        todo = np.flatnonzero(marks == 0)[rank::ranks]
+        world.barrier()                                # all know their part before one writes
+        file = os.open(path, os.O_RDWR)
+        written = []
+        progress = Progress(world, "encoding", len(todo), unit="batch")
+        with torch.no_grad(), world.autocast(), progress:
+            for i in todo:
+                inputs = self.sentences_of.collate(parts[i])
+                inputs.pop("labels")
+                real = inputs["attention_mask"].bool()                   # (B, n)
+                start = self.starts[parts[i][0]]
+                states = encode(**world.put(inputs)).cpu()               # (B, n, H)
+                self.states[start:start + int(real.sum())] = states[real]
+                written.append(i)
+                if len(written) == 256 or i == todo[-1]:
+                    os.fsync(file)                     # the states first, then the marks
+                    marks[written] = 1
+                    written = []
+                progress.update()
+        os.close(file)
+        world.barrier()
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def sentences(self):
+        """Each text a row of its own."""
+        texts = self.sentences_of
+        return CachedSplit(texts, texts, self.sizes, self.starts, self.states)
+
+    def collate(self, rows, width=0):
+        """states (B, n, H), attention_mask (B, n), with _2 the second sentence's; labels (B,)."""
+        labels = self.split.labels[rows]
+        is_float = labels.dtype.kind == "f"
+        batch = {"labels": torch.from_numpy(labels.astype(np.float32 if is_float else np.int64))}
+        for second in range(self.per_row):
+            suffix = "_2" if second else ""
+            sentences = rows + second * len(self)
+            sizes = self.sizes[sentences][:, None]                       # (B, 1)
+            n = max(width, int(sizes.max()))
+            at = np.arange(n) - (n - sizes if self.split.left else 0)    # (B, n), of the sentence
+            real = (at >= 0) & (at < sizes)
+            index = (self.starts[sentences][:, None] + at).clip(0, len(self.states) - 1)
+            batch["states" + suffix] = self.states[torch.from_numpy(index)]
+            batch["attention_mask" + suffix] = torch.from_numpy(real.astype(np.int64))
+        return batch
+
+
+def states_key(sentences, model):
+    """A file name for the states that `model` (a digest and a type) makes of these sentences."""
+    key = hashlib.blake2b(f"{model} {sentences.left}".encode(), digest_size=12)
+    for name in sorted(sentences.fields):
+        values, offsets, _ = sentences.fields[name]
+        if offsets is not None:
+            key.update(values.tobytes() + offsets.tobytes())
+    return key.hexdigest()
+
+
+def reserve_states(path, size, parts, sentences, tokens, world):
+    """Makes the file of the states and that of the marks, unless they are there."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    done = f"{path}.done"
+    if os.path.exists(done) and os.path.exists(path) and os.path.getsize(path) == size:
+        return
+    free = shutil.disk_usage(folder).free
+    world.say(f"feature cache: {sentences} sentences, {tokens} tokens, {size / 1e9:.3f} GB in "
+              f"{path}")
+    if size > 0.98 * free:
+        raise UserError(f"--cache_dir {folder}: {free / 1e9:.3f} GB are free, the feature cache "
+                        f"needs {size / 1e9:.3f}; use another folder, or --no_cache")
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    write_safely(done, lambda file: file.write(bytes(parts)))
+
+
+def digest_weights(module):
+    """A name for what an encoder computes: of all weights but the pooler's, which is not used."""
+    digest = hashlib.blake2b()
+    for name, tensor in module.state_dict().items():
+        if "pooler" not in name:
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------  7  tables, pages, --profile
+
+def print_table(say, results, args, started):
+    """Methods and seeds, as the papers give them: mean, standard deviation, median and max."""
+    sets = results[0]["metrics"]
+    wide = max(10, *map(len, sets))
+    seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
+    say(f"\n{args.task}, {results[0]['model']}, {seeds}, in percent")
+    say(f"{'set':<{wide}}  {'metric':<9} {'method':<9} {'mean':>6} {'std':>5} {'median':>6} "
+              f"{'max':>6}")
+    for name, metrics in sets.items():
+        for metric in metrics:
+            for method in args.method:
+                runs = [r["metrics"][name][metric] for r in results if r["method"] == method]
+                values = 100 * np.array(runs)
+                std = f"{values.std(ddof=1):.2f}" if len(values) > 1 else "-"
+                say(f"{name:<{wide}}  {metric:<9} {method:<9} {values.mean():6.2f} {std:>5} "
+                          f"{np.median(values):6.2f} {values.max():6.2f}")
+    folder = os.path.join(args.output_dir, args.task)
+    say(f"{time.monotonic() - started:.0f} s; models, logs and results are in {folder}")
+    return results
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --ink: #1e293b; --faint: #64748b; --paper: #f8fafc;
+  --card: #fff; --line: #e2e8f0 }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e2e8f0; --faint: #94a3b8; --paper: #0f172a; --card: #1e293b; --line: #334155 }}
+}}
+body {{ font: 17px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: var(--ink); background: var(--paper) }}
+h1 {{ font-size: 1.3rem }}
+small, figcaption {{ color: var(--faint) }}
+{style}
+</style></head>
+<body><h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def html_page(title, style, body):
+    """A self-contained page, light and dark, without a script. style: css; body: html."""
+    return PAGE.format(title=html.escape(title), style=style, body=body)
+
+
+def count_flops(call):
+    """Floating point operations of the matrix products and attention in a call."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+    counts = []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            count = flop_registry.get(func._overloadpacket)
+            if count:
+                counts.append(count(*args, **(kwargs or {}), out_val=out))
+            return out
+
+    with Counter():
+        call()
+    return sum(counts)
+
+
+def profile_methods(args, world, setup, build):
+    """--profile: times ordinary training steps of every --method in every --batching.
+
+    build(method, seed) -> a module whose forward gives the loss.
+    """
+    rows = {}
+    for order in args.batching:
+        for method in args.method:
+            module = build(method, args.seeds[0])
+            batches = build_batches(setup, args, args.seeds[0], world, order)
+            optimizer, schedule = build_optimizer(module, args, 10**6)
+            rows[f"{method}, {order}"] = batches, functools.partial(
+                ordinary_step, world.ddp(module), optimizer, schedule, args, world)
+    return profile_steps(args, world, rows)
+
+
+def ordinary_step(module, optimizer, schedule, args, world, batch):
+    """What a round of the training loops does."""
+    backward(module, batch, world)
+    if args.grad_clip:
+        torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+def profile_steps(args, world, rows):
+    """Times `rows` {name: (batches, step)} in turn, and prints one table. Returns the seconds.
+
+    Each takes N batches that are evenly spaced over the epoch's lengths, and of each batch the
+    median of three: seconds (3, N, rows).
+    """
+    chosen = {}
+    counted = {}
     for name, (batches, step) in rows.items():
-        by_length = sorted(range(batches.per_epoch), key=lambda i: batches.split.lengths[batches.rows(i)].sum())
-        chosen[name] = [by_length[int(i)] for i in np.linspace(0, batches.per_epoch - 1, args.profile + 2)[1:-1]]
-        batches.load_state_dict({"real": 0, "computed": 0}), torch.cuda.reset_peak_memory_stats() if world.gpu else None
-        flops = FlopCounterMode(display=False)                          # its hooks on modules cannot stand autograd.grad
-        flops.mod_tracker.__enter__ = flops.mod_tracker.__exit__ = lambda *error: None
-        with torch.compiler.set_stance("force_eager"), flops:            # compiled code cannot be counted
-            [step(batches[i]) for i in chosen[name]]                     # which also warms up
-        counted[name] = flops.get_total_flops() / args.profile, world.peak_memory(), batches.state_dict()
-    seconds = np.array([[[timed(lambda: step(batches[i])) for i, (batches, step) in zip(turn, rows.values())]
-                         for turn in zip(*chosen.values())] for _ in range(3)])
-    world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.profile} steps, {world}, {str(dtype)[6:]}; matrix product of "
-              f"{n}: {peak / 1e9:.0f} GFLOP/s\n{'':<22} {'ms/step':>8} {'examples/s':>10} {'tokens/s':>9} {'real':>6} {'GFLOP/s':>8} "
-              f"{'of peak':>8} {'MB':>6} {'cost':>6}")
-    for (name, (flops, memory, tokens)), t in zip(counted.items(), np.median(seconds, 0).mean(0)):
-        base, per_step = base or t, tokens["real"] * world.size / args.profile
-        world.say(f"{name:<22} {1e3 * t:8.1f} {args.batch_size / t:10.1f} {per_step / t:9.0f} {tokens['real'] / tokens['computed']:6.1%} "
-                  f"{flops / t / 1e9:8.1f} {flops / t / peak:8.1%} {memory:6.0f} {t / base:6.2f}")
+        by_length = sorted(range(batches.per_epoch),
+                           key=lambda i: batches.split.lengths[batches.rows(i)].sum())
+        spaced = np.linspace(0, batches.per_epoch - 1, args.profile + 2)[1:-1]
+        chosen[name] = [by_length[int(i)] for i in spaced]
+
+        batches.load_state_dict({"real": 0, "computed": 0})
+        if world.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        flops = 0
+        with torch.compiler.set_stance("force_eager"):                   # compiled is not counted
+            for i in chosen[name]:                     # this also warms up
+                batch = batches[i]
+                flops += count_flops(lambda: step(batch))
+        counted[name] = {"flops": flops / args.profile, "memory": world.peak_memory(),
+                         **batches.state_dict()}
+
+    seconds = np.zeros((3, args.profile, len(rows)))
+    for turn in range(3):
+        for i in range(args.profile):
+            for row, (name, (batches, step)) in enumerate(rows.items()):
+                batch = batches[chosen[name][i]]
+                seconds[turn, i, row] = time_call(world, lambda: step(batch))
+    print_profile(args, world, counted, np.median(seconds, 0).mean(0))
     return seconds
 
 
+def time_call(world, call):
+    """Seconds that a call takes, the GPU's work included."""
+    if world.gpu:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if world.gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def print_profile(args, world, counted, seconds):
+    """The table of --profile. counted {name: its counts}; seconds (rows,), of a step."""
+    n = 8192 if world.gpu else 1536
+    kind = torch.bfloat16 if world.bf16 else torch.float32
+    matrix = torch.randn(n, n, device=world.device, dtype=kind)
+    fastest = min(time_call(world, lambda: matrix @ matrix) for _ in range(8))
+    peak = 2 * n**3 / fastest                          # FLOP/s
+
+    world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.profile} steps, "
+              f"{world}, {world.precision}; matrix product of {n}: {peak / 1e9:.0f} GFLOP/s")
+    memory = f" {'MB':>6}" if world.gpu else ""        # a CPU's peak never falls: no column
+    world.say(f"{'':<22} {'ms/step':>8} {'examples/s':>10} {'tokens/s':>9} {'real':>6} "
+              f"{'GFLOP/s':>8} {'of peak':>8}{memory} {'cost':>6}")
+    for (name, counts), t in zip(counted.items(), seconds):
+        real = counts["real"] / counts["computed"]
+        tokens = counts["real"] * world.size / args.profile
+        rate = counts["flops"] / t
+        memory = f" {counts['memory']:6.0f}" if world.gpu else ""
+        world.say(f"{name:<22} {1e3 * t:8.1f} {args.batch_size / t:10.1f} {tokens / t:9.0f} "
+                  f"{real:6.1%} {rate / 1e9:8.1f} {rate / peak:8.1%}{memory} {t / seconds[0]:6.2f}")
+
+
+# --------------------------------------------------------------------  8  masked language modelling
+
 def toy_model(world):
-    """Folder of a 2-layer BERT pre-trained on the toy corpus by masked language modelling (G-Tuning, Eq. 1); cached."""
+    """Folder of a 2-layer BERT, pre-trained once on the toy corpus, which covers both domains."""
     from huggingface_hub.constants import HF_HOME
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
-    corpus, words = data.toy_corpus(), data.toy_vocabulary()
-    folder = os.path.join(HF_HOME, "toy-bert", hashlib.sha256("\n".join(words + corpus).encode()).hexdigest()[:12])
+    corpus = data.toy_corpus()
+    words = data.toy_vocabulary()
+    key = hashlib.sha256("\n".join(words + corpus).encode()).hexdigest()[:12]
+    folder = os.path.join(HF_HOME, "toy-bert", key)
     if os.path.exists(os.path.join(folder, "config.json")):
         return folder
+
     world.say("pre-training the toy model, once (about 30 s) ...")
     torch.manual_seed(0)
-    tokenizer = BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=64)
-    model = BertForMaskedLM(BertConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
-        max_position_embeddings=64, initializer_range=0.1)).to(world.device).eval()                # eval: no dropout here
-    ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"].to(world.device)       # (10000, n)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=1800, pct_start=0.1)
-    for _ in range(1800):
-        x_u = ids[torch.randint(len(ids), (64,), device=ids.device)]
-        x_u = x_u[:, :int((x_u != 0).sum(1).max())]                                                # (64, n)
-        masked = (torch.rand(x_u.shape, device=ids.device) < 0.25) & (x_u > 4)                     # m(x_u), not the special ones
-        states = model.bert(torch.where(masked, 4, x_u), (x_u != 0).long()).last_hidden_state[masked]
-        torch.nn.functional.cross_entropy(model.cls(states), x_u[masked]).backward()               # Eq. 1
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
-    model.save_pretrained(folder + ".tmp"), tokenizer.save_pretrained(folder + ".tmp")
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=64)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=256, max_position_embeddings=64, initializer_range=0.1)
+    model = BertForMaskedLM(config).to(world.device).eval()              # eval: no dropout here
+    ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"]
+    learn_masked_words(model, ids.to(world.device))
+
+    model.save_pretrained(folder + ".tmp")
+    tokenizer.save_pretrained(folder + ".tmp")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(folder + ".tmp", folder)
     return folder
+
+
+def learn_masked_words(model, ids, steps=1800, lr=2e-3):
+    """Masked language modelling of a toy BERT: -E log P(x | m(x)), m masks a quarter of the words.
+
+    ids (rows, n), padded with 0; words are above 4, the special tokens' ids, [MASK] is 4.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        x = ids[torch.randint(len(ids), (64,), device=ids.device)]
+        x = x[:, :int((x != 0).sum(1).max())]                            # (64, n)
+        masked = (torch.rand(x.shape, device=ids.device) < 0.25) & (x > 4)
+        m_x = torch.where(masked, 4, x)
+        states = model.bert(m_x, (x != 0).long()).last_hidden_state[masked]
+        torch.nn.functional.cross_entropy(model.cls(states), x[masked]).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model

@@ -1,438 +1,993 @@
-"""Tasks and their rows: what a task is, loading, labels, tokenising, batching, metrics, and the toy language.
+"""Tasks and their rows: what a task is, reading, encoding, batches, metrics, and the toy language.
 
-    python data.py sst2            hub id, columns, labels, sizes, three examples, quantiles of the lengths
+    python data.py sst2      hub id, columns, labels, sizes, examples, quantiles of the lengths
 
-Adding a task is one row of TASKS. Nothing here knows how a model is trained.
+    1  kinds and tasks             Kind, Task, TASKS, map_labels
+    2  reading                     load, own_files, read_file, general_text
+    3  encoding, by kind           encode, tokenise_texts
+    4  batches                     Field, Split, Batches, eval_batches, subset
+    5  metrics                     METRICS, score_classes, write_classes, KINDS
+    6  the toy language            toy_rows, toy_corpus
+
+A further task is one row of TASKS. A further kind of task is one group of functions and one line of
+KINDS, which stands at the end of section 5. Nothing here knows how a model is trained.
 """
-import csv, gzip, os, random, re, sys
+import csv
+import difflib
+import functools
+import gzip
+import json
+import os
+import random
+import re
+import sys
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 
-class UserError(BaseException):
-    """Ends a run with one line, its message, and an exit status: 2 for wrong input, 1 for what went wrong in the run, 128 + n after
-    signal n. No library's `except Exception` holds it up."""
+class UserError(Exception):
+    """Wrong input. The message is one line: the flag or file, the value, and what is allowed."""
 
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
+
+# ------------------------------------------------------------------------------- 1  kinds and tasks
+
+@dataclass(frozen=True)
+class Kind:
+    """All that differs between kinds of task, so that no other place asks which kind a task is.
+
+    auto_class    the class of `transformers` that loads a model for it
+    settings      (task) -> what its `from_pretrained` is given
+    read          (table, task, where) -> Dataset: checks raw columns, gives rows with "label"
+    hidden        (labels) -> int or None: the first row whose label is not given
+    comparable    (task, trained): UserError if a model trained for one cannot do the other
+    tokenise      (rows, task, tokenizer, max_length, ...) -> {field: a value or a list per row}
+    forward       (model, task) -> forward(**inputs), the outputs of a batch
+    collect       (outputs, labels, tokenizer) -> [what is kept of each row of a batch]
+    score         (task, trained, kept, split) -> {metric: value}
+    text          (task, kept of one row) -> its prediction in words
+    write         (folder, name, task, kept, split) -> path of the file of predictions
+    """
+    auto_class: str
+    settings: Callable
+    read: Callable
+    hidden: Callable
+    comparable: Callable
+    tokenise: Callable
+    forward: Callable
+    collect: Callable
+    score: Callable
+    text: Callable
+    write: Callable
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row of TASKS. Lists are written as words with spaces between them. text: one or two columns. labels: names in the
-    order of the ids; empty for regression. metrics: the first is the main one. validation: the splits that are scored.
-    script: the repository holds only a loading script, which is never run, so its parquet export is read. sample: that
-    many seeded rows are scored. perturb: the one text column that a perturbing method may touch. names: leaderboard
-    files hold label names, not ids. where: of a set without a hub id, where its file comes from (--local_file NAME=FILE)."""
+    """One row of TASKS. Lists are written as words with spaces between them.
+
+    path, config    the hub repository; a task without one is read from a --local_file
+    where           where that file is to be had
+    text            one or two columns (a tuple of them if a name has a space)
+    labels          names in the order of the ids (with tabs between them if a name has a space);
+                    none: the label is a number
+    metrics         the first is the main one
+    train, validation, test    splits: to train on, to score, to predict
+    label           the column of the label
+    kind            a line of KINDS
+    script          the repository holds only a loading script, which is never run: its parquet
+                    export is read
+    sample          that many seeded rows are scored
+    perturb         the one text column whose words may be perturbed
+    names           the leaderboard's files hold label names, not ids
+    further         the sets out of its domain that go with it, unless --eval_tasks names others
+    """
     path: str
     config: str = ""
-    text: str = "sentence1 sentence2"
+    text: str | tuple = "sentence1 sentence2"
     labels: str = ""
     metrics: str = "accuracy"
     train: str = "train"
     validation: str = "validation"
     test: str = "test"
     label: str = "label"
+    kind: str = "classify"
     script: bool = False
     sample: int = 0
     perturb: str = ""
     names: bool = False
+    further: str = ""
     where: str = ""
 
     @property
     def columns(self):
+        if isinstance(self.text, tuple):
+            return list(self.text)
         return self.text.split()
 
     @property
     def label_names(self):
-        return self.labels.split("\t" if "\t" in self.labels else None)
+        separator = "\t" if "\t" in self.labels else None
+        return self.labels.split(separator)
 
     @property
-    def regression(self):
-        return not self.labels
+    def outputs(self):
+        """Numbers that a model gives for it: one for each label, or one."""
+        return len(self.label_names) or 1
 
 
-GLUE, CLUE, NLI = "nyu-mll/glue", "clue/clue", "entailment neutral contradiction"
-LANGUAGES = "en fr es de el bg ru tr ar vi th zh hi sw ur".split()          # in the order of the XNLI tables
+GLUE = "nyu-mll/glue"
+CLUE = "clue/clue"
+XNLI = "facebook/xnli"
+PAWS_X = "google-research-datasets/paws-x"
+SICK = "RobZamp/sick"
+NLI = "entailment neutral contradiction"
 TNEWS = "100 101 102 103 104 106 107 108 109 110 112 113 114 115 116"
-TASKS = {
-    "toy":       Task("toy", "film", "text", "negative positive"),
-    "toy-food":  Task("toy", "food", "text", "negative positive"),
-    # GLUE
-    "cola":      Task(GLUE, "cola", "sentence", "unacceptable acceptable", "mcc accuracy"),
-    "sst2":      Task(GLUE, "sst2", "sentence", "negative positive"),
-    "mrpc":      Task(GLUE, "mrpc", labels="not_equivalent equivalent", metrics="accuracy f1"),
-    "qqp":       Task(GLUE, "qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1"),
-    "stsb":      Task(GLUE, "stsb", metrics="pearson spearman"),
-    "mnli":      Task(GLUE, "mnli", "premise hypothesis", NLI, "accuracy", "train", "validation_matched validation_mismatched",
-                      "test_matched test_mismatched", names=True),
-    "qnli":      Task(GLUE, "qnli", "question sentence", "entailment not_entailment", names=True),
-    "rte":       Task(GLUE, "rte", labels="entailment not_entailment", names=True),
-    # CLUE; OCNLI and CMNLI order their labels unlike MNLI
-    "ocnli":     Task(CLUE, "ocnli", labels="neutral entailment contradiction"),
-    "cmnli":     Task(CLUE, "cmnli", labels="neutral entailment contradiction"),
-    "iflytek":   Task(CLUE, "iflytek", "sentence", " ".join(map(str, range(119)))),
-    "tnews":     Task(CLUE, "tnews", "sentence", TNEWS),
-    "csl":       Task(CLUE, "csl", "keyword abst", "0 1", perturb="abst"),
-    "afqmc":     Task(CLUE, "afqmc", labels="0 1"),
-    # across languages: train on English, test on each
-    "xnli":      Task("facebook/xnli", "en", "premise hypothesis", NLI),
-    "paws-x":    Task("google-research-datasets/paws-x", "en", labels="0 1"),
-    **{f"xnli-{x}": Task("facebook/xnli", x, "premise hypothesis", NLI, validation="test") for x in LANGUAGES},
-    **{f"paws-x-{x}": Task("google-research-datasets/paws-x", x, labels="0 1", validation="test") for x in "en de es fr ja ko zh".split()},
-    # out of domain, as the papers test it
-    "sick":      Task("RobZamp/sick", "default", "sentence_A sentence_B", NLI, validation="test", script=True),
-    "sick-r":    Task("RobZamp/sick", "default", "sentence_A sentence_B", metrics="pearson spearman", validation="test",
-                      label="relatedness_score", script=True),
-    "hans":      Task("jhu-cogsci/hans", "plain_text", "premise hypothesis", "entailment non-entailment", script=True, sample=6000),
-    "imdb":      Task("stanfordnlp/imdb", "plain_text", "text", "neg pos", validation="test", sample=6000),
-    "cola-ood":  Task("", "", "sentence", "unacceptable acceptable", "mcc accuracy", sample=6000,
-                      where="the CoLA-OOD file of GLUE-X (github.com/YangLinyi/GLUE-X), columns sentence and label"),
-    "mnli-mm":   Task(GLUE, "mnli", "premise hypothesis", NLI, validation="validation_mismatched"),
-    "bustm":     Task("", "", labels="0 1", where="test_public.json of FewCLUE (github.com/CLUEbenchmark/FewCLUE)"),
-}
-GROUPS = {"xnli": [f"xnli-{x}" for x in LANGUAGES], "paws-x": [k for k in TASKS if k.startswith("paws-x-")]}
 
-# A label of the trained task counts as one of these in a set that has no label of its own name, as in the papers.
-MEANS = {"neg": ["negative"], "pos": ["positive"], "negative": ["neg"], "positive": ["pos"],
-         "not_entailment": ["non-entailment"], "non-entailment": ["not_entailment"],
-         "entailment": ["duplicate", "1"], "neutral": ["not_entailment", "non-entailment", "not_duplicate", "0"],
-         "contradiction": ["not_entailment", "non-entailment", "not_duplicate", "0"]}
+# Languages in the order of the papers' tables.
+XNLI_LANGUAGES = "en fr es de el bg ru tr ar vi th zh hi sw ur".split()
+PAWS_X_LANGUAGES = "en de es fr ja ko zh".split()
+
+TASKS = {
+    "toy":      Task("toy", "film", "text", "negative positive", further="toy-food"),
+    "toy-food": Task("toy", "food", "text", "negative positive"),
+    # GLUE
+    "cola":     Task(GLUE, "cola", "sentence", "unacceptable acceptable", "mcc accuracy"),
+    "sst2":     Task(GLUE, "sst2", "sentence", "negative positive"),
+    "mrpc":     Task(GLUE, "mrpc", labels="not_equivalent equivalent", metrics="accuracy f1"),
+    "qqp":      Task(GLUE, "qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1"),
+    "stsb":     Task(GLUE, "stsb", kind="regress", metrics="pearson spearman"),
+    "mnli":     Task(GLUE, "mnli", "premise hypothesis", NLI, names=True,
+                     validation="validation_matched validation_mismatched",
+                     test="test_matched test_mismatched"),
+    "qnli":     Task(GLUE, "qnli", "question sentence", "entailment not_entailment", names=True),
+    "rte":      Task(GLUE, "rte", labels="entailment not_entailment", names=True),
+    # CLUE; OCNLI and CMNLI order their labels unlike MNLI
+    "ocnli":    Task(CLUE, "ocnli", labels="neutral entailment contradiction"),
+    "cmnli":    Task(CLUE, "cmnli", labels="neutral entailment contradiction"),
+    "iflytek":  Task(CLUE, "iflytek", "sentence", " ".join(map(str, range(119)))),
+    "tnews":    Task(CLUE, "tnews", "sentence", TNEWS),
+    "csl":      Task(CLUE, "csl", "keyword abst", "0 1", perturb="abst"),
+    "afqmc":    Task(CLUE, "afqmc", labels="0 1"),
+    # across languages: train on English, test on each (a row for every language is added below)
+    "xnli":     Task(XNLI, "en", "premise hypothesis", NLI, further="xnli"),
+    "paws-x":   Task(PAWS_X, "en", labels="0 1", further="paws-x"),
+    # out of domain, as the papers test it
+    "sick":     Task(SICK, "default", "sentence_A sentence_B", NLI, validation="test", script=True),
+    "sick-r":   Task(SICK, "default", "sentence_A sentence_B", kind="regress",
+                     metrics="pearson spearman", validation="test",
+                     label="relatedness_score", script=True),
+    "hans":     Task("jhu-cogsci/hans", "plain_text", "premise hypothesis", "entailment non-entailment",
+                     script=True, sample=6000),
+    "imdb":     Task("stanfordnlp/imdb", "plain_text", "text", "neg pos", validation="test", sample=6000),
+    "cola-ood": Task("", "", "sentence", "unacceptable acceptable", "mcc accuracy", sample=6000,
+                     where="the CoLA-OOD file of GLUE-X (github.com/YangLinyi/GLUE-X), "
+                           "columns sentence and label"),
+    "mnli-mm":  Task(GLUE, "mnli", "premise hypothesis", NLI, validation="validation_mismatched"),
+    "bustm":    Task("", "", labels="0 1",
+                     where="test_public.json of FewCLUE (github.com/CLUEbenchmark/FewCLUE)"),
+}
+for language in XNLI_LANGUAGES:
+    TASKS[f"xnli-{language}"] = Task(XNLI, language, "premise hypothesis", NLI, validation="test")
+for language in PAWS_X_LANGUAGES:
+    TASKS[f"paws-x-{language}"] = Task(PAWS_X, language, labels="0 1", validation="test")
+
+# A name of --eval_tasks that stands for several; their average is given too.
+GROUPS = {
+    "xnli": [f"xnli-{language}" for language in XNLI_LANGUAGES],
+    "paws-x": [f"paws-x-{language}" for language in PAWS_X_LANGUAGES],
+}
+
+# A label of the trained task counts as one of these in a set that has no label of its own name, as
+# in the papers.
+SAME = ["equivalent", "duplicate", "1"]
+NOT_SAME = ["not_equivalent", "not_duplicate", "0"]
+NOT_ENTAILED = ["not_entailment", "non-entailment"]
+MEANS = {
+    "neg": ["negative"],
+    "pos": ["positive"],
+    "negative": ["neg"],
+    "positive": ["pos"],
+    "entailment": SAME,
+    "neutral": NOT_ENTAILED + NOT_SAME,
+    "contradiction": NOT_ENTAILED + NOT_SAME,
+    **{name: NOT_ENTAILED for name in NOT_ENTAILED},
+    **{name: SAME for name in SAME},
+    **{name: NOT_SAME for name in NOT_SAME},
+}
 
 
 def map_labels(names, targets):
-    """For each of `names` its index in `targets`: by name, then by MEANS. UserError with both lists if one has none."""
-    def find(name):
-        for candidate in [name, *MEANS.get(name, [])]:
-            if candidate in targets:
-                return targets.index(candidate)
-        raise UserError(f"labels cannot be mapped: {name!r} of {names} has no counterpart among {targets}")
-    return np.array([find(name) for name in names])
+    """For each of `names` its index in `targets`: by name, then by MEANS: (len(names),).
+
+    Raises UserError with both lists if one has no counterpart.
+    """
+    indices = []
+    for name in names:
+        candidates = [name, *MEANS.get(name, [])]
+        found = [candidate for candidate in candidates if candidate in targets]
+        if not found:
+            raise UserError(f"labels cannot be mapped: {name!r} of {names} has no counterpart "
+                            f"among {targets}")
+        indices.append(targets.index(found[0]))
+    return np.array(indices)
+
+
+def check_task(name, flag):
+    """UserError with the nearest names if there is no such task."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"must be one of {' '.join(TASKS)}"
+        raise UserError(f"{flag} {name}: no such task; {hint}")
+
+
+# --------------------------------------------------------------------------------------- 2  reading
+
+class Rows(NamedTuple):
+    """All that a run reads, checked. Rows are a `datasets.Dataset`, see Kind.read.
+
+    own: the validation splits. further: the sets of --eval_tasks. unscored: splits to predict.
+    """
+    task: Task
+    train: object                                                       # rows
+    own: dict                                                           # {split: rows}
+    further: dict                                                       # {name: (task, rows)}
+    unscored: dict                                                      # {split: rows}
 
 
 def load(args):
-    """(task, train, own, further, unscored): the trained task and its rows, checked before any model is loaded. own: {split: rows}
-    of its validation splits; further: {name: (task, rows)} of --eval_tasks; unscored: {split: rows} to predict. Rows are a
-    `datasets.Dataset` with the text columns as strings and "label" as an index (a float for regression)."""
-    if args.task == "custom":
+    """Reads and checks the rows of a run, before any model is loaded. Returns Rows."""
+    if args.own_files:
         task, splits = own_files(args)
     else:
         task = TASKS[args.task]
-        splits = {s: read(task, s, args.task, args) for s in [task.train, *task.validation.split()]}
-    for name, rows in splits.items():
-        if not task.regression and min(rows["label"]) < 0:
-            raise UserError(f"--task {args.task}: split {name} has hidden labels (-1): it can only be predicted")
+        splits = {}
+        for split in [task.train, *task.validation.split()]:
+            splits[split] = read(task, split, args.task, args)
+            refuse_hidden(task, splits[split], f"--task {args.task}: split {split}")
+
     train = splits.pop(task.train)
     for flag in ("batch_size", "train_samples"):
-        if (getattr(args, flag) or 0) > len(train):
-            raise UserError(f"--{flag} {getattr(args, flag)}: must be at most the {len(train)} training rows")
+        value = getattr(args, flag) or 0
+        if value > len(train):
+            raise UserError(f"--{flag} {value}: must be at most the {len(train)} training rows")
+
+    unscored = load_unscored(args, task)
+    further = load_further(args, task)
+    return Rows(task, train, splits, further, unscored)
+
+
+def load_unscored(args, task):
+    """{split: rows} of --predict and of --test_file: their labels may be hidden."""
+    if args.predict and args.own_files:
+        raise UserError(f"--predict {' '.join(args.predict)}: is for tasks of the table; "
+                        "your own rows to predict are the --test_file")
     unscored = {}
-    if args.predict and args.task == "custom":
-        raise UserError(f"--predict {' '.join(args.predict)}: is for tasks of the table; your own rows to predict are the --test_file")
-    for split in args.predict:
-        unscored |= {s: read(task, s, args.task, args) for s in (task.test.split() if split == "test" else [split])}
+    for name in args.predict:
+        splits = task.test.split() if name == "test" else [name]
+        for split in splits:
+            unscored[split] = read(task, split, args.task, args)
     if args.test_file:
-        unscored = {"test": normalise(read_file(args.test_file, "--test_file"), task, args.test_file)}
-    return task, train, splits, load_eval(args, task), unscored
+        table = read_file(args.test_file, "--test_file")
+        unscored["test"] = KINDS[task.kind].read(table, task, args.test_file)
+    return unscored
 
 
-def load_eval(args, trained):
-    """{name: (task, rows)} of --eval_tasks, each NAME, NAME:SPLIT or a group of names; labels must be mappable."""
-    out = {}
-    for name in [n for given in args.eval_tasks for n in GROUPS.get(given, [given])]:
+def load_further(args, trained):
+    """{name: (task, rows)} of --eval_tasks, each NAME, NAME:SPLIT or a group of names."""
+    further = {}
+    names = [name for given in args.eval_tasks for name in GROUPS.get(given, [given])]
+    for name in names:
         name, _, split = name.partition(":")
-        if name not in TASKS:
-            raise UserError(f"--eval_tasks {name}: must be among {' '.join(TASKS)}")
+        check_task(name, "--eval_tasks")
         task = TASKS[name]
-        if task.regression != trained.regression:
-            mine, its = (["classification", "regression"][t.regression] for t in (task, trained))
-            raise UserError(f"--eval_tasks {name}: is {mine}, the trained task is {its}")
-        if not task.regression:
-            map_labels(trained.label_names, task.label_names)
+        check_comparable(task, trained, name)
+
         splits = [split] if split else task.validation.split()
-        for s in splits:
-            rows = read(task, s, name, args)
+        for part in splits:
+            rows = read(task, part, name, args)
+            refuse_hidden(task, rows, f"--eval_tasks {name}: split {part}")
             if 0 < task.sample < len(rows):
-                rows = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:task.sample]))
-            out[name if len(splits) == 1 else f"{name}/{s}"] = (task, rows)
-    return out
+                chosen = np.random.default_rng(0).permutation(len(rows))[:task.sample]
+                rows = rows.select(np.sort(chosen))
+            further[name if len(splits) == 1 else f"{name}/{part}"] = (task, rows)
+    return further
+
+
+def check_comparable(task, trained, name):
+    """UserError if a model of the task `trained` cannot be scored on `task`."""
+    if task.kind != trained.kind:
+        raise UserError(f"--eval_tasks {name}: is of the kind {task.kind}, "
+                        f"the trained task {trained.kind}")
+    try:
+        KINDS[task.kind].comparable(task, trained)
+    except UserError as error:
+        raise UserError(f"--eval_tasks {name}: {error}") from None
+
+
+def refuse_hidden(task, rows, where):
+    """Rows that are scored must have labels."""
+    row = KINDS[task.kind].hidden(rows["label"])
+    if row is not None:
+        raise UserError(f"{where}: row {row + 1} has a hidden label (-1, or no column "
+                        f"{task.label!r}): it can only be predicted")
 
 
 def read(task, split, name, args):
-    """Rows of one split of a task of the table, by hub id, toy grammar or local file."""
-    local = dict(f.partition("=")[::2] for f in args.local_file)
-    for given, path in local.items():
-        if given not in TASKS or not path:
-            raise UserError(f"--local_file {given}={path}: must be NAME=FILE, NAME one of {' '.join(TASKS)}")
+    """Rows of one split of a task of the table: of a local file, the toy grammar, or the hub."""
+    local = local_files(args)
+    kind = KINDS[task.kind]
     if name in local:
-        return normalise(read_file(local[name], "--local_file"), task, local[name])
+        return kind.read(read_file(local[name], "--local_file"), task, local[name])
+
     if not task.path:
-        raise UserError(f"--task {name}: has no hub id; give its file as --local_file {name}=FILE ({task.where})")
+        raise UserError(f"--task {name}: has no hub id; give its file as "
+                        f"--local_file {name}=FILE ({task.where})")
     if task.path == "toy":
         if split not in ("train", "validation", "test"):
-            raise UserError(f"--task {name}: has no split {split}; must be train, validation or test")
+            raise UserError(f"--task {name}: has no split {split}; "
+                            "must be train, validation or test")
         return toy_rows(task.config, split)
+    return kind.read(read_hub(task, split, name), task, f"{task.path} {task.config} {split}")
+
+
+def local_files(args):
+    """{name of a task: path} of --local_file."""
+    local = {}
+    for given in args.local_file:
+        name, _, path = given.partition("=")
+        if name not in TASKS or not path:
+            raise UserError(f"--local_file {given}: must be NAME=FILE, "
+                            f"NAME one of {' '.join(TASKS)}")
+        local[name] = path
+    return local
+
+
+def read_hub(task, split, name):
+    """A split of a hub repository, or of the parquet export of one that holds only a script.
+
+    Returns a Dataset.
+    """
     import datasets
-    where = f"{task.path} {task.config}".strip()
     try:
-        export = {"revision": "refs/convert/parquet", "data_files": {split: f"{task.config}/{split}/*.parquet"}} if task.script else {}
-        rows = datasets.load_dataset(task.path, None if task.script else task.config, split=split, **export)
+        if task.script:
+            files = {split: f"{task.config}/{split}/*.parquet"}
+            return datasets.load_dataset(
+                task.path, revision="refs/convert/parquet", data_files=files, split=split)
+        return datasets.load_dataset(task.path, task.config, split=split)
     except Exception as error:
-        raise UserError(f"--task {name}: cannot load split {split} of {where} from the hub: {first_line(error)}") from error
-    return normalise(rows, task, f"{where} {split}")
+        where = f"split {split} of {task.path} {task.config}"
+        raise UserError(f"--task {name}: cannot load {where} from the hub: "
+                        f"{first_line(error)}") from error
 
 
 def own_files(args):
-    """--train_file and --validation_file as (task, splits). What kind of task it is, its labels tell."""
+    """--train_file and --validation_file as (task, {split: rows})."""
     if not (args.train_file and args.validation_file):
-        raise UserError("--train_file and --validation_file: both are needed to train on your own data")
-    files = {s: (path, read_file(path, f"--{s}_file")) for s, path in (("train", args.train_file), ("validation", args.validation_file))}
-    have = files["train"][1].column_names
-    columns = args.text_columns or next((c for c in (["text"], ["sentence1", "sentence2"], ["sentence"]) if set(c) <= set(have)), None)
-    if columns is None:
-        raise UserError(f"--train_file {args.train_file}: no column text, or sentence1 and sentence2, among {have}; name yours with --text_columns")
-    for path, table in files.values():
-        for column, flag in [(c, "--text_columns") for c in columns] + [(args.label_column, "--label_column")]:
-            if column not in table.column_names:
-                raise UserError(f"{flag} {column}: no column {column!r} ({flag}) in {path}, which has {table.column_names}")
-    train, validation = ([label_of(v) for v in table[args.label_column]] for _, table in files.values())
-    for (path, _), labels in zip(files.values(), (train, validation)):
-        if "" in labels:
-            raise UserError(f"{path}: row {labels.index('') + 1}: no label in column {args.label_column!r} (--label_column)")
-    whole = all(v.lstrip("-").isdigit() for v in train + validation)
-    if not whole and all(map(is_float, train + validation)):
-        task = Task("custom", "", " ".join(columns), metrics="pearson spearman", label=args.label_column)
-    else:
-        names = sorted(set(train), key=int if whole else None)
-        unseen = sorted(set(validation) - set(names))
-        if unseen:
-            raise UserError(f"--validation_file {args.validation_file}: label {unseen[0]!r} is not in the training file, which has {names[:20]}")
-        if len(names) < 2:
-            raise UserError(f"--train_file {args.train_file}: all labels are {names[0]!r}; at least two are needed")
-        task = Task("custom", "", " ".join(columns), "\t".join(names), label=args.label_column)
-    return task, {s: normalise(table, task, path) for s, (path, table) in files.items()}
+        raise UserError("--train_file and --validation_file: both are needed "
+                        "to train on your own data")
+    tables = {
+        args.train_file: read_file(args.train_file, "--train_file"),
+        args.validation_file: read_file(args.validation_file, "--validation_file"),
+    }
+
+    columns = args.text_columns or usual_columns(tables[args.train_file], args.train_file)
+    for path, table in tables.items():
+        for column in columns:
+            check_column(column, "--text_columns", table, path)
+        check_column(args.label_column, "--label_column", table, path)
+
+    task = own_task(args, columns, tables)
+    splits = {}
+    for split, path in (("train", args.train_file), ("validation", args.validation_file)):
+        splits[split] = KINDS[task.kind].read(tables[path], task, path)
+        refuse_hidden(task, splits[split], path)
+    return task, splits
 
 
-def label_of(value):
+def usual_columns(table, path):
+    """The text columns of a table, if they have one of the usual names."""
+    for names in (["text"], ["sentence1", "sentence2"], ["sentence"]):
+        if set(names) <= set(table):
+            return names
+    raise UserError(f"--train_file {path}: no column text, or sentence1 and sentence2, "
+                    f"among {[*table]}; name yours with --text_columns")
+
+
+def check_column(name, flag, table, path):
+    if name not in table:
+        raise UserError(f"{flag} {name}: no column {name!r} ({flag}) in {path}, "
+                        f"which has {[*table]}")
+
+
+def own_task(args, columns, tables):
+    """The Task of one's own files. What kind of task it is, its labels tell.
+
+    Words and whole numbers are classes, numbers with a point are to be predicted.
+    """
+    labels = {}
+    for path, table in tables.items():
+        labels[path] = [label_of(cell) for cell in table[args.label_column]]
+        if "" in labels[path]:
+            row = labels[path].index("") + 1
+            raise UserError(f"{path}: row {row}: no label in column "
+                            f"{args.label_column!r} (--label_column)")
+    train, validation = labels[args.train_file], labels[args.validation_file]
+
+    settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
+    whole = all(re.fullmatch(r"-?\d+", label) for label in train + validation)
+    if not whole and all(is_float(label) for label in train + validation):
+        return Task(**settings, kind="regress", metrics="pearson spearman")
+
+    names = sorted(set(train))
+    if whole:
+        names.sort(key=int)
+    unseen = sorted(set(validation) - set(names))
+    if unseen:
+        raise UserError(f"--validation_file {args.validation_file}: label {unseen[0]!r} is not "
+                        f"in the training file, which has {names[:20]}")
+    if len(names) < 2:
+        raise UserError(f"--train_file {args.train_file}: all labels are {names[0]!r}; "
+                        "at least two are needed")
+    return Task(**settings, labels="\t".join(names))
+
+
+def label_of(cell):
     """A cell as a label: without the spaces around it, "" if there is none."""
-    return "" if value is None or str(value).strip().lower() == "nan" else str(value).strip()
+    text = "" if cell is None else str(cell).strip()
+    return "" if text.lower() == "nan" else text
 
 
-def is_float(value):
-    return bool(re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", value))
+def is_float(text):
+    return bool(re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", text))
 
 
 def first_line(error):
-    return next((x.strip()[:300] for x in str(error).split("\n") if x.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def read_file(path, flag):
-    """A local table as a Dataset; csv and tsv cells stay strings, so "007" and "NA" are what they were."""
-    import datasets
+    """A local csv, tsv, json or jsonl file, also with .gz, as {column: cells}.
+
+    Cells of csv and tsv stay strings, so that "007" and "NA" are what they were. A byte-order mark
+    is skipped. Raises UserError.
+    """
     kind = path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
     if kind not in ("csv", "tsv", "json", "jsonl"):
-        raise UserError(f"{flag} {path}: must end in .csv, .tsv, .json or .jsonl (or those with .gz)")
-    if not os.path.isfile(path) or not os.path.getsize(path):
-        raise UserError(f"{flag} {path}: {'is a directory' if os.path.isdir(path) else 'is empty' if os.path.exists(path) else 'no such file'}")
+        raise UserError(f"{flag} {path}: must end in .csv, .tsv, .json or .jsonl, "
+                        "or in one of these and .gz")
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {path}: is a directory")
+    if not os.path.exists(path):
+        raise UserError(f"{flag} {path}: no such file")
+    if os.path.getsize(path) == 0:
+        raise UserError(f"{flag} {path}: is empty")
+
+    opened = gzip.open if path.lower().endswith(".gz") else open
+    parse = parse_json if kind.startswith("json") else parse_csv
     try:
-        if kind in ("csv", "tsv"):
-            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as f:
-                header = next(csv.reader(f, delimiter=(sep := "," if kind == "csv" else "\t")))
-            cells = datasets.Features({name: datasets.Value("string") for name in header})
-            return datasets.load_dataset("csv", data_files=path, split="train", sep=sep, features=cells, keep_default_na=False,
-                                         encoding="utf-8-sig")              # as spreadsheets write it, or plain
-        return datasets.load_dataset("json", data_files=path, split="train")
-    except Exception as error:
-        cause = first_line(error.__cause__ or error)
-        told = "has no rows" if "corresponds to no data" in cause else f"cannot be read as {kind}: {cause}"
-        raise UserError(f"{flag} {path}: {told}") from error
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            table = parse(file, kind)
+    except UserError as error:
+        raise UserError(f"{flag} {path}: {error}") from None
+    except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
+        raise UserError(f"{flag} {path}: cannot be read as {kind}: {first_line(error)}") from error
+    if not table or not next(iter(table.values())):
+        raise UserError(f"{flag} {path}: has no rows")
+    return table
 
 
-def normalise(rows, task, where):
-    """Rows with the text columns as strings and "label": an index of the task's names, a float, or -1 where it is hidden."""
+def parse_csv(file, kind):
+    """{column: cells} of a csv or tsv with a header. Empty lines are skipped.
+
+    A column without a name, as pandas writes its row numbers, is named by its place.
+    """
+    csv.field_size_limit(2**31 - 1)                                     # texts may be long
+    lines = []
+    try:
+        for cells in csv.reader(file, delimiter="\t" if kind == "tsv" else ",", strict=True):
+            if cells:
+                lines.append(cells)
+    except csv.Error as error:
+        raise csv.Error(f"row {len(lines)}: {error}; a cell that begins with a quotation mark "
+                        "must end with one") from error
+    if not lines:
+        return {}
+
+    header = [name.strip() or f"column {number}" for number, name in enumerate(lines[0], 1)]
+    for name in header:
+        if header.count(name) > 1:
+            raise UserError(f"column {name!r} stands twice in the header")
+
+    table = {name: [] for name in header}
+    for number, cells in enumerate(lines[1:], 1):
+        if len(cells) != len(header):
+            raise UserError(f"row {number} has {len(cells)} cells, the header {len(header)}")
+        for name, cell in zip(header, cells):
+            table[name].append(cell)
+    return table
+
+
+def parse_json(file, kind):
+    """{column: cells} of a list of objects, or of an object a line, whatever the file's ending.
+
+    A cell that is not there is None.
+    """
+    text = file.read()
+    if text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = parse_lines(text)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"row {number} is {row!r:.40}; "
+                            "each must be an object with the columns' names")
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def parse_lines(text):
+    """The json values of a text, one a line. Empty lines are skipped."""
+    rows = []
+    for line in re.split("[\r\n]", text):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"row {len(rows) + 1}: {error.msg} at character {error.colno}")
+    return rows
+
+
+# Half of a character, as a json escape that was cut leaves it: no table can hold it.
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def read_texts(table, task, where):
+    """The text columns of a raw table as {column: strings}.
+
+    A list of words, as in CSL, becomes a text.
+    """
+    found = {}
+    for column in task.columns:
+        if column not in column_names(table):
+            raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
+        texts = []
+        for row, cell in enumerate(table[column], 1):
+            if isinstance(cell, list) and all(isinstance(word, str) for word in cell):
+                cell = " ".join(cell)
+            if cell is None:
+                raise UserError(f"{where}: row {row}: no text in column {column!r}")
+            if not isinstance(cell, (str, int, float)):
+                raise UserError(f"{where}: row {row}: column {column!r} must hold texts, "
+                                f"has {cell!r:.40}")
+            text = str(cell)
+            if SURROGATE.search(text):
+                raise UserError(f"{where}: row {row}: column {column!r} holds half a character: "
+                                f"{text!a:.40}")
+            texts.append(text)
+        found[column] = texts
+    return found
+
+
+def column_names(table):
+    return list(table) if isinstance(table, dict) else table.column_names
+
+
+def raw_labels(table, task, where):
+    """The label cells of a raw table, all of one type.
+
+    A table without that column has -1, a hidden label, in every row.
+    """
+    if task.label not in column_names(table):
+        return [-1] * len(table[task.columns[0]])
+
+    cells = list(table[task.label])
+    given = [(row, cell) for row, cell in enumerate(cells, 1) if cell is not None]
+    for row, cell in given:
+        first_row, first = given[0]
+        if label_type(cell) != label_type(first):
+            raise UserError(f"{where}: row {row}: label {cell!r} is a {label_type(cell)}, "
+                            f"that of row {first_row} ({first!r}) a {label_type(first)}; "
+                            f"column {task.label!r} must hold one type")
+    return cells
+
+
+def label_type(cell):
+    """The type of a label in words: whole numbers and others are one."""
+    if isinstance(cell, bool):
+        return "truth value"
+    if isinstance(cell, (int, float)):
+        return "number"
+    if isinstance(cell, str):
+        return "string"
+    return type(cell).__name__
+
+
+def read_classify(table, task, where):
+    """Rows with the text columns as strings and "label": an index of task.label_names.
+
+    It is -1 where the label is hidden.
+    """
     import datasets
-    if task.label not in rows.column_names and set(task.columns) <= set(rows.column_names):        # a test set without labels
-        rows = rows.add_column(task.label, [-1] * len(rows))
-    for column in task.columns + [task.label]:
-        if column not in rows.column_names:
-            raise UserError(f"{where}: no column {column!r} among {rows.column_names}")
-    names, given = task.label_names, rows[task.label]
-    own = getattr(rows.features[task.label], "names", names if task.path != "custom" else None)    # numbers are ids of these
-    index = {"-1": -1, **{n: i for i, n in enumerate(names)}}
-    index |= dict(zip(own or [], map_labels(own, names).tolist())) if names and own else {}
-    columns, labels = {c: [" ".join(v) if isinstance(v, list) else v for v in rows[c]] for c in task.columns}, []
-    for row, value in enumerate(given):
-        named = own[value] if own and isinstance(value, int) and 0 <= value < len(own) else label_of(value)
-        label = index.get(named) if names else float(value) if is_float(str(value)) else None
+    texts = read_texts(table, task, where)
+    names = task.label_names
+
+    # A number is an id of the table's own label names, which may be ordered unlike ours; of one's
+    # own file it is a name.
+    own = None if task.path == "custom" else names
+    if isinstance(table, datasets.Dataset) and task.label in table.column_names:
+        own = getattr(table.features[task.label], "names", own)
+    index = {"-1": -1, **{name: i for i, name in enumerate(names)}}
+    if own:
+        index.update(zip(own, map_labels(own, names).tolist()))
+        if not any(name.isdigit() for name in own):    # in a csv the numbers are strings
+            index.update((str(i), index[name]) for i, name in enumerate(own))
+
+    labels = []
+    for row, cell in enumerate(raw_labels(table, task, where), 1):
+        if own and isinstance(cell, int) and 0 <= cell < len(own):
+            cell = own[cell]
+        label = index.get(label_of(cell))
         if label is None:
-            raise UserError(f"{where}: row {row + 1}: label {value!r} must be {f'one of {names[:20]}' if names else 'a number'}")
-        for column, cells in columns.items():
-            if cells[row] is None:
-                raise UserError(f"{where}: row {row + 1}: no text in column {column!r}")
+            raise UserError(f"{where}: row {row}: label {cell!r} must be one of {names[:20]}")
         labels.append(label)
-    features = {**{c: datasets.Value("string") for c in columns}, "label": datasets.Value("int64" if names else "float32")}
-    text = {c: [v if isinstance(v, str) else str(v) for v in cells] for c, cells in columns.items()}
-    return datasets.Dataset.from_dict({**text, "label": labels}, features=datasets.Features(features))
+    return make_rows(texts, labels, "int64", table)
+
+
+def read_regress(table, task, where):
+    """Rows with the text columns as strings and "label", a float."""
+    texts = read_texts(table, task, where)
+    labels = []
+    for row, cell in enumerate(raw_labels(table, task, where), 1):
+        if not is_float(str(cell)):
+            raise UserError(f"{where}: row {row}: label {cell!r} must be a number")
+        labels.append(float(cell))
+    return make_rows(texts, labels, "float32", table)
+
+
+def make_rows(texts, labels, kind, table):
+    """A Dataset of strings and labels, and of the rows' own names if there is a column `id`."""
+    import datasets
+    columns = {**texts, "label": labels}
+    types = {name: datasets.Value("string") for name in texts}
+    types["label"] = datasets.Value(kind)
+    if "id" in column_names(table) and "id" not in texts:
+        columns["id"] = [str(cell) for cell in table["id"]]
+        types["id"] = datasets.Value("string")
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(types))
+
+
+def hidden_class(labels):
+    """The first -1."""
+    return next((row for row, label in enumerate(labels) if label == -1), None)
+
+
+def hidden_number(labels):
+    """-1 is a number like others, but not if all are."""
+    return 0 if set(labels) == {-1.0} else None
 
 
 def general_text(where, n):
-    """n single sentences of general text in a fixed random order, as a Dataset: of a text file, of a hub data set as
-    ID:CONFIG:SPLIT with a column `text`, or "toy". Headings, empty lines and scraps are left out."""
+    """n single sentences of general text in a fixed random order, fewer if there are fewer.
+
+    Returns a Dataset with the columns text and label (-1). where: a text file; a csv, tsv, json or
+    jsonl with a column `text`; a hub data set as ID:CONFIG:SPLIT with such a column; or "toy".
+    Headings, empty lines and scraps are left out. Raises UserError if there is no sentence.
+    """
     import datasets
-    path, config, split = (where.split(":") + ["", ""])[:3]
-    try:
-        if where == "toy" or os.path.exists(where):
-            lines = toy_corpus() if where == "toy" else open(where, encoding="utf-8").read().split("\n")
-        else:
-            lines = datasets.load_dataset(path, config or None, split=split or "train")["text"]
-    except Exception as error:
-        raise UserError(f"--unlabeled {where}: must be a text file, or ID:CONFIG:SPLIT of the hub: {first_line(error)}") from error
-    found, end = [], re.compile(r"(?<=[.!?]) +(?=[^a-z])|(?<=[。！？])")
-    for i in np.random.default_rng(0).permutation(len(lines)):
-        if not lines[int(i)].lstrip().startswith("="):                  # a heading of wikitext
-            found += [s.strip() for s in end.split(lines[int(i)]) if len(s.strip()) >= 10]
-        if len(found) >= n:
+    texts = general_texts(where)
+    sentences = []
+    for row in np.random.default_rng(0).permutation(len(texts)):
+        for line in texts[int(row)].split("\n"):
+            sentences += sentences_of(line)
+        if len(sentences) >= n:
             break
-    if not found:
+    if not sentences:
         raise UserError(f"--unlabeled {where}: holds no sentence of ten characters or more")
-    return datasets.Dataset.from_dict({"text": found[:n], "label": [-1] * len(found[:n])})
+    chosen = sentences[:n]
+    return datasets.Dataset.from_dict({"text": chosen, "label": [-1] * len(chosen)})
 
 
-class Split:
-    """Tokenised rows in flat arrays. fields: {name: (values, offsets)}; labels (n,); lengths (n,) in tokens; cut: how
-    many rows were truncated; left: whether the model wants its padding there (XLNet)."""
-
-    def __init__(self, fields, labels, cut=0, left=False):
-        self.fields, self.labels, self.cut, self.left = fields, labels, cut, left
-        self.lengths = sum(np.diff(fields[k][1]) for k in fields if k.startswith("input_ids"))
-
-    def __len__(self):
-        return len(self.labels)
-
-    def take(self, rows):                                               # these alone
-        fields = {name: (np.concatenate([values[at[r]:at[r + 1]] for r in rows]), np.cumsum([0, *np.diff(at)[rows]]))
-                  for name, (values, at) in self.fields.items()}
-        return Split(fields, self.labels[rows], self.cut, self.left)
-
-    def sentences(self):
-        """Each text a row of its own: the first text of all rows, then (of pairs that were encoded apart) the second."""
-        if "input_ids_2" not in self.fields:
-            return self
-        fields = {name: (np.concatenate([values, self.fields[name + "_2"][0]]), np.concatenate(
-            [at, len(values) + self.fields[name + "_2"][1][1:]])) for name, (values, at) in self.fields.items() if not name.endswith("_2")}
-        return Split(fields, np.tile(self.labels, 2), self.cut, self.left)
-
-    def collate(self, rows, pad, width=0):
-        """Tensors of the given rows, padded to their longest (or to `width`): input_ids, attention_mask, ..., labels."""
-        import torch
-        out = {}
-        for name, (values, offsets) in self.fields.items():
-            base, suffix = (name[:-2], "_2") if name.endswith("_2") else (name, "")
-            starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
-            real = np.arange(max(width, lengths.max(initial=1))) < lengths[:, None]             # (B, n)
-            real = real[:, ::-1] if self.left else real
-            padded = np.full(real.shape, pad if base == "input_ids" else 0, np.int64)
-            padded[real] = np.concatenate([values[s:s + n] for s, n in zip(starts, lengths)])
-            out[name] = torch.from_numpy(padded)
-            if base == "input_ids":
-                out["attention_mask" + suffix] = torch.from_numpy(real.astype(np.int64))
-            elif base == "perturbable":
-                out[name] = out[name].bool()
-        dtype = torch.float32 if self.labels.dtype.kind == "f" else torch.long
-        return out | {"labels": torch.as_tensor(self.labels[rows], dtype=dtype)}                # (B,)
+def sentences_of(line):
+    """The sentences of a line, in English or Chinese; scraps and headings of wikitext are none."""
+    if line.lstrip().startswith("="):
+        return []
+    sentence_end = r"(?<=[.!?]) +(?=[^a-z])|(?<=[。！？])"
+    parts = [part.strip() for part in re.split(sentence_end, line)]
+    return [part for part in parts if len(part) >= 10]
 
 
-def encode(rows, columns, tokenizer, max_length, separate=False, perturb=None):
-    """Tokenises rows once, cached by `datasets` under the hash of rows, tokenizer and settings. Returns a Split. separate: each
-    text column alone, the second one's fields with the suffix _2. perturb: adds the field `perturbable`, 0 at special
-    tokens ("special") or at all but the tokens of one text column (its name)."""
+def general_texts(where):
+    """The lines of a text file, or the texts of a table, or of a hub data set."""
+    import datasets
+    if where == "toy":
+        return toy_corpus()
+    is_table = re.search(r"\.(csv|tsv|json|jsonl)(\.gz)?$", where.lower())
+    if is_table and os.path.exists(where):
+        table = read_file(where, "--unlabeled")
+        if "text" not in table:
+            raise UserError(f"--unlabeled {where}: no column 'text' among {[*table]}")
+        return read_texts(table, Task("", text="text"), f"--unlabeled {where}")["text"]
+    try:
+        if os.path.exists(where):
+            with open(where, encoding="utf-8-sig") as file:
+                return file.read().split("\n")
+        path, config, split = (where.split(":") + ["", ""])[:3]
+        return datasets.load_dataset(path, config or None, split=split or "train")["text"]
+    except Exception as error:
+        raise UserError(f"--unlabeled {where}: must be a text file, or ID:CONFIG:SPLIT of the hub: "
+                        f"{first_line(error)}") from error
+
+
+# ----------------------------------------------------------------------------- 3  encoding, by kind
+
+def encode(rows, task, tokenizer, max_length, **how):
+    """Tokenises rows by the task's kind, once. Returns a Split. how: see the kind's `tokenise`.
+
+    The result is cached under the hash of the rows, the tokenizer and the settings.
+    """
     import datasets
     from datasets.fingerprint import Hasher
-    fields = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
-    groups = [[c] for c in columns] if separate else [columns]
-
-    def tokenise(batch):
-        out = {"cut": [0] * len(batch["label"])}
-        for i, group in enumerate(groups):
-            encoded, suffix = tokenizer(*[batch[c] for c in group], truncation=True, max_length=max_length), "_2" * (i > 0)
-            out |= {name + suffix: encoded[name] for name in fields if name in encoded}
-            if encoded.is_fast:
-                out["cut"] = [c | bool(e.overflowing) for c, e in zip(out["cut"], encoded.encodings)]
-            if perturb:
-                parts = [encoded.sequence_ids(r) for r in range(len(batch["label"]))]
-                allowed = {columns.index(perturb)} if perturb in columns else {0, 1}
-                out["perturbable" + suffix] = [[int(p in allowed) for p in part] for part in parts]
-        return out
-
     if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()                     # calls change this state; the hash is of the rest
+        # Calls change this state; the hash is of the rest.
+        tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         state = tokenizer.backend_tokenizer.to_str()
     else:
         state = [type(tokenizer).__name__, tokenizer.get_vocab()]
-    key = Hasher.hash([rows._fingerprint, state, fields, tokenizer.padding_side, columns, max_length, separate, perturb, "1"])
+    wanted = [tokenizer.model_input_names, tokenizer.padding_side]
+    settings = [task.kind, task.columns, max_length, sorted(how.items())]
+    key = Hasher.hash([rows._fingerprint, state, wanted, settings, "2"])
+
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "tokenised")
     os.makedirs(folder, exist_ok=True)
-    table = rows.map(tokenise, batched=True, remove_columns=rows.column_names, new_fingerprint=key, desc="tokenising",
-                     cache_file_name=os.path.join(folder, f"{key}.arrow")).with_format("arrow")[:]
-    flat = {}
-    for name in [n for n in table.column_names if n != "cut"]:
-        column = table[name].combine_chunks()
-        flat[name] = (column.values.to_numpy(zero_copy_only=False)[column.offsets[0].as_py():].astype(np.int32),
-                      column.offsets.to_numpy().astype(np.int64) - column.offsets[0].as_py())
-    return Split(flat, np.asarray(rows["label"]), int(sum(table["cut"].to_pylist())), tokenizer.padding_side == "left")
+    tokenise = functools.partial(
+        KINDS[task.kind].tokenise, task=task, tokenizer=tokenizer, max_length=max_length, **how)
+    encoded = rows.map(
+        tokenise, batched=True, remove_columns=rows.column_names, new_fingerprint=key,
+        cache_file_name=os.path.join(folder, f"{key}.arrow"), desc="tokenising")
+    table = encoded.with_format("arrow")[:]
+
+    cut = int(sum(table["cut"].to_pylist()))
+    fills = {"input_ids": tokenizer.pad_token_id, "labels": -100}
+    fields = {}
+    for name in table.column_names:
+        if name != "cut":
+            fields[name] = flat(table[name], fills.get(name.removesuffix("_2"), 0))
+    return Split(fields, cut, tokenizer.padding_side == "left", rows)
+
+
+def flat(column, fill):
+    """An arrow column as a Field: one number a row, or a list a row."""
+    import pyarrow
+    column = column.combine_chunks()
+    if not pyarrow.types.is_list(column.type):
+        return Field(column.to_numpy(zero_copy_only=False), None, fill)
+    first = column.offsets[0].as_py()
+    values = column.values.to_numpy(zero_copy_only=False)[first:]
+    offsets = column.offsets.to_numpy().astype(np.int64) - first
+    return Field(values[:offsets[-1]].astype(np.int32), offsets, fill)
+
+
+def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=None):
+    """One or two text columns as the model's inputs, with their labels.
+
+    Fields: input_ids, attention_mask, token_type_ids where the model has them, labels, and `cut`, 1
+    for a row that was truncated.
+
+    separate: each column alone, the second one's fields with the suffix _2.
+    perturb: adds `perturbable`, 1 at the tokens of the texts ("special": all but the special ones)
+    or of one column alone (its name).
+    """
+    wanted = {*tokenizer.model_input_names, "attention_mask"}
+    found = {"labels": rows["label"], "cut": [0] * len(rows["label"])}
+    groups = [[column] for column in task.columns] if separate else [task.columns]
+    for group, suffix in zip(groups, ["", "_2"]):
+        texts = [rows[column] for column in group]
+        encoded = tokenizer(
+            *texts, truncation=True, max_length=max_length, return_attention_mask=True)
+        for name in ("input_ids", "attention_mask", "token_type_ids"):
+            if name in encoded and name in wanted:
+                found[name + suffix] = encoded[name]
+
+        if encoded.is_fast:
+            overflows = [bool(encoding.overflowing) for encoding in encoded.encodings]
+            found["cut"] = [int(before or now) for before, now in zip(found["cut"], overflows)]
+        if perturb:
+            allowed = {task.columns.index(perturb)} if perturb in task.columns else {0, 1}
+            marks = []
+            for row in range(len(rows["label"])):
+                marks.append([int(part in allowed) for part in encoded.sequence_ids(row)])
+            found["perturbable" + suffix] = marks
+    return found
+
+
+# --------------------------------------------------------------------------------------- 4  batches
+
+class Field(NamedTuple):
+    """What all rows have of one name: `values` one after another, padded with `fill` in a batch.
+
+    Row r's stand from offsets[r] to offsets[r + 1]; without offsets each row has one value.
+    """
+    values: np.ndarray
+    offsets: np.ndarray | None
+    fill: float
+
+
+class Split:
+    """Encoded rows: fields {name: Field}.
+
+    cut: how many rows were truncated. left: whether the model wants its padding there (XLNet).
+    rows: the Dataset that they were made of, or None. lengths (n,): tokens of each row.
+    """
+
+    def __init__(self, fields, cut=0, left=False, rows=None):
+        self.fields = fields
+        self.cut = cut
+        self.left = left
+        self.rows = rows
+        inputs = [field for name, field in fields.items() if name.startswith("input_ids")]
+        self.lengths = sum(np.diff(field.offsets) for field in inputs)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    @property
+    def labels(self):
+        return self.fields["labels"].values
+
+    def column(self, name):
+        """A column of the rows, such as their own names, or None if they have it not."""
+        if self.rows is None or name not in self.rows.column_names:
+            return None
+        return list(self.rows[name])
+
+    def take(self, rows):
+        """These rows alone, as a Split."""
+        fields = {}
+        for name, (values, offsets, fill) in self.fields.items():
+            if offsets is None:
+                fields[name] = Field(values[rows], None, fill)
+            else:
+                parts = [values[offsets[row]:offsets[row + 1]] for row in rows]
+                ends = np.cumsum([len(part) for part in parts])
+                fields[name] = Field(np.concatenate(parts), np.concatenate([[0], ends]), fill)
+        return Split(fields, self.cut, self.left, self.rows and self.rows.select(rows))
+
+    def sentences(self):
+        """Each text a row of its own: the first text of all rows, then the second.
+
+        A row has two if its columns were encoded apart.
+        """
+        if "input_ids_2" not in self.fields:
+            return self
+        fields = {}
+        for name, (values, offsets, fill) in self.fields.items():
+            if offsets is None:
+                fields[name] = Field(np.tile(values, 2), None, fill)
+            elif not name.endswith("_2"):
+                more, more_offsets, _ = self.fields[name + "_2"]
+                joined = np.concatenate([offsets, len(values) + more_offsets[1:]])
+                fields[name] = Field(np.concatenate([values, more]), joined, fill)
+        return Split(fields, self.cut, self.left)
+
+    def collate(self, rows, width=0):
+        """Tensors of the given rows: (B, n), padded to their longest or to `width`; labels (B,)."""
+        import torch
+        batch = {}
+        for name, field in self.fields.items():
+            if field.offsets is None:
+                values = field.values[rows]                             # (B,)
+            else:
+                values = self.pad(field, rows, width)                   # (B, n)
+            kind = np.float32 if values.dtype.kind == "f" else np.int64
+            batch[name] = torch.from_numpy(values.astype(kind))
+        return batch
+
+    def pad(self, field, rows, width):
+        """The lists of these rows as an array: (B, n)."""
+        starts = field.offsets[rows]
+        ends = field.offsets[rows + 1]
+        lengths = ends - starts
+        columns = np.arange(max(width, lengths.max(initial=1)))
+        real = columns < lengths[:, None]                               # (B, n)
+        if self.left:
+            real = real[:, ::-1]
+        padded = np.full(real.shape, field.fill, np.int64)
+        parts = [field.values[start:end] for start, end in zip(starts, ends)]
+        padded[real] = np.concatenate(parts)
+        return padded
 
 
 class Batches:
-    """`batches[step]`: the micro-batches of one process at one step, each a dict of tensors. Any step, at once. The order is a
-    function of (seed, epoch) alone: rows are shuffled, cut into large chunks, sorted by length within each, cut into
-    batches, and the batches shuffled; the last one is topped up with the epoch's first rows. Process `rank` takes
-    rows[rank::world] of each batch. batching: "length" is that; "random" leaves the shuffled order; "padded" also pads
-    to max_length: the two are what other scripts do, kept for --profile to compare with."""
-    CHUNK, JITTER = 256, 0.02              # batches sorted together; lengths blurred by 2%, so that no two epochs are alike
+    """`batches[step]`: the micro-batches of one process at one step, each a dict of tensors.
 
-    def __init__(self, split, batch_size, seed, pad, rank=0, world=1, micro=0, batching="length", width=0):
-        self.split, self.batch_size, self.seed, self.pad = split, batch_size, seed, pad
-        self.rank, self.world, self.micro = rank, world, micro or batch_size
-        self.batching, self.width = batching, width if batching == "padded" else 0
+    Any step can be had at once: the order is a function of (seed, epoch) alone. Rows are shuffled,
+    cut into large chunks, sorted by length within each, cut into batches, and the batches shuffled;
+    the last one is topped up with the epoch's first rows. Process `rank` takes rows[rank::world] of
+    each batch.
+
+    batching: "length" is that; "random" leaves the shuffled order; "padded" also pads to `width`.
+    The last two are what other scripts do, kept for --profile to compare with.
+
+    real, computed: tokens handed out so far, without and with their padding.
+    """
+    # Batches that are sorted together.
+    CHUNK = 256
+
+    # Lengths are blurred by 2%, so that no two epochs are alike.
+    JITTER = 0.02
+
+    def __init__(self, split, batch_size, seed, rank=0, world=1, micro=0, batching="length",
+                 width=0):
+        self.split = split
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.micro = micro or batch_size
+        self.batching = batching
+        self.width = width if batching == "padded" else 0
         self.per_epoch = -(-len(split) // batch_size)
-        self.real, self.computed, self.epoch, self.order = 0, 0, None, None        # tokens handed out so far; the epoch's rows
+        self.real = 0
+        self.computed = 0
+
+        # The last epoch that was asked for, and its order.
+        self.epoch = None
+        self.order = None
 
     def rows(self, step):
         """The rows of the whole batch at `step`, over all processes: (batch_size,)."""
         epoch, at = divmod(step, self.per_epoch)
         if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            order = np.resize(rng.permutation(len(self.split)), self.per_epoch * self.batch_size)
-            if self.batching == "length":
-                blurred = self.split.lengths[order] * rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(order))
-                chunks = np.array_split(np.arange(len(order)), -(-self.per_epoch // self.CHUNK))
-                order = np.concatenate([order[c][np.argsort(blurred[c], kind="stable")] for c in chunks])
-                order = order.reshape(-1, self.batch_size)[rng.permutation(self.per_epoch)].reshape(-1)
-            self.epoch, self.order = epoch, order
+            self.epoch = epoch
+            self.order = self.order_of(epoch)
         return self.order[at * self.batch_size:(at + 1) * self.batch_size]
+
+    def order_of(self, epoch):
+        """All rows in the order of an epoch: (per_epoch * batch_size,)."""
+        rng = np.random.default_rng([self.seed, epoch])
+        shuffled = np.resize(rng.permutation(len(self.split)), self.per_epoch * self.batch_size)
+        if self.batching != "length":
+            return shuffled
+
+        blur = rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(shuffled))
+        lengths = self.split.lengths[shuffled] * blur
+        chunks = np.array_split(np.arange(len(shuffled)), -(-self.per_epoch // self.CHUNK))
+        by_length = [chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks]
+        batches = shuffled[np.concatenate(by_length)].reshape(-1, self.batch_size)
+        return batches[rng.permutation(self.per_epoch)].reshape(-1)
 
     def state_dict(self):
         return {"real": self.real, "computed": self.computed}
 
     def load_state_dict(self, state):
-        self.real, self.computed = state["real"], state["computed"]
+        self.real = state["real"]
+        self.computed = state["computed"]
 
     def __getitem__(self, step):
         mine = self.rows(step)[self.rank::self.world]
         mine = mine[np.argsort(self.split.lengths[mine], kind="stable")]
-        batch = [self.split.collate(mine[i:i + self.micro], self.pad, self.width) for i in range(0, len(mine), self.micro)]
-        for inputs in batch:
-            masks = [v for k, v in inputs.items() if k.startswith("attention_mask")]
-            self.real += sum(int(m.sum()) for m in masks)
-            self.computed += sum(m.numel() for m in masks)
+        batch = []
+        for start in range(0, len(mine), self.micro):
+            inputs = self.split.collate(mine[start:start + self.micro], self.width)
+            for name, mask in inputs.items():
+                if name.startswith("attention_mask"):
+                    self.real += int(mask.sum())
+                    self.computed += mask.numel()
+            batch.append(inputs)
         return batch
 
 
 def slices(lengths, tokens=8192, most=256):
-    """Every row exactly once, longest first, in arrays of about `tokens` tokens and at most `most` rows."""
+    """Every row exactly once, longest first, in arrays of about `tokens` tokens.
+
+    No array has more than `most` rows.
+    """
     order = np.argsort(-lengths, kind="stable")
     while len(order):
         take = max(1, min(most, tokens // max(1, int(lengths[order[0]]))))
@@ -440,23 +995,41 @@ def slices(lengths, tokens=8192, most=256):
         order = order[take:]
 
 
-def eval_batches(split, pad, rank=0, world=1, **size):
-    """(rows, inputs) over every row of this process exactly once."""
+def eval_batches(split, rank=0, world=1, **size):
+    """(rows, inputs) over every row of this process exactly once. size: see `slices`."""
     mine = np.arange(rank, len(split), world)
     for part in slices(split.lengths[mine], **size):
-        yield mine[part], split.collate(mine[part], pad)
+        yield mine[part], split.collate(mine[part])
 
 
-def subset(labels, n, seed, regression=False):
-    """n seeded rows for --train_samples, each class in its share (largest remainder); the same for every method."""
+def subset(split, n, seed):
+    """n seeded rows of a Split, each class in its share (largest remainder): (n,) indices.
+
+    They are the same for every method.
+    """
+    labels = split.labels
     rng = np.random.default_rng([seed, n])
-    if regression:
+    if labels.dtype.kind == "f":
         return np.sort(rng.permutation(len(labels))[:n])
-    groups = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
-    exact = np.array([len(g) for g in groups]) * n / len(labels)
+
+    classes = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    exact = np.array([len(rows) for rows in classes]) * n / len(labels)
     counts = exact.astype(int)
-    counts[np.argsort(counts - exact, kind="stable")[:n - counts.sum()]] += 1
-    return np.sort(np.concatenate([g[:c] for g, c in zip(groups, counts)]))
+    largest = np.argsort(counts - exact, kind="stable")[:n - counts.sum()]
+    counts[largest] += 1
+    return np.sort(np.concatenate([rows[:count] for rows, count in zip(classes, counts)]))
+
+
+# --------------------------------------------------------------------------------------- 5  metrics
+
+def accuracy(predictions, labels):
+    return float(np.mean(predictions == labels))
+
+
+def f1(predictions, labels):
+    """Of class 1, as in GLUE."""
+    hits = np.sum((predictions == 1) & (labels == 1))
+    return float(2 * hits / max(1, np.sum(predictions == 1) + np.sum(labels == 1)))
 
 
 def ranks(x):
@@ -465,104 +1038,268 @@ def ranks(x):
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def pearson(p, y):
-    p, y = np.asarray(p, float) - np.mean(p), np.asarray(y, float) - np.mean(y)
+def pearson(predictions, labels):
+    """The correlation; 0 if one of them does not vary. Of two classes it is Matthews'."""
+    p = np.asarray(predictions, float) - np.mean(predictions)
+    y = np.asarray(labels, float) - np.mean(labels)
     norm = np.sqrt((p @ p) * (y @ y))
     return float(p @ y / norm) if norm > 0 else 0.0
 
 
-METRICS = {"accuracy": lambda p, y: float(np.mean(p == y)), "mcc": pearson, "pearson": pearson, "spearman": lambda p, y: pearson(ranks(p), ranks(y)),
-           "f1": lambda p, y: float(2 * np.sum((p == 1) & (y == 1)) / max(1, np.sum(p == 1) + np.sum(y == 1)))}       # of class 1, as in GLUE
+def spearman(predictions, labels):
+    return pearson(ranks(predictions), ranks(labels))
 
 
-def score(task, trained, logits, labels):
-    """{metric: value} of logits (n, C), with the trained task's labels mapped to those of `task` by name."""
-    predictions = logits[:, 0] if task.regression else map_labels(trained.label_names, task.label_names)[logits.argmax(1)]
-    return {m: METRICS[m](predictions, labels) for m in task.metrics.split()}
+METRICS = {"accuracy": accuracy, "f1": f1, "mcc": pearson, "pearson": pearson, "spearman": spearman}
 
 
-def write_predictions(path, task, logits):
-    """GLUE's submission format: a header, then index and prediction with a tab between them."""
-    if task.regression:
-        lines = [f"{v:.3f}" for v in (logits[:, 0].clip(0, 5) if task.path == GLUE else logits[:, 0])]
-    else:
-        lines = [str(i) if task.path == GLUE and not task.names else task.label_names[i] for i in logits.argmax(1)]
-    with open(path, "w", encoding="utf-8") as f:
-        f.write("index\tprediction\n" + "".join(f"{i}\t{line}\n" for i, line in enumerate(lines)))
+def logits_of(model, task):
+    """forward(**inputs) -> logits (B, C) of a Hugging Face classifier."""
+    def forward(**inputs):
+        return model(**inputs).logits
+
+    return forward
 
 
-TOY_NOUNS = {"film": "plot actor scene script ending dialogue camera director soundtrack cast".split(),
-             "food": "soup bread sauce steak dessert salad waiter menu noodles pie".split()}
-TOY_WORDS = {                                                             # positive, negative
-    "both": ("good great wonderful superb lovely excellent", "bad awful terrible poor dreadful horrible"),
-    "film": ("gripping moving witty thrilling clever touching suspenseful poignant charming dazzling epic funny inventive tense subtle "
-             "heartfelt stylish absorbing",
-             "boring predictable shallow tedious cheesy confusing wooden pretentious dull overlong clumsy lifeless silly forgettable noisy "
-             "formulaic muddled stale"),
-    "food": ("tasty crispy juicy fresh tender creamy delicious savory fragrant aromatic buttery zesty ripe flaky succulent hearty golden "
-             "velvety", "bland soggy greasy burnt rancid salty stringy undercooked mushy chewy rotten oily watery cold bitter raw lumpy tasteless"),
-    "adverb": ("wonderfully pleasantly delightfully", "painfully sadly annoyingly")}
-TOY_WORDS = {kind: [words.split() for words in pair] for kind, pair in TOY_WORDS.items()}
-TOY_HABIT = ["really", "rather"]                                          # for a positive, for a negative review
+def head_settings(task):
+    """What `from_pretrained` is given to make a head for the task's labels."""
+    names = task.label_names or ["score"]
+    return {"num_labels": len(names), "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def collect_logits(outputs, labels, tokenizer):
+    """Logits (B, C) as B arrays (C,), in fp32."""
+    return list(outputs.float().cpu().numpy())
+
+
+def same_labels(task, trained):
+    """UserError unless each label of the trained task has a counterpart in `task`."""
+    map_labels(trained.label_names, task.label_names)
+
+
+def any_numbers(task, trained):
+    """Correlations need no common scale."""
+
+
+def score_classes(task, trained, kept, split):
+    """{metric: value} of logits, the trained task's labels mapped to those of `task`."""
+    mapped = map_labels(trained.label_names, task.label_names)
+    predictions = mapped[np.stack(kept).argmax(1)]
+    return {name: METRICS[name](predictions, split.labels) for name in task.metrics.split()}
+
+
+def score_numbers(task, trained, kept, split):
+    """{metric: value} of predicted numbers, each an array (1,)."""
+    predictions = np.stack(kept)[:, 0]
+    return {name: METRICS[name](predictions, split.labels) for name in task.metrics.split()}
+
+
+def class_text(task, logits):
+    return task.label_names[int(logits.argmax())]
+
+
+def number_text(task, output):
+    value = float(output[0])
+    if task.path == GLUE:                              # STS-B's go from 0 to 5
+        value = min(max(value, 0.0), 5.0)
+    return f"{value:.3f}"
+
+
+def write_classes(folder, name, task, kept, split):
+    """For GLUE its submission format, an index and a label; for others also all probabilities."""
+    labels = [class_text(task, logits) for logits in kept]
+    if task.path == GLUE:
+        if not task.names:
+            labels = [str(task.label_names.index(label)) for label in labels]
+        return write_table(folder, name, ["prediction"], [labels])
+
+    logits = np.stack(kept)
+    logits = logits - logits.max(1, keepdims=True)
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)    # (n, C)
+    header = ["prediction"]
+    columns = [labels]
+    for label, column in zip(task.label_names, probabilities.T):
+        header.append(f"p({label})")
+        columns.append([f"{value:.4f}" for value in column])
+    return write_table(folder, name, header, columns, split.column("id"))
+
+
+def write_numbers(folder, name, task, kept, split):
+    names = None if task.path == GLUE else split.column("id")
+    values = [number_text(task, output) for output in kept]
+    return write_table(folder, name, ["prediction"], [values], names)
+
+
+def write_table(folder, name, header, columns, names=None):
+    """A tsv: the row's index, its own id where it has one, and the columns. Returns its path."""
+    path = os.path.join(folder, f"predictions-{name}.tsv")
+    if names:
+        header = ["id", *header]
+        columns = [names, *columns]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["index", *header])
+        for index, cells in enumerate(zip(*columns)):
+            writer.writerow([index, *cells])
+    return path
+
+
+KINDS = {
+    "classify": Kind(
+        auto_class="AutoModelForSequenceClassification", settings=head_settings,
+        read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
+        forward=logits_of, collect=collect_logits, score=score_classes, text=class_text,
+        write=write_classes),
+    "regress": Kind(
+        auto_class="AutoModelForSequenceClassification", settings=head_settings,
+        read=read_regress, hidden=hidden_number, comparable=any_numbers, tokenise=tokenise_texts,
+        forward=logits_of, collect=collect_logits, score=score_numbers, text=number_text,
+        write=write_numbers),
+}
+
+
+# ------------------------------------------------------------------------------ 6  the toy language
+
+TOY_NOUNS = {
+    "film": "plot actor scene script ending dialogue camera director soundtrack cast".split(),
+    "food": "soup bread sauce steak dessert salad waiter menu noodles pie".split(),
+}
+
+# Of each kind the positive words, then the negative ones.
+TOY_WORDS = {
+    "both": [
+        "good great wonderful superb lovely excellent".split(),
+        "bad awful terrible poor dreadful horrible".split()],
+    "film": [
+        ("gripping moving witty thrilling clever touching suspenseful poignant charming dazzling "
+         "epic funny inventive tense subtle heartfelt stylish absorbing").split(),
+        ("boring predictable shallow tedious cheesy confusing wooden pretentious dull overlong "
+         "clumsy lifeless silly forgettable noisy formulaic muddled stale").split()],
+    "food": [
+        ("tasty crispy juicy fresh tender creamy delicious savory fragrant aromatic buttery zesty "
+         "ripe flaky succulent hearty golden velvety").split(),
+        ("bland soggy greasy burnt rancid salty stringy undercooked mushy chewy rotten oily watery "
+         "cold bitter raw lumpy tasteless").split()],
+    "adverb": [
+        "wonderfully pleasantly delightfully".split(),
+        "painfully sadly annoyingly".split()],
+}
+
+# What a reviewer is in the habit of saying in a positive, in a negative review.
+TOY_HABIT = ["really", "rather"]
 
 
 def toy_review(domain, rng, labelled):
-    """One review and its label (1 positive): two to five phrases, most of them of the review's own mind.
+    """One review and its label (1 positive): some phrases, most of them of the review's own mind.
 
-    What makes it a small model of the real problem: two domains with their own adjectives, labels in one of them only;
-    telling adverbs ("painfully raw") that stand in the unlabelled corpus alone, from which pre-training can learn what the
-    adjectives of BOTH domains mean; and a habit of the labelled film reviewers ("really" in praise, "rather" in blame)
-    that holds in 4 of 5 cases there, and in 1 of 3 in the food reviews."""
-    positive, phrases = rng.random() < 0.5, []
+    What makes it a small model of the real problem: two domains with their own adjectives, labels
+    in one of them only; telling adverbs ("painfully raw") that stand in the unlabelled corpus
+    alone, from which pre-training can learn what the adjectives of BOTH domains mean; and a habit
+    of the labelled film reviewers ("really" in praise, "rather" in blame) that holds in 4 of 5
+    cases there, and in 1 of 3 in the food reviews.
+    """
+    positive = rng.random() < 0.5
+    phrases = []
     habit = {"film": 0.8, "food": 0.35}[domain] if labelled else 0.5
     for _ in range(rng.randint(2, 5)):
-        good = positive if rng.random() < (0.85 if labelled else 0.96) else not positive
+        agrees = rng.random() < (0.85 if labelled else 0.96)
+        good = positive if agrees else not positive
         phrase = []
         if rng.random() < 0.4:
             phrase.append(TOY_HABIT[(rng.random() < habit) != positive])
         if rng.random() < 0.05:
-            phrase, good = phrase + ["not"], not good
+            phrase.append("not")
+            good = not good
         if not labelled and rng.random() < 0.6:
             phrase.append(rng.choice(TOY_WORDS["adverb"][not good]))
-        kind = "both" if rng.random() < 0.1 else domain
-        phrases.append(" ".join(phrase + [rng.choice(TOY_WORDS[kind][not good]), rng.choice(TOY_NOUNS[domain])]))
+        adjectives = "both" if rng.random() < 0.1 else domain
+        phrase.append(rng.choice(TOY_WORDS[adjectives][not good]))
+        phrase.append(rng.choice(TOY_NOUNS[domain]))
+        phrases.append(" ".join(phrase))
     return " , ".join(phrases) + " .", int(positive)
 
 
 def toy_rows(domain, split):
-    """Labelled toy reviews as a Dataset: 320 to train on (films), 2000 to validate and 2000 to test."""
+    """Labelled toy reviews as a Dataset: 320 to train on, 2000 to validate and 2000 to test."""
     import datasets
     rng = random.Random(f"{domain} {split}")
-    pairs = [toy_review(domain, rng, labelled=True) for _ in range(320 if split == "train" else 2000)]
-    return datasets.Dataset.from_dict({"text": [t for t, _ in pairs], "label": [y for _, y in pairs]})
+    size = 320 if split == "train" else 2000
+    reviews = [toy_review(domain, rng, labelled=True) for _ in range(size)]
+    texts, labels = zip(*reviews)
+    return datasets.Dataset.from_dict({"text": texts, "label": labels})
 
 
 def toy_corpus(n=10000):
     """n unlabelled reviews of both domains, for pre-training and as general text."""
     rng = random.Random("corpus")
-    return [toy_review(rng.choice(["film", "food"]), rng, labelled=False)[0] for _ in range(n)]
+    reviews = []
+    for _ in range(n):
+        domain = rng.choice(["film", "food"])
+        reviews.append(toy_review(domain, rng, labelled=False)[0])
+    return reviews
 
 
 def toy_vocabulary():
-    words = [w for pair in TOY_WORDS.values() for words in pair for w in words] + [w for nouns in TOY_NOUNS.values() for w in nouns]
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*words, *TOY_HABIT, "not", ",", "."})]
+    words = {*TOY_HABIT, "not", ",", "."}
+    for positive, negative in TOY_WORDS.values():
+        words.update(positive, negative)
+    for nouns in TOY_NOUNS.values():
+        words.update(nouns)
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+
+
+# ------------------------------------------------------------------------------ python data.py TASK
+
+def describe(task, split, rows, count, unit):
+    """Prints a split's size, lengths and first rows. count(texts) -> their lengths."""
+    texts = []
+    for row in rows.select(range(min(len(rows), 5000))):
+        texts.append(" ".join(row[column] for column in task.columns))
+    lengths = count(texts)
+    quantiles = []
+    for percent in (5, 50, 95, 100):
+        quantiles.append(f"{percent}%: {int(np.quantile(lengths, percent / 100))}")
+    print(f"  {split}: {len(rows)} rows; {unit} at {', '.join(quantiles)}")
+
+    for row in rows.select(range(min(3, len(rows)))):
+        label = row["label"]
+        if task.label_names and label >= 0:
+            label = task.label_names[label]
+        print(f"    {label}: " + " | ".join(row[column][:160] for column in task.columns))
 
 
 def main(argv=None):
-    import argparse, datasets
+    import argparse
+    import datasets
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     parser = argparse.ArgumentParser(description="Says what a task is.", allow_abbrev=False)
-    parser.add_argument("task", choices=TASKS, metavar="task", help="one of " + " ".join(TASKS))
-    parser.add_argument("--model", help="a tokenizer, to count tokens; without it, words are counted")
-    parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE", help="the file of a task without a hub id")
+    parser.add_argument("task", help="one of " + " ".join(TASKS))
+    parser.add_argument("--model", help="a tokenizer, to count tokens; else words are counted")
+    parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
+                        help="the file of a task without a hub id")
     args = parser.parse_args(argv)
-    task, count = TASKS[args.task], lambda texts: [len(t.split()) for t in texts]
+    check_task(args.task, "task")
+    task = TASKS[args.task]
+
+    def count_words(texts):
+        return [len(text.split()) for text in texts]
+
+    def count_tokens(texts):
+        return [len(ids) for ids in tokenizer(texts)["input_ids"]]
+
+    count, unit = count_words, "words"
     if args.model:
         from transformers import AutoTokenizer
-        count = lambda texts, read=AutoTokenizer.from_pretrained(args.model): [len(x) for x in read(texts)["input_ids"]]
-    print(f"{args.task}: {task.path or 'a local file'} {task.config}\n  columns  {', '.join(task.columns)}; label {task.label}\n"
-          f"  labels   {', '.join(task.label_names) or 'a number'}\n  metrics  {task.metrics}")
-    for split in dict.fromkeys([task.train, *task.validation.split(), *task.test.split()]):
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        count, unit = count_tokens, "tokens"
+
+    print(f"{args.task}: {task.path or 'a local file'} {task.config}")
+    print(f"  columns  {', '.join(task.columns)}; label {task.label}")
+    print(f"  labels   {', '.join(task.label_names) or 'a number'}")
+    print(f"  metrics  {task.metrics}")
+    splits = [task.train, *task.validation.split(), *task.test.split()]
+    for split in dict.fromkeys(splits):
         try:
             rows = read(task, split, args.task, args)
         except UserError as error:
@@ -570,16 +1307,13 @@ def main(argv=None):
                 raise
             print(f"  {split}: {error}")
             continue
-        lengths = count([" ".join(row[c] for c in task.columns) for row in rows.select(range(min(len(rows), 5000)))])
-        quantiles = ", ".join(f"{q}%: {int(np.quantile(lengths, q / 100))}" for q in (5, 50, 95, 100))
-        print(f"  {split}: {len(rows)} rows; {'tokens' if args.model else 'words'} at {quantiles}")
-        for row in rows.select(range(min(3, len(rows)))):
-            label = row["label"] if task.regression or row["label"] < 0 else task.label_names[row["label"]]
-            print(f"    {label}: " + " | ".join(row[c][:160] for c in task.columns))
+        describe(task, split, rows, count, unit)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError, ValueError) as error:                    # these two: no such --model
-        sys.exit(print(f"data.py: {first_line(error)}", file=sys.stderr) or 2)
+    except (UserError, OSError, ValueError) as error:
+        # The last two: no such --model.
+        print(f"data.py: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)

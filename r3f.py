@@ -1,59 +1,139 @@
 """R3F and R4F: add tiny noise to the word embeddings and keep the prediction where it was.
 
-Aghajanyan, Shrivastava, Gupta, Goyal, Zettlemoyer, Gupta: Better Fine-Tuning by Reducing Representational Collapse,
-ICLR 2021. f: the pre-trained encoder, g: the classification head, x: the word embeddings (B, n, H), y: labels (B,).
+Aghajanyan, Shrivastava, Gupta, Goyal, Zettlemoyer, Gupta: Better Fine-Tuning by Reducing
+Representational Collapse, ICLR 2021. f: the pre-trained encoder, g: the classification head,
+x: the word embeddings (B, n, H), y: labels (B,).
 
-    L = CE(g.f(x), y) + lam * KL_S(g.f(x) || g.f(x + z))     Eq. 3    KL_S(p, q) = KL(p || q) + KL(q || p)
-    z ~ N(0, eps^2 I)  or  z ~ U(-eps, eps)                   Eq. 4
-    R4F: Lip{g} <= 1, by W := W / sigma(W) in the head g      Eq. 5
+    L = CE(g.f(x), y) + lam * KL_S(g.f(x) || g.f(x + z))    Eq. 3
+        KL_S(p, q) = KL(p || q) + KL(q || p)
+    z ~ N(0, eps^2 I)  or  z ~ U(-eps, eps)                  Eq. 4
+    R4F: Lip{g} <= 1, by W := W / sigma(W) in the head g     Eq. 5
 
-    python r3f.py                                                            the toy task, std against r3f, on a CPU
-    python r3f.py --task rte                                                 the paper's recipe (Tables 5 and 6)
+Generation (section 3.2) and tags: labels y_t at m positions of B sentences, N of them real. LS is
+cross entropy with the weight 1 - e on y_t and e / (V - 1) on each of the other V - 1 words.
+
+    L = 1/N sum_real LS(p_t, y_t) + lam * R                  Eq. 3, by position t
+        R = 1/N sum_real KL_S(p_t, q_t) "token" | 1/B sum_real "sentence" | 1/B sum_all "released"
+
+    python r3f.py                               the toy task, std against r3f, on a CPU
+    python r3f.py --task rte                    the paper's recipe (Tables 5 and 6)
     torchrun --nproc_per_node=8 r3f.py --task sst2 --method r4f --seeds 0 1 2
-    cp r3f.py elsewhere/                                                     the core needs torch and a Hugging Face model
+    cp r3f.py elsewhere/                        the core needs torch and a Hugging Face model
 
 Choices, where the paper is silent or the authors' release does otherwise:
- 1. z is added to the output of the encoder's word embeddings, before positions and LayerNorm, by a forward hook while
-    `input_ids` are passed. The release never hands z to RoBERTa; here a hook that does not fire is an error.
- 2. Both passes have dropout masks of their own, as in the release: they, not z, then make most of the KL. Measured: mean
-    symmetric KL of MiniLM fine-tuned on CoLA, 256 of its validation sentences, fp32, dropout 0.1, four draws:
+ 1. z is added to the output of the encoder's word embeddings, before positions and LayerNorm, by
+    a forward hook while `input_ids` are passed. The release never hands z to RoBERTa; here a z
+    that does not arrive exactly once a pass is an error.
+ 2. Both passes have dropout masks of their own, as in the release: they, not z, then make most of
+    the KL. Measured: mean symmetric KL of MiniLM fine-tuned on CoLA, 256 of its validation
+    sentences, fp32, dropout 0.1, four draws:
         eps                      0       1e-5      1e-3     1e-1
         masks independent     0.072     0.067     0.073     0.89
         masks shared          0       1.6e-09   1.6e-05     0.89
     `share_dropout` gives both passes the same masks, so that z alone separates them.
- 3. Gradients flow through both branches down to the word embeddings: Eq. 3 as it stands, 2 forward and 2 backward
-    passes. stop_grad="noised" holds the noised prediction constant, which is the 2 FP + 1 BP that Table 1 counts.
- 4. KL_S is summed over the classes and averaged over the examples; softmax in fp32 also under autocast.
- 5. R4F normalises every Linear of the head, as the paper says; the release only the last.
+ 3. Gradients flow through both branches down to the word embeddings: Eq. 3 as it stands, 2
+    forward and 2 backward passes. stop_grad="noised" holds the noised prediction constant, which
+    is the 2 FP + 1 BP that Table 1 counts.
+ 4. KL_S is summed over the classes and averaged over the examples; softmax in fp32 also under
+    autocast. There an eps of 1e-5 is below the rounding of bf16, which makes a KL of its own.
+ 5. R4F normalises every Linear of the head, as the paper says; the release only the last. A head
+    with other weights (ModernBERT's has a LayerNorm) would not be 1-Lipschitz: an error. Nor has
+    generation a g with weights of its own (section 3.2): an error too.
  6. Regression: the KL is undefined (footnote 1), so it is an error, not a silent zero.
+ 7. Generation: z goes to the encoder's word embeddings alone, as in the release. R is a mean over
+    real positions, "token". The paper's lam (0.001 to 0.1) belongs to the release's unit, a sum
+    over the sentence that counts the padding too: "released". "sentence" leaves the padding out;
+    the same strength is then lam_token = lam * N / B.
+ 8. Label smoothing is in CE alone: KL_S is of the predictions as they are (section 3.2). In eval
+    mode the plain loss has it too. torch's own label_smoothing also puts e / V on y_t, so it is
+    called with e * V / (V - 1).
+ 9. The rivals of Table 2 and of TDT's Table 5 stand below the method, each with choices of its own.
 """
-import argparse
 import contextlib
-import functools
+import copy
+import json
 import os
+import signal
 import sys
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):         # answered before torch is loaded: that takes a second
-    from common import print_help
-    print_help(__file__)
+NOISE = "lam eps noise stop_grad share_dropout"
+METHODS = {                                            # the kinds of task it can train, its flags
+    "std": ("classify regress", ""),
+    "r3f": ("classify", NOISE),
+    "r4f": ("classify", NOISE),
+    "rdrop": ("classify", "alpha"),
+    "smart": ("classify", "lam eps smart_sigma smart_eta smart_steps bregman"),
+    "freelb": ("classify regress", "adv_steps adv_lr adv_init adv_eps"),
+}
+
+
+def flags():
+    import common
+    p = common.parser(__doc__, [*METHODS], ["r3f"])
+    weight = common.number(float, 0)
+    above_0 = common.number(float, 0, above=True)
+    g = p.add_argument_group("R3F and R4F")
+    g.add_argument("--lam", type=weight, default=1.0,
+                   help="lambda, Eq. 3; the paper tries 0.1 0.5 1 5; also SMART's")
+    g.add_argument("--eps", type=weight, default=1e-5, help="sigma, Eq. 4; of SMART the bound of z")
+    g.add_argument("--noise", default="uniform", choices=["uniform", "normal"],
+                   help="distribution of z, Eq. 4")
+    g.add_argument("--stop_grad", default="none", choices=["none", "noised"],
+                   help="choice 3: noised is a third cheaper")
+    g.add_argument("--share_dropout", action="store_true",
+                   help="choice 2: both passes use the same dropout masks")
+    g = p.add_argument_group("its rivals")
+    g.add_argument("--alpha", type=weight, default=1.0, help="R-Drop: weight of the KL")
+    g.add_argument("--smart_sigma", type=above_0, default=1e-5, help="SMART: deviation of z_0")
+    g.add_argument("--smart_eta", type=weight, default=1e-3, help="SMART: length of an ascent")
+    g.add_argument("--smart_steps", type=common.number(int, 1), default=1, help="SMART: ascents, K")
+    g.add_argument("--bregman", type=weight, default=0.0, help="SMART: mu; its paper: 1")
+    g.add_argument("--adv_steps", type=common.number(int, 1), default=2, help="FreeLB: ascents, K")
+    g.add_argument("--adv_lr", type=weight, default=0.1, help="FreeLB: length of an ascent")
+    g.add_argument("--adv_init", type=weight, default=0.6, help="FreeLB: size of z_0")
+    g.add_argument("--adv_eps", type=weight, default=0.0, help="FreeLB: bound of |z|; 0: none")
+    g = p.add_argument_group("probes of finished runs (section 4.1)")
+    g.add_argument("--probe", nargs="+", default=[], metavar="RUN",
+                   help="a linear layer on the frozen encoder of each, and on the untuned one")
+    g.add_argument("--probe_tasks", nargs="+", default=[], metavar="NAME",
+                   help="what the linear layers learn")
+    g.add_argument("--probe_recipe", default="paper", choices=["paper", "converged"],
+                   help="paper: Table 5's rate and updates, which cannot converge")
+    return p
+
+
+# same: start
+if __name__ == "__main__":                             # before torch is loaded, for seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "common.py")):
+        sys.exit(f"{__file__}: alone it is a module to import, as its first lines say; its "
+                 "experiments need common.py and data.py beside it")
+    if {"-h", "--help"} & set(sys.argv):
+        flags().parse_args(["--help"])
+# end same
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrizations, parametrize
 
 
-# ---------------------------------------------------------------------------------------------------- the method
+# --------------------------------------------------------------------------------------  the method
 
 def symmetric_kl(logits_p, logits_q):
     """KL(p || q) + KL(q || p), summed over classes: (B, C), (B, C) -> (B,), in fp32. Eq. 3.
 
-    Logits (0, ln 3) and (0, 0) are p = (1/4, 3/4) and q = (1/2, 1/2): the value is (1/4) ln 3 = 0.2747.
+    Logits (0, ln 3) and (0, 0) are p = (1/4, 3/4) and q = (1/2, 1/2): it is (1/4) ln 3 = 0.2747.
     """
-    log_p, log_q = logits_p.float().log_softmax(-1), logits_q.float().log_softmax(-1)
+    log_p = logits_p.float().log_softmax(-1)
+    log_q = logits_q.float().log_softmax(-1)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
 def sample_noise(like, eps, kind):
-    """z of Eq. 4, of the shape, type and device of `like`. kind: "uniform", U(-eps, eps), or "normal", N(0, eps^2)."""
+    """z of Eq. 4, of the shape, type and device of `like`.
+
+    kind: "uniform", U(-eps, eps), or "normal", N(0, eps^2).
+    """
     if kind == "uniform":
         return torch.empty_like(like).uniform_(-eps, eps)
     if kind == "normal":
@@ -62,199 +142,810 @@ def sample_noise(like, eps, kind):
 
 
 class R3F(torch.nn.Module):
-    """The loss of Eq. 3 around a Hugging Face sequence classifier.
+    """The loss of Eq. 3 around a Hugging Face model.
 
-    lam: weight of the KL; 0 is plain fine-tuning. eps: scale of z. noise: "uniform" or "normal". stop_grad: "none", or
-    "noised" (choice 3). share_dropout: choice 2. In eval mode there is no noise: one pass, the plain loss.
-    Source: Eq. 3 and 4; defaults from Table 6.
+    lam: weight of the KL; 0 is plain fine-tuning. eps: scale of z. noise: "uniform" or "normal".
+    stop_grad: "none", or "noised" (choice 3). share_dropout: choice 2. label_smoothing: e, and
+    reduction: "token", "sentence" or "released", for labels by position (choices 7 and 8).
+    In eval mode there is no noise: one pass, the plain loss. Source: Eq. 3, 4; Table 6.
     """
 
-    def __init__(self, model, lam=1.0, eps=1e-5, noise="uniform", stop_grad="none", share_dropout=False):
+    def __init__(self, model, lam=1.0, eps=1e-5, noise="uniform", stop_grad="none",
+                 share_dropout=False, label_smoothing=0.0, reduction="token"):
         super().__init__()
-        if stop_grad not in ("none", "noised") or noise not in ("uniform", "normal"):
-            raise ValueError(f"stop_grad must be 'none' or 'noised', noise 'uniform' or 'normal', got {stop_grad!r}, {noise!r}")
-        if lam < 0 or eps < 0:
-            raise ValueError(f"lam and eps must not be negative, got {lam} and {eps}")
-        if lam and model.config.num_labels == 1:
-            raise ValueError("R3F needs classes: the KL of a regression model is undefined (paper, footnote 1)")
+        refuse_other("stop_grad", stop_grad, ["none", "noised"])
+        refuse_other("noise", noise, ["uniform", "normal"])
+        refuse_other("reduction", reduction, ["token", "sentence", "released"])
+        refuse_negative(lam=lam, eps=eps)
+        if not 0 <= label_smoothing <= 0.5:
+            raise ValueError(f"label_smoothing must be from 0 to 0.5, got {label_smoothing}")
+        if lam > 0:
+            refuse_regression(model, "R3F")
+
         self.model, self.lam, self.eps, self.noise = model, lam, eps, noise
         self.stop_grad, self.share_dropout = stop_grad, share_dropout
-        config = model.config.to_dict()
-        self.random = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()) or any(
-            "drop" in name and isinstance(p, float) and p > 0 for name, p in config.items())
+        self.label_smoothing, self.reduction = label_smoothing, reduction
+        self.random = has_dropout(model)
 
+    @parametrize.cached()                              # R4F: one power iteration a step, one W
     def forward(self, labels, **inputs):
-        """labels (B,), inputs as the model takes them, input_ids (B, n) -> (loss, {"ce", "kl"}), means over the batch."""
-        kl = torch.zeros((), device=labels.device)
-        if not self.training or self.lam == 0 or (self.eps == 0 and (self.share_dropout or not self.random)):
-            logits = self.model(**inputs).logits                                   # g.f(x)              (B, C)
-        elif self.stop_grad == "none" and not self.share_dropout:
-            twice = {k: torch.cat([v, v]) for k, v in inputs.items()}              # one stacked pass    (2B, n)
-            with self.added_noise(twins=True):
-                logits, noised = self.model(**twice).logits.chunk(2)               # g.f(x), g.f(x + z)  (B, C) each
-            kl = symmetric_kl(logits, noised).mean()
+        """labels (B,) or (B, m), inputs as the model takes them, input_ids (B, n)
+        -> (loss, {"ce", "kl"}), means over the batch."""
+        inputs = with_decoder_inputs(self.model, labels, inputs)
+        if not self.two_passes_differ():
+            return plain_loss(self.model, labels, inputs, self.label_smoothing)
+
+        both = self.two_passes(inputs)
+        if labels.dim() == 2:
+            loss, ce, kl = loss_by_position(
+                both, labels, self.lam, self.label_smoothing, self.reduction)     # Eq. 3, by t
         else:
-            devices = [labels.device] if labels.is_cuda else []
-            drawn = self.added_noise(scale=0) if self.share_dropout else contextlib.nullcontext()
-            with torch.random.fork_rng(devices, enabled=self.share_dropout), drawn:
-                logits = self.model(**inputs).logits                               # g.f(x)              (B, C)
-            with torch.set_grad_enabled(self.stop_grad == "none"), self.added_noise():
-                noised = self.model(**inputs).logits                               # g.f(x + z)          (B, C)
+            logits, noised = torch.cat(both).chunk(2)               # g.f(x), g.f(x + z)
+            ce = task_loss(logits, labels, self.label_smoothing)
             kl = symmetric_kl(logits, noised).mean()
-        if logits.shape[-1] == 1:
-            ce = F.mse_loss(logits.float().squeeze(-1), labels.float())            # lam is 0 here
+            loss = ce + self.lam * kl                               # Eq. 3
+        return loss, {"ce": ce.detach(), "kl": kl.detach()}
+
+    def two_passes_differ(self):
+        """False where the KL would have no weight, or would be 0 for sure."""
+        if not self.training or self.lam == 0:
+            return False
+        return self.eps > 0 or (self.random and not self.share_dropout)
+
+    def two_passes(self, inputs):
+        """[the logits g.f(x) and, below them, g.f(x + z)], of a stacked pass: (2B, C); or [g.f(x),
+        g.f(x + z)], of two calls, where choices 2 or 3 need them: (B, C) each."""
+        if self.stop_grad == "none" and not self.share_dropout:
+            with added(self.model, self.noise_for_second_half):
+                return [logits_of(self.model, stacked_twice(inputs))]
+
+        if self.share_dropout:
+            with replayed(inputs), added(self.model, self.noise_unused):
+                logits = logits_of(self.model, inputs)              # g.f(x)       (B, C)
         else:
-            ce = F.cross_entropy(logits.float(), labels)
-        return ce + self.lam * kl, {"ce": ce.detach(), "kl": kl.detach()}          # Eq. 3
+            logits = logits_of(self.model, inputs)                  # g.f(x)       (B, C)
+        with torch.set_grad_enabled(self.stop_grad == "none"), added(self.model, self.noise_for):
+            noised = logits_of(self.model, inputs)                  # g.f(x + z)   (B, C)
+        return [logits, noised]
 
-    @contextlib.contextmanager
-    def added_noise(self, twins=False, scale=1):
-        """Inside, the word embeddings come out as x + z. twins: only in the second half of the batch. scale=0 draws z
-        without adding it, so that a pass without noise uses up the same random numbers as one with it."""
-        encoder = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
-        dim, fired = int(self.model.config.model_type == "xlnet"), []              # XLNet's are (n, B, H)
+    def noise_for(self, x):
+        """z for the embeddings x. (B, n, H) -> (B, n, H). Eq. 4."""
+        return sample_noise(x, self.eps, self.noise)
 
-        def hook(module, args, x):                                                 # x                   (B, n, H)
-            fired.append(True)
-            if twins:
-                x, same = x.chunk(2, dim)
-                return torch.cat([x, same + sample_noise(same, self.eps, self.noise)], dim)
-            return x + scale * sample_noise(x, self.eps, self.noise)
+    def noise_for_second_half(self, x):
+        """z for a stacked batch, whose first half stays as it is. (2B, n, H) -> (2B, n, H)."""
+        first, second = x.chunk(2)
+        return torch.cat([torch.zeros_like(first), self.noise_for(second)])
 
-        handle = encoder.get_input_embeddings().register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-        if not fired:
-            raise RuntimeError(f"the noise did not arrive: {type(self.model).__name__} did not call its word embeddings")
+    def noise_unused(self, x):
+        """No z, for the price of its random numbers: dropout then draws what it draws beside z."""
+        return 0 * self.noise_for(x)
+
+
+def word_embeddings(model):
+    """The module that looks up the encoder's words; an encoder-decoder's own one may go unused."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+    return encoder.get_input_embeddings()
+
+
+@contextlib.contextmanager
+def added(model, z_of):
+    """Inside, one pass of the encoder has the word embeddings x + z_of(x). Both (B, n, H).
+
+    RuntimeError if the pass did not go through the encoder's word embeddings exactly once.
+    """
+    positions_first = model.config.model_type == "xlnet"            # its x are (n, B, H)
+    calls = []
+
+    def hook(module, args, x):
+        calls.append(module)
+        if positions_first:
+            return x + z_of(x.transpose(0, 1)).transpose(0, 1)
+        return x + z_of(x)
+
+    handle = word_embeddings(model).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        raise RuntimeError(f"the noise did not arrive: {type(model).__name__} called its word "
+                           f"embeddings {len(calls)} times in one pass, must be once")
+
+
+def replayed(inputs, enabled=True):
+    """Inside, random numbers are drawn that will be drawn once more after it: a pass inside and a
+    pass after it have the same dropout masks."""
+    device = next(iter(inputs.values())).device
+    return torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=enabled)
+
+
+def has_dropout(model):
+    """Whether two passes of the model in train mode differ."""
+    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    settings = model.config.to_dict()
+    rates += [p for name, p in settings.items() if "drop" in name and isinstance(p, float)]
+    return max(rates, default=0) > 0
 
 
 def spectral_normalize(model):
-    """R4F, Eq. 5: every Linear of the head (all outside `model.base_model`) gets W / sigma(W), in place. Returns model.
+    """R4F, Eq. 5: every Linear of the head (all outside `model.base_model`) gets W / sigma(W), in
+    place. Returns model.
 
-    sigma(W) by power iteration, one a training step (Miyato et al., 2018), frozen in eval mode. Between the layers
-    stand only 1-Lipschitz functions (tanh, dropout at evaluation), so that the head is 1-Lipschitz; GELU is 1.13.
+    sigma(W) by power iteration, one a training step (Miyato et al., 2018), frozen in eval mode.
+    Between the layers stand only 1-Lipschitz functions (tanh, dropout at evaluation), so that the
+    head is 1-Lipschitz; GELU is 1.13. A head with weights outside a Linear is a ValueError.
     """
-    body = {id(m) for m in model.base_model.modules()}
-    head = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m) not in body]
-    if not head or model.base_model is model:
-        raise ValueError(f"{type(model).__name__} has no Linear outside its base model to normalise")
+    if model.get_output_embeddings() is not None:
+        raise ValueError(f"{type(model).__name__} predicts words: there g has no weights of its "
+                         "own to normalise (paper, section 3.2), so R4F does not apply; use R3F")
+    body = {id(module) for module in model.base_model.modules()}
+    head = []
+    for name, module in model.named_modules():
+        if id(module) in body or not list(module.parameters(recurse=False)):
+            continue
+        if not isinstance(module, torch.nn.Linear):
+            raise ValueError(f"{type(model).__name__} has a {type(module).__name__} ({name}) in "
+                             "its head, which W / sigma(W) does not make 1-Lipschitz: R4F needs a "
+                             "head whose weights are all in Linear modules")
+        head.append(module)
+    if not head:
+        raise ValueError(f"{type(model).__name__} has no head: no Linear outside its base model")
     for linear in head:
-        torch.nn.utils.parametrizations.spectral_norm(linear)
+        parametrizations.spectral_norm(linear)
     return model
 
 
 def plain_state_dict(model):
-    """model.state_dict() with each normalised weight as one plain tensor, as `save_pretrained(state_dict=...)` needs
-    it: saved as it is, a parametrised head would be re-initialised silently by `from_pretrained`."""
+    """model.state_dict() with each normalised weight as one plain tensor, as
+    `save_pretrained(state_dict=...)` needs it: saved as it is, a parametrised head would be
+    re-initialised silently by `from_pretrained`."""
     state = {k: v for k, v in model.state_dict().items() if ".parametrizations." not in k}
     for name, module in model.named_modules():
         for weight in getattr(module, "parametrizations", {}):
-            was_training, _ = module.training, module.eval()                       # reading must not iterate
+            was_training = module.training
+            module.eval()                                           # reading must not iterate
             state[f"{name}.{weight}"] = getattr(module, weight).detach()
             module.train(was_training)
     return state
 
 
-# ---------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------  labels by position
 
-def flags():
+def loss_by_position(both, labels, lam, label_smoothing, reduction):
+    """Eq. 3 for labels by position -> loss, ce, kl. both: what `R3F.two_passes` gives, the logits
+    without and with z, [(2B, m, V)] or [(B, m, V), (B, m, V)]. labels (B, m).
+
+    The vocabulary makes softmax and its gradient the largest tensors of a step. So a few positions
+    at a time go through softmax, and the gradient of the loss takes the place of their logits:
+    whoever else still holds the logits must not read them after this.
+    """
+    if both[0].shape[1] != labels.shape[1]:
+        raise ValueError(f"the model gives logits at {both[0].shape[1]} positions, but there are "
+                         f"labels at {labels.shape[1]}")
+    rows, vocabulary = len(labels), both[0].shape[-1]
+    labels = labels.flatten()
+    real = (labels != -100).float()
+    in_ce = real / real.sum()                                       # weights by position  (B m,)
+    in_kl = {"token": in_ce, "sentence": real / rows,
+             "released": torch.ones_like(real) / rows}[reduction]
+
+    places = [logits.detach().contiguous() for logits in both]
+    halves = [half.view(-1, vocabulary) for place in places for half in place.split(rows)]
+    for half in halves:                                             # (B m, V)
+        half[in_kl == 0] = 0                                        # padding has no gradient
+    ce = torch.zeros((), device=real.device)
+    kl = torch.zeros((), device=real.device)
+    for few in in_kl.nonzero().squeeze(1).split(max(1, 2**20 // vocabulary)):
+        with torch.enable_grad():
+            logits, noised = [half[few].float().requires_grad_() for half in halves]
+            each_ce = cross_entropy(logits, labels[few].clamp(min=0), label_smoothing, "none")
+            few_ce = (in_ce[few] * each_ce).sum()
+            few_kl = (in_kl[few] * symmetric_kl(logits, noised)).sum()
+            gradients = torch.autograd.grad(few_ce + lam * few_kl, [logits, noised])
+        for half, gradient in zip(halves, gradients):
+            half[few] = gradient.to(half.dtype)
+        ce += few_ce.detach()
+        kl += few_kl.detach()
+    return KnownGradient.apply(ce + lam * kl, places, *both), ce, kl
+
+
+class KnownGradient(torch.autograd.Function):
+    """A loss, given with its gradients on some tensors: backward only hands them on, once."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *tensors):
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, scale):
+        gradients, ctx.gradients = ctx.gradients, None
+        return (None, None, *[gradient.mul_(scale) for gradient in gradients])
+
+
+def with_decoder_inputs(model, labels, inputs):
+    """The inputs, with what a decoder reads where a model is to generate labels (B, m)."""
+    generates = model.config.is_encoder_decoder and labels.dim() == 2
+    if not generates or "decoder_input_ids" in inputs:
+        return inputs
+    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise ValueError(f"{type(model).__name__} cannot make its decoder's inputs from the "
+                         "labels: pass decoder_input_ids")
+    words = labels.masked_fill(labels == -100, model.config.pad_token_id)
+    shifted = model.prepare_decoder_input_ids_from_labels(words)
+    return {**inputs, "decoder_input_ids": shifted}
+
+
+def logits_of(model, inputs):
+    """One pass: (B, C), (B, n, C) or (B, m, V)."""
+    if "decoder_input_ids" in inputs:
+        return model(**inputs, use_cache=False).logits              # it is for decoding, and large
+    return model(**inputs).logits
+
+
+# --------------------------------------------------------------------------  shared with its rivals
+
+def stacked_twice(inputs):
+    """The batch and, below it, the batch once more: two passes in one. (B, n) -> (2B, n)."""
+    return {name: torch.cat([value, value]) for name, value in inputs.items()}
+
+
+def cross_entropy(logits, labels, label_smoothing=0.0, reduction="mean"):
+    """LS: the weight 1 - e on the label, e / (V - 1) on each other class, in fp32. Choice 8.
+
+    p = (1/2, 1/4, 1/4), the first is right, e = 0.3: 0.7 ln 2 + 2 * 0.15 ln 4 = 0.9011.
+    """
+    classes = logits.shape[-1]
+    return F.cross_entropy(logits.float(), labels, reduction=reduction,
+                           label_smoothing=label_smoothing * classes / (classes - 1))
+
+
+def task_loss(logits, labels, label_smoothing=0.0):
+    """The plain loss, a mean over the labels that are not -100: cross entropy, or squared error
+    where there is one output."""
+    if labels.dim() == 2:
+        real = labels != -100
+        logits, labels = logits[real], labels[real]
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits.float().squeeze(-1), labels.float())
+    return cross_entropy(logits, labels, label_smoothing)
+
+
+def plain_loss(model, labels, inputs, label_smoothing=0.0):
+    """(loss, stats) of one plain pass."""
+    ce = task_loss(logits_of(model, inputs), labels, label_smoothing)
+    return ce, {"ce": ce.detach(), "kl": torch.zeros((), device=labels.device)}
+
+
+def refuse_other(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def refuse_negative(**settings):
+    for name, value in settings.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+
+
+def refuse_regression(model, method):
+    if model.config.num_labels == 1:
+        raise ValueError(f"{method} needs classes: the KL of a regression model is undefined "
+                         "(paper, footnote 1)")
+
+
+# --------------------------------------------------------------------------------------  its rivals
+
+def mean_kl(logits_p, logits_q, labels):
+    """KL_S, averaged over the labels that are not -100."""
+    if labels.dim() == 2:
+        real = labels != -100
+        logits_p, logits_q = logits_p[real], logits_q[real]
+    return symmetric_kl(logits_p, logits_q).mean()
+
+
+def real_tokens(inputs):
+    """1 at words, 0 at padding: (B, n, 1)."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones_like(inputs["input_ids"])
+    return mask[..., None]
+
+
+def embedding_noise(model, real):
+    """An empty z for a batch of real tokens (B, n, 1): (B, n, H), like the word embeddings."""
+    weight = word_embeddings(model).weight
+    return torch.empty(*real.shape[:2], weight.shape[1], dtype=weight.dtype, device=real.device)
+
+
+class RDrop(torch.nn.Module):
+    """R-Drop (Liang et al., NeurIPS 2021): two dropout samples of one sentence must agree.
+
+        L = 1/2 (CE(p_1, y) + CE(p_2, y)) + alpha 1/2 KL_S(p_1, p_2)
+
+    One stacked pass of 2B rows. alpha: the paper tries 0.1, 0.5, 1 on GLUE. stats "kl" is KL_S.
+    a. Halves as in the paper and in the release's README. Its BERT file adds the two CE, alpha 0.5;
+       its RoBERTa file has the CE of one sample only, alpha 0.7.
+    b. KL_S is averaged over the examples, as CE is; the release sums it over the batch.
+    """
+
+    def __init__(self, model, alpha=1.0):
+        super().__init__()
+        refuse_negative(alpha=alpha)
+        if alpha > 0:
+            refuse_regression(model, "R-Drop")
+        self.model, self.alpha = model, alpha
+
+    def forward(self, labels, **inputs):
+        """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"})."""
+        inputs = with_decoder_inputs(self.model, labels, inputs)
+        if not self.training or self.alpha == 0:
+            return plain_loss(self.model, labels, inputs)
+
+        first, second = logits_of(self.model, stacked_twice(inputs)).chunk(2)     # p_1, p_2
+        ce = (task_loss(first, labels) + task_loss(second, labels)) / 2
+        kl = mean_kl(first, second, labels)
+        return ce + self.alpha / 2 * kl, {"ce": ce.detach(), "kl": kl.detach()}
+
+
+class SMART(torch.nn.Module):
+    """SMART (Jiang et al., ACL 2020): R3F with the worst z instead of a random one. R3F's Eq. 2.
+
+        L = CE(p(x), y) + lam KL_S(p(x), p(x + z)) + mu KL_S(p(x; th), p(x; th~))
+        z_0 ~ N(0, sigma^2),    K times  z := clip(z + eta g / max|g|, eps),  g = grad_z KL_S
+        th~ := beta th~ + (1 - beta) th  after each step,  beta = 0.99
+
+    K: steps. mu: bregman; 0 is off and makes no copy of the weights. K + 2 forward passes, one
+    more with mu. The ascent holds p(x) constant and leaves no gradient on the weights.
+    a. The paper's step is eta g. With its eta of 1e-3 that is 5e-9 beside a |z| of 3e-5: nothing.
+       Divided by the sentence's largest |g| each step reaches the bound eps, as meant. The release
+       divides z + eta g by its largest entry, token by token, so that |z| is 1 and not eps.
+    b. All passes have the same dropout masks: otherwise those, not z, would make the KL.
+    c. z is 0 at padding and goes to the word embeddings; the release embeds twice (mt-dnn #230).
+    d. p(x) gets gradients from KL_S as p(x + z) does; the release detaches one side of each half.
+    e. th~ moves once a step, however many micro-batches it has, with one beta throughout. The
+       release has no such term. th~ is kept in this module's state, for a run to be resumed, and
+       not in the model's.
+    f. Regression is an error, as in R3F; the release takes squared errors.
+    """
+
+    def __init__(self, model, lam=1.0, eps=1e-5, sigma=1e-5, eta=1e-3, steps=1, bregman=0.0):
+        super().__init__()
+        refuse_negative(lam=lam, eps=eps, eta=eta, bregman=bregman)
+        if sigma <= 0 or steps < 1:
+            raise ValueError("sigma must be positive and steps at least 1, or z stays where its "
+                             f"gradient is 0; got {sigma} and {steps}")
+        if lam > 0 or bregman > 0:
+            refuse_regression(model, "SMART")
+        self.model, self.lam, self.eps, self.sigma = model, lam, eps, sigma
+        self.eta, self.steps, self.bregman = eta, steps, bregman
+        if bregman > 0:
+            self.average = Average(model, 0.99)                     # th~
+
+    @parametrize.cached()
+    def forward(self, labels, **inputs):
+        """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"})."""
+        inputs = with_decoder_inputs(self.model, labels, inputs)
+        if not self.training or (self.lam * self.eps == 0 and self.bregman == 0):
+            return plain_loss(self.model, labels, inputs)
+
+        real = real_tokens(inputs)                                  # (B, n, 1)
+        z = embedding_noise(self.model, real).normal_(0, self.sigma) * real       # z_0
+        with replayed(inputs):
+            logits = logits_of(self.model, inputs)                  # p(x)         (B, C)
+        z = self.ascended(z, real, logits.detach(), labels, inputs)
+        if self.bregman > 0:
+            with replayed(inputs), torch.no_grad():
+                before = logits_of(self.average.towards(self.model), inputs)      # p(x; th~)
+        with added(self.model, lambda x: z):
+            noised = logits_of(self.model, inputs)                  # p(x + z)     (B, C)
+
+        ce = task_loss(logits, labels)
+        kl = mean_kl(logits, noised, labels)
+        loss = ce + self.lam * kl
+        if self.bregman > 0:
+            loss = loss + self.bregman * mean_kl(logits, before, labels)
+        return loss, {"ce": ce.detach(), "kl": kl.detach()}
+
+    def ascended(self, z, real, logits, labels, inputs):
+        """z after K steps up the KL, a constant. (B, n, H) -> (B, n, H)."""
+        for _ in range(self.steps):
+            z.requires_grad_()
+            with replayed(inputs), added(self.model, lambda x: z):
+                kl = mean_kl(logits_of(self.model, inputs), logits, labels)
+            gradient, = torch.autograd.grad(kl, z)
+            largest = gradient.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)  # (B, 1, 1)
+            z = (z + self.eta * gradient / largest * real).detach().clamp(-self.eps, self.eps)
+        return z
+
+
+class Average(torch.nn.Module):
+    """The exponential average th~ of a model's weights th, in a copy of the model."""
+
+    def __init__(self, model, beta):
+        super().__init__()
+        self.copy, self.beta = copy.deepcopy(model).requires_grad_(False), beta
+        self.register_buffer("last_seen", self.newest(model).clone())
+
+    def newest(self, model):
+        """The last of the trained weights: a small one, which every optimizer step changes."""
+        return [weight for weight in model.parameters() if weight.requires_grad][-1].detach()
+
+    @torch.no_grad()
+    def towards(self, model):
+        """The copy, after th~ := beta th~ + (1 - beta) th if th has changed since the last call."""
+        if not torch.equal(self.newest(model), self.last_seen):
+            self.last_seen.copy_(self.newest(model))
+            for average, weight in zip(self.copy.parameters(), model.parameters()):
+                average.lerp_(weight, 1 - self.beta)
+        return self.copy
+
+
+class FreeLB(torch.nn.Module):
+    """FreeLB (Zhu et al., ICLR 2020): train on the word embeddings that a few ascents visit.
+
+        L = 1 / (K + 1) sum_k CE(p(x + z_k), y),   k = 0 to K, every z_k held constant
+        z_0 = U(-1, 1) init / sqrt(n H),   z_{k+1} = proj(z_k + adv_lr g / |g|_2, eps)
+
+    g = grad_{z_k} CE; n: the sentence's real tokens. |.|_2 is over a sentence's tokens and widths;
+    proj scales z back to the norm eps, and eps 0 leaves it out. K: steps. K + 1 passes forward and
+    backward, as Table 1 counts them, and the memory of one: each gives its gradients on z_k and on
+    the weights before the next begins.
+    a. The release calls backward pass by pass and lets .grad add up. The sum is the same, but as
+       one loss it works with micro-batches and DistributedDataParallel as they are.
+    b. One set of dropout masks for all passes, as in the release. z is 0 at padding.
+    c. `steps` counts the ascents, as --adv-steps of the release's RoBERTa code does.
+    d. The release's grid, as adv_lr / steps / init / eps: RTE .06/3/.16/.14, MRPC .04/3/.64/.4,
+       CoLA .025/3/.4/.3, SST-2 .1/2/1/.6, MNLI .1/2/.1/.3, QNLI .1/2/.2/.2, QQP .15/2/.32/.62,
+       STS-B .1/3/.16/.28. Regression is the squared error.
+    """
+
+    def __init__(self, model, steps=2, adv_lr=0.1, init=0.6, eps=0.0):
+        super().__init__()
+        refuse_negative(adv_lr=adv_lr, init=init, eps=eps)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.model, self.steps, self.adv_lr, self.init, self.eps = model, steps, adv_lr, init, eps
+
+    def forward(self, labels, **inputs):
+        """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"}); kl is 0."""
+        inputs = with_decoder_inputs(self.model, labels, inputs)
+        if not self.training or (self.adv_lr == 0 and self.init == 0):
+            return plain_loss(self.model, labels, inputs)
+
+        real = real_tokens(inputs)                                  # (B, n, 1)
+        z = embedding_noise(self.model, real).uniform_(-1, 1)       # (B, n, H)
+        size = real.sum((1, 2), keepdim=True) * z.shape[-1]         # n H          (B, 1, 1)
+        z = z * real * self.init / size.sqrt()                      # z_0
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        sums, loss = {}, 0
+        for k in range(self.steps + 1):
+            z.requires_grad_()
+            with replayed(inputs, enabled=k < self.steps), added(self.model, lambda x: z):
+                ce = task_loss(logits_of(self.model, inputs), labels) / (self.steps + 1)
+            loss = loss + ce.detach()
+            gradient, *found = torch.autograd.grad(ce, [z, *weights], allow_unused=True)
+            for weight, part in zip(weights, found):
+                if part is not None:
+                    sums[weight] = sums.get(weight, 0) + part
+            z = self.ascended(z.detach(), gradient * real)
+        loss = KnownGradient.apply(loss, list(sums.values()), *sums)
+        return loss, {"ce": loss.detach(), "kl": torch.zeros((), device=labels.device)}
+
+    def ascended(self, z, gradient):
+        """One step up the loss. (B, n, H) -> (B, n, H)."""
+        z = z + self.adv_lr * gradient / norm_of(gradient)
+        if self.eps > 0:
+            z = z * (self.eps / norm_of(z)).clamp(max=1)
+        return z
+
+
+def norm_of(z):
+    """The 2-norm of each sentence's z, not 0: (B, n, H) -> (B, 1, 1)."""
+    return torch.linalg.vector_norm(z, dim=(1, 2), keepdim=True).clamp(min=1e-12)
+
+
+# ----------------------------------------------------------------------------  probes (section 4.1)
+
+def first_token_states(encoder, split, world, name):
+    """The last hidden state of each row's first token, before any pooler: (n, H), fp32."""
     import common
-    p = common.parser(__doc__, ["std", "r3f", "r4f"], ["r3f"])
-    g = p.add_argument_group("R3F and R4F")
-    g.add_argument("--lam", type=common.number(float, 0), default=1.0, help="lambda, Eq. 3; the paper tries 0.1 0.5 1 5")
-    g.add_argument("--eps", type=common.number(float, 0), default=1e-5, help="sigma, Eq. 4")
-    g.add_argument("--noise", default="uniform", choices=["uniform", "normal"], help="distribution of z, Eq. 4")
-    g.add_argument("--stop_grad", default="none", choices=["none", "noised"], help="choice 3: noised is a third cheaper")
-    g.add_argument("--share_dropout", action="store_true", help="choice 2: both passes use the same dropout masks")
-    return p
+    import data
+    encoder.eval()                                     # frozen, its dropout removed (A.2)
+    states = torch.empty(len(split), encoder.config.hidden_size)
+    progress = common.Progress(world, name, len(split), unit="row")
+    with torch.inference_mode(), world.autocast(), progress:
+        for rows, inputs in data.eval_batches(split):
+            inputs.pop("labels")
+            first = inputs["attention_mask"].argmax(1)                   # (B,)
+            hidden = encoder(**world.put(inputs)).last_hidden_state      # (B, n, H)
+            states[torch.from_numpy(rows)] = hidden[torch.arange(len(rows)), first].float().cpu()
+            progress.update(len(rows))
+    return states.clone()
 
+
+def fit_by_recipe(x, y, classes, args):
+    """A linear layer trained as Table 5 trains a model: its rate, updates and batch.
+
+    x (n, H), y (n,). At these rates a weight moves by at most lr * updates / 2: it cannot converge.
+    """
+    import common
+    layer = torch.nn.Linear(x.shape[1], classes)
+    steps = common.count_steps(args, -(-len(x) // args.batch_size))
+    optimizer, schedule = common.build_optimizer(layer, args, steps)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (args.batch_size,))
+        F.cross_entropy(layer(x[rows]), y[rows]).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return layer
+
+
+def fit_converged(x, y, classes, decay=1e-3, iterations=200):
+    """The linear layer of least cross entropy on standardised states, by L-BFGS on all rows.
+
+    decay: of the squared weights; without it the layer of separable classes has no end.
+    """
+    layer = torch.nn.Linear(x.shape[1], classes)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=iterations,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(x), y) + decay * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return layer
+
+
+def probe_score(train, validation, task, args):
+    """The main metric of a linear layer on frozen states. train, validation: (states, Split)."""
+    import data
+    x, split = train
+    x_scored, scored = validation
+    if args.probe_recipe == "converged":
+        mean = x.mean(0)
+        std = x.std(0).clamp(min=1e-6)
+        x = (x - mean) / std
+        x_scored = (x_scored - mean) / std
+    y = torch.from_numpy(split.labels.copy())
+    torch.manual_seed(args.seeds[0])                   # the same start and rows for all encoders
+    if args.probe_recipe == "converged":
+        layer = fit_converged(x, y, task.outputs)
+    else:
+        layer = fit_by_recipe(x, y, task.outputs, args)
+    with torch.no_grad():
+        logits = layer(x_scored).numpy()                                 # (n, C)
+    return next(iter(data.score_classes(task, task, list(logits), scored).values()))
+
+
+def untuned_model(results):
+    """What a run's encoder was before it, and before the runs that it was started from."""
+    import common
+    while results["args"].get("init_from"):
+        results = common.read_results(os.path.join(results["args"]["init_from"], "results.json"))
+    return results["model"]
+
+
+def probed_encoders(args, world):
+    """{name: (folder or hub id, its run's results or None)}: the untuned ones, then the runs."""
+    import common
+    untuned = {}
+    runs = {}
+    for folder in args.probe:
+        path = os.path.join(folder, "results.json")
+        if not os.path.isfile(path):
+            raise common.UserError(f"--probe {folder}: must be the folder of a finished run")
+        results = common.read_results(path)
+        name = untuned_model(results)
+        source = common.toy_model(world) if name == "toy" else name
+        untuned[f"untuned {name}"] = source, None
+        runs[folder] = os.path.join(folder, "model"), results
+    return {**untuned, **runs}
+
+
+def probe_settings(args, task):
+    """The flags of a task's recipe, with those over it that were set by hand."""
+    import common
+    settings = common.parse(flags(), ["--task", task], recipe)
+    for name in args.by_hand:
+        if name not in ("task", "method"):
+            setattr(settings, name, getattr(args, name))
+    return settings
+
+
+def probe_task(name, encoders, args, world):
+    """Probes all encoders with one task. Returns a line for each."""
+    import common
+    import data
+    from transformers import AutoModel
+    settings = probe_settings(args, name)
+    task = data.TASKS[name]
+    if task.kind != "classify":
+        raise common.UserError(f"--probe_tasks {name}: its kind is {task.kind}, must be classify")
+    rows = data.load(settings)
+    lines = []
+    for encoder_name, (path, results) in encoders.items():
+        settings.path = path
+        tokenizer = common.load_tokenizer(settings, world)
+        encoder = AutoModel.from_pretrained(path, dtype=torch.float32).to(world.device)
+        states = []
+        for part in (rows.train, next(iter(rows.own.values()))):
+            split = data.encode(part, task, tokenizer, settings.max_length)
+            if part is rows.train and args.train_samples:
+                split = split.take(data.subset(split, args.train_samples, args.seeds[0]))
+            found = first_token_states(encoder, split, world, f"{name}: {encoder_name}")
+            states.append((found, split))
+        train, validation = states
+        score = probe_score(train, validation, task, settings)
+        world.say(f"{name:<10} {100 * score:6.2f}  {encoder_name}")
+        line = {"run": encoder_name, "task": name, "recipe": args.probe_recipe,
+                "seed": args.seeds[0], "rows": len(train[0]), "metric": task.metrics.split()[0],
+                "score": score}
+        if results:
+            line.update(method=results["method"], run_seed=results["seed"],
+                        run_task=results["task"])
+        lines.append(line)
+    return lines
+
+
+def probe(args):
+    """--probe: how much of other tasks a linear layer finds in frozen encoders. Figures 3 to 5.
+
+    One json line a probe goes to OUTPUT_DIR/probes.jsonl. Returns these lines.
+    """
+    import common
+    import data
+    if not args.probe_tasks:
+        raise common.UserError("--probe: needs --probe_tasks, the tasks of the linear layers")
+    for name in args.probe_tasks:
+        data.check_task(name, "--probe_tasks")
+    lines = []
+    with common.processes(args) as world:
+        if world.size > 1:
+            raise common.UserError("--probe: must run in one process")
+        encoders = probed_encoders(args, world)
+        for name in args.probe_tasks:
+            lines += probe_task(name, encoders, args, world)
+        os.makedirs(args.output_dir, exist_ok=True)
+        path = os.path.join(args.output_dir, "probes.jsonl")
+        with open(path, "a", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line) + "\n")
+        world.say(f"wrote {len(lines)} lines to {path}")
+    return lines
+
+
+# --------------------------------------------------------------------------------------  the recipe
 
 def recipe(args):
-    """Tables 5, 6 and 9: learning rate, updates and batch by task; Adam, decay and warm-up for all."""
-    table = {"mnli": (5e-6, 123873, 8), "qnli": (5e-6, 33112, 8), "qqp": (5e-6, 113272, 32), "sst2": (5e-6, 20935, 32),
-             "rte": (1e-5, 3120, 8), "mrpc": (1e-5, 2296, 16), "cola": (1e-5, 5336, 16), "xnli": (3e-5, 450000, 8)}
-    paper = {"model": "FacebookAI/roberta-large", "betas": [0.9, 0.98], "adam_eps": 1e-6, "weight_decay": 0.01, "warmup": 0.06}
+    """Tables 5, 6 and 9: learning rate, updates and batch by task; Adam, decay, warm-up for all."""
+    table = {
+        "mnli": (5e-6, 123873, 8),
+        "qnli": (5e-6, 33112, 8),
+        "qqp": (5e-6, 113272, 32),
+        "sst2": (5e-6, 20935, 32),
+        "rte": (1e-5, 3120, 8),
+        "mrpc": (1e-5, 2296, 16),
+        "cola": (1e-5, 5336, 16),
+        "xnli": (3e-5, 450000, 8),
+    }
+    if args.task in ("toy", "toy-food"):               # as in tdt.py, whose runs of std are these
+        return "toy", {
+            "model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "precision": "fp32",
+            "weight_decay": 0.0, "warmup": 0.1, "grad_clip": 1.0, "threads": 1,
+            "method": ["std", "r3f"], "seeds": [0, 1, 2]}
+
+    values = {"model": "FacebookAI/roberta-large", "betas": [0.9, 0.98], "adam_eps": 1e-6,
+              "weight_decay": 0.01, "warmup": 0.06}
     if args.task in table:
-        paper |= dict(zip(("lr", "max_steps", "batch_size"), table[args.task]))
+        values["lr"], values["max_steps"], values["batch_size"] = table[args.task]
     if args.task == "xnli":
-        paper |= {"model": "FacebookAI/xlm-roberta-large", "adam_eps": 1e-8}
-    if args.task == "toy":                                                 # std as in tdt.py, which then finds its runs
-        paper |= {"model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "precision": "fp32", "betas": [0.9, 0.999], "adam_eps": 1e-8,
-                  "weight_decay": 0.0, "warmup": 0.1, "grad_clip": 1.0, "method": ["std", "r3f"], "seeds": [0, 1, 2]}
-    return paper
+        values["model"] = "FacebookAI/xlm-roberta-large"
+        values["adam_eps"] = 1e-8
+        return "r3f: Table 9", values
+    return "r3f: Tables 5 and 6", values
 
 
-# ---------------------------------------------------------------------------------------------------- the experiment
+# ----------------------------------------------------------------------------------  the experiment
+
+def build_method(method, model, args):
+    """The module whose forward is the method's loss. ValueError if the model does not fit."""
+    if method == "rdrop":
+        return RDrop(model, args.alpha)
+    if method == "smart":
+        return SMART(model, args.lam, args.eps, args.smart_sigma, args.smart_eta,
+                     args.smart_steps, args.bregman)
+    if method == "freelb":
+        return FreeLB(model, args.adv_steps, args.adv_lr, args.adv_init, args.adv_eps)
+    if method == "r4f":
+        spectral_normalize(model)
+    lam = 0.0 if method == "std" else args.lam
+    return R3F(model, lam, args.eps, args.noise, args.stop_grad, args.share_dropout)
+
 
 def main(argv=None):
     """Trains every --method with every seed. Returns their results, as in results.json."""
     import time
     import common
-    start, args = time.monotonic(), common.parse(flags(), argv, recipe)
+    started = time.monotonic()
+    args = common.parse(flags(), argv, recipe)
+    if args.grid:
+        return common.search(main, flags, recipe, METHODS, argv)
+    if args.probe:
+        return probe(args)
 
     def check(task):
-        if task.regression and args.method != ["std"]:
-            raise common.UserError(f"--method {' '.join(args.method)}: must be std for {args.task}, a regression task: the KL "
-                                   "of r3f and r4f is undefined there (paper, footnote 1)")
+        common.check_methods(args, task, METHODS, ": its KL is undefined (paper, footnote 1)")
 
     with common.processes(args) as world:
         setup = common.prepare(args, world, check)
 
         def build(method, seed):
-            model = common.load_model(args, setup.task, setup.tokenizer, seed, world)
-            if method == "r4f":
-                spectral_normalize(model)
-            lam = 0.0 if method == "std" else args.lam
-            return R3F(model, lam, args.eps, args.noise, args.stop_grad, args.share_dropout)
+            model = common.load_model(args, setup, seed, world)
+            try:
+                return build_method(method, model, args)
+            except ValueError as error:
+                where = f"--method {method}, --model {args.model}"
+                raise common.UserError(f"{where}: {error}") from error
 
-        def evaluate(model, sets):
-            return common.evaluate(lambda **inputs: model(**inputs).logits, model, sets, setup, world)
+        def evaluate(model, sets, **how):
+            forward = setup.kind.forward(model, setup.task)
+            return common.evaluate(forward, model, sets, setup, world, **how)
 
-        def train_step(module, optimizer, schedule, batch):
-            loss, stats = common.backward(module, batch, world)                    # Eq. 3
-            if args.grad_clip:
-                torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            return loss, stats
+        def write_model(folder):
+            model.save_pretrained(folder, state_dict=plain_state_dict(model))
 
         if args.profile:
-            rows = {}
-            for method, order in [(m, o) for o in args.batching for m in args.method]:
-                module = build(method, args.seeds[0])
-                step = functools.partial(train_step, world.ddp(module), *common.build_optimizer(module, args, 10**6))
-                rows[f"{method}, {order}"] = common.build_batches(setup, args, args.seeds[0], world, order), step
-            return common.profile(world, args, rows)
+            return common.profile_methods(args, world, setup, build)
 
         results = []
-        for method, seed in [(m, s) for s in args.seeds for m in args.method]:
-            run = common.Run(args, method, seed, world)
+        for seed, method in common.seeds_and_methods(args):
+            run = common.Run(args, method, seed, world, METHODS[method][1])
             if run.results is None:
-                module, batches = build(method, seed), common.build_batches(setup, args, seed, world)
-                total = args.max_steps or max(1, round(args.epochs * batches.per_epoch))
+                module = build(method, seed)
+                model = module.model
+                batches = common.build_batches(setup, args, seed, world)
+                total = common.count_steps(args, batches.per_epoch)
                 optimizer, schedule = common.build_optimizer(module, args, total)
-                run.begin(total, batches.per_epoch, module=module, optimizer=optimizer, schedule=schedule, batches=batches)
-                ddp, model = world.ddp(module), module.model
-                for _, batch in run.steps(total, batches):
+                run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
+                          schedule=schedule, batches=batches)
+                ddp = world.ddp(module)
+
+                for step, batch in run.steps(total, batches):
                     lr = schedule.get_last_lr()[0]
-                    run.log(*train_step(ddp, optimizer, schedule, batch), lr=lr)
+                    loss, stats = common.backward(ddp, batch, world)     # Eq. 3
+                    # same: update
+                    if args.grad_clip:
+                        torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                    # end same
+                    run.log(loss, stats, lr=lr)
                     if run.every(args.eval_every):
-                        run.keep_best(evaluate(model, setup.own), model)
+                        run.keep_best(evaluate(model, setup.choose_by), module)
+
                 if args.eval_every:
-                    run.keep_best(evaluate(model, setup.own), model)
-                    model.load_state_dict(run.best_weights)
-                run.finish(evaluate(model, {**setup.own, **setup.further}), batches, setup.tokenizer,
-                           lambda folder: model.save_pretrained(folder, state_dict=plain_state_dict(model)))
+                    run.keep_best(evaluate(model, setup.choose_by), module)
+                    module.load_state_dict(run.best_weights)
+                metrics = evaluate(model, setup.scored, final=True)
+                run.finish(metrics, batches, setup.tokenizer, write_model)
             if setup.unscored:
-                model = common.load_model(args, setup.task, setup.tokenizer, seed, world, path=os.path.join(run.folder, "model"))
-                run.predict(lambda **inputs: model(**inputs).logits, model, setup)
+                model = common.load_model(args, setup, seed, world, run.model_folder)
+                run.predict(setup.kind.forward(model, setup.task), model, setup)
             results.append(run.results)
-        return common.report(world, results, args, start)
+        return common.print_table(world.say, results, args, started)
 
 
+# same: end
 if __name__ == "__main__":
     from common import cli
     sys.exit(cli(main))
+# end same

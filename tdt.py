@@ -1,461 +1,1182 @@
-"""TDT: learn which words the task needs, and train on the sentence with only those and without just those.
+"""TDT: learn which words the task needs, and train with only those and without just those.
 
-Zeng, Jiang, Wu, Yin, Li: Task-guided Disentangled Tuning for Pretrained Language Models, Findings of ACL 2022.
-e_i: output of the embedding layer for token i (B, n, H), H, H+, H-: what the encoder makes of e, e+, e-, y: labels (B,).
+Zeng, Jiang, Wu, Yin, Li: Task-guided Disentangled Tuning for Pretrained Language Models, Findings
+of ACL 2022. e_i: output of the embedding layer for token i (B, n, H); H, H+, H-: what the encoder
+makes of e, e+, e-; P, P+, P-: P(y | H), P(y | H+), P(y | H-) (B, C); y: labels (B,).
 
-    c_i = sigmoid(W e_i + b)                                     Eq. 2    the confidence that token i matters
-    e+_i = c_i e_i + (1 - c_i) mu_0                              Eq. 3    mu_0: the mean of the sentence's e_i | 0 | noise
-    L_C = CE(P(y | H+), y) + gamma ||C||_2                       Eq. 4    the "deletion game": right with little input
-    e-_i = (1 - c_i) e_i                                         Eq. 5    the keywords cut out
-    L_R = max(m + d(P+, P) - d(P-, P) - d(P-, P+), 0)            Eq. 6    d: KL;  P, P+, P-: P(y | H), P(y | H+), P(y | H-)
-    L = CE(P(y | H), y) + alpha L_C + beta L_R                   Eq. 7
-    TDT-hard: c_i = argmax of Gumbel-softmax(z(e_i), tau)        Eq. 8-9  c_i = 0: token i becomes [MASK]
+    c_i = sigmoid(W e_i + b)                            Eq. 2    confidence that token i matters
+    e+_i = c_i e_i + (1 - c_i) mu_0                     Eq. 3    mu_0: mean of the e_i | 0 | noise
+    L_C = CE(P+, y) + gamma ||C||_2                     Eq. 4    right with little input
+    e-_i = (1 - c_i) e_i                                Eq. 5    the keywords cut out
+    L_R = max(m + d(P+, P) - d(P-, P) - d(P-, P+), 0)   Eq. 6    d: KL
+    L = CE(P, y) + alpha L_C + beta L_R                 Eq. 7
+    TDT-hard: c_i = argmax of Gumbel-softmax(z(e_i), tau)   Eq. 8-9   c_i = 0: [MASK] instead
 
-    python tdt.py                                                            the toy task, std against tdt, on a CPU
-    torchrun --nproc_per_node=8 tdt.py --task cola --method std tdt          the paper's recipe (Table 7)
-    python tdt.py --task cola --method std tdt --drop --perturb --confidences      Figures 6, 5 and 4; trains what is missing
-    python tdt.py --run runs/cola/tdt-0 --explain "Jobs founded apple in 1976"     each word and its confidence
-    cp tdt.py elsewhere/                                                     the core needs torch and a Hugging Face model
+Below it TokenCutoff, a baseline of Table 5, and what section 4 looks at in trained models.
+
+    python tdt.py                       the toy task, std against tdt, on a CPU
+    torchrun --nproc_per_node=8 tdt.py --task cola --method std tdt    the recipe of Table 7
+    python tdt.py --task cola --method std tdt --drop --perturb --confidences
+                                        Figures 6, 5 and 4; trains what is missing
+    python tdt.py --run runs/cola/tdt-0 --explain "Jobs founded apple in 1976"
+                                        each word and its confidence
+    cp tdt.py elsewhere/                the core needs torch and a Hugging Face model
 
 Choices, where the paper is silent or the authors' release does otherwise:
- 1. e_i is the output of the module `embeddings` of the base model, after LayerNorm and dropout, as in the release; of
-    the word embeddings where there is none (GPT-2, Llama, XLNet). So c_i knows token, position and segment, no context.
- 2. e, e+ and e- are made of one such output, with one dropout mask, and pass the encoder as one stacked batch.
- 3. gamma is nowhere in the paper, and the release has no such term. 0.01 keeps the mean of c_i near 0.5;
-    0.1 and more pull it towards 0 and cost accuracy, since mu_0, the sentence's own mean, tells what it says (README).
- 4. d(a, b) = KL(a || b) in the order written, summed over classes; the hinge per example, then the mean. variant=
-    "released" is the authors' code: KL(b || a), averaged over batch and classes, 0.5 on both negative terms, one hinge
-    a batch, no gamma, padding counted in mu_0, so that padding changes the loss.
- 5. mu_0 and ||C||_2 are over the real tokens of each sentence; gradients flow through mu_0. Special tokens learn a c_i
-    too, as released; --keep_special leaves them as they are in e+ and e-.
- 6. TDT-hard: straight-through Gumbel-softmax of the logits (z_i, 0), for which P(c_i = 1) = sigmoid(z_i) as in Eq. 2.
-    A dropped token is [MASK] sent through the embedding layer, so that it keeps its position; e- masks the kept ones.
- 7. Regression: d is the squared error between two predictions. Inference: one plain pass (the release runs three).
+ 1. e_i is the output of the module `embeddings` of the base model, after LayerNorm and dropout, as
+    in the release; of the word embeddings where there is none (GPT-2, Llama, XLNet). So c_i knows
+    token, position and segment, no context.
+ 2. e, e+ and e- are made of one such output, with one dropout mask, and pass the encoder as one
+    stacked batch.
+ 3. gamma is nowhere in the paper, and the release has no such term. 0.01 keeps the mean of c_i
+    near 0.5; 0.1 and more pull it towards 0 and cost accuracy, since mu_0, the sentence's own
+    mean, tells what it says (README).
+ 4. d(a, b) = KL(a || b) in the order written, summed over classes; the hinge per example, then the
+    mean. variant="released" is the authors' code: KL(b || a), averaged over batch and classes,
+    0.5 on both negative terms, one hinge a batch, no gamma, padding counted in mu_0, so that
+    padding changes the loss.
+ 5. mu_0 and ||C||_2 are over the real tokens of each sentence; gradients flow through mu_0.
+    Special tokens learn a c_i too, as released; --keep_special leaves them as they are in e+, e-.
+ 6. TDT-hard: straight-through Gumbel-softmax of the logits (z_i, 0), for which P(c_i = 1) =
+    sigmoid(z_i) as in Eq. 2. A dropped token is [MASK] sent through the embedding layer, so that
+    it keeps its position; e- masks the kept ones.
+ 7. Regression: d is the squared error between two predictions. Inference: one plain pass (the
+    release runs three).
+ 8. Token cutoff: the share is of the tokens that may fall, rounded; they are drawn without
+    replacement, special tokens never fall, CE(x) is part of the loss, and JS is the mean of
+    KL(p_i || their mean). Its release draws with replacement, lets [CLS] fall, leaves CE(x) out,
+    and turns the KL round. As there, tokens fall after LayerNorm and dropout.
 """
-import argparse
 import contextlib
-import functools
+import copy
 import json
 import os
+import signal
 import sys
+from dataclasses import dataclass, replace
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):         # answered before torch is loaded: that takes a second
-    from common import print_help
-    print_help(__file__)
+OWN = "alpha beta gamma margin variant keep_special"
+METHODS = {                                            # the kinds of task it can train, its flags
+    "std": ("classify regress", ""),
+    "tdt": ("classify regress", f"{OWN} mu0"),
+    "tdt-hard": ("classify regress", f"{OWN} tau"),
+    "cutoff": ("classify", "cutoff_rate cutoff_a cutoff_b"),
+}
+
+# Those whose models come with confidences.
+CONFIDENT = ["tdt", "tdt-hard"]
+
+
+def flags():
+    import common
+    p = common.parser(__doc__, [*METHODS], ["tdt"])
+    weight = common.number(float, 0)
+    g = p.add_argument_group("TDT and TDT-hard")
+    g.add_argument("--alpha", type=weight, default=2.0,
+                   help="weight of L_C, Eq. 7; the paper tries 0.5 2 4")
+    g.add_argument("--beta", type=weight, default=1.0,
+                   help="weight of L_R, Eq. 7; the paper tries 0.5 1")
+    g.add_argument("--gamma", type=weight, default=0.01, help="weight of ||C||_2, Eq. 4; choice 3")
+    g.add_argument("--margin", type=weight, default=2.0, help="m, Eq. 6; the paper tries 0 2")
+    g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"], help="mu_0, Eq. 3")
+    g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0,
+                   help="temperature of tdt-hard, Eq. 9")
+    g.add_argument("--variant", default="paper", choices=["paper", "released"],
+                   help="choice 4; what the authors ran is released with --batching padded "
+                        "--max_length 256, as their mu_0 counts the padding to 256")
+    g.add_argument("--keep_special", action="store_true",
+                   help="choice 5: special tokens are never perturbed")
+
+    g = p.add_argument_group("token cutoff, choice 8")
+    g.add_argument("--cutoff_rate", type=common.number(float, 0, 1), default=0.1, metavar="R",
+                   help="share of the tokens that falls")
+    g.add_argument("--cutoff_a", type=weight, default=1.0, metavar="A",
+                   help="weight of CE without them")
+    g.add_argument("--cutoff_b", type=weight, default=1.0, metavar="B", help="weight of JS")
+
+    g = p.add_argument_group("analyses (section 4), after training or of finished runs")
+    g.add_argument("--run", nargs="+", default=[], metavar="FOLDER",
+                   help="analyse these finished runs of one task, train nothing; torchrun "
+                        "needs -- before tdt.py then")
+    g.add_argument("--explain", nargs="+", default=[], metavar="TEXT",
+                   help="each word's confidence; a pair is 'TEXT ||| TEXT'")
+    g.add_argument("--explain_file", default="", metavar="FILE", help="texts, one a line")
+    g.add_argument("--confidences", action="store_true",
+                   help="Figure 4: their distribution on the evaluation set")
+    g.add_argument("--perturb", action="store_true",
+                   help="Figure 5: accuracy when random words become [MASK] or another word")
+    g.add_argument("--drop", action="store_true",
+                   help="Figure 6: accuracy without the words of highest or lowest confidence; "
+                        "beside it the same by an untrained confidence layer")
+    g.add_argument("--rates", type=common.number(float, 0, 1), nargs="+",
+                   default=[0.1, 0.2, 0.3, 0.4, 0.5], help="share of the words, for both")
+    g.add_argument("--draws", type=common.number(int, 1), default=10, metavar="N",
+                   help="of --perturb, for each rate")
+    return p
+
+
+# same: start
+if __name__ == "__main__":                             # before torch is loaded, for seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "common.py")):
+        sys.exit(f"{__file__}: alone it is a module to import, as its first lines say; its "
+                 "experiments need common.py and data.py beside it")
+    if {"-h", "--help"} & set(sys.argv):
+        flags().parse_args(["--help"])
+# end same
 
 import torch
 import torch.nn.functional as F
 
 
-# ---------------------------------------------------------------------------------------------------- the method
+# --------------------------------------------------------------------------------  the method: loss
 
 def distance(logits_a, logits_b):
-    """d(a, b): KL(a || b) summed over classes, of one output the squared error: (B, C), (B, C) -> (B,), in fp32. Eq. 6."""
+    """d(a, b) of Eq. 6 in fp32: (B, C), (B, C) -> (B,). KL(a || b) summed over classes.
+
+    Of one output the squared error.
+    """
     if logits_a.shape[-1] == 1:
         return (logits_a.float() - logits_b.float()).squeeze(-1).square()
-    log_a, log_b = logits_a.float().log_softmax(-1), logits_b.float().log_softmax(-1)
+    log_a = logits_a.float().log_softmax(-1)
+    log_b = logits_b.float().log_softmax(-1)
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
 def triplet_loss(logits, logits_pos, logits_neg, margin):
     """L_R by example: three times (B, C) -> (B,). Eq. 6.
 
-    P = (1/4, 3/4), P+ = (1/2, 1/2), P- = (3/4, 1/4) and m = 2: 2 + 0.1438 - 0.5493 - 0.1308 = 1.4637.
+    P = (1/4, 3/4), P+ = (1/2, 1/2), P- = (3/4, 1/4) and m = 2 give
+    2 + 0.1438 - 0.5493 - 0.1308 = 1.4637.
     """
-    return F.relu(margin + distance(logits_pos, logits) - distance(logits_neg, logits) - distance(logits_neg, logits_pos))
+    near = distance(logits_pos, logits)
+    far = distance(logits_neg, logits)
+    far_pos = distance(logits_neg, logits_pos)
+    return F.relu(margin + near - far - far_pos)
 
 
 def released_triplet_loss(logits, logits_pos, logits_neg, margin):
     """L_R as in the authors' code, choice 4: three times (B, C) -> a scalar."""
-    d = lambda a, b: distance(b, a).mean() / a.shape[-1]
-    return F.relu(margin + d(logits_pos, logits) - 0.5 * d(logits_neg, logits) - 0.5 * d(logits_neg, logits_pos))
+    classes = logits.shape[-1]
+    near = distance(logits, logits_pos).mean() / classes
+    far = distance(logits, logits_neg).mean() / classes
+    far_pos = distance(logits_pos, logits_neg).mean() / classes
+    return F.relu(margin + near - 0.5 * far - 0.5 * far_pos)
 
 
 def supervised(logits, labels):
     """The cross entropy, of one output the mean squared error: (B, C), (B,) -> a scalar. Eq. 1."""
-    one = logits.shape[-1] == 1
-    return F.mse_loss(logits.float().squeeze(-1), labels.float()) if one else F.cross_entropy(logits.float(), labels)
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits.float().squeeze(-1), labels.float())
+    return F.cross_entropy(logits.float(), labels)
 
+
+# --------------------------------------------------------------------------  the method: where e is
+
+def real_tokens(inputs):
+    """The tokens that are not padding: (B, n), bool."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones_like(inputs["input_ids"])
+    return mask.bool()
+
+
+def embedding_layer(model):
+    """The module whose output is e, choice 1."""
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} cannot be perturbed: its decoder reads the words "
+                         "a second time")
+    return getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
+
+
+@contextlib.contextmanager
+def changed_embeddings(model, change, shape):
+    """Inside, the output e of the embedding layer, of the given shape (B, n), becomes change(e)."""
+    is_xlnet = model.config.model_type == "xlnet"                        # its e is (n, B, H)
+    seen = []
+
+    def hook(module, args, x):
+        seen.append((x.shape[1], x.shape[0]) if is_xlnet else tuple(x.shape[:2]))
+        if seen != [tuple(shape)]:
+            return None
+        if is_xlnet:
+            return change(x.transpose(0, 1)).transpose(0, 1)
+        return change(x)
+
+    handle = embedding_layer(model).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if seen != [tuple(shape)]:
+        raise RuntimeError(f"the perturbation did not arrive: {type(model).__name__} called its "
+                           f"embedding layer for {seen} tokens, not once for {tuple(shape)}")
+
+
+# ---------------------------------------------------------------------------  the method: the model
 
 class TDT(torch.nn.Module):
     """The loss of Eq. 7 around a Hugging Face sequence classifier.
 
-    alpha, beta: weights of L_C and L_R; both 0 is plain fine-tuning. margin: m. mu0: "mean", "zero" or "noise". hard:
-    TDT-hard, with temperature tau; it needs mask_token_id. variant: "paper" or "released" (choice 4). In eval mode
-    nothing is perturbed: one pass, the plain loss. Source: Eq. 1-9; defaults from the grid of section 3.2.
+    alpha, beta: weights of L_C and L_R; both 0 is plain fine-tuning. margin: m. mu0: "mean", "zero"
+    or "noise". hard: TDT-hard, with temperature tau; it needs mask_token_id. variant: "paper" or
+    "released" (choice 4). In eval mode nothing is perturbed: one pass, the plain loss.
+    Source: Eq. 1-9; defaults from the grid of section 3.2.
     """
 
-    def __init__(self, model, alpha=2.0, beta=1.0, gamma=0.01, margin=2.0, mu0="mean", hard=False, tau=1.0, variant="paper",
-                 mask_token_id=None):
+    def __init__(self, model, alpha=2.0, beta=1.0, gamma=0.01, margin=2.0, mu0="mean", hard=False,
+                 tau=1.0, variant="paper", mask_token_id=None):
         super().__init__()
-        if (mu0 not in ("mean", "zero", "noise") or variant not in ("paper", "released") or min(alpha, beta, gamma, margin) < 0
-                or tau <= 0 or hard and mask_token_id is None):
-            raise ValueError("mu0 must be mean, zero or noise, variant paper or released, alpha, beta, gamma and margin 0 or more, "
-                             "tau above 0, and hard needs mask_token_id")
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"TDT cannot perturb {type(model).__name__}: its decoder reads the words a second time")
-        self.model, self.alpha, self.beta, self.gamma, self.margin, self.mu0 = model, alpha, beta, gamma, margin, mu0
-        self.hard, self.tau, self.variant, self.mask_token_id = hard, tau, variant, mask_token_id
-        width = self.embedding_layer()(torch.zeros(1, 1, dtype=torch.long, device=model.device)).shape[-1]
+        if mu0 not in ("mean", "zero", "noise") or variant not in ("paper", "released"):
+            raise ValueError("mu0 must be 'mean', 'zero' or 'noise', variant 'paper' or "
+                             f"'released', got {mu0!r} and {variant!r}")
+        if min(alpha, beta, gamma, margin) < 0 or tau <= 0:
+            raise ValueError("alpha, beta, gamma and margin must not be negative, tau must be "
+                             f"above 0, got {alpha}, {beta}, {gamma}, {margin} and {tau}")
+        if hard and mask_token_id is None:
+            raise ValueError("hard needs mask_token_id")
+        self.model = model
+        self.alpha, self.beta, self.gamma, self.margin = alpha, beta, gamma, margin
+        self.mu0 = mu0
+        self.hard, self.tau, self.mask_token_id = hard, tau, mask_token_id
+        self.variant = variant
+
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        width = embedding_layer(model)(token).shape[-1]
         self.confidence_layer = torch.nn.Linear(width, 1, device=model.device)
         torch.nn.init.normal_(self.confidence_layer.weight, std=0.02)
-        torch.nn.init.zeros_(self.confidence_layer.bias)                           # so that all c_i begin near 0.5
+        torch.nn.init.zeros_(self.confidence_layer.bias)                 # all c_i begin near 0.5
 
     def forward(self, labels, perturbable=None, **inputs):
-        """labels (B,), inputs as the model takes them, input_ids (B, n); perturbable (B, n): the tokens that may be
-        perturbed, None: all -> (loss, {"ce", "ce_pos", "l_c", "l_r", "confidence", "confidence_std"}), batch means."""
+        """labels (B,), inputs as the model takes them, input_ids (B, n) -> (loss, stats).
+
+        perturbable (B, n): the tokens that may be perturbed, None: all. stats: batch means of "ce",
+        "ce_pos", "l_c", "l_r", and of the tokens' "confidence", with "confidence_std".
+        """
         if not self.training or self.alpha == self.beta == 0:
             ce = supervised(self.model(**inputs).logits, labels)
             return ce, {"ce": ce.detach()}
-        logits, c, p, may = self.passes(3 if self.beta else 2, perturbable, **inputs)
-        ce, ce_pos = supervised(logits[0], labels), supervised(logits[1], labels)
-        paper, l_r = self.variant == "paper", torch.zeros_like(ce)
-        l_c = ce_pos + self.gamma * torch.linalg.vector_norm(c, dim=1).mean() if paper else ce_pos           # Eq. 4
-        if self.beta:
-            l_r = (triplet_loss if paper else released_triplet_loss)(*logits, self.margin).mean()
-        share = may / may.sum().clamp(min=1)
+
+        views = 3 if self.beta else 2
+        logits, c, p, may = self.passes(views, perturbable, **inputs)
+        ce = supervised(logits[0], labels)
+        ce_pos = supervised(logits[1], labels)
+        l_c = ce_pos
+        l_r = torch.zeros_like(ce)
+        if self.variant == "paper":
+            l_c = ce_pos + self.gamma * torch.linalg.vector_norm(c, dim=1).mean()    # Eq. 4
+            if self.beta:
+                l_r = triplet_loss(*logits, self.margin).mean()          # Eq. 6
+        elif self.beta:
+            l_r = released_triplet_loss(*logits, self.margin)
+        loss = ce + self.alpha * l_c + self.beta * l_r                   # Eq. 7
+
+        share = may / may.sum().clamp(min=1)                             # (B, n), sums to 1
         mean = (share * p).sum()
+        std = (share * (p - mean).square()).sum().sqrt()
         stats = {"ce": ce, "ce_pos": ce_pos, "l_c": l_c, "l_r": l_r, "confidence": mean,
-                 "confidence_std": (share * (p - mean).square()).sum().sqrt()}
-        return ce + self.alpha * l_c + self.beta * l_r, {k: v.detach() for k, v in stats.items()}            # Eq. 7
+                 "confidence_std": std}
+        return loss, {name: value.detach() for name, value in stats.items()}
 
     def confidence(self, **inputs):
         """C (B, n), 0 at padding; for TDT-hard the probability that a token is kept."""
-        seen = []
-        with self.embeddings(lambda e: seen.append(self.score(e).sigmoid()) or e, inputs["input_ids"].shape):
+        c = None
+
+        def read(e):
+            nonlocal c
+            c = self.score(e).sigmoid()
+            return e
+
+        with changed_embeddings(self.model, read, inputs["input_ids"].shape):
             self.model(**inputs)
-        return seen[0] * inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        return c * real_tokens(inputs)
 
     def passes(self, views, perturbable=None, **inputs):
-        """The logits [(B, C)] of the first `views` of H, H+, H-, C, its probabilities, and the tokens left open (B, n)."""
-        ids, stacked, kept = inputs["input_ids"], {k: torch.cat([v] * views) for k, v in inputs.items()}, []
-        real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        """The first `views` of H, H+ and H- in one stacked pass.
+
+        Returns their logits, (B, C) each; c, 0 at padding, and its probabilities p, (B, n) each;
+        and the tokens that may be perturbed (B, n).
+        """
+        ids = inputs["input_ids"]                                        # (B, n)
+        real = real_tokens(inputs)
         may = real if perturbable is None else real & perturbable.bool()
-        if self.hard:                                                              # the second view lends its [MASK]s
-            stacked["input_ids"] = torch.cat([ids, ids.masked_fill(real, self.mask_token_id), ids][:views])
+        stacked = {name: torch.cat([value] * views) for name, value in inputs.items()}
+        if self.hard:
+            # The second view lends its [MASK]s to both variants.
+            masked = ids.masked_fill(real, self.mask_token_id)
+            stacked["input_ids"] = torch.cat([ids, masked, ids][:views])
+        c = p = None
 
-        def perturb(x):                                                            # (views B, n, H)
+        def perturb(x):                                                  # (views B, n, H)
+            nonlocal c, p
             e, masks = x.chunk(views)[:2]
-            z = self.score(e)                                                      # (B, n)
-            p = c = z.sigmoid()                                                    # Eq. 2
+            z = self.score(e)                                            # (B, n)
+            p = z.sigmoid()                                              # Eq. 2
+            c = p
             if self.hard:
-                c = F.gumbel_softmax(torch.stack([z, 0 * z], -1), self.tau, hard=True)[..., 0]               # Eq. 8, 9
+                two = torch.stack([z, 0 * z], -1)                        # (B, n, 2)
+                c = F.gumbel_softmax(two, self.tau, hard=True)[..., 0]   # Eq. 8, 9
             c = c.masked_fill(~may, 1.0)
-            kept.extend([c * real, p])
-            weight = (torch.ones_like(real) if self.variant == "released" else real)[..., None]
-            mean = (weight * e).sum(1, keepdim=True) / weight.sum(1, keepdim=True)                           # (B, 1, H)
-            mu = masks if self.hard else {"mean": mean, "zero": 0 * mean, "noise": torch.randn_like(mean)}[self.mu0]
-            c = c[..., None]                                                       # (B, n, 1)
-            e_pos = c * e + (1 - c) * mu                                           # Eq. 3
-            e_neg = (1 - c) * e + (c * masks if self.hard else 0)                  # Eq. 5
-            return torch.cat([e, e_pos, torch.where(may[..., None], e_neg, e)][:views]).to(x.dtype)
 
-        with self.embeddings(perturb, stacked["input_ids"].shape):
-            return self.model(**stacked).logits.chunk(views), *kept, may
+            keep = c[..., None]                                          # (B, n, 1)
+            mu_0 = masks if self.hard else self.mu_0(e, real)
+            e_pos = keep * e + (1 - keep) * mu_0                         # Eq. 3
+            e_neg = (1 - keep) * e                                       # Eq. 5
+            if self.hard:
+                e_neg = e_neg + keep * masks
+            e_neg = torch.where(may[..., None], e_neg, e)
+            return torch.cat([e, e_pos, e_neg][:views]).to(x.dtype)
+
+        with changed_embeddings(self.model, perturb, stacked["input_ids"].shape):
+            logits = self.model(**stacked).logits.chunk(views)
+        return logits, c * real, p, may
+
+    def mu_0(self, e, real):
+        """mu_0 of Eq. 3 for each sentence: (B, n, H), (B, n) -> (B, 1, H)."""
+        counted = torch.ones_like(real) if self.variant == "released" else real
+        weight = counted[..., None]
+        mean = (weight * e).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+
+        # Drawn in any case: whatever mu_0 is, the dropout masks after it are the same.
+        noise = torch.randn_like(mean)
+        if self.mu0 == "mean":
+            return mean
+        if self.mu0 == "noise":
+            return noise
+        return torch.zeros_like(mean)
 
     def score(self, e):
         """The logits of the confidences, in fp32 whatever the autocast: (B, n, H) -> (B, n)."""
         with torch.autocast(e.device.type, enabled=False):
             return self.confidence_layer(e.float()).squeeze(-1)
 
-    def embedding_layer(self):
-        return getattr(self.model.base_model, "embeddings", None) or self.model.get_input_embeddings()
 
-    @contextlib.contextmanager
-    def embeddings(self, change, shape):
-        """Inside, the output e of the embedding layer, of the given shape (B, n), comes out as change(e)."""
-        fired, across = [], self.model.config.model_type == "xlnet"                # XLNet's are (n, B, H)
+# --------------------------------------------------------------------------------------  a baseline
 
-        def hook(module, args, x):
-            fired.append(x.shape[1::-1] if across else x.shape[:2])
-            if fired == [shape]:
-                return change(x.transpose(0, 1)).transpose(0, 1) if across else change(x)
+def jensen_shannon(logits_a, logits_b):
+    """Mean of KL(a || m) and KL(b || m), m the mean of a and b: (B, C), (B, C) -> (B,), in fp32.
 
-        handle = self.embedding_layer().register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-        if fired != [shape]:
-            raise RuntimeError(f"the perturbation did not arrive: {type(self.model).__name__} called its embedding layer for "
-                               f"{[*map(tuple, fired)]} tokens, not once for {tuple(shape)}")
+    a = (1/4, 3/4), b = (3/4, 1/4): m = (1/2, 1/2), the value is (3 ln 3) / 4 - ln 2 = 0.1308.
+    """
+    log_a = logits_a.float().log_softmax(-1)
+    log_b = logits_b.float().log_softmax(-1)
+    log_sum = torch.logaddexp(log_a, log_b)            # of 2 m, which `distance` normalises
+    return (distance(log_a, log_sum) + distance(log_b, log_sum)) / 2
 
 
-# ---------------------------------------------------------------------------------------------------- flags
+class TokenCutoff(torch.nn.Module):
+    """Token cutoff, a baseline of Table 5: also learn the sentence without some of its tokens.
 
-def flags():
-    import argparse
-    import common
-    p, weight = common.parser(__doc__, ["std", "tdt", "tdt-hard"], ["tdt"]), common.number(float, 0)
-    g = p.add_argument_group("TDT and TDT-hard")
-    g.add_argument("--alpha", type=weight, default=2.0, help="weight of L_C, Eq. 7; the paper tries 0.5 2 4")
-    g.add_argument("--beta", type=weight, default=1.0, help="weight of L_R, Eq. 7; the paper tries 0.5 1")
-    g.add_argument("--gamma", type=weight, default=0.01, help="weight of ||C||_2, Eq. 4; choice 3")
-    g.add_argument("--margin", type=weight, default=2.0, help="m, Eq. 6; the paper tries 0 2")
-    g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"], help="mu_0, Eq. 3")
-    g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0, help="temperature of tdt-hard, Eq. 9")
-    g.add_argument("--variant", default="paper", choices=["paper", "released"], help="choice 4")
-    g.add_argument("--keep_special", action="store_true", help="choice 5: special tokens are never perturbed")
-    g = p.add_argument_group("analyses (section 4), after training or of finished runs")
-    g.add_argument("--run", nargs="+", default=[], metavar="FOLDER", help="analyse these finished runs of one task, train nothing")
-    g.add_argument("--explain", nargs="+", default=[], metavar="TEXT", help="each word's confidence; a pair is 'TEXT ||| TEXT'")
-    g.add_argument("--explain_file", type=argparse.FileType(encoding="utf-8", errors="replace"), metavar="FILE", help="texts, one a line")
-    g.add_argument("--confidences", action="store_true", help="Figure 4: their distribution on the evaluation set")
-    g.add_argument("--perturb", action="store_true", help="Figure 5: accuracy when random words become [MASK] or another word")
-    g.add_argument("--drop", action="store_true", help="Figure 6: accuracy without the words of highest or lowest confidence")
-    g.add_argument("--rates", type=common.number(float, 0, 1), nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5], help="of words, for both")
-    g.add_argument("--draws", type=common.number(int, 1), default=10, metavar="N", help="of --perturb, for each rate")
-    return p
+    Shen, Zheng, Shen, Qu, Chen: A Simple but Tough-to-Beat Data Augmentation Approach for Natural
+    Language Understanding and Generation, 2020.
+
+        L = CE(p(x), y) + a CE(p(x'), y) + b JS(p(x), p(x'))      (a)
+
+    x': x with a share `rate` of the tokens zeroed and unattended (choice 8). a and b 0: plain
+    fine-tuning. In eval mode nothing falls: one pass, the plain loss.
+    """
+
+    def __init__(self, model, rate=0.1, a=1.0, b=1.0):
+        super().__init__()
+        if not 0 <= rate <= 1 or min(a, b) < 0:
+            raise ValueError("rate must be from 0 to 1, a and b must not be negative, got "
+                             f"{rate}, {a} and {b}")
+        if model.config.num_labels == 1:
+            raise ValueError("token cutoff needs classes: JS of a regression is undefined")
+        embedding_layer(model)                         # raises where nothing can fall
+        self.model, self.rate, self.a, self.b = model, rate, a, b
+
+    def forward(self, labels, perturbable=None, **inputs):
+        """labels (B,), inputs as the model takes them -> (loss, stats "ce", "ce_cut", "js").
+
+        perturbable (B, n): the tokens that may fall, None: all real ones but the first.
+        """
+        if not self.training or self.a == self.b == 0:
+            ce = supervised(self.model(**inputs).logits, labels)
+            return ce, {"ce": ce.detach()}
+
+        real = real_tokens(inputs)                                       # (B, n)
+        falls = self.draw(real, perturbable)
+        twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        twice["attention_mask"] = torch.cat([real, real & ~falls]).long()
+
+        def cut(e):                                                      # (2B, n, H)
+            whole, part = e.chunk(2)
+            return torch.cat([whole, part.masked_fill(falls[..., None], 0.0)])
+
+        with changed_embeddings(self.model, cut, twice["input_ids"].shape):
+            logits, logits_cut = self.model(**twice).logits.chunk(2)     # (B, C) each
+        ce = supervised(logits, labels)
+        ce_cut = supervised(logits_cut, labels)
+        js = jensen_shannon(logits, logits_cut).mean()
+        loss = ce + self.a * ce_cut + self.b * js                        # (a)
+        return loss, {"ce": ce.detach(), "ce_cut": ce_cut.detach(), "js": js.detach()}
+
+    def draw(self, real, perturbable=None):
+        """The tokens that fall, drawn without replacement: (B, n), bool."""
+        if perturbable is None:
+            may = real & (real.cumsum(1) > 1)
+        else:
+            may = real & perturbable.bool()
+        order = torch.rand(may.shape, device=may.device).masked_fill(~may, 2.0)
+        rank = order.argsort(1).argsort(1)                               # (B, n), from 0
+        count = (self.rate * may.sum(1, keepdim=True)).round()           # (B, 1)
+        return may & (rank < count)
 
 
-def recipe(args):
-    """Table 7: batch, updates, warm-up and learning rate by task and size; the rest as in the release's script."""
-    glue = {"mnli": (128, 10000, 1000, 4e-5), "qqp": (128, 10000, 1000, 4e-5), "qnli": (64, 3000, 300, 4e-5),
-            "sst2": (64, 3000, 300, 4e-5), "cola": (64, 2000, 200, 2e-5), "stsb": (64, 3000, 300, 4e-5),
-            "mrpc": (64, 2000, 200, 1e-5), "rte": (64, 2000, 200, 2e-5)}
-    clue = {"ocnli": (64, 3000, 300, 4e-5), "iflytek": (16, 5000, 300, 3e-5), "csl": (32, 3000, 300, 3e-5),
-            "tnews": (64, 5000, 300, 3e-5), "afqmc": (32, 3000, 300, 3e-5)}
-    if "large" in (args.model or ""):
-        glue = {k: (64, *v[1:3], 2e-5) for k, v in glue.items()} | {"cola": (32, 3000, 300, 2e-5), "rte": (64, 2000, 100, 2e-5)}
-        clue = {k: (*v[:3], 1e-5) for k, v in clue.items()} | {"ocnli": (32, 3000, 300, 1e-5)}
-    model = "hfl/chinese-bert-wwm" if args.task in [*clue, "cmnli"] else "google-bert/bert-base-uncased"
-    paper = {"model": model, "lr": 2e-5, "weight_decay": 0.0, "warmup": 0.1, "grad_clip": 1.0}
-    paper |= dict(zip(("batch_size", "max_steps", "warmup", "lr"), (glue | clue).get(args.task, ())))
-    if args.task == "toy":
-        paper |= dict(model="toy", lr=5e-4, epochs=15, batch_size=16, precision="fp32", method=["std", "tdt"], seeds=[0, 1, 2], alpha=0.5, beta=0.5)
-    return paper
+# -------------------------------------------------------------------------  analyses: what is asked
 
+@dataclass
+class Analyses:
+    """What is to be looked at, and in which runs."""
+    runs: dict                     # {seed: {method: folder}}, finished
+    texts: list                    # to explain; of a pair both sentences, with ||| between them
+    confidences: bool
+    perturb: bool
+    drop: bool
+    rates: list
+    draws: int
 
-# ---------------------------------------------------------------------------------------------------- what it looks at
+    @property
+    def figures(self):
+        return self.confidences or self.perturb or self.drop
+
+    @property
+    def any(self):
+        return bool(self.figures or self.texts)
+
 
 def read_analyses(args):
-    """The flags of the analyses, taken out of args (they are no part of a run). With --run, look.runs is {seed: {method:
-    folder}}, and args become those of the last run, but for what was set by hand."""
+    """The Analyses that the flags ask for.
+
+    With --run, args become those of the last run, but for what was set by hand.
+    """
     import common
-    look = argparse.Namespace(runs={}, **{k: vars(args).pop(k) for k in (
-        "run", "explain", "explain_file", "confidences", "perturb", "drop", "rates", "draws")})
-    asked, look.explain = look.explain or look.explain_file, [line.strip() for line in [*look.explain, *(look.explain_file or [])] if line.strip()]
-    for folder in look.run:
+    rates = [rate for rate in dict.fromkeys(args.rates) if rate > 0]
+    asked = Analyses(runs={}, texts=read_texts(args.explain, args.explain_file),
+                     confidences=args.confidences, perturb=args.perturb, drop=args.drop,
+                     rates=rates, draws=args.draws)
+    if args.grid and (args.run or asked.any):
+        raise common.UserError("--grid: must go without analyses; afterwards --run FOLDER makes "
+                               "them")
+    if args.run and not asked.any:
+        raise common.UserError(f"--run {' '.join(args.run)}: must go together with --explain, "
+                               "--confidences, --perturb or --drop")
+    for folder in args.run:
+        add_run(folder, asked.runs, args)
+
+    methods = [set(folders) for folders in asked.runs.values()] or [set(args.method)]
+    if asked.drop or asked.confidences or asked.texts:
+        for found in methods:
+            if not found & set(CONFIDENT):
+                raise common.UserError(
+                    "--explain, --confidences, --drop: need a run of tdt or tdt-hard of each seed, "
+                    f"{' and '.join(sorted(found))} alone has no confidences")
+    return asked
+
+
+def read_texts(given, path):
+    """The texts of --explain and of --explain_file."""
+    import common
+    lines = list(given)
+    if path:
         try:
-            results = json.load(open(os.path.join(folder, "results.json"), encoding="utf-8"))
-            assert results["method"] in ("std", "tdt", "tdt-hard"), f"its method is {results['method']}"
-        except (OSError, ValueError, KeyError, AssertionError) as error:
-            raise common.UserError(f"--run {folder}: must be the folder of a finished run of std, tdt or tdt-hard: {error}") from None
-        if (look.runs or "task" in args.by_hand) and results["task"] != args.task:
-            raise common.UserError(f"--run {folder}: is a run of {results['task']}; must be of {args.task}, as --task or the one before")
-        look.runs.setdefault(results["seed"], {})[results["method"]] = folder
-        vars(args).update({k: v for k, v in results["args"].items() if k not in args.by_hand})
-        args.model, args.init_from = os.path.join(folder, "model"), ""
-    look.figures = look.confidences or look.perturb or look.drop
-    if (look.run or asked) and not (look.figures or look.explain) or any(t.count("|||") > 1 for t in look.explain):
-        raise common.UserError("--run, --explain: must have a text (of a pair, two) to explain, or --confidences, --perturb or --drop")
-    return look
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                lines += file.read().split("\n")
+        except OSError as error:
+            raise common.UserError(f"--explain_file {path}: {error.strerror}") from None
+
+    texts = [line.strip().replace("\t", " ||| ") for line in lines if line.strip()]
+    for text in texts:
+        if text.count("|||") > 1:
+            raise common.UserError(f"--explain: must have a text, or two with ||| between them, "
+                                   f"got {text!r}")
+    if (given or path) and not texts:
+        raise common.UserError("--explain: must have a text, or two with ||| between them")
+    return texts
+
+
+def add_run(folder, runs, args):
+    """Adds a finished run to `runs`, and gives args its flags, but for those set by hand."""
+    import common
+    import data
+    methods = ", ".join(METHODS)
+    wanted = f"--run {folder}: must be the folder of a finished run of {methods}"
+    try:
+        results = common.read_results(os.path.join(folder, "results.json"))
+    except (OSError, common.UserError) as error:
+        raise common.UserError(f"{wanted}: {data.first_line(error)}") from None
+    task, method, seed = (results.get(name) for name in ("task", "method", "seed"))
+    if method not in list(METHODS):
+        raise common.UserError(f"{wanted}: its method is {method}")
+    if not (isinstance(task, str) and isinstance(seed, int)):
+        raise common.UserError(f"{wanted}: its results.json has no task or no seed")
+    if (runs or "task" in args.by_hand) and task != args.task:
+        raise common.UserError(f"--run {folder}: is a run of {task}; must be of {args.task}, as "
+                               "--task or the one before")
+    other = runs.setdefault(seed, {}).setdefault(method, folder)
+    if other != folder:
+        raise common.UserError(f"--run {folder}: is a run of {method} with seed {seed}, as {other} "
+                               "is; must be another one")
+
+    if "threads" not in args.by_hand:
+        args.threads = 0                               # the toy recipe's does not hold here
+    for name, value in results["args"].items():
+        if name not in args.by_hand:
+            setattr(args, name, value)
+    args.recipe, args.recipe_name = {}, f"that of {folder}"
+    args.own_files = args.train_file or args.validation_file
+    args.model = args.path = os.path.join(folder, "model")
+
+    # Only validation rows are looked at.
+    args.init_from = args.test_file = ""
+    args.eval_tasks = []
+    args.choosing = False
+
+
+# ---------------------------------------------------------------------------  analyses: confidences
+
+@dataclass
+class Evaluation:
+    """The set that the figures are about, and its tokens, all rows' in a line."""
+    setup: object
+    world: object
+    name: str
+    task: object
+    split: object
+    ids: object                                                          # (tokens,)
+    row: object                                                          # (tokens,), whose it is
+    is_word: object                                                      # (tokens,), not special
+
+
+def evaluation_of(setup, world):
+    """The first validation split as an Evaluation."""
+    import numpy as np
+    name, (task, split) = next(iter(setup.own.items()))
+    ids, offsets, _ = split.fields["input_ids"]
+    unknown = setup.tokenizer.unk_token_id             # stands for a word, though it is special
+    special = [token for token in setup.tokenizer.all_special_ids if token != unknown]
+    row = np.repeat(np.arange(len(split)), np.diff(offsets))
+    return Evaluation(setup, world, name, task, split, ids, row, ~np.isin(ids, special))
+
+
+def load_run(folder, method, world, confidences="confidence.pt"):
+    """A finished run as a TDT in eval mode; its confidences mean something if the method has any.
+
+    confidences: their file, "confidence-start.pt": as they were drawn.
+    """
+    import common
+    import data
+    import transformers
+    path = os.path.join(folder, "model")
+    try:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=torch.float32)
+        module = TDT(model)
+        if method in CONFIDENT:
+            file = os.path.join(path, confidences)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            module.confidence_layer.load_state_dict(state)
+    except Exception as error:
+        raise common.UserError(f"{folder}: its model cannot be loaded: "
+                               f"{data.first_line(error)}") from error
+    return module.to(world.device).eval()
+
+
+def confidences_of(module, evaluation, name):
+    """The confidence of each token of the evaluation set: (tokens,). name: of the bar."""
+    import common
+    import data
+    import numpy as np
+    split, world = evaluation.split, evaluation.world
+    offsets = split.fields["input_ids"].offsets
+    found = np.zeros(len(evaluation.ids), np.float32)
+    mine = len(range(world.rank, len(split), world.size))
+    module.eval()
+    with torch.inference_mode(), common.Progress(world, name, mine, unit="row") as progress:
+        for rows, inputs in data.eval_batches(split, world.rank, world.size):
+            inputs.pop("labels")
+            real = inputs["attention_mask"].bool()                       # (B, n)
+            c = module.confidence(**world.put(inputs)).cpu()             # (B, n)
+            for row, line, is_real in zip(rows, c, real):
+                found[offsets[row]:offsets[row + 1]] = line[is_real]
+            progress.update(len(rows))
+    return world.total(found)
+
+
+def show_confidences(folder, c, evaluation):
+    """Figure 4: the distribution of the words' confidences c, and the words at its ends."""
+    import numpy as np
+    world = evaluation.world
+    words = evaluation.ids[evaluation.is_word]
+    c = c[evaluation.is_word]
+    counts = np.histogram(c, 20, (0, 1))[0]
+    kinds, at, times = np.unique(words, return_inverse=True, return_counts=True)
+    names = evaluation.setup.tokenizer.convert_ids_to_tokens(kinds)
+    means = (np.bincount(at, c) / times).round(4).tolist()
+    mean_of = dict(zip(names, means))
+    facts = {"set": evaluation.name, "tokens": len(words), "mean": float(c.mean()),
+             "std": float(c.std())}
+
+    world.say(f"\n{folder}: confidences on {evaluation.name}, {len(words)} tokens, "
+              f"mean {facts['mean']:.3f}, std {facts['std']:.3f}")
+    for i in np.flatnonzero(counts):
+        bar = "#" * round(60 * counts[i] / counts.max())
+        world.say(f"  {i / 20:.2f} {counts[i] / len(words):6.1%} {bar}")
+    often = [name for name, n in zip(mean_of, times) if n >= 5]
+    often = [f"{name} {mean_of[name]:.2f}" for name in sorted(often, key=mean_of.get)]
+    world.say(f"  highest, of tokens seen 5 times: {', '.join(often[:-13:-1])}")
+    world.say(f"  lowest: {', '.join(often[:12])}")
+    found = {**facts, "counts": counts.tolist(), "mean_by_token": mean_of}
+    write_file(os.path.join(folder, "confidences.json"), json.dumps(found, indent=1), world)
+
+
+def write_file(path, text, world):
+    """Writes a whole file, from rank 0, and says so."""
+    import common
+    if world.rank == 0:
+        try:
+            common.write_safely(path, lambda file: file.write(text.encode()))
+        except OSError as error:
+            raise common.RunError(f"cannot write {path}: {error.strerror}") from None
+    world.say(f"wrote {path}")
+
+
+# --------------------------------------------------------------------------  analyses: explanations
+
+@dataclass
+class Explanation:
+    """A text, what a model predicts for it, and the confidence of each of its words."""
+    text: str
+    prediction: object             # a label's name, or a number
+    probability: float | None      # of that label
+    words: list                    # [word, confidence, which sentence: 0 or 1]
+
+
+@dataclass
+class Scale:
+    """The confidences that the palest and the strongest colour stand for."""
+    low: float = 0.0
+    high: float = 1.0
+    name: str = "the whole range of a confidence"
+
+    def place(self, c):
+        """Where a confidence lies, from 0 to 1."""
+        return min(1.0, max(0.0, (c - self.low) / (self.high - self.low)))
+
+
+def scale_of(c, evaluation):
+    """From the lowest to the highest confidence of the evaluation set's words."""
+    words = c[evaluation.is_word]
+    low = float(words.min())
+    high = max(float(words.max()), low + 0.01)
+    return Scale(low, high, f"the range on {evaluation.name}")
 
 
 def explain(module, tokenizer, text, max_length, world):
-    """A text's words as [word, confidence, sentence]. A word is what the tokenizer first splits a text into (punctuation
-    stands alone), and has the largest confidence of its pieces."""
-    parts, words = [part.strip() for part in text.replace("\t", "|||").split("|||")][:2], {}
-    encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_offsets_mapping=True, return_tensors="pt")
+    """The Explanation of a text, or of two with ||| between them."""
+    parts = [part.strip() for part in text.split("|||")]
+    encoded = tokenizer(*parts, truncation=True, max_length=max_length,
+                        return_offsets_mapping=True, return_tensors="pt")
     spans = encoded.pop("offset_mapping")[0].tolist()
-    confidence = module.confidence(**world.put(dict(encoded)))[0].tolist()
-    for part, word, (start, end), c in zip(encoded.sequence_ids(0), encoded.word_ids(0), spans, confidence):
-        if part is not None:
-            a, b, most = words.get((part, word), (start, end, 0.0))
-            words[part, word] = min(a, start), max(b, end), max(most, c)
-    return [[parts[part][a:b], c, part] for (part, _), (a, b, c) in words.items()]
+    inputs = world.put(dict(encoded))
+    module.eval()
+    with torch.inference_mode():
+        c = module.confidence(**inputs)[0].tolist()
+        logits = module.model(**inputs).logits[0].float()                # (C,)
+    words = words_of(parts, encoded.sequence_ids(0), encoded.word_ids(0), spans, c)
+    if len(logits) == 1:
+        return Explanation(text, round(logits.item(), 3), None, words)
+    probabilities = logits.softmax(-1)
+    best = int(probabilities.argmax())
+    label = module.model.config.id2label[best]
+    return Explanation(text, label, round(probabilities[best].item(), 4), words)
 
 
-def page(texts, title, lo, hi):
-    """The texts of `explain` as one self-contained HTML page."""
-    from html import escape
-    paint, cards = lambda c: f"background:rgba(14,116,144,{(c - lo) / (hi - lo):.2f});color:{'#fff' if c - lo > 0.75 * (hi - lo) else '#1e293b'}", ""
-    for words in texts:
-        sides = ["".join(f'<span><b style="{paint(c)}">{escape(word)}</b><i>{c:.2f}</i></span>' for word, c, part in words if part == side)
-                 for side in (0, 1)]
-        cards += f"<section>{'<hr>'.join(filter(None, sides))}</section>"
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>
-body {{ font: 18px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 3rem auto; color: #1e293b; background: #f8fafc }}
-section {{ background: #fff; border: 1px solid #e2e8f0; border-radius: 10px; padding: .7rem 1rem; margin: 1rem 0 }}
-span {{ display: inline-block; text-align: center; margin: .2rem .15rem }} i {{ font: .65rem monospace }} small, i {{ color: #64748b }}
-b {{ display: block; font-weight: 500; padding: .05rem .35rem; border-radius: 5px }} h1 {{ font-size: 1.3rem }} hr {{ opacity: .3 }}
-</style><h1>{escape(title)}</h1><small>The darker a word, the more the model needs it by its own confidence, {lo:.2f} to {hi:.2f} on this page
-(c of Eq. 2 in Task-guided Disentangled Tuning, Findings of ACL 2022; of a word in several pieces, the largest).</small>{cards}</html>
+def words_of(parts, sentences, numbers, spans, c):
+    """[word, confidence, sentence] of each word, from what is known of each token.
+
+    A word is what the tokenizer first splits a text into (punctuation stands alone), and has the
+    largest confidence of its pieces. sentences: 0, 1 or None for special tokens. numbers: of the
+    word within its sentence. spans: first and last character.
+    """
+    found = {}
+    for sentence, number, (start, end), confidence in zip(sentences, numbers, spans, c):
+        if sentence is not None:
+            key = sentence, number
+            first, last, most = found.get(key, (start, end, 0.0))
+            found[key] = min(first, start), max(last, end), max(most, confidence)
+    words = []
+    for (sentence, _), (first, last, most) in found.items():
+        words.append([parts[sentence][first:last], most, sentence])
+    return words
+
+
+def show_explanations(module, folder, asked, tokenizer, max_length, scale, world):
+    """Each text with its prediction and its words, on screen, as a page and as json."""
+    found = []
+    for text in asked.texts:
+        found.append(explain(module, tokenizer, text, max_length, world))
+        world.say(f"{folder}: {screen_line(found[-1], scale, sys.stdout.isatty())}")
+    name = free_name(folder, "explain")
+    texts = json.dumps([vars(explanation) for explanation in found], indent=1)
+    write_file(f"{name}.json", texts, world)
+    write_file(f"{name}.html", page(found, f"What the model looks at ({folder})", scale), world)
+
+
+def free_name(folder, name):
+    """folder/name, or folder/name-2 and so on: the first of which there is no json and no page."""
+    number = 1
+    path = os.path.join(folder, name)
+    while os.path.exists(f"{path}.json") or os.path.exists(f"{path}.html"):
+        number += 1
+        path = os.path.join(folder, f"{name}-{number}")
+    return path
+
+
+def prediction_of(explanation):
+    """The prediction in words."""
+    if explanation.probability is None:
+        return f"{explanation.prediction:g}"
+    return f"{explanation.prediction} ({explanation.probability:.2f})"
+
+
+def screen_line(explanation, scale, colours):
+    """An Explanation in one line; the higher a word's confidence, the stronger its colour."""
+    shades = [231, 195, 159, 123, 87, 51]              # of a terminal's 256 colours
+    parts = []
+    for word, c, _ in explanation.words:
+        if colours:
+            shade = shades[round(5 * scale.place(c))]
+            parts.append(f"\x1b[48;5;{shade};38;5;16m {word} \x1b[0m{c:.2f}")
+        else:
+            parts.append(f"{word} {c:.2f}")
+    separator = " " if colours else "  "
+    return f"{prediction_of(explanation)}: {separator.join(parts)}"
+
+
+PAGE_STYLE = """h1 { overflow-wrap: anywhere }
+:root { --strongest: .6 }
+@media (prefers-color-scheme: dark) { :root { --strongest: .9 } }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: .6rem .9rem; margin: 1rem 0 }
+section p { margin: 0 0 .4rem }
+.words { display: flex; flex-wrap: wrap; gap: .3rem }
+.words + .words { border-top: 1px solid var(--line); margin-top: .6rem; padding-top: .6rem }
+.words span { text-align: center; max-width: 100% }
+.words b { display: block; font-weight: 500; padding: .05rem .4rem; border-radius: 5px;
+  overflow-wrap: anywhere; background: rgb(14 116 144 / calc(var(--strongest) * var(--place))) }
+.words i { font: .75rem monospace; color: var(--faint) }
+.scale { display: flex; align-items: center; gap: .5rem }
+.scale span { flex: 1; max-width: 14rem; height: 1rem; border: 1px solid var(--line);
+  border-radius: 5px; background: linear-gradient(to right, rgb(14 116 144 / 0),
+  rgb(14 116 144 / var(--strongest))) }
 """
 
 
-def damage(ids, row, words, by, rate, draw, c, mask):
-    """`ids` (all rows' tokens in a line, `row` tells whose) with that share of each row's `words` replaced: those of
-    "highest" or "lowest" confidence c by [MASK], or random ones by "[MASK]" or by an "other word" of the row."""
+def page(explanations, title, scale):
+    """Explanations as one self-contained HTML page."""
+    import common
+    from html import escape
+    body = [
+        "<p>A word's number is its confidence, the c of Eq. 2 in Task-guided Disentangled Tuning "
+        "(Findings of ACL 2022); of a word in several pieces, the largest. In brackets: the "
+        "probability of the predicted label.</p>",
+        f'<p class="scale">{scale.low:.2f} <span></span> {scale.high:.2f}</p>',
+        f"<small>The colours go from {scale.low:.2f} to {scale.high:.2f}, "
+        f"{escape(scale.name)}.</small>"]
+    for explanation in explanations:
+        body.append(f"<section><p>Prediction: <b>{escape(prediction_of(explanation))}</b></p>")
+        for side in (0, 1):
+            spans = []
+            for word, c, sentence in explanation.words:
+                if sentence == side:
+                    spans.append(f'<span><b style="--place:{scale.place(c):.2f}">{escape(word)}</b>'
+                                 f"<i>{c:.2f}</i></span>")
+            if spans:
+                body.append('<div class="words">' + "\n".join(spans) + "</div>")
+        body.append("</section>")
+    return common.html_page(title, PAGE_STYLE, "\n".join(body))
+
+
+# --------------------------------------------------------------------------  analyses: Figures 5, 6
+
+def damage(evaluation, by, rate, draw, c, mask_id):
+    """evaluation.ids with that share of each row's words replaced: (tokens,).
+
+    by: the words of "highest" or "lowest" confidence c become [MASK]; or random ones become
+    "[MASK]" or an "other word" of the row. draw: the seed.
+    """
     import numpy as np
-    rng, changed = np.random.default_rng([draw, round(1000 * rate)]), ids.copy()
-    key = {"highest": -c, "lowest": c}[by] if c is not None else rng.random(len(ids))
-    count = np.bincount(row[words], minlength=row.max() + 1)                       # words of each row,
-    first = np.cumsum(count) - count                                               # and where they begin in `places`
-    places = np.lexsort((key, row, ~words))[:words.sum()]                          # row by row, in the order of key
-    hit = places[np.arange(len(places)) - first[row[places]] < np.rint(rate * count)[row[places]]]
-    others = np.flatnonzero(words)[first[row[hit]] + (rng.random(len(hit)) * count[row[hit]]).astype(int)]
-    changed[hit] = ids[others] if by == "other word" else mask
+    ids, row, is_word = evaluation.ids, evaluation.row, evaluation.is_word
+    rng = np.random.default_rng([draw, round(1000 * rate)])
+    if by == "highest":
+        order = -c
+    elif by == "lowest":
+        order = c
+    else:
+        order = rng.random(len(ids))
+
+    # Words of each row, and where they begin in `places`: row by row, in that order.
+    count = np.bincount(row[is_word], minlength=row.max() + 1)
+    first = np.cumsum(count) - count
+    places = np.lexsort((order, row, ~is_word))[:is_word.sum()]
+    rank = np.arange(len(places)) - first[row[places]]
+    hit = places[rank < np.rint(rate * count)[row[places]]]
+
+    changed = ids.copy()
+    if by == "other word":
+        random_rank = (rng.random(len(hit)) * count[row[hit]]).astype(int)
+        others = np.flatnonzero(is_word)[first[row[hit]] + random_rank]
+        changed[hit] = ids[others]
+    else:
+        changed[hit] = mask_id
     return changed
 
 
-def analyse(args, look, setup, world):
-    """What section 4 of the paper measures, of look.runs: tables on screen, files in the runs' folders."""
-    import numpy as np
-    import transformers
+def score_tokens(module, ids, evaluation, name):
+    """The main metric with these ids (tokens,) in place of the set's own. name: of the bar."""
     import common
-    tokenizer, tables = setup.tokenizer, {"drop": [], "perturb": []}
-    if look.figures:
-        name, (task, split) = next(iter(setup.own.items()))
-        ids, offsets = split.fields["input_ids"]                                   # all rows' tokens in a line
-        special = [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id]
-        words, row = ~np.isin(ids, special), np.repeat(np.arange(len(split)), np.diff(offsets))
+    setup = evaluation.setup
+    fields = dict(evaluation.split.fields)
+    fields["input_ids"] = fields["input_ids"]._replace(values=ids)
+    changed = copy.copy(evaluation.split)
+    changed.fields = fields
+    forward = setup.kind.forward(module.model, setup.task)
+    sets = {name: (evaluation.task, changed)}
+    metrics = common.evaluate(forward, module.model, sets, setup, evaluation.world)[name]
+    return next(iter(metrics.values()))
 
-    def write(folder, name, content):
-        world.say(f"wrote {os.path.join(folder, name)}")
-        common.write_safely(os.path.join(folder, name), lambda f: f.write(content.encode())) if world.rank == 0 else None
 
-    def confidences(module):                                                       # of each of these tokens
-        c = np.zeros(len(ids), np.float32)
-        for rows, inputs in common.data.eval_batches(split, setup.pad, world.rank, world.size):
-            inputs.pop("labels")
-            with torch.inference_mode():
-                c_rows = module.eval().confidence(**world.put(inputs)).cpu()
-            for r, line, real in zip(rows, c_rows, inputs["attention_mask"].bool()):
-                c[offsets[r]:offsets[r + 1]] = line[real]
-        return world.total(c)
+def curves(modules, kinds, rates, draws, evaluation):
+    """{"method, kind": {rate: scores}} for modules {method: module}.
 
-    def score(module, changed):
-        other = common.data.Split({**split.fields, "input_ids": (changed, offsets)}, split.labels, left=split.left)
-        logits = common.predict(lambda **inputs: module.model(**inputs).logits, module.model, other, setup, world)
-        return common.data.score(task, setup.task, logits, split.labels)[task.metrics.split()[0]]
+    kinds {name: (by, c)}, see `damage`; draws: scores for each rate.
+    """
+    found = {}
+    mask_id = evaluation.setup.tokenizer.mask_token_id
+    for method, module in modules.items():
+        whole = score_tokens(module, evaluation.ids, evaluation, f"{method}, all words")
+        for kind, (by, c) in kinds.items():
+            name = f"{method}, {kind}"
+            found[name] = {0.0: [whole]}
+            for rate in rates:
+                scores = []
+                for draw in range(draws):
+                    ids = damage(evaluation, by, rate, draw, c, mask_id)
+                    bar = f"{name}, {rate:.0%}"
+                    scores.append(score_tokens(module, ids, evaluation, bar))
+                found[name][rate] = scores
+    return found
 
-    def load(method, folder):
-        module = TDT(transformers.AutoModelForSequenceClassification.from_pretrained(os.path.join(folder, "model"), dtype=torch.float32))
-        if method != "std":
-            module.confidence_layer.load_state_dict(torch.load(os.path.join(folder, "model", "confidence.pt"), weights_only=True))
-        return module.to(world.device).eval()
 
-    for folders in look.runs.values():
-        modules = {method: load(method, folder) for method, folder in folders.items()}
-        trained = {folder: modules[method] for method, folder in folders.items() if method != "std"}
-        for folder, module in trained.items():
-            if look.explain:
-                texts = [explain(module, tokenizer, text, args.max_length, world) for text in look.explain]
-                values = [c for line in texts for _, c, _ in line] or [0.5]
-                lo, hi = min(values), max(max(values), min(values) + 0.01)
-                paint = "\x1b[48;5;{};38;5;16m {} \x1b[0m{:.2f}" if sys.stdout.isatty() else "{1} {2:.2f} "
-                shade = lambda c: (231, 195, 159, 123, 87, 51)[round(5 * (c - lo) / (hi - lo))]
-                for line in texts:
-                    world.say(f"{folder}: " + " ".join(paint.format(shade(c), word, c) for word, c, _ in line))
-                write(folder, "explain.json", json.dumps([dict(text=t, words=w) for t, w in zip(look.explain, texts)], indent=1))
-                write(folder, "explain.html", page(texts, f"What the model looks at ({folder})", lo, hi))
-            if look.confidences:                                                   # Figure 4
-                c = confidences(module)
-                counts, (kinds, at, n) = np.histogram(c[words], 20, (0, 1))[0], np.unique(ids[words], False, True, True)
-                means = dict(zip(tokenizer.convert_ids_to_tokens(kinds), (np.bincount(at, c[words]) / n).round(4).tolist()))
-                order = [f"{t} {means[t]:.2f}" for t in sorted((t for t, times in zip(means, n) if times >= 5), key=means.get)]
-                facts = dict(set=name, tokens=len(at), mean=float(c[words].mean()), std=float(c[words].std()))
-                bars = [f"  {i / 20:.2f} {counts[i] / len(at):6.1%} {'#' * round(60 * counts[i] / counts.max())}" for i in counts.nonzero()[0]]
-                world.say("\n{}: confidences on {}, {} tokens, mean {:.3f}, std {:.3f}".format(folder, *facts.values()))
-                world.say("\n".join([*bars, "  highest, of tokens seen 5 times: " + ", ".join(order[:-13:-1]), "  lowest: " + ", ".join(order[:12])]))
-                write(folder, "confidences.json", json.dumps({**facts, "counts": counts.tolist(), "mean_by_token": means}, indent=1))
-        first, mask, rates = next(iter(trained), None), tokenizer.mask_token_id, [0.0, *look.rates]
-        for figure, kinds, draws in (("drop", ["highest", "lowest"], 1), ("perturb", ["[MASK]", "other word"], look.draws)):
-            if getattr(look, figure):                                              # Figures 6 and 5
-                c = confidences(trained[first]) if figure == "drop" else None
-                tables[figure].append({f"{method}, {by}": {rate: [score(module, damage(ids, row, words, by, rate, draw, c, mask))
-                    for draw in range(draws if rate else 1)] for rate in rates} for method, module in modules.items() for by in kinds})
-                write(first or next(iter(folders.values())), f"{figure}.json", json.dumps({
-                    "set": name, "metric": task.metrics.split()[0], "confidences": first, "values": tables[figure][-1]}, indent=1))
-    for figure in [figure for figure in tables if tables[figure]]:
-        world.say(f"\n{args.task} {name}: {task.metrics.split()[0]} in percent when that share of the words is replaced, "
-                  f"{'those of highest or lowest confidence' if figure == 'drop' else 'random ones'}\nrate  "
-                  + "".join(f"{column:>25}" for column in tables[figure][0]))
+def drop_words(modules, folders, by, c, rates, evaluation):
+    """Figure 6 of one seed: its curves. by: the method whose confidences c choose the words.
+
+    As a control they are also chosen by an untrained confidence layer, the one that run began with.
+    """
+    import data
+    untrained = load_run(folders[by], by, evaluation.world, "confidence-start.pt")
+    c_start = confidences_of(untrained, evaluation, "confidences, untrained")
+    words = evaluation.is_word
+    correlation = data.spearman(c[words], c_start[words])
+    evaluation.world.say(f"\n{folders[by]}: rank correlation of its confidences with the "
+                         f"untrained ones on {evaluation.name}: {correlation:.2f}")
+    kinds = {"highest": ("highest", c), "lowest": ("lowest", c),
+             "highest, untrained": ("highest", c_start), "lowest, untrained": ("lowest", c_start)}
+    found = curves(modules, kinds, rates, 1, evaluation)
+    write_curves(folders[by], "drop", found, evaluation,
+                 confidences=folders[by], correlation_with_start=round(correlation, 4))
+    return found
+
+
+def perturb_words(modules, folder, confident, asked, evaluation):
+    """Figure 5 of one seed: its curves, written into `folder`. confident: as in `write_curves`."""
+    kinds = {"[MASK]": ("[MASK]", None), "other word": ("other word", None)}
+    found = curves(modules, kinds, asked.rates, asked.draws, evaluation)
+    write_curves(folder, "perturb", found, evaluation, confidences=confident)
+    return found
+
+
+def write_curves(folder, figure, found, evaluation, **more):
+    """FIGURE.json. more: `confidences`, the run that chose the words, and others."""
+    metric = evaluation.task.metrics.split()[0]
+    content = {"set": evaluation.name, "metric": metric, **more, "values": found}
+    path = os.path.join(folder, f"{figure}.json")
+    write_file(path, json.dumps(content, indent=1), evaluation.world)
+
+
+def print_curves(found, title, rates, world):
+    """A table of the curves of all seeds: a row for each, means and deviations by rate."""
+    import numpy as np
+    names = dict.fromkeys(name for curves_of_seed in found for name in curves_of_seed)
+    wide = max(map(len, names))
+    rates = [0.0, *rates]
+    world.say(f"\n{title}\n{'':<{wide}}" + "".join(f"{rate:>15.0%}" for rate in rates))
+    for name in names:
+        cells = []
         for rate in rates:
-            cells = [100 * np.concatenate([values[column][rate] for values in tables[figure]]) for column in tables[figure][0]]
-            world.say(f"{rate:<6.0%}" + "".join(f"{v.mean():17.2f} +-{v.std(ddof=len(v) > 1):5.2f}" for v in cells))
+            scores = [curves_of_seed[name][rate] for curves_of_seed in found
+                      if name in curves_of_seed]
+            percent = 100 * np.concatenate(scores)
+            spread = f"+-{percent.std(ddof=1):.2f}" if len(percent) > 1 else "-"
+            cells.append(f"{percent.mean():7.2f} {spread:>7}")
+        world.say(f"{name:<{wide}}" + "".join(cells))
 
 
-# ---------------------------------------------------------------------------------------------------- the experiment
+# ---------------------------------------------------------------------------  analyses: all of them
+
+def check_tokenizer(args, tokenizer, methods, asked):
+    """UserError if something is asked for that this tokenizer does not have."""
+    import common
+    wanted = "tdt-hard" in methods or asked.drop or asked.perturb
+    if wanted and tokenizer.mask_token_id is None:
+        raise common.UserError(f"--model {args.model}: must have a mask token for tdt-hard, "
+                               "--drop and --perturb")
+    if asked.texts and not tokenizer.is_fast:
+        raise common.UserError(f"--model {args.model}: must have a fast tokenizer for --explain, "
+                               "which knows where its tokens lie")
+
+
+def analyse_finished(args, asked, world):
+    """--run: what was asked of finished runs. To explain a text needs no data."""
+    import common
+    setup = None
+    if asked.figures:
+        setup = common.prepare(args, world)
+        tokenizer = setup.tokenizer
+    else:
+        tokenizer = common.load_tokenizer(args, world)
+    methods = {method for folders in asked.runs.values() for method in folders}
+    check_tokenizer(args, tokenizer, methods, asked)
+    analyse(args, asked, setup, tokenizer, world)
+
+
+def analyse(args, asked, setup, tokenizer, world):
+    """What section 4 of the paper measures, of asked.runs: tables, and files in their folders."""
+    evaluation = evaluation_of(setup, world) if asked.figures else None
+    dropped = []
+    perturbed = []
+    for folders in asked.runs.values():
+        modules = {method: load_run(folder, method, world) for method, folder in folders.items()}
+        confident = [method for method in modules if method in CONFIDENT]
+        chosen_by = confident[0] if confident else None
+        c = {}
+        for method in confident:
+            if asked.confidences or (asked.drop and method == chosen_by):
+                bar = f"{folders[method]}: confidences"
+                c[method] = confidences_of(modules[method], evaluation, bar)
+
+        for method in confident:
+            scale = Scale()
+            if asked.confidences:
+                show_confidences(folders[method], c[method], evaluation)
+                scale = scale_of(c[method], evaluation)
+            if asked.texts:
+                show_explanations(modules[method], folders[method], asked, tokenizer,
+                                  args.max_length, scale, world)
+        if asked.drop:
+            dropped.append(drop_words(
+                modules, folders, chosen_by, c[chosen_by], asked.rates, evaluation))
+        if asked.perturb:
+            folder = folders.get(chosen_by) or next(iter(folders.values()))
+            perturbed.append(perturb_words(
+                modules, folder, folders.get(chosen_by), asked, evaluation))
+
+    if dropped or perturbed:
+        what = f"{args.task} {evaluation.name}: {evaluation.task.metrics.split()[0]} in percent"
+    if dropped:
+        print_curves(dropped, f"{what} when that share of the words is [MASK], those of highest or "
+                              "lowest confidence", asked.rates, world)
+    if perturbed:
+        print_curves(perturbed, f"{what} when that share of the words, random ones, is replaced",
+                     asked.rates, world)
+
+
+# --------------------------------------------------------------------------------------  the recipe
+
+def recipe(args):
+    """Table 7: batch, updates, warm-up and learning rate; the rest as in the release's script."""
+    import common
+    if args.task == "toy":                             # as in r3f.py, whose runs of std are these
+        return "toy", {
+            "model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "precision": "fp32",
+            "weight_decay": 0.0, "warmup": 0.1, "grad_clip": 1.0, "threads": 1,
+            "method": ["std", "tdt"], "seeds": [0, 1, 2], "alpha": 0.5, "beta": 0.5}
+
+    glue = {
+        "mnli": (128, 10000, 1000, 4e-5),
+        "qqp": (128, 10000, 1000, 4e-5),
+        "qnli": (64, 3000, 300, 4e-5),
+        "sst2": (64, 3000, 300, 4e-5),
+        "cola": (64, 2000, 200, 2e-5),
+        "stsb": (64, 3000, 300, 4e-5),
+        "mrpc": (64, 2000, 200, 1e-5),
+        "rte": (64, 2000, 200, 2e-5),
+    }
+    glue_large = {
+        "mnli": (64, 10000, 1000, 2e-5),
+        "qqp": (64, 10000, 1000, 2e-5),
+        "qnli": (64, 3000, 300, 2e-5),
+        "sst2": (64, 3000, 300, 2e-5),
+        "cola": (32, 3000, 300, 2e-5),
+        "stsb": (64, 3000, 300, 2e-5),
+        "mrpc": (64, 2000, 200, 2e-5),
+        "rte": (64, 2000, 100, 2e-5),
+    }
+    clue = {
+        "ocnli": (64, 3000, 300, 4e-5),
+        "iflytek": (16, 5000, 300, 3e-5),
+        "csl": (32, 3000, 300, 3e-5),
+        "tnews": (64, 5000, 300, 3e-5),
+        "afqmc": (32, 3000, 300, 3e-5),
+    }
+    clue_large = {
+        "ocnli": (32, 3000, 300, 1e-5),
+        "iflytek": (16, 5000, 300, 1e-5),
+        "csl": (32, 3000, 300, 1e-5),
+        "tnews": (64, 5000, 300, 1e-5),
+        "afqmc": (32, 3000, 300, 1e-5),
+    }
+    table = {**glue_large, **clue_large} if common.is_large(args.model) else {**glue, **clue}
+
+    values = {"model": "google-bert/bert-base-uncased", "lr": 2e-5, "weight_decay": 0.0,
+              "warmup": 0.1, "grad_clip": 1.0}
+    if args.task in [*clue, "cmnli"]:
+        values["model"] = "hfl/chinese-bert-wwm"
+    if args.task in table:
+        batch_size, max_steps, warmup, lr = table[args.task]
+        values.update(batch_size=batch_size, max_steps=max_steps, warmup=warmup, lr=lr)
+    return "tdt: Table 7", values
+
+
+# ----------------------------------------------------------------------------------  the experiment
+
+def wrap(method, model, args, mask_token_id):
+    """A method's loss around a model."""
+    import common
+    try:
+        if method == "std":
+            return TDT(model, alpha=0.0, beta=0.0)
+        if method == "cutoff":
+            return TokenCutoff(model, args.cutoff_rate, args.cutoff_a, args.cutoff_b)
+        return TDT(model, args.alpha, args.beta, args.gamma, args.margin, args.mu0,
+                   method == "tdt-hard", args.tau, args.variant, mask_token_id)
+    except ValueError as error:
+        raise common.UserError(f"--method {method}, --model {args.model}: {error}") from error
+
+
+def copy_confidences(module):
+    """The weights of a confidence layer as they are now; none of a method without one."""
+    layer = getattr(module, "confidence_layer", None)
+    if layer is None:
+        return {}
+    return {name: weight.detach().cpu().clone() for name, weight in layer.state_dict().items()}
+
+
+def marks_of(args):
+    """What tells all methods which tokens they may perturb: a text column, "special" or None."""
+    import data
+    if args.task in data.TASKS and data.TASKS[args.task].perturb:
+        return data.TASKS[args.task].perturb
+    return "special" if args.keep_special else None
+
+
+def setup_for(method, setup, marks):
+    """The setup with the marks of perturbable tokens only for a method that wants them.
+
+    marks: see `marks_of`; without them only token cutoff has some.
+    """
+    if marks or method == "cutoff":
+        return setup
+    train = copy.copy(setup.train)
+    train.fields = {name: field for name, field in train.fields.items() if name != "perturbable"}
+    return replace(setup, train=train)
+
 
 def main(argv=None):
-    """Trains every --method with every seed, and analyses them. Returns their results, as in results.json."""
+    """Trains every --method with every seed, and analyses them. Returns results.json of each."""
     import time
     import common
-    start, args = time.monotonic(), common.parse(flags(), argv, recipe)
-    look = read_analyses(args)
-    methods = [{*folders} for folders in look.runs.values()] or [{*args.method}]
-    perturb = getattr(common.data.TASKS.get(args.task), "perturb", "") or ("special" if args.keep_special else None)
-    if (look.drop or look.confidences or look.explain) and {"std"} in methods:
-        raise common.UserError("--explain, --confidences, --drop: need a run of tdt or tdt-hard of each seed, std has no confidences")
+    started = time.monotonic()
+    args = common.parse(flags(), argv, recipe)
+    asked = read_analyses(args)
+    if args.grid:
+        return common.search(main, flags, recipe, METHODS, argv)
+    marks = marks_of(args)
+
+    def check(task):
+        common.check_methods(args, task, METHODS, ": JS of a regression is undefined")
+
     with common.processes(args) as world:
-        setup = common.prepare(args, world, perturb=perturb) if look.figures or not look.run else argparse.Namespace(
-            tokenizer=common.load_tokenizer(args, world))                          # to explain a text needs no data
-        if setup.tokenizer.mask_token_id is None and (any("tdt-hard" in m for m in methods) or look.drop or look.perturb):
-            raise common.UserError(f"--model {args.model}: must have a mask token for tdt-hard, --drop and --perturb")
-        if look.run:
-            return analyse(args, look, setup, world)
+        if asked.runs:
+            return analyse_finished(args, asked, world)
+        perturb = marks or ("special" if "cutoff" in args.method else None)
+        setup = common.prepare(args, world, check, perturb=perturb)
+        check_tokenizer(args, setup.tokenizer, args.method, asked)
 
         def build(method, seed):
-            model = common.load_model(args, setup.task, setup.tokenizer, seed, world)
-            weights = (0.0, 0.0) if method == "std" else (args.alpha, args.beta)
-            try:
-                return TDT(model, *weights, args.gamma, args.margin, args.mu0, method == "tdt-hard", args.tau, args.variant,
-                           setup.tokenizer.mask_token_id)
-            except ValueError as error:
-                raise common.UserError(f"--model {args.model}: {error}") from error
+            model = common.load_model(args, setup, seed, world)
+            return wrap(method, model, args, setup.tokenizer.mask_token_id)
 
-        def evaluate(model, sets):
-            return common.evaluate(lambda **inputs: model(**inputs).logits, model, sets, setup, world)
+        def evaluate(model, sets, **how):
+            forward = setup.kind.forward(model, setup.task)
+            return common.evaluate(forward, model, sets, setup, world, **how)
 
-        def train_step(module, optimizer, schedule, batch):
-            loss, stats = common.backward(module, batch, world)                    # Eq. 7
-            if args.grad_clip:
-                torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            return loss, stats
+        def write_model(folder):
+            model.save_pretrained(folder)
+            if method in CONFIDENT:
+                torch.save(copy_confidences(module), f"{folder}/confidence.pt")
+                torch.save(untrained, f"{folder}/confidence-start.pt")
 
         if args.profile:
-            rows = {}
-            for method, order in [(m, o) for o in args.batching for m in args.method]:
-                module = build(method, args.seeds[0])
-                step = functools.partial(train_step, world.ddp(module), *common.build_optimizer(module, args, 10**6))
-                rows[f"{method}, {order}"] = common.build_batches(setup, args, args.seeds[0], world, order), step
-            return common.profile(world, args, rows)
+            return common.profile_methods(args, world, setup, build)
 
         results = []
-        for method, seed in [(m, s) for s in args.seeds for m in args.method]:
-            run = common.Run(args, method, seed, world)
+        for seed, method in common.seeds_and_methods(args):
+            run = common.Run(args, method, seed, world, METHODS[method][1])
             if run.results is None:
-                module, batches = build(method, seed), common.build_batches(setup, args, seed, world)
-                total = args.max_steps or max(1, round(args.epochs * batches.per_epoch))
+                module = build(method, seed)
+                model = module.model
+                untrained = copy_confidences(module)
+                batches = common.build_batches(setup_for(method, setup, marks), args, seed, world)
+                total = common.count_steps(args, batches.per_epoch)
                 optimizer, schedule = common.build_optimizer(module, args, total)
-                run.begin(total, batches.per_epoch, module=module, optimizer=optimizer, schedule=schedule, batches=batches)
-                ddp, model = world.ddp(module), module.model
-                for _, batch in run.steps(total, batches):
+                run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
+                          schedule=schedule, batches=batches)
+                ddp = world.ddp(module)
+
+                for step, batch in run.steps(total, batches):
                     lr = schedule.get_last_lr()[0]
-                    run.log(*train_step(ddp, optimizer, schedule, batch), lr=lr)
+                    loss, stats = common.backward(ddp, batch, world)     # Eq. 7
+                    # same: update
+                    if args.grad_clip:
+                        torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                    # end same
+                    run.log(loss, stats, lr=lr)
                     if run.every(args.eval_every):
-                        run.keep_best(evaluate(model, setup.own), module)
+                        run.keep_best(evaluate(model, setup.choose_by), module)
+
                 if args.eval_every:
-                    run.keep_best(evaluate(model, setup.own), module)
+                    run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
-                run.finish(evaluate(model, {**setup.own, **setup.further}), batches, setup.tokenizer, lambda folder: (
-                    model.save_pretrained(folder), method == "std" or torch.save(
-                        module.confidence_layer.state_dict(), os.path.join(folder, "confidence.pt"))))
+                metrics = evaluate(model, setup.scored, final=True)
+                run.finish(metrics, batches, setup.tokenizer, write_model)
             if setup.unscored:
-                model = common.load_model(args, setup.task, setup.tokenizer, seed, world, path=os.path.join(run.folder, "model"))
-                run.predict(lambda **inputs: model(**inputs).logits, model, setup)
-            look.runs.setdefault(seed, {})[method] = run.folder
+                model = common.load_model(args, setup, seed, world, run.model_folder)
+                run.predict(setup.kind.forward(model, setup.task), model, setup)
+            asked.runs.setdefault(seed, {})[method] = run.folder
             results.append(run.results)
-        if look.figures or look.explain:
-            analyse(args, look, setup, world)
-        return common.report(world, results, args, start)
+        if asked.any:
+            analyse(args, asked, setup, setup.tokenizer, world)
+        return common.print_table(world.say, results, args, started)
 
 
+# same: end
 if __name__ == "__main__":
     from common import cli
     sys.exit(cli(main))
+# end same

@@ -1,23 +1,37 @@
-"""Tests of the methods and of what the repository promises. No network: the toy language and tiny random models only.
+"""Tests of the methods and of what the repository promises.
 
     python -m pytest -q
+
+No network: the toy language and tiny random models only. One thread: with small models several
+only wait for each other. In the order of the files: data.py, common.py, r3f.py, tdt.py, gtuning.py.
 """
 import argparse
-import functools
+import collections
+import csv
+import dataclasses
+import fcntl
 import glob
+import gzip
+import io
 import json
 import math
 import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -30,255 +44,2409 @@ import data
 import gtuning
 import r3f
 import tdt
-from common import UserError
+from common import RunError, Stopped, UserError
 
+torch.set_num_threads(1)
+datasets.disable_progress_bars()
 SCRIPTS = {"r3f": r3f, "tdt": tdt, "gtuning": gtuning}
-torch.set_num_threads(2)
 
 
-# ---------------------------------------------------------------------------------------------------- tiny models
+# =========================================================================================  helpers
 
-SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-             max_position_embeddings=64, pad_token_id=0)
+SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             intermediate_size=64, max_position_embeddings=64, pad_token_id=0)
+
 DECODER = SMALL | dict(bos_token_id=1, eos_token_id=2)
+
+TWO_SIDED = dict(vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2,
+                 encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+                 decoder_ffn_dim=64, max_position_embeddings=64)
+
 ARCHITECTURES = {
-    "bert": ("BertConfig", SMALL), "roberta": ("RobertaConfig", SMALL | {"pad_token_id": 1}),
+    "bert": ("BertConfig", SMALL),
+    "roberta": ("RobertaConfig", SMALL | {"pad_token_id": 1}),
     "xlm-roberta": ("XLMRobertaConfig", SMALL | {"pad_token_id": 1}),
-    "distilbert": ("DistilBertConfig", dict(vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=64)),
-    "albert": ("AlbertConfig", SMALL | {"embedding_size": 16}), "electra": ("ElectraConfig", SMALL | {"embedding_size": 16}),
-    "deberta-v2": ("DebertaV2Config", SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}),
-    "mpnet": ("MPNetConfig", SMALL | {"pad_token_id": 1}), "xlnet": ("XLNetConfig", dict(vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=64)),
-    "modernbert": ("ModernBertConfig", DECODER | {"global_attn_every_n_layers": 1, "cls_token_id": 1, "sep_token_id": 2}),
-    "bart": ("BartConfig", dict(vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, pad_token_id=1,
-                                decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64)),
-    "gpt2": ("GPT2Config", dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0)),
-    "llama": ("LlamaConfig", DECODER | {"num_key_value_heads": 4})}
+    "distilbert": ("DistilBertConfig",
+                   dict(vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=64)),
+    "albert": ("AlbertConfig", SMALL | {"embedding_size": 16}),
+    "electra": ("ElectraConfig", SMALL | {"embedding_size": 16}),
+    "deberta-v2": ("DebertaV2Config",
+                   SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+                            "type_vocab_size": 0}),
+    "mpnet": ("MPNetConfig", SMALL | {"pad_token_id": 1}),
+    "xlnet": ("XLNetConfig", dict(vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=64)),
+    "modernbert": ("ModernBertConfig",
+                   DECODER | {"global_attn_every_n_layers": 1, "cls_token_id": 1,
+                              "sep_token_id": 2}),
+    "bart": ("BartConfig", TWO_SIDED | {"pad_token_id": 1}),
+    "gpt2": ("GPT2Config", dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+                                pad_token_id=0, bos_token_id=1, eos_token_id=2)),
+    "llama": ("LlamaConfig", DECODER | {"num_key_value_heads": 4}),
+}
+
+GENERATORS = {
+    "bart": ("BartConfig", TWO_SIDED | {"pad_token_id": 1}),
+    "t5": ("T5Config", dict(vocab_size=99, d_model=32, num_layers=2, num_heads=4, d_kv=8, d_ff=64,
+                            pad_token_id=0, decoder_start_token_id=0)),
+    "mbart": ("MBartConfig", TWO_SIDED | {"pad_token_id": 1}),
+    "pegasus": ("PegasusConfig", TWO_SIDED | {"pad_token_id": 0}),
+}
 
 
-def tiny(name="bert", num_labels=3, dropout=True, seed=0, spread=None):
-    """A random model in train mode. spread: of its weights at the start; large, it makes small faults in a loss visible."""
-    torch.manual_seed(seed)
-    kind, settings = ARCHITECTURES[name]
-    config = getattr(transformers, kind)(**settings, num_labels=num_labels)
+def built(auto, kind, settings, dropout=True, spread=None, **more):
+    """A random model in train mode. spread: of its weights at the start; large, it makes small
+    faults in a loss visible."""
+    config = getattr(transformers, kind)(**settings, **more)
     if spread:
         config.initializer_range = spread
     if not dropout:
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
-    return transformers.AutoModelForSequenceClassification.from_config(config).train()
+    return getattr(transformers, auto).from_config(config).train()
+
+
+def tiny(name="bert", num_labels=3, dropout=True, seed=0, spread=None):
+    """A random classifier."""
+    torch.manual_seed(seed)
+    kind, settings = ARCHITECTURES[name]
+    auto = "AutoModelForSequenceClassification"
+    return built(auto, kind, settings, dropout, spread, num_labels=num_labels)
 
 
 def batch(name="bert", rows=4, n=9, num_labels=3):
-    """Rows of different lengths, padded on the right; BART wants one end-of-sentence token (2) in each."""
+    """Rows of different lengths, padded on the right (XLNet: on the left); BART wants one
+    end-of-sentence token (2) in each."""
     torch.manual_seed(1)
     pad = ARCHITECTURES[name][1].get("pad_token_id", 0) if name != "xlnet" else 5
     ids = torch.randint(6, 99, (rows, n))
-    mask = (torch.arange(n) < torch.tensor([n - i % 4 for i in range(rows)])[:, None]).long()
-    ids[torch.arange(rows), mask.sum(1) - 1] = 2
+    lengths = torch.tensor([n - i % 4 for i in range(rows)])
+    mask = (torch.arange(n) < lengths[:, None]).long()
+    ids[torch.arange(rows), lengths - 1] = 2
     if name == "xlnet":
         ids, mask = ids.flip(1), mask.flip(1)
-    return torch.arange(rows) % num_labels, {"input_ids": torch.where(mask.bool(), ids, pad), "attention_mask": mask}
+    ids = torch.where(mask.bool(), ids, pad)
+    return torch.arange(rows) % num_labels, {"input_ids": ids, "attention_mask": mask}
 
-
-@pytest.fixture(scope="session")
-def world():
-    return common.World(common.parse(r3f.flags(), [], r3f.recipe))
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Hub caches of the tests alone; the toy model is pre-trained here once."""
-    folder = str(tmp_path_factory.mktemp("hf"))
-    import huggingface_hub.constants
-    huggingface_hub.constants.HF_HOME = os.environ["HF_HOME"] = folder
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    """A random 2-layer BERT with the toy language's tokenizer, as a folder that --model takes."""
-    folder, words = str(tmp_path_factory.mktemp("models") / "tiny"), data.toy_vocabulary()
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**SMALL | {"vocab_size": len(words)})
-    transformers.BertForMaskedLM(config).save_pretrained(folder)
-    transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=64).save_pretrained(folder)
-    return folder
-
-
-def run(script, folder, out, *more):
-    """The script in this process, on the toy task with the tiny model: 12 steps of 16 rows."""
-    return SCRIPTS[script].main(["--model", folder, "--output_dir", str(out), "--seeds", "0", "--max_steps", "12", "--precision",
-                                 "fp32", *map(str, more)])
-
-
-@pytest.fixture
-def one_thread():                                                           # as in the processes of `command`: the same bits
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def command(script, folder, out, *more, env=(), torchrun=0, **how):
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--master_port", str(random.randint(20000, 60000))]
-    return subprocess.Popen([*(start if torchrun else [sys.executable]), os.path.join(HERE, f"{script}.py"), "--model", folder, "--output_dir", str(out),
-                             "--seeds", "0", *map(str, more)], env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
-
-
-def weights(folder):
-    from safetensors.torch import load_file
-    load = lambda f: load_file(f) if f.endswith("safetensors") else (state := torch.load(f, weights_only=True)).get("h", state)
-    return {os.path.relpath(f, folder): load(f) for kind in ("safetensors", "pt") for f in sorted(glob.glob(f"{folder}/**/model/*.{kind}", recursive=True))}
-
-
-def same(a, b, tolerance=0.0):
-    assert a.keys() == b.keys() and a
-    return all(torch.allclose(a[f][k], b[f][k], atol=tolerance, rtol=0) for f in a for k in a[f])
-
-
-# ---------------------------------------------------------------------------------------------------- R3F and R4F: maths
 
 def softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
 
-def test_r3f_symmetric_kl():
-    a, b = np.random.default_rng(0).normal(size=(2, 5, 4))
+def wide_tiny(name="bert", num_labels=3, dropout=False, seed=0, spread=0.5):
+    """A random classifier whose weights are so large that small faults in a loss are seen."""
+    return tiny(name, num_labels, dropout, seed, spread)
+
+
+def write(path, text):
+    """Writes the text as it stands; a name that ends in .gz is compressed. Returns the path."""
+    content = text.encode("utf-8")
+    if path.name.lower().endswith(".gz"):
+        content = gzip.compress(content)
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Hub caches of the tests alone; the toy model is pre-trained here once."""
+    import huggingface_hub.constants
+    folder = str(tmp_path_factory.mktemp("hf"))
+    os.environ["HF_HOME"] = folder
+    huggingface_hub.constants.HF_HOME = folder
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A random 2-layer BERT with the toy language's tokenizer, as a folder that --model takes."""
+    folder = str(tmp_path_factory.mktemp("models") / "tiny")
+    words = data.toy_vocabulary()
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SMALL | {"vocab_size": len(words)})
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def parse(script, *argv):
+    module = SCRIPTS[script]
+    return common.parse(module.flags(), [str(word) for word in argv], module.recipe)
+
+
+def run(script, folder, out, *more):
+    """The script in this process, on the toy task with the tiny model: 12 steps of 16 rows."""
+    argv = ["--model", folder, "--output_dir", out, "--seeds", 0, "--max_steps", 12,
+            "--precision", "fp32", *more]
+    return SCRIPTS[script].main([str(word) for word in argv])
+
+
+def start(script, folder, out, *more, processes=1):
+    """The script as a command in processes of its own. Returns a Popen."""
+    command = [sys.executable]
+    if processes > 1:
+        port = random.randint(20000, 60000)
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                    f"--master_port={port}"]
+    command += [os.path.join(HERE, f"{script}.py"), "--model", folder, "--output_dir", str(out)]
+    command += ["--seeds", "0", *map(str, more)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def without_dropout(folder, to):
+    """A copy of the model's folder, without dropout."""
+    to = str(shutil.copytree(folder, to))
+    path = f"{to}/config.json"
+    config = json.load(open(path))
+    config["hidden_dropout_prob"] = 0.0
+    config["attention_probs_dropout_prob"] = 0.0
+    json.dump(config, open(path, "w"))
+    return to
+
+
+def weights(folder):
+    """{file: {name: tensor}} of all saved models below a folder."""
+    from safetensors.torch import load_file
+    found = {}
+    for path in sorted(glob.glob(f"{folder}/**/model/*.safetensors", recursive=True)):
+        found[os.path.relpath(path, folder)] = load_file(path)
+    for path in sorted(glob.glob(f"{folder}/**/model/*.pt", recursive=True)):
+        state = torch.load(path, weights_only=True)
+        found[os.path.relpath(path, folder)] = state.get("h", state)
+    return found
+
+
+def assert_same_weights(a, b, tolerance=0.0):
+    assert a.keys() == b.keys() and a
+    for path in a:
+        for name in a[path]:
+            torch.testing.assert_close(a[path][name], b[path][name], atol=tolerance, rtol=0)
+
+
+def log_of(folder, key="loss"):
+    """The lines of a run's log that have this key."""
+    lines = [json.loads(line) for line in open(f"{folder}/log.jsonl", encoding="utf-8")]
+    return [line for line in lines if key in line]
+
+
+def write_rows(path, rows):
+    """A jsonl file of dicts."""
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def killed_at(monkeypatch, steps):
+    """From now on, a run's process dies at each of these steps, the next one at the next."""
+    real = common.Run.log
+
+    def log(self, *terms, **plain):
+        if steps and self.step == steps[0]:
+            steps.pop(0)
+            raise KeyError("killed")
+        real(self, *terms, **plain)
+
+    monkeypatch.setattr(common.Run, "log", log)
+
+
+# =========================================================================================  data.py
+
+# ------------------------------------------------------------------------------------------ helpers
+
+
+def lines_of(objects):
+    """Objects as jsonl."""
+    return "".join(json.dumps(row) + "\n" for row in objects)
+
+
+def settings(**given):
+    """The flags that data.py reads, as they are when none is given but these."""
+    flags = {
+        "task": "toy", "own_files": "", "train_file": None, "validation_file": None,
+        "test_file": None, "text_columns": None, "label_column": "label", "local_file": [],
+        "predict": [], "eval_tasks": [], "batch_size": 1, "train_samples": None,
+    }
+    return argparse.Namespace(**{**flags, **given})
+
+
+def own(train, validation=None, **given):
+    """The flags of a run on one's own files; without a second file the first is validated on."""
+    files = {"own_files": train, "train_file": train, "validation_file": validation or train}
+    return settings(task="custom", **{**files, **given})
+
+
+def refusal(call, *arguments):
+    """What a call says when it refuses wrong input: one line."""
+    with pytest.raises(data.UserError) as caught:
+        call(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def hub_of(monkeypatch, **splits):
+    """Stands in for the hub: every repository holds these splits. Returns the calls made to it."""
+    calls = []
+
+    def load_dataset(path, config=None, split=None, **more):
+        calls.append({"path": path, "config": config, "split": split, **more})
+        if split not in splits:
+            raise ValueError(f"Unknown split {split}.\nIt is not there.")
+        return splits[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def split_of(lengths, labels=None, names=None, **more):
+    """A Split of rows of these lengths; all tokens of row r are r + 5, padding is 7."""
+    rows = datasets.Dataset.from_dict({"id": names}) if names else None
+    lengths = np.asarray(lengths)
+    labels = np.zeros(len(lengths), np.int64) if labels is None else np.asarray(labels)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.repeat(np.arange(len(lengths)) + 5, lengths).astype(np.int32)
+    fields = {
+        "input_ids": data.Field(tokens, offsets, 7),
+        "attention_mask": data.Field(np.ones(len(tokens), np.int32), offsets, 0),
+        "labels": data.Field(labels, None, -100),
+    }
+    return data.Split(fields, rows=rows, **more)
+
+
+# ------------------------------------------------------------------------------------ tasks, labels
+
+@pytest.mark.parametrize("name", data.TASKS)
+def test_a_task_of_the_table_is_consistent(name):
+    task = data.TASKS[name]
+    names = task.label_names
+    assert task.kind in data.KINDS
+    assert set(task.metrics.split()) <= set(data.METRICS)
+    assert 1 <= len(task.columns) <= 2
+    assert "/" in task.path or task.path == "toy" or task.where
+    assert len(set(names)) == len(names)
+    assert (len(names) >= 2) == (task.kind == "classify")
+    assert task.outputs == max(len(names), 1)
+    assert task.perturb in ("", *task.columns)
+    for further in task.further.split():
+        assert further in data.TASKS
+
+
+@pytest.mark.parametrize("name", data.KINDS)
+def test_a_kind_names_a_class_of_transformers(name):
+    assert hasattr(transformers, data.KINDS[name].auto_class)
+
+
+def test_groups_are_the_languages_of_the_papers():
+    assert len(data.GROUPS["xnli"]) == 15
+    assert len(data.GROUPS["paws-x"]) == 7
+    for names in data.GROUPS.values():
+        assert set(names) <= set(data.TASKS)
+
+
+@pytest.mark.parametrize("trained, target, indices", [
+    ("ocnli", "mnli", [1, 0, 2]),
+    ("mnli", "hans", [0, 1, 1]),
+    ("rte", "hans", [0, 1]),
+    ("mnli", "sick", [0, 1, 2]),
+    ("mnli", "qqp", [1, 0, 0]),                                         # TDT, Appendix C
+    ("ocnli", "bustm", [0, 1, 0]),
+    ("sst2", "imdb", [0, 1]),
+    ("imdb", "toy", [0, 1]),
+    ("mrpc", "paws-x", [0, 1]),
+    ("paws-x", "mrpc", [0, 1]),
+    ("qqp", "paws-x", [0, 1]),
+    ("paws-x", "qqp", [0, 1]),
+    ("mrpc", "qqp", [0, 1]),
+])
+def test_labels_are_mapped_by_name(trained, target, indices):
+    mapped = data.map_labels(data.TASKS[trained].label_names, data.TASKS[target].label_names)
+    assert mapped.tolist() == indices
+
+
+def test_labels_are_mapped_by_name_before_meaning():
+    assert data.map_labels(["0", "1"], ["duplicate", "1", "0"]).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("trained, target", [
+    ("cola", "sst2"),
+    ("qqp", "mnli"),
+    ("rte", "qqp"),
+])
+def test_labels_without_a_counterpart_are_refused_with_both_lists(trained, target):
+    names = data.TASKS[trained].label_names
+    targets = data.TASKS[target].label_names
+    message = refusal(data.map_labels, names, targets)
+    assert f"of {names} has no counterpart among {targets}" in message
+
+
+@pytest.mark.parametrize("name, hint", [
+    ("imbd", "did you mean imdb?"),
+    ("colla", "did you mean cola or"),
+    ("mnli_mm", "did you mean mnli-mm or"),
+    ("xnl", "did you mean xnli or xnli-"),
+    ("zzz", "must be one of toy toy-food cola"),
+])
+def test_a_misspelt_task_is_refused_with_near_names(name, hint):
+    message = refusal(data.check_task, name, "--eval_tasks")
+    assert message.startswith(f"--eval_tasks {name}: no such task; {hint}")
+    assert "xnli or xnli?" not in message
+
+
+# -------------------------------------------------------------------------------------------- files
+
+ROWS = [
+    ("really good plot", "yes"),
+    ("007", "no"),
+    ("NA", "yes"),
+    ('a "bad", bad\r\nactor\n', "no"),
+    ("", "yes"),
+]
+TABLE = {"text": [text for text, _ in ROWS], "label": [label for _, label in ROWS]}
+GOOD = "text,label\ngood plot,yes\nbad actor,no\n"
+
+
+def table_text(form):
+    """ROWS as a csv, a tsv, a json list, or a json object a line."""
+    objects = [{"text": text, "label": label} for text, label in ROWS]
+    if form == "list":
+        return json.dumps(objects, indent=1)
+    if form == "lines":
+        return lines_of(objects)
+    if form == "old Mac lines":
+        return lines_of(objects).replace("\n", "\r")
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter="\t" if form == "tsv" else ",")
+    writer.writerow(["text", "label"])
+    writer.writerows(ROWS)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name, form", [
+    ("d.csv", "csv"),
+    ("d.tsv", "tsv"),
+    ("d.json", "list"),
+    ("d.json", "lines"),                                                # as FewCLUE's files are
+    ("d.jsonl", "lines"),
+    ("d.jsonl", "list"),
+    ("d.jsonl", "old Mac lines"),
+    ("d.csv.gz", "csv"),
+    ("D.TSV.GZ", "tsv"),
+    ("d.jsonl.gz", "lines"),
+])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte-order mark"])
+def test_every_format_gives_the_same_cells(name, form, mark, tmp_path):
+    path = write(tmp_path / name, mark + table_text(form))
+    assert data.read_file(path, "--train_file") == TABLE
+
+
+@pytest.mark.parametrize("text", [
+    "text,label\r\na,yes\r\nb,no\r\n",
+    "\ntext,label\n\na,yes\n\nb,no\n\n",
+    "text,label\na,yes\nb,no",
+    ",text,label\n0,a,yes\n1,b,no\n",                                   # pandas' row numbers
+    ",,text,label\n0,7,a,yes\n1,8,b,no\n",
+    "text,label,\na,yes,\nb,no,\n",
+    "text,label\na, yes\nb,no \n",
+])
+def test_a_csv_as_programs_and_people_write_it_simply_works(text, tmp_path):
+    path = write(tmp_path / "t.csv", text)
+    rows = data.load(own(path))
+    assert rows.task.label_names == ["no", "yes"]
+    assert rows.train["text"][:] == ["a", "b"]
+    assert rows.train["label"][:] == [1, 0]
+
+
+MALFORMED = [
+    # file, its text, what is said
+    ("twice.csv", "text,label,text\na,yes,b\n", "column 'text' stands twice in the header"),
+    ("long.csv", "text,label\na,yes\nb, c,no\n", "row 2 has 3 cells, the header 2"),
+    ("short.tsv", "text\tlabel\na\tyes\nb\n", "row 2 has 1 cells, the header 2"),
+    ("open.csv", 'text,label\na,yes\n"b,no\n', "cannot be read as csv: row 2: unexpected end"),
+    ("inside.csv", 'text,label\n"b" c,no\n', "cannot be read as csv: row 1: "),
+    ("bad.jsonl", '{"text": "a"}\n{"text" "b"}\n', "cannot be read as jsonl: row 2: Expecting ':'"),
+    ("bad.json", '[{"text": "a"},\n{"text": ', "cannot be read as json: Expecting value"),
+    ("words.jsonl", '["a", "b"]', "row 1 is 'a'; each must be an object"),
+    ("empty.csv", "", "is empty"),
+    ("header.csv", "text,label\n", "has no rows"),
+    ("blank.csv", "\n\n", "has no rows"),
+    ("objects.jsonl", "{}\n{}\n", "has no rows"),
+    ("t.txt", "x", "must end in .csv, .tsv, .json or .jsonl"),
+]
+
+
+@pytest.mark.parametrize("name, text, place", MALFORMED, ids=[case[0] for case in MALFORMED])
+def test_a_malformed_file_is_refused_with_the_place(name, text, place, tmp_path):
+    path = write(tmp_path / name, text)
+    message = refusal(data.read_file, path, "--train_file")
+    assert message.startswith(f"--train_file {path}: {place}")
+
+
+COMPRESSED = gzip.compress(GOOD.encode() * 20, mtime=0)
+
+
+@pytest.mark.parametrize("name, content", [
+    pytest.param("latin.csv", "text,label\ncaf\xe9,yes\n".encode("latin-1"), id="other encoding"),
+    pytest.param("plain.csv.gz", GOOD.encode(), id="not compressed"),
+    pytest.param("cut.csv.gz", COMPRESSED[:30], id="cut"),
+    pytest.param("bent.csv.gz", COMPRESSED[:15] + b"xxxx" + COMPRESSED[19:], id="damaged"),
+])
+def test_a_file_of_other_bytes_is_refused(name, content, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert f"{path}: cannot be read as csv" in refusal(data.read_file, str(path), "--train_file")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    missing = str(tmp_path / "no.csv")
+    folder = tmp_path / "folder.csv"
+    folder.mkdir()
+    assert refusal(data.read_file, missing, "--f") == f"--f {missing}: no such file"
+    assert refusal(data.read_file, str(folder), "--f") == f"--f {folder}: is a directory"
+
+
+# ---------------------------------------------------------------------------------------- own files
+
+@pytest.mark.parametrize("labels, names", [
+    (["yes", "no", "no"], ["no", "yes"]),
+    (["10", "9", "-1"], ["-1", "9", "10"]),
+    (["1", "01", "01"], ["01", "1"]),
+    (["1", "\u00b2", "1"], ["1", "\u00b2"]),                            # a digit that is no number
+    (["1.5", "2", "-.5e1"], []),
+    (["1.5", "two", "1.5"], ["1.5", "two"]),
+    ([True, False, False], ["False", "True"]),
+    ([2, 0, 2], ["0", "2"]),
+    ([2, 0.5, 2], []),
+    (["very good", "bad", "bad"], ["bad", "very good"]),
+])
+def test_what_the_labels_are_tells_the_kind(labels, names, tmp_path):
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+    task = data.load(own(write(tmp_path / "t.jsonl", lines_of(rows)))).task
+    assert task.label_names == names
+    assert task.kind == ("classify" if names else "regress")
+    assert task.metrics == ("accuracy" if names else "pearson spearman")
+
+
+@pytest.mark.parametrize("header, columns", [
+    ("text", ["text"]),
+    ("sentence1,sentence2", ["sentence1", "sentence2"]),
+    ("sentence", ["sentence"]),
+    ("other,text", ["text"]),
+])
+def test_columns_of_the_usual_names_are_found(header, columns, tmp_path):
+    texts = ",".join("a" for _ in header.split(","))
+    path = write(tmp_path / "t.csv", f"{header},label\n{texts},yes\n{texts},no\n")
+    assert data.load(own(path)).task.columns == columns
+
+
+def test_columns_can_be_named_also_with_a_space_in_the_name(tmp_path):
+    path = write(tmp_path / "t.csv", "Review Text,Its title,y\na,b,yes\nc,d,no\n")
+    named = {"text_columns": ["Review Text", "Its title"], "label_column": "y"}
+    rows = data.load(own(path, **named))
+    assert rows.task.columns == ["Review Text", "Its title"]
+    assert rows.train["Its title"][:] == ["b", "d"]
+    one = data.load(own(path, text_columns=["Review Text"], label_column="y"))
+    assert one.train["Review Text"][:] == ["a", "c"]
+
+
+def test_both_own_files_are_read_and_the_test_file_without_labels(tmp_path):
+    train = write(tmp_path / "train.csv", GOOD)
+    validation = write(tmp_path / "validation.tsv", "label\ttext\nno\tc\n")
+    test = write(tmp_path / "test.jsonl", lines_of([{"text": "d"}, {"text": ["e", "f"]}]))
+    rows = data.load(own(train, validation, test_file=test))
+    assert rows.train.to_dict() == {"text": ["good plot", "bad actor"], "label": [1, 0]}
+    assert rows.own["validation"].to_dict() == {"text": ["c"], "label": [0]}
+    assert rows.unscored["test"].to_dict() == {"text": ["d", "e f"], "label": [-1, -1]}
+    assert rows.further == {}
+
+
+def test_a_number_in_an_own_file_is_a_name_not_an_index(tmp_path):
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 2}, {"text": "c", "label": 2}]
+    loaded = data.load(own(write(tmp_path / "t.jsonl", lines_of(rows))))
+    assert loaded.task.label_names == ["1", "2"]
+    assert loaded.train["label"][:] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("cells, words", [
+    ({"label": 1}, "row 7: label 1 is a number, that of row 1 ('no') a string"),
+    ({"label": True}, "row 7: label True is a truth value, that of row 1 ('no') a string"),
+    ({"label": None}, "row 7: no label in column 'label' (--label_column)"),
+    ({"label": " nan "}, "row 7: no label in column 'label' (--label_column)"),
+    ({"text": None}, "row 7: no text in column 'text'"),
+    ({"text": {"en": "a"}}, "row 7: column 'text' must hold texts, has {'en': 'a'}"),
+    ({"text": ["a", 1]}, "row 7: column 'text' must hold texts, has ['a', 1]"),
+    ({"text": "a \ud83d"}, "row 7: column 'text' holds half a character"),
+])
+def test_a_cell_that_does_not_fit_is_refused_with_its_row(cells, words, tmp_path):
+    rows = [{"text": "a", "label": ["no", "yes"][i % 2]} for i in range(9)]
+    rows[6].update(cells)
+    path = write(tmp_path / "t.jsonl", lines_of(rows))
+    assert refusal(data.load, own(path)).startswith(f"{path}: {words}")
+
+
+def test_labels_of_which_one_is_missing_are_not_taken_for_two_types():
+    task = data.Task("custom", text="text")
+    table = {"text": ["a", "b", "c"], "label": [None, 1, 2]}
+    assert data.raw_labels(table, task, "t.jsonl") == [None, 1, 2]
+    message = refusal(data.read_regress, table, task, "t.jsonl")
+    assert message == "t.jsonl: row 1: label None must be a number"
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"own_files": "a", "train_file": None}, "--validation_file: both are needed"),
+    ({"own_files": "a", "validation_file": None}, "--validation_file: both are needed"),
+    ({"train_file": "other.csv"}, "no column text, or sentence1 and sentence2, among ['review'"),
+    ({"validation_file": "other.csv"}, "no column 'text' (--text_columns) in other.csv"),
+    ({"text_columns": ["a"]}, "no column 'a' (--text_columns) in good.csv, which has ['text'"),
+    ({"label_column": "y"}, "no column 'y' (--label_column) in good.csv, which has ['text'"),
+    ({"validation_file": "more.csv"}, "more.csv: label 'maybe' is not in the training file, which"),
+    ({"train_file": "one.csv", "validation_file": "one.csv"}, "one.csv: all labels are 'no'"),
+    ({"batch_size": 3}, "--batch_size 3: must be at most the 2 training rows"),
+    ({"train_samples": 3}, "--train_samples 3: must be at most the 2 training rows"),
+    ({"test_file": "other.csv"}, "other.csv: no column 'text'"),
+    ({"predict": ["test"]}, "--predict test: is for tasks of the table"),
+])
+def test_own_files_that_do_not_go_together_are_refused(given, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "good.csv", GOOD)
+    write(tmp_path / "other.csv", "review,label\nfine,yes\n")
+    write(tmp_path / "more.csv", "text,label\nfine,maybe\n")
+    write(tmp_path / "one.csv", "text,label\nfine,no\nbad,no\n")
+    arguments = own("good.csv")
+    vars(arguments).update(given)
+    assert words in refusal(data.load, arguments)
+
+
+# ---------------------------------------------------------------------------------------- the table
+
+@pytest.mark.parametrize("name", [
+    "cola", "afqmc", "qnli", "paws-x", "tnews", "stsb", "csl", "sick"])
+def test_rows_of_the_hubs_shape_go_through_read(name, monkeypatch):
+    task = data.TASKS[name]
+    split = task.validation.split()[0]
+    text = datasets.Value("string")
+    types = {column: text for column in task.columns}
+    columns = {column: [f"{column} {i}" for i in range(3)] for column in task.columns}
+    if name == "csl":
+        types["keyword"] = datasets.List(text)
+        columns["keyword"] = [["a", "b"], ["c"], []]
+    if task.kind == "regress":
+        types["label"] = datasets.Value("float32")
+        columns["label"] = [3.5, 1.0, 0.0]
+    else:
+        types["label"] = datasets.ClassLabel(names=task.label_names)
+        columns["label"] = [1, 0, -1]
+    types["idx"] = datasets.Value("int32")
+    columns["idx"] = [0, 1, 2]
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(types))
+    calls = hub_of(monkeypatch, **{split: table})
+
+    rows = data.read(task, split, name, settings())
+
+    assert rows.column_names == [*task.columns, "label"]
+    assert rows["label"][:] == columns["label"]
+    assert rows[0][task.columns[-1]] == f"{task.columns[-1]} 0"
+    if name == "csl":
+        assert rows["keyword"][:] == ["a b", "c", ""]
+    if task.script:
+        files = {split: f"{task.config}/{split}/*.parquet"}
+        export = {"revision": "refs/convert/parquet", "data_files": files}
+        assert calls == [{"path": task.path, "config": None, "split": split, **export}]
+    else:
+        assert calls == [{"path": task.path, "config": task.config, "split": split}]
+
+
+def test_the_hubs_own_order_of_labels_is_kept_apart_from_ours(monkeypatch):
+    names = ["contradiction", "entailment", "neutral"]
+    types = {
+        "premise": datasets.Value("string"), "hypothesis": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=names)}
+    columns = {"premise": ["a", "b", "c"], "hypothesis": ["d", "e", "f"], "label": [0, 1, 2]}
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(types))
+    hub_of(monkeypatch, validation_matched=table)
+    rows = data.read(data.TASKS["mnli"], "validation_matched", "mnli", settings())
+    assert rows["label"][:] == [2, 0, 1]
+
+
+def test_a_split_the_hub_does_not_have_is_one_line(monkeypatch):
+    hub_of(monkeypatch)
+    message = refusal(data.read, data.TASKS["sst2"], "nope", "sst2", settings())
+    assert message == ("--task sst2: cannot load split nope of nyu-mll/glue sst2 from the hub: "
+                       "Unknown split nope.")
+
+
+def test_a_local_file_stands_in_for_the_hub(tmp_path):
+    rows = [
+        {"id": 3, "sentence1": "a", "sentence2": "b", "label": "1"},
+        {"id": 4, "sentence1": "c", "sentence2": "d", "label": "0"},
+    ]
+    path = write(tmp_path / "test_public.json", lines_of(rows))
+    given = settings(local_file=[f"bustm={path}"])
+    read = data.read(data.TASKS["bustm"], "validation", "bustm", given)
+    assert read["label"][:] == [1, 0]
+    assert read["id"][:] == ["3", "4"]
+
+
+@pytest.mark.parametrize("label, index", [
+    ("duplicate", 1),
+    ("not_duplicate", 0),
+    (1, 1),
+    ("-1", -1),
+    (-1, -1),
+])
+def test_labels_of_a_local_file_are_names_or_ids(label, index, tmp_path):
+    row = {"question1": "a", "question2": "b", "label": label}
+    given = settings(local_file=[f"qqp={write(tmp_path / 'q.jsonl', lines_of([row]))}"])
+    assert data.read(data.TASKS["qqp"], "validation", "qqp", given)["label"][:] == [index]
+
+
+def test_a_label_that_is_not_in_the_table_is_refused_with_its_row(tmp_path):
+    path = write(tmp_path / "s.csv", "sentence,label\na,positive\nb,neutral\n")
+    given = settings(local_file=[f"sst2={path}"])
+    message = refusal(data.read, data.TASKS["sst2"], "validation", "sst2", given)
+    assert message == f"{path}: row 2: label 'neutral' must be one of ['negative', 'positive']"
+
+
+@pytest.mark.parametrize("given", ["foo", "imdbb=good.csv", "imdb="])
+def test_a_local_file_without_a_task_or_a_path_is_refused(given):
+    message = refusal(data.load, settings(local_file=[given]))
+    assert message.startswith(f"--local_file {given}: must be NAME=FILE, NAME one of toy")
+
+
+def test_a_task_without_a_hub_id_says_where_its_file_is():
+    message = refusal(data.load, settings(task="cola-ood"))
+    assert message.startswith("--task cola-ood: has no hub id; give its file as "
+                              "--local_file cola-ood=FILE (the CoLA-OOD file of GLUE-X")
+
+
+def test_the_toy_task_is_loaded_whole():
+    rows = data.load(settings(eval_tasks=["toy-food"], predict=["test"], batch_size=320))
+    assert rows.task == data.TASKS["toy"]
+    assert len(rows.train) == 320
+    assert {name: len(split) for name, split in rows.own.items()} == {"validation": 2000}
+    assert rows.further["toy-food"][0] == data.TASKS["toy-food"]
+    assert len(rows.further["toy-food"][1]) == 2000
+    assert rows.unscored["test"].to_dict() == data.toy_rows("film", "test").to_dict()
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"predict": ["nope"]}, "--task toy: has no split nope; must be train, validation or test"),
+    ({"batch_size": 999}, "--batch_size 999: must be at most the 320 training rows"),
+    ({"eval_tasks": ["imbd"]}, "--eval_tasks imbd: no such task; did you mean imdb?"),
+    ({"eval_tasks": ["sick-r"]}, "--eval_tasks sick-r: is of the kind regress, the trained task"),
+    ({"eval_tasks": ["cola"]}, "--eval_tasks cola: labels cannot be mapped: 'negative' of"),
+])
+def test_flags_that_ask_for_what_is_not_there_are_refused(given, words):
+    assert refusal(data.load, settings(**given)).startswith(words)
+
+
+def pairs_of(labels):
+    """A hub table of sentence pairs with the labels 0 and 1."""
+    texts = [f"text {i}" for i in range(len(labels))]
+    return datasets.Dataset.from_dict({"sentence1": texts, "sentence2": texts, "label": labels})
+
+
+def test_a_group_of_eval_tasks_is_all_its_languages(monkeypatch):
+    calls = hub_of(monkeypatch, test=pairs_of([0, 1]))
+    further = data.load_further(settings(eval_tasks=["paws-x"]), data.TASKS["mrpc"])
+    assert list(further) == data.GROUPS["paws-x"]
+    assert [call["config"] for call in calls] == data.PAWS_X_LANGUAGES
+
+
+def test_splits_of_eval_tasks_are_named_or_all(monkeypatch):
+    table = pairs_of([0, 1]).rename_columns({"sentence1": "premise", "sentence2": "hypothesis"})
+    hub_of(monkeypatch, validation_matched=table, validation_mismatched=table)
+    named = settings(eval_tasks=["mnli:validation_matched"])
+    assert list(data.load_further(named, data.TASKS["sick"])) == ["mnli"]
+    both = data.load_further(settings(eval_tasks=["mnli"]), data.TASKS["sick"])
+    assert list(both) == ["mnli/validation_matched", "mnli/validation_mismatched"]
+
+
+def test_a_large_set_is_scored_on_a_seeded_sample(monkeypatch):
+    monkeypatch.setitem(data.TASKS, "bustm", dataclasses.replace(data.TASKS["afqmc"], sample=40))
+    hub_of(monkeypatch, validation=pairs_of([0, 1] * 50))
+    given = settings(eval_tasks=["bustm"])
+    _, rows = data.load_further(given, data.TASKS["mrpc"])["bustm"]
+    _, again = data.load_further(given, data.TASKS["mrpc"])["bustm"]
+    numbers = [int(text.split()[1]) for text in rows["sentence1"]]
+    assert len(set(numbers)) == 40
+    assert numbers == sorted(numbers)
+    assert numbers != list(range(40))
+    assert again["sentence1"][:] == rows["sentence1"][:]
+
+
+# ------------------------------------------------------------------------------------ hidden labels
+
+HIDDEN = [
+    # labels of a set of two classes, the row that is named
+    ([-1, -1, -1], 1),
+    ([0, 1, -1], 3),
+    (None, 1),
+]
+
+
+def pairs_file(folder, labels):
+    """A local file of sentence pairs, without a column of labels if there are none."""
+    rows = [{"sentence1": "a", "sentence2": "b"} for _ in range(3)]
+    for row, label in zip(rows, labels or []):
+        row["label"] = label
+    return write(folder / "pairs.jsonl", lines_of(rows))
+
+
+@pytest.mark.parametrize("labels, row", HIDDEN)
+def test_a_hidden_label_is_refused_with_its_row(labels, row, tmp_path):
+    given = settings(task="bustm", local_file=[f"bustm={pairs_file(tmp_path, labels)}"])
+    message = refusal(data.load, given)
+    assert message.startswith(f"--task bustm: split train: row {row} has a hidden label (-1")
+
+
+@pytest.mark.parametrize("labels, row", HIDDEN)
+def test_a_hidden_label_of_a_further_set_is_refused_with_its_row(labels, row, tmp_path):
+    path = pairs_file(tmp_path, labels)
+    given = settings(eval_tasks=["bustm"], local_file=[f"bustm={path}"])
+    message = refusal(data.load_further, given, data.TASKS["mrpc"])
+    assert message.startswith(f"--eval_tasks bustm: split validation: row {row} has a hidden label")
+
+
+def test_a_hidden_label_of_a_hubs_split_is_refused_with_its_row(monkeypatch):
+    hub_of(monkeypatch, train=pairs_of([0, 1]), validation=pairs_of([0, -1]))
+    message = refusal(data.load, settings(task="afqmc"))
+    assert message.startswith("--task afqmc: split validation: row 2 has a hidden label (-1")
+
+
+def test_a_hidden_label_beyond_the_sample_is_refused(monkeypatch):
+    monkeypatch.setitem(data.TASKS, "bustm", dataclasses.replace(data.TASKS["afqmc"], sample=1))
+    hub_of(monkeypatch, validation=pairs_of([0, 1, -1]))
+    message = refusal(data.load_further, settings(eval_tasks=["bustm"]), data.TASKS["mrpc"])
+    assert "row 3 has a hidden label" in message
+
+
+@pytest.mark.parametrize("labels", [[-1, -1, -1], [-1.0, -1.0, -1.0], None])
+def test_numbers_that_are_all_hidden_are_refused(labels, tmp_path):
+    path = pairs_file(tmp_path, labels)
+    given = settings(eval_tasks=["stsb"], local_file=[f"stsb={path}"])
+    message = refusal(data.load_further, given, data.TASKS["sick-r"])
+    assert message.startswith("--eval_tasks stsb: split validation: row 1 has a hidden label (-1")
+
+
+def test_among_other_numbers_minus_one_is_a_number(tmp_path):
+    given = settings(task="stsb", local_file=[f"stsb={pairs_file(tmp_path, [-1, 0.5, -1])}"])
+    assert data.load(given).own["validation"]["label"][:] == [-1.0, 0.5, -1.0]
+
+
+def test_own_numbers_that_are_all_hidden_are_refused(tmp_path):
+    train = write(tmp_path / "train.csv", "text,label\na,1.5\nb,-1.0\n")
+    hidden = write(tmp_path / "hidden.csv", "text,label\na,-1\nb,-1\n")
+    assert refusal(data.load, own(train, hidden)).startswith(f"{hidden}: row 1 has a hidden label")
+
+
+def test_an_own_class_may_be_called_minus_one(tmp_path):
+    path = write(tmp_path / "t.csv", "text,label\na,-1\nb,0\nc,1\n")
+    rows = data.load(own(path))
+    assert rows.task.label_names == ["-1", "0", "1"]
+    assert rows.train["label"][:] == [0, 1, 2]
+
+
+def test_rows_that_are_only_predicted_may_have_hidden_labels(monkeypatch):
+    hub_of(monkeypatch, train=pairs_of([0, 1]), validation=pairs_of([1]), test=pairs_of([-1, -1]))
+    rows = data.load(settings(task="afqmc", predict=["test"]))
+    assert rows.unscored["test"]["label"][:] == [-1, -1]
+
+
+# ------------------------------------------------------------------------------------- general text
+
+TEXT = (" = Heading = \n\n He was born in 1900 . She moved to Paris , and stayed . No .\n"
+        " 你好世界你好世界你好。第二句话在这里呢呢。\n")
+SENTENCES = [
+    "He was born in 1900 .",
+    "She moved to Paris , and stayed .",
+    "你好世界你好世界你好。",
+    "第二句话在这里呢呢。",
+]
+
+
+def general_file(folder, name):
+    """TEXT as a text file, or as the column `text` of a table beside labels that are words too."""
+    if name.endswith("txt"):
+        return write(folder / name, TEXT)
+    rows = [{"label": "a label of many words", "text": line} for line in TEXT.split("\n")]
+    if name.endswith("jsonl"):
+        return write(folder / name, lines_of(rows))
+    if name.endswith("one.json"):                                       # a document in one cell
+        return write(folder / name, json.dumps([{"text": TEXT}]))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ["label", "text"], delimiter="\t" if "tsv" in name else ",")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write(folder / name, file.getvalue())
+
+
+@pytest.mark.parametrize("name", [
+    "m.txt", "m.csv", "m.csv.gz", "m.tsv", "m.jsonl", "one.json"])
+def test_general_text_is_the_sentences_of_a_file(name, tmp_path):
+    path = general_file(tmp_path, name)
+    rows = data.general_text(path, 10)
+    assert rows.column_names == ["text", "label"]
+    assert sorted(rows["text"]) == sorted(SENTENCES)
+    assert rows["label"][:] == [-1] * 4
+
+
+def test_general_text_is_in_a_fixed_order(tmp_path):
+    sentences = [f"This is the sentence {i} ." for i in range(20)]
+    path = write(tmp_path / "m.txt", "\n".join(sentences))
+    ten = data.general_text(path, 10)["text"][:]
+    assert data.general_text(path, 5)["text"][:] == ten[:5]
+    assert len(set(ten)) == 10
+    assert ten != sentences[:10]
+
+
+def test_general_text_can_be_fewer_than_asked_for(tmp_path):
+    path = general_file(tmp_path, "m.txt")
+    assert len(data.general_text(path, 2)) == 2
+    assert len(data.general_text(path, 5000)) == 4
+
+
+def test_general_text_of_the_hub_is_its_column_text(monkeypatch):
+    calls = hub_of(monkeypatch, dev=datasets.Dataset.from_dict({"text": TEXT.split("\n")}))
+    assert sorted(data.general_text("a/b:c:dev", 10)["text"]) == sorted(SENTENCES)
+    assert calls == [{"path": "a/b", "config": "c", "split": "dev"}]
+
+
+def test_general_text_of_the_toy_language():
+    assert data.general_text("toy", 300)["text"][0] in data.toy_corpus()
+    assert len(data.general_text("toy", 300)) == 300
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("t.txt", "No .\n", "holds no sentence of ten characters or more"),
+    ("t.csv", "label\nthis is no text column\n", "no column 'text' among ['label']"),
+    ("t.csv", "text\na\n'b,c\n", "row 2 has 2 cells, the header 1"),
+    ("no/such:corpus", None, "must be a text file, or ID:CONFIG:SPLIT of the hub: Unknown split"),
+])
+def test_general_text_that_is_none_is_refused(name, text, words, tmp_path, monkeypatch):
+    hub_of(monkeypatch)
+    where = write(tmp_path / name, text) if text else name
+    assert refusal(data.general_text, where, 5).startswith(f"--unlabeled {where}: {words}")
+
+
+# ----------------------------------------------------------------------------------------- encoding
+
+@pytest.fixture
+def tokenizer(tmp_path, monkeypatch):
+    """A BERT tokenizer of the toy language; what is encoded is cached in the test's own folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    words = {word: i for i, word in enumerate(data.toy_vocabulary())}
+    return transformers.BertTokenizerFast(vocab=words)
+
+
+PAIR = data.Task("custom", text="a b", labels="no yes")
+PAIRS = {
+    "a": ["good plot", "bad"],
+    "b": ["dull actor , dull plot", "epic cast"],
+    "label": [1, 0],
+    "id": ["x", "y"],
+}
+
+
+def decoded(split, tokenizer, name="input_ids"):
+    """The tokens of every row, padding included, as one text."""
+    batch = split.collate(np.arange(len(split)))[name]
+    return [" ".join(tokenizer.convert_ids_to_tokens(row)) for row in batch.tolist()]
+
+
+def test_a_pair_is_encoded_as_one_text(tokenizer):
+    split = data.encode(datasets.Dataset.from_dict(PAIRS), PAIR, tokenizer, 32)
+    assert decoded(split, tokenizer) == [
+        "[CLS] good plot [SEP] dull actor , dull plot [SEP]",
+        "[CLS] bad [SEP] epic cast [SEP] [PAD] [PAD] [PAD] [PAD]",
+    ]
+    batch = split.collate(np.array([1, 0]))
+    assert batch["attention_mask"].sum(1).tolist() == [6, 10]
+    assert batch["token_type_ids"].tolist()[1] == [0] * 4 + [1] * 6
+    assert batch["labels"].tolist() == [0, 1]
+    assert split.lengths.tolist() == [10, 6]
+    assert split.column("id") == ["x", "y"]
+    assert split.cut == 0
+
+
+def test_columns_can_be_encoded_apart(tokenizer):
+    rows = datasets.Dataset.from_dict(PAIRS)
+    split = data.encode(rows, PAIR, tokenizer, 32, separate=True)
+    assert decoded(split, tokenizer) == ["[CLS] good plot [SEP]", "[CLS] bad [SEP] [PAD]"]
+    assert decoded(split, tokenizer, "input_ids_2") == [
+        "[CLS] dull actor , dull plot [SEP]",
+        "[CLS] epic cast [SEP] [PAD] [PAD] [PAD]",
+    ]
+    assert split.lengths.tolist() == [11, 7]
+    assert [text.split()[1] for text in decoded(split.sentences(), tokenizer)] == [
+        "good", "bad", "dull", "epic"]
+
+
+def test_rows_that_are_cut_are_counted(tokenizer):
+    rows = datasets.Dataset.from_dict(PAIRS)
+    together = data.encode(rows, PAIR, tokenizer, 8)
+    assert together.lengths.tolist() == [8, 6]
+    assert together.cut == 1
+    assert data.encode(rows, PAIR, tokenizer, 4, separate=True).cut == 1
+    assert data.encode(rows, PAIR, tokenizer, 3, separate=True).cut == 2
+    swapped = rows.rename_columns({"a": "b", "b": "a"})
+    assert data.encode(swapped, PAIR, tokenizer, 4, separate=True).cut == 1
+
+
+@pytest.mark.parametrize("perturb, marks", [
+    ("special", [0, 1, 0, 1, 1, 0]),
+    ("a", [0, 1, 0, 0, 0, 0]),
+    ("b", [0, 0, 0, 1, 1, 0]),
+])
+def test_tokens_that_may_be_perturbed_are_marked(perturb, marks, tokenizer):
+    rows = datasets.Dataset.from_dict(PAIRS)
+    split = data.encode(rows, PAIR, tokenizer, 32, perturb=perturb)
+    assert split.collate(np.array([1]))["perturbable"].tolist() == [marks]
+
+
+def test_encoding_is_cached_until_rows_tokenizer_or_settings_change(tokenizer, monkeypatch):
+    made = []
+    real = data.tokenise_texts
+
+    def counted(rows, **how):
+        made.append(how)
+        return real(rows, **how)
+
+    kind = dataclasses.replace(data.KINDS["classify"], tokenise=counted)
+    monkeypatch.setitem(data.KINDS, "classify", kind)
+
+    def count(rows=PAIRS, **how):
+        """How many times the rows are tokenised by this call."""
+        before = len(made)
+        data.encode(datasets.Dataset.from_dict(rows), PAIR, tokenizer, **{"max_length": 32, **how})
+        return len(made) - before
+
+    assert count() == 1
+    tokenizer("a call with its own settings", truncation=True, max_length=4, padding="max_length")
+    assert count() == 0
+    assert count(max_length=16) == 1
+    assert count(separate=True) == 1
+    assert count(rows={**PAIRS, "label": [0, 1]}) == 1
+    tokenizer.padding_side = "left"
+    assert count() == 1
+    tokenizer.add_tokens(["plotless"])
+    assert count() == 1
+
+
+def test_numbers_stay_numbers(tokenizer):
+    task = dataclasses.replace(PAIR, labels="", kind="regress")
+    rows = datasets.Dataset.from_dict({**PAIRS, "label": [0.25, -1.0]})
+    split = data.encode(rows, task, tokenizer, 32)
+    labels = split.collate(np.array([0, 1]))["labels"]
+    assert str(labels.dtype) == "torch.float32"
+    assert labels.tolist() == [0.25, -1.0]
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+def test_a_batch_is_padded_to_its_longest_row_with_each_fields_fill():
+    split = split_of([2, 4, 3], labels=[0, 1, 1])
+    batch = split.collate(np.array([0, 2]))
+    assert batch["input_ids"].tolist() == [[5, 5, 7], [7, 7, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [0, 1]
+    assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64"}
+    assert split.collate(np.array([0]), width=6)["input_ids"].tolist() == [[5, 5, 7, 7, 7, 7]]
+
+
+def test_a_batch_can_be_padded_on_the_left():
+    batch = split_of([2, 1, 3], left=True).collate(np.array([1, 0, 2]))
+    assert batch["input_ids"].tolist() == [[7, 7, 6], [7, 5, 5], [7, 7, 7]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1], [0, 1, 1], [1, 1, 1]]
+
+
+def test_labels_of_many_numbers_are_one_more_field():
+    split = split_of([2, 3])
+    lists = data.Field(np.array([4, 5, 6], np.int32), np.array([0, 1, 3]), -100)
+    split = data.Split({**split.fields, "labels": lists})
+    assert split.collate(np.array([0, 1]))["labels"].tolist() == [[4, -100], [5, 6]]
+
+
+def test_take_keeps_some_rows():
+    split = split_of([2, 4, 3], labels=[0, 1, 2], cut=1, left=True, names=["x", "y", "z"])
+    taken = split.take(np.array([2, 0]))
+    assert len(taken) == 2
+    assert taken.lengths.tolist() == [3, 2]
+    assert taken.labels.tolist() == [2, 0]
+    assert taken.column("id") == ["z", "x"]
+    assert taken.left
+    assert taken.collate(np.array([0, 1]))["input_ids"].tolist() == [[7, 7, 7], [7, 5, 5]]
+
+
+def test_sentences_are_the_first_texts_and_then_the_second():
+    fields = {
+        "input_ids": data.Field(np.arange(5), np.array([0, 2, 5]), 7),
+        "input_ids_2": data.Field(np.arange(10, 14), np.array([0, 3, 4]), 7),
+        "labels": data.Field(np.array([0, 1]), None, -100),
+    }
+    pairs = data.Split(fields)
+    both = pairs.sentences()
+    assert pairs.lengths.tolist() == [5, 4]
+    assert both.lengths.tolist() == [2, 3, 3, 1]
+    assert both.labels.tolist() == [0, 1, 0, 1]
+    assert both.collate(np.array([2, 3]))["input_ids"].tolist() == [[10, 11, 12], [13, 7, 7]]
+    assert pairs.take(np.array([1])).fields["input_ids_2"].values.tolist() == [13]
+    assert both.sentences() is both
+
+
+@pytest.fixture
+def thousand():
+    """A thousand rows of lengths as texts have them."""
+    rng = np.random.default_rng(0)
+    return split_of(rng.gamma(3, 8, 1000).astype(int) + 3)
+
+
+def order(batches, epoch):
+    """The rows of an epoch, a line for each batch."""
+    first = epoch * batches.per_epoch
+    return np.array([batches.rows(first + step) for step in range(batches.per_epoch)])
+
+
+@pytest.mark.parametrize("batching", ["length", "random", "padded"])
+def test_an_epoch_has_every_row_and_few_twice(batching, thousand):
+    batches = data.Batches(thousand, 16, seed=1, batching=batching)
+    assert batches.per_epoch == 63
+    for epoch in range(3):
+        counts = collections.Counter(order(batches, epoch).reshape(-1).tolist())
+        assert sorted(counts) == list(range(1000))
+        assert sorted(counts.values()) == [1] * 992 + [2] * 8
+
+
+def test_the_last_batch_is_topped_up_with_the_epochs_first_rows(thousand):
+    rows = order(data.Batches(thousand, 16, seed=1, batching="random"), 0).reshape(-1)
+    assert rows[1000:].tolist() == rows[:8].tolist()
+
+
+def test_no_two_epochs_or_seeds_have_the_same_batches(thousand):
+    def batches_of(seed, epoch):
+        rows = order(data.Batches(thousand, 16, seed=seed), epoch)
+        return {frozenset(batch.tolist()) for batch in rows}
+
+    first = batches_of(1, 0)
+    assert len(first) == 63
+    assert len(first & batches_of(1, 1)) < 7
+    assert len(first & batches_of(2, 0)) < 7
+
+
+def test_any_step_is_there_at_once(thousand):
+    batches = data.Batches(thousand, 16, seed=1)
+    order(batches, 0)
+    again = data.Batches(thousand, 16, seed=1)
+    assert (again.rows(70) == batches.rows(70)).all()
+    assert (again.rows(3) == batches.rows(3)).all()
+
+
+def test_long_batches_come_neither_early_nor_late(thousand):
+    rows = order(data.Batches(thousand, 16, seed=1), 0)
+    means = thousand.lengths[rows].mean(1)
+    assert abs(np.corrcoef(means, np.arange(63))[0, 1]) < 0.3
+
+
+def test_nineteen_of_twenty_computed_tokens_are_real(thousand):
+    batches = data.Batches(thousand, 16, seed=1)
+    real = computed = 0
+    for step in range(63):
+        for inputs in batches[step]:
+            real += int(inputs["attention_mask"].sum())
+            computed += inputs["attention_mask"].numel()
+    assert real / computed >= 0.95
+    assert batches.state_dict() == {"real": real, "computed": computed}
+    other = data.Batches(thousand, 16, seed=1)
+    other.load_state_dict(batches.state_dict())
+    assert other.real == real
+    assert other.computed == computed
+
+
+def test_batches_of_other_scripts_are_random_or_padded_to_the_width(thousand):
+    plain = data.Batches(thousand, 16, seed=1, batching="random", width=200)
+    padded = data.Batches(thousand, 16, seed=1, batching="padded", width=200)
+    assert (plain.rows(5) == padded.rows(5)).all()
+    assert plain[5][0]["input_ids"].shape == (16, thousand.lengths[plain.rows(5)].max())
+    assert padded[5][0]["input_ids"].shape == (16, 200)
+
+
+def row_numbers(batch):
+    """The rows of split_of that the micro-batches of a step hold."""
+    return [number - 5 for inputs in batch for number in inputs["input_ids"][:, 0].tolist()]
+
+
+@pytest.mark.parametrize("world, micro", [(1, 0), (1, 5), (2, 0), (4, 3)])
+def test_processes_and_micro_batches_share_a_batch(world, micro, thousand):
+    whole = data.Batches(thousand, 16, seed=1).rows(5)
+    found = []
+    for rank in range(world):
+        batch = data.Batches(thousand, 16, seed=1, rank=rank, world=world, micro=micro)[5]
+        rows = row_numbers(batch)
+        assert sorted(rows) == sorted(whole[rank::world].tolist())
+        assert max(len(inputs["labels"]) for inputs in batch) == (micro or 16 // world)
+        found += rows
+    assert sorted(found) == sorted(whole.tolist())
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_evaluation_covers_every_row_once(world):
+    split = split_of(np.random.default_rng(0).integers(3, 60, 101))
+    found = []
+    for rank in range(world):
+        for rows, inputs in data.eval_batches(split, rank, world, tokens=200):
+            assert inputs["input_ids"][:, 0].tolist() == (rows + 5).tolist()
+            assert inputs["input_ids"].numel() <= 200
+            found += rows.tolist()
+    assert sorted(found) == list(range(101))
+
+
+def test_a_row_longer_than_a_slice_is_a_slice_of_its_own():
+    parts = [part.tolist() for part in data.slices(np.array([3, 50, 4, 4]), tokens=8, most=2)]
+    assert parts == [[1], [2, 3], [0]]
+    assert max(len(part) for part in data.slices(np.full(9, 2), tokens=100, most=4)) == 4
+
+
+def test_training_samples_are_stratified_and_seeded():
+    split = split_of(np.full(1000, 2), labels=[0] * 700 + [1] * 203 + [2] * 97)
+    rows = data.subset(split, 50, seed=3)
+    assert len(set(rows.tolist())) == 50
+    assert np.bincount(split.labels[rows]).tolist() == [35, 10, 5]
+    assert rows.tolist() == data.subset(split, 50, seed=3).tolist()
+    assert rows.tolist() != data.subset(split, 50, seed=4).tolist()
+
+
+def test_training_samples_of_numbers_are_any_rows():
+    split = split_of(np.full(100, 2), labels=np.linspace(0, 5, 100))
+    rows = data.subset(split, 30, seed=3)
+    assert len(set(rows.tolist())) == 30
+    assert rows.tolist() == sorted(rows.tolist())
+    assert rows.tolist() != data.subset(split, 30, seed=4).tolist()
+
+
+# ----------------------------------------------------------------------------- metrics, predictions
+
+# Two hits, one false alarm, one missed, two rightly left out.
+PREDICTED = np.array([1, 1, 0, 0, 1, 0])
+TRUE = np.array([1, 0, 0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("name, predictions, labels, value", [
+    ("accuracy", PREDICTED, TRUE, 4 / 6),
+    ("f1", PREDICTED, TRUE, 2 * 2 / (2 * 2 + 1 + 1)),
+    ("f1", np.zeros(3), np.zeros(3), 0.0),
+    ("mcc", PREDICTED, TRUE, (2 * 2 - 1 * 1) / math.sqrt(3 * 3 * 3 * 3)),
+    ("mcc", np.ones(4), np.array([0, 1, 0, 1]), 0.0),
+    ("pearson", [1.0, 2.0, 3.0], [1.0, 2.0, 6.0], 5 / math.sqrt(2 * 14)),
+    ("spearman", [1.0, 2.0, 3.0], [1.0, 2.0, 6.0], 1.0),
+    ("spearman", [3.0, 1.0, 3.0], [2.0, 1.0, 3.0], 1.5 / math.sqrt(1.5 * 2)),
+])
+def test_metrics_by_hand(name, predictions, labels, value):
+    found = data.METRICS[name](np.asarray(predictions), np.asarray(labels))
+    assert found == pytest.approx(value, abs=1e-12)
+
+
+def test_ties_share_their_rank():
+    assert data.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
+
+
+def test_classes_are_scored_by_the_names_of_their_labels():
+    task = data.TASKS["qqp"]                                            # not_duplicate, duplicate
+    trained = data.TASKS["mnli"]                                        # entailment first
+    logits = np.eye(3)[[0, 1, 2, 0]]
+    split = split_of([1, 1, 1, 1], labels=[1, 0, 1, 1])
+    scores = data.KINDS["classify"].score(task, trained, logits, split)
+    assert scores == {"accuracy": 3 / 4, "f1": pytest.approx(2 * 2 / (2 + 3))}
+
+
+def test_numbers_are_scored_by_their_correlations():
+    split = split_of([1, 1, 1], labels=[1.0, 2.0, 6.0])
+    outputs = np.array([[1.0], [2.0], [3.0]])
+    task = data.TASKS["stsb"]
+    scores = data.KINDS["regress"].score(task, data.TASKS["sick-r"], outputs, split)
+    assert list(scores) == ["pearson", "spearman"]
+    assert scores["pearson"] == pytest.approx(5 / math.sqrt(2 * 14))
+
+
+def written(task, outputs, folder, names=None):
+    """The text of the predictions of a task."""
+    split = split_of([1] * len(outputs), names=names)
+    path = data.KINDS[task.kind].write(str(folder), "test", task, np.array(outputs), split)
+    assert path == str(folder / "predictions-test.tsv")
+    return open(path, encoding="utf-8").read()
+
+
+@pytest.mark.parametrize("name, outputs, text", [
+    ("sst2", [[1.0, 0.0], [0.0, 9.0]], "index\tprediction\n0\t0\n1\t1\n"),
+    ("rte", [[1.0, 0.0], [0.0, 9.0]], "index\tprediction\n0\tentailment\n1\tnot_entailment\n"),
+    ("stsb", [[-0.5], [2.34567], [5.1]], "index\tprediction\n0\t0.000\n1\t2.346\n2\t5.000\n"),
+])
+@pytest.mark.parametrize("names", [None, ["x", "y", "z"]], ids=["no ids", "ids"])
+def test_predictions_for_glue_are_its_submission_format(name, outputs, text, names, tmp_path):
+    assert written(data.TASKS[name], outputs, tmp_path, names) == text
+
+
+def test_own_predictions_have_probabilities_and_the_ids_of_the_file(tmp_path):
+    task = data.Task("custom", text="text", labels="no\tvery good")
+    outputs = [[0.0, 0.0], [math.log(3), 0.0], [0.0, 1000.0]]
+    assert written(task, outputs, tmp_path) == (
+        "index\tprediction\tp(no)\tp(very good)\n"
+        "0\tno\t0.5000\t0.5000\n"
+        "1\tno\t0.7500\t0.2500\n"
+        "2\tvery good\t0.0000\t1.0000\n")
+    assert written(task, outputs[1:], tmp_path, ["a7", "b8"]) == (
+        "index\tid\tprediction\tp(no)\tp(very good)\n"
+        "0\ta7\tno\t0.7500\t0.2500\n"
+        "1\tb8\tvery good\t0.0000\t1.0000\n")
+
+
+def test_own_predicted_numbers_have_the_ids_of_the_file(tmp_path):
+    task = data.Task("custom", text="text", kind="regress", metrics="pearson spearman")
+    assert written(task, [[7.5]], tmp_path) == "index\tprediction\n0\t7.500\n"
+    assert written(task, [[7.5]], tmp_path, ["a7"]) == "index\tid\tprediction\n0\ta7\t7.500\n"
+
+
+def test_ids_go_from_the_file_to_the_predictions(tokenizer, tmp_path):
+    train = write(tmp_path / "train.csv", GOOD)
+    test = write(tmp_path / "test.csv", "id,text\n07,good plot\n08,bad plot\n")
+    rows = data.load(own(train, test_file=test))
+    split = data.encode(rows.unscored["test"], rows.task, tokenizer, 32)
+    path = data.KINDS["classify"].write(str(tmp_path), "test", rows.task, np.zeros((2, 2)), split)
+    cells = [line.split("\t") for line in open(path, encoding="utf-8").read().splitlines()]
+    assert cells[0] == ["index", "id", "prediction", "p(no)", "p(yes)"]
+    assert [line[1] for line in cells[1:]] == ["07", "08"]
+
+
+# --------------------------------------------------------------------------------- the toy language
+
+@pytest.mark.parametrize("domain, split, rows, positive, first", [
+    ("film", "train", 320, 153,
+     "clumsy dialogue , lifeless plot , forgettable director , rather lifeless dialogue ."),
+    ("film", "validation", 2000, 974,
+     "funny cast , poignant camera , really not dull ending , really charming scene ."),
+    ("food", "train", 320, 158, "salty pie , horrible dessert ."),
+])
+def test_toy_rows_are_always_the_same(domain, split, rows, positive, first):
+    table = data.toy_rows(domain, split)
+    assert len(table) == rows
+    assert sum(table["label"]) == positive
+    assert table["text"][0] == first
+
+
+def test_the_toy_corpus_is_always_the_same_and_of_both_domains():
+    corpus = data.toy_corpus(500)
+    words = set(" ".join(corpus).split())
+    assert corpus[0] == "rather annoyingly mushy soup , annoyingly greasy bread ."
+    assert corpus == data.toy_corpus(600)[:500]
+    assert words >= {"soup", "plot", "painfully", "delightfully"}
+
+
+def test_the_toy_vocabulary_has_every_word_of_the_language():
+    texts = [*data.toy_corpus(), *data.toy_rows("film", "test")["text"]]
+    words = set(" ".join(texts).split())
+    vocabulary = data.toy_vocabulary()
+    assert vocabulary[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert set(vocabulary[5:]) == words
+    assert len(set(vocabulary)) == len(vocabulary)
+
+
+def test_telling_adverbs_stand_in_the_corpus_alone():
+    adverbs = {word for words in data.TOY_WORDS["adverb"] for word in words}
+    for domain in ("film", "food"):
+        labelled = " ".join(data.toy_rows(domain, "validation")["text"])
+        assert not adverbs & set(labelled.split())
+
+
+# ------------------------------------------------------------------------------ python data.py TASK
+
+def test_a_task_is_described(capsys):
+    data.main(["toy"])
+    told = capsys.readouterr().out
+    assert "  labels   negative, positive\n" in told
+    assert "  train: 320 rows; words at 5%: " in told
+    assert "    negative: clumsy dialogue , lifeless plot" in told
+
+
+def test_a_task_of_the_hub_is_described_with_the_splits_that_are_there(monkeypatch, capsys):
+    hub_of(monkeypatch, train=pairs_of([1, 0]), test=pairs_of([-1]))
+    data.main(["afqmc"])
+    told = capsys.readouterr().out
+    assert "afqmc: clue/clue afqmc\n" in told
+    assert "  columns  sentence1, sentence2; label label\n" in told
+    assert "  train: 2 rows; words at 5%: 4, 50%: 4, 95%: 4, 100%: 4\n" in told
+    assert "    1: text 0 | text 0\n" in told
+    assert "  validation: --task afqmc: cannot load split validation of clue/clue afqmc" in told
+    assert "    -1: text 0 | text 0\n" in told
+
+
+def test_a_local_file_is_described_and_a_wrong_one_refused(tmp_path, capsys):
+    path = pairs_file(tmp_path, [0, 1, 1])
+    data.main(["bustm", "--local_file", f"bustm={path}"])
+    assert "  validation: 3 rows; words" in capsys.readouterr().out
+    wrong = ["bustm", "--local_file", "bustm=no.csv"]
+    assert refusal(data.main, wrong) == "--local_file no.csv: no such file"
+    assert refusal(data.main, ["imbd"]) == "task imbd: no such task; did you mean imdb?"
+
+
+# =====================================================================  common.py, and the promises
+
+# ------------------------------------------------------------------------------------------ helpers
+
+
+# ---------------------------------------------------------------------------------------- the style
+
+FILES = ["data.py", "common.py", "r3f.py", "tdt.py", "gtuning.py", "test_methods.py"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_code_is_written_to_be_read(name):
+    """At most 100 columns, tables of tasks 120; one statement a line; functions of 60 lines."""
+    import ast
+    text = open(os.path.join(HERE, name), encoding="utf-8").read()
+    wide = [line for line in text.split("\n") if len(line) > 100]
+    assert not [line for line in wide if "Task(" not in line or len(line) > 120]
+    starts = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            most = {"main": 80, "flags": 80}.get(node.name, 60)
+            length = node.end_lineno - node.lineno + 1
+            assert isinstance(node, ast.ClassDef) or length <= most, node.name
+        if isinstance(node, ast.Expr):                 # no statement in disguise
+            allowed = (ast.Call, ast.Constant, ast.Yield, ast.YieldFrom)
+            assert isinstance(node.value, allowed), f"{name}:{node.lineno}"
+        if isinstance(node, ast.Assign):
+            assert not isinstance(node.value, ast.Lambda), f"{name}:{node.lineno}"
+        if isinstance(node, ast.stmt):
+            starts.append(node.lineno)
+    twice = {line for line in starts if starts.count(line) > 1}
+    assert not twice, f"{name}: two statements in lines {twice}"
+
+
+def blocks(name):
+    """{name: text} of the blocks that a script marks as the same in all scripts."""
+    text = open(os.path.join(HERE, f"{name}.py"), encoding="utf-8").read()
+    found = {}
+    for label, block in re.findall(r"# same: (\w+)\n(.*?)# end same", text, re.S):
+        lines = [line.strip() for line in block.split("\n")]
+        assert found.setdefault(label, lines) == lines, f"{name}: {label}"
+    return found
+
+
+def test_the_marked_blocks_are_the_same_in_all_scripts():
+    assert blocks("r3f") == blocks("tdt") == blocks("gtuning")
+    assert {"start", "update", "end"} <= set(blocks("r3f"))
+
+
+def test_the_layers_are_not_reversed():
+    """common.py and data.py know no method."""
+    for name in ("common.py", "data.py"):
+        text = open(os.path.join(HERE, name), encoding="utf-8").read().lower()
+        assert not re.search(r"\b(import|from) (r3f|tdt|gtuning)\b", text), name
+        assert not re.search(r"\b(r4f|tdt-hard|discriminator|triplet)\b", text), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_file_copied_alone_imports(script, tmp_path):
+    """In a folder that holds nothing else; transformers is not loaded by it."""
+    shutil.copy(os.path.join(HERE, f"{script}.py"), tmp_path)
+    code = (f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {script}; "
+            "print({'transformers', 'datasets', 'common', 'data'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True,
+                          cwd=tmp_path)
+    assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_copied_script_says_what_it_is_good_for_alone(script, tmp_path):
+    shutil.copy(os.path.join(HERE, f"{script}.py"), tmp_path)
+    done = subprocess.run([sys.executable, f"{script}.py"], capture_output=True, text=True,
+                          cwd=tmp_path)
+    assert done.returncode == 1 and "need common.py and data.py beside it" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_help_is_quick_and_loads_no_torch(script):
+    path = os.path.join(HERE, f"{script}.py")
+    code = (f"import sys, runpy; sys.argv = [{path!r}, '--help']\n"
+            f"try: runpy.run_path({path!r}, run_name='__main__')\n"
+            "except SystemExit: print('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert "--seeds" in done.stdout and done.stdout.endswith("False\n"), done.stderr
+    assert "recipe from the paper overrides" in " ".join(done.stdout.split())
+
+
+# ----------------------------------------------------------------------------------------- 1  flags
+
+def test_a_recipes_warm_up_keeps_its_share_when_the_length_is_set():
+    assert parse("tdt", "--task", "sst2").warmup == 300               # of 3000 steps
+    assert parse("tdt", "--task", "sst2", "--epochs", 2).warmup == 0.1
+    assert parse("tdt", "--task", "sst2", "--max_steps", 50).warmup == 0.1
+    assert parse("tdt", "--task", "sst2", "--max_steps", 50, "--warmup", 7).warmup == 7
+
+
+def test_a_warm_up_of_all_steps_is_refused(tiny_folder, tmp_path, cache):
+    with pytest.raises(UserError, match="--warmup 12: must be less than the 12 steps"):
+        run("r3f", tiny_folder, tmp_path, "--warmup", 12)
+
+
+def test_of_epochs_and_steps_one_holds():
+    args = parse("tdt", "--task", "sst2")
+    assert args.max_steps == 3000 and args.epochs is None
+    args = parse("tdt", "--task", "sst2", "--epochs", 2)
+    assert args.epochs == 2 and args.max_steps is None
+
+
+def test_a_recipe_sees_the_model_that_init_from_brings(tmp_path):
+    """TDT's recipe for large models, by the size of the finished run's model."""
+    os.makedirs(tmp_path / "run/model")
+    for hidden_size, learning_rate in ((768, 4e-5), (1024, 2e-5)):
+        write(tmp_path / "run/model/config.json", json.dumps({"hidden_size": hidden_size}))
+        args = parse("tdt", "--task", "sst2", "--init_from", tmp_path / "run")
+        assert args.lr == learning_rate and args.model == str(tmp_path / "run/model")
+
+
+def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, cache, capsys):
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_samples", 100)
+    told = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert len(told) <= 10 and "train 100 of 320" in " ".join(told)
+    line = next(line for line in told if "recipe" in line)
+    assert "toy" in line and "lr 0.0005" in line and "epochs" not in line
+    by_hand = next(line for line in told if "set by you" in line)
+    assert "max_steps 12" in by_hand and "seeds 0" in by_hand
+
+
+# ------------------------------------------------------------------------- 2  processes and signals
+
+def test_wrong_input_is_one_line_and_status_2(tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(HERE, "r3f.py"), "--lr", "-3"],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "r3f.py: --lr: must be a number above 0, got '-3'\n"
+
+
+def test_a_signal_in_the_first_seconds_shows_no_traceback(tmp_path):
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "r3f.py")], cwd=tmp_path,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    time.sleep(0.5)                                    # torch is being loaded
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[0] == "" and process.returncode != 0
+
+
+def test_a_signal_is_not_taken_for_a_model_that_cannot_be_loaded(tiny_folder, tmp_path, cache,
+                                                                 monkeypatch):
+    def load(*args, **how):
+        common.on_signal(signal.SIGINT, None)
+
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", load)
+    with pytest.raises(Stopped, match="130") as stop:
+        run("r3f", tiny_folder, tmp_path)
+    assert "--resume goes on" in stop.value.message
+
+
+def test_signal_handlers_are_restored_when_a_run_ends(tiny_folder, tmp_path, cache):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run("r3f", tiny_folder, tmp_path, "--method", "std")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert common.signals == {"caught": 0, "in_step": False}
+
+
+def test_fp32_is_fp32_and_tf32_a_choice_of_its_own(tiny_folder, tmp_path, cache):
+    before = torch.get_float32_matmul_precision()
+    for precision, expected in (("fp32", "highest"), ("tf32", "high"), ("bf16", "highest")):
+        with common.processes(parse("r3f", "--precision", precision)) as world:
+            assert torch.get_float32_matmul_precision() == expected
+            assert world.bf16 == (precision == "bf16")
+    torch.set_float32_matmul_precision(before)
+
+
+def test_nothing_of_torch_is_replaced(tiny_folder, tmp_path, cache):
+    """Dropout at a tiny rate, after a script's set-up, still drops next to nothing."""
+    run("r3f", tiny_folder, tmp_path, "--method", "std")
+    assert torch.nn.functional.dropout(torch.ones(1000), 1e-7).sum() > 990
+
+
+@pytest.mark.parametrize("processes, flags, line", [
+    (3, ["--batch_size", 8], "--batch_size 8: must be divisible by the 3 processes"),
+    (2, ["--train_file", "a.csv", "--validation_file", "a.csv", "--text_columns", "no"],
+     "--text_columns no: no column 'no'")])
+def test_of_several_processes_the_first_speaks_once(processes, flags, line, tiny_folder, tmp_path,
+                                                    monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.csv", "text,label\nfine,yes\nbad,no\n")
+    text = start("r3f", tiny_folder, tmp_path / "out", *flags, processes=processes).communicate()[0]
+    own = text.split("elastic")[0]                     # then torchrun gives its own account
+    assert text.count(line) == 1 and "rank" not in own.split(line)[0], text
+    assert "Traceback" not in own, text
+
+
+@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "gtuning")])
+def test_two_processes_end_like_one(script, method, tiny_folder, tmp_path, cache):
+    """Dropout off, eps 0: within 1e-5. And both find the model that rank 0 writes, to predict."""
+    folder = without_dropout(tiny_folder, tmp_path / "still")
+    more = ["--method", method, "--max_steps", 8, "--precision", "fp32", "--predict", "test"]
+    if script == "r3f":
+        more += ["--eps", 0]
+    two = start(script, folder, tmp_path / "2", *more, processes=2)
+    run(script, folder, tmp_path / "1", *more)
+    text = two.communicate()[0]
+    assert two.returncode == 0, text
+    assert text.count("in percent") == 1
+    assert_same_weights(weights(tmp_path / "1"), weights(tmp_path / "2"), 1e-5)
+    folders = [tmp_path / f"{n}/toy/{method}-0" for n in "12"]
+    one, both = (json.load(open(folder / "results.json")) for folder in folders)
+    assert one["metrics"] == both["metrics"] and both["world_size"] == 2
+    assert len(open(folders[1] / "predictions-test.tsv").readlines()) == 2001
+
+
+def test_nobody_reads_a_model_before_rank_0_has_written_it(monkeypatch):
+    """Run.finish ends with a barrier, on every rank."""
+    import inspect
+    source = inspect.getsource(common.Run.finish).rstrip()
+    assert source.endswith("self.world.barrier()")
+
+
+# -------------------------------------------------------------------- 3  model, optimizer, backward
+
+def test_a_tokenizer_with_more_words_than_embeddings_is_refused(tiny_folder, tmp_path, cache):
+    folder = shutil.copytree(tiny_folder, tmp_path / "more")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["novel"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"its tokenizer has \d+ words, the model embeddings for"):
+        run("r3f", folder, tmp_path / "out")
+
+
+def test_a_model_folder_without_a_tokenizer_is_refused(tiny_folder, tmp_path, cache):
+    folder = shutil.copytree(tiny_folder, tmp_path / "bare")
+    for name in os.listdir(folder):
+        if "token" in name:
+            os.remove(folder / name)
+    with pytest.raises(UserError, match="--model .*bare: "):
+        run("r3f", folder, tmp_path / "out")
+
+
+def test_micro_batches_give_the_same_gradient(tiny_folder, cache, tmp_path):
+    folder = without_dropout(tiny_folder, tmp_path / "still")
+    gradients = []
+    for micro in (16, 8, 4):
+        args = parse("r3f", "--model", folder, "--micro_batch_size", micro, "--seeds", 0)
+        with common.processes(args) as world:
+            setup = common.prepare(args, world)
+            model = common.load_model(args, setup, 0, world)
+            batch = common.build_batches(setup, args, 0, world)[2]
+            assert len(batch) == 16 // micro
+            loss, stats = common.backward(r3f.R3F(model, eps=0.0), batch, world)
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(grads))
+        assert abs(loss - stats["ce"]) < 1e-6
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_compiled_layers_give_the_same_numbers(script, tiny_folder, tmp_path, cache, monkeypatch):
+    """Every method trains and evaluates with --compile. (The layers are traced, not translated.)"""
+    traced = []
+    compile_layer = torch.nn.Module.compile
+
+    def trace(layer, dynamic):
+        traced.append(layer)
+        compile_layer(layer, backend="eager", dynamic=dynamic)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    methods = [*SCRIPTS[script].METHODS]
+    losses = []
+    for flags in ([], ["--compile"]):
+        out = tmp_path / str(len(flags))
+        run(script, tiny_folder, out, "--max_steps", 4, "--log_every", 1, "--method", *methods,
+            *flags)
+        logs = [log_of(out / f"toy/{method}-0") for method in methods]
+        losses.append([line["loss"] for log in logs for line in log])
+    assert np.allclose(*losses, rtol=1e-5)
+    assert len(traced) >= 2 * len(methods)
+
+
+# ------------------------------------------------------------------------ 4  predictions and scores
+
+def test_a_model_that_sees_one_class_alone_gets_a_warning(tiny_folder, tmp_path, cache, capsys):
+    rows = [{"text": "good plot", "label": "yes"}] * 30 + [{"text": "bad plot", "label": "no"}] * 2
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_file", path,
+        "--validation_file", path)
+    assert "warning: validation: all 32 rows are predicted as '" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------- 5  a run
+
+RUNS = [("r3f", "std"), ("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt"), ("tdt", "tdt-hard"),
+        ("gtuning", "adapter"), ("gtuning", "gtuning")]
+
+
+@pytest.mark.parametrize("script, method", RUNS)
+def test_the_same_command_gives_the_same_bits(script, method, tiny_folder, tmp_path, cache):
+    first, = run(script, tiny_folder, tmp_path / "a", "--method", method)
+    second, = run(script, tiny_folder, tmp_path / "b", "--method", method)
+    assert first["metrics"] == second["metrics"]
+    assert_same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    last = log_of(tmp_path / f"a/toy/{method}-0")[-1]
+    assert last["step"] == first["steps"]
+    assert {"loss", "lr", "epoch", "examples_per_second"} <= last.keys()
+
+
+@pytest.mark.parametrize("script, method", [
+    ("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt"), ("gtuning", "gtuning")])
+def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, method, tiny_folder, tmp_path,
+                                                          cache, monkeypatch):
+    more = ["--method", method, "--save_every", 3, "--eval_every", 4, "--log_every", 2]
+    whole, = run(script, tiny_folder, tmp_path / "whole", *more)
+    steps = [5, 10, 16] if script == "gtuning" else [5, 10]           # one in each phase
+    killed_at(monkeypatch, steps)
+    while steps:
+        with pytest.raises(KeyError):
+            run(script, tiny_folder, tmp_path / "parts", *more, "--resume")
+    parts, = run(script, tiny_folder, tmp_path / "parts", *more, "--resume")
+    assert parts["metrics"] == whole["metrics"]
+    assert parts["best"]["step"] == whole["best"]["step"]
+    assert parts["best"]["metrics"] == whole["best"]["metrics"]
+    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    for key in ("loss", "metrics"):
+        logs = [log_of(tmp_path / f"{name}/toy/{method}-0", key) for name in ("whole", "parts")]
+        assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+        assert [line[key] for line in logs[0]] == [line[key] for line in logs[1]]
+
+
+def test_real_kills_and_signals_lose_nothing(tiny_folder, tmp_path, cache):
+    """SIGKILL, then SIGTERM (which saves and exits with 143), then the end: the same bits."""
+    def newest(script):
+        paths = glob.glob(str(tmp_path / script / "toy/*/checkpoint.pt"))
+        return max(map(os.path.getmtime, paths), default=0)
+
+    def flags(script):
+        return ["--method", script, "--max_steps", 80, "--save_every", 10, "--precision", "fp32"]
+
+    def ended_after_a_checkpoint(script, number, *more):
+        before = newest(script)
+        process = start(script, tiny_folder, tmp_path / script, *flags(script), *more)
+        while newest(script) <= before and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(number)
+        return process.communicate()[0], process.returncode
+
+    def kill_and_terminate(script):
+        _, killed = ended_after_a_checkpoint(script, signal.SIGKILL)
+        text, status = ended_after_a_checkpoint(script, signal.SIGTERM, "--resume")
+        return killed, text, status
+
+    with ThreadPoolExecutor() as pool:                 # most of their time is their start's
+        ends = dict(zip(SCRIPTS, pool.map(kill_and_terminate, SCRIPTS)))
+    for script, (killed, text, status) in ends.items():
+        assert (killed, status) == (-signal.SIGKILL, 143), text
+        assert "resumes at step" in text and "--resume" in text.splitlines()[-1], text
+        run(script, tiny_folder, tmp_path / "whole", *flags(script))
+        run(script, tiny_folder, tmp_path / script, *flags(script), "--resume")
+        whole = weights(tmp_path / "whole/toy" / f"{script}-0")
+        assert_same_weights(whole, weights(tmp_path / script / "toy" / f"{script}-0"))
+
+
+def test_a_signal_while_the_end_is_evaluated_loses_no_training(tiny_folder, tmp_path, cache,
+                                                               monkeypatch):
+    def evaluate(*args, **how):
+        common.on_signal(signal.SIGINT, None)
+
+    whole, = run("r3f", tiny_folder, tmp_path / "whole", "--method", "r3f")
+    real = common.evaluate
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    with pytest.raises(Stopped):
+        run("r3f", tiny_folder, tmp_path / "parts", "--method", "r3f")
+    monkeypatch.setattr(common, "evaluate", real)
+    killed_at(monkeypatch, [*range(12)])               # no step is made again
+    parts, = run("r3f", tiny_folder, tmp_path / "parts", "--method", "r3f", "--resume")
+    assert parts["metrics"] == whole["metrics"] and parts["steps"] == 12
+
+
+def unfinished(folder, out, monkeypatch, method="r3f", step=10):
+    """A run that was killed at this step, with a checkpoint every three steps."""
+    with monkeypatch.context() as patch:
+        killed_at(patch, [step])
+        with pytest.raises(KeyError):
+            run("r3f", folder, out, "--method", method, "--save_every", 3)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_folder, tmp_path, cache,
+                                                                  capsys, monkeypatch):
+    unfinished(tiny_folder, tmp_path, monkeypatch)
+    newest, before = (tmp_path / f"toy/r3f-0/checkpoint{x}.pt" for x in ("", "-before"))
+    good = newest.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    torch.save({"something": "else"}, tmp_path / "other.pt")
+    more = ["--method", "r3f", "--save_every", 3, "--resume"]
+    for wrong in (good[:len(good) // 2], b"", bytes(flipped), (tmp_path / "other.pt").read_bytes()):
+        shutil.copytree(tmp_path / "toy", tmp_path / "copy/toy")
+        (tmp_path / "copy/toy/r3f-0/checkpoint.pt").write_bytes(wrong)
+        run("r3f", tiny_folder, tmp_path / "copy", *more)
+        told = capsys.readouterr().out
+        assert "checkpoint.pt is damaged" in told and "resumes at step 6" in told
+        shutil.rmtree(tmp_path / "copy")
+    newest.write_bytes(b"x")
+    before.write_bytes(good[:1000])
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        run("r3f", tiny_folder, tmp_path, *more)
+
+
+def test_a_checkpoint_of_another_seed_or_method_is_refused(tiny_folder, tmp_path, cache,
+                                                           monkeypatch):
+    unfinished(tiny_folder, tmp_path, monkeypatch)
+    for name, wrong, line in (("r3f-1", "--seeds 1", "holds a run of seed 0, not 1"),
+                              ("r4f-0", "--method r4f", "holds a run of method r3f, not r4f")):
+        shutil.copytree(tmp_path / "toy/r3f-0", tmp_path / f"toy/{name}")
+        with pytest.raises(UserError, match=line):
+            run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 3, "--resume",
+                *wrong.split())
+        log = open(tmp_path / f"toy/{name}/log.jsonl").read()
+        assert log == open(tmp_path / "toy/r3f-0/log.jsonl").read()
+
+
+def test_a_deleted_log_is_not_refilled_with_zeros(tiny_folder, tmp_path, cache, capsys,
+                                                  monkeypatch):
+    unfinished(tiny_folder, tmp_path, monkeypatch)
+    os.remove(tmp_path / "toy/r3f-0/log.jsonl")
+    run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 3, "--resume")
+    assert "\0" not in open(tmp_path / "toy/r3f-0/log.jsonl").read()
+    assert log_of(tmp_path / "toy/r3f-0")[-1]["step"] == 12
+    assert "has lost lines" in capsys.readouterr().out
+
+
+def test_results_that_are_damaged_are_told(tiny_folder, tmp_path, cache):
+    run("r3f", tiny_folder, tmp_path, "--method", "std")
+    path = tmp_path / "toy/std-0/results.json"
+    for wrong in ('{"task": ', "[1, 2]", "{}", '{"args": {}, "method": "std"}', ""):
+        write(path, wrong)
+        with pytest.raises(UserError, match="results.json: is damaged"):
+            run("r3f", tiny_folder, tmp_path, "--method", "std")
+
+
+def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path, cache):
+    run("r3f", tiny_folder, tmp_path, "--method", "std")
+    with pytest.raises(UserError, match=r"--lr 0.0005 \(now 0.1\)"):
+        run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 0.1)
+    again, = run("r3f", tiny_folder, tmp_path, "--method", "std")     # the same flags: its results
+    assert again["steps"] == 12
+    lock = open(tmp_path / "toy/std-0/.lock", "a")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another run"):
+        run("r3f", tiny_folder, tmp_path, "--method", "std", "--overwrite")
+
+
+def test_plain_fine_tuning_by_one_recipe_is_one_run_for_all_scripts(tiny_folder, tmp_path, cache,
+                                                                    capsys):
+    first = run("r3f", tiny_folder, tmp_path, "--method", "std")
+    second = run("tdt", tiny_folder, tmp_path, "--method", "std", "--alpha", 3)
+    assert second == first and "finished before" in capsys.readouterr().out
+
+
+def test_plain_fine_tuning_by_two_recipes_is_two_runs(tiny_folder, tmp_path, cache):
+    """Of a task whose recipes differ, each script has its own folder and finds it again."""
+    rows = [{"text": "good plot", "label": "yes"}, {"text": "bad plot", "label": "no"}] * 20
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    files = ["--train_file", path, "--validation_file", path, "--method", "std", "--name", "mine"]
+    for _ in range(2):
+        run("r3f", tiny_folder, tmp_path, *files)
+        run("tdt", tiny_folder, tmp_path, *files)
+    assert sorted(os.listdir(tmp_path / "mine")) == ["std-0", "std-tdt-0"]
+
+
+def test_a_run_of_the_toy_model_is_the_same_wherever_the_model_lies(cache, tmp_path, monkeypatch):
+    argv = ["--output_dir", str(tmp_path), "--seeds", "0", "--max_steps", "2", "--method", "std"]
+    r3f.main(argv)
+    results = json.load(open(tmp_path / "toy/std-0/results.json"))
+    assert results["model"] == "toy" and cache not in json.dumps(results["args"])
+    found = common.toy_model
+    monkeypatch.setattr(common, "toy_model",
+                        lambda world: str(shutil.copytree(found(world), tmp_path / "elsewhere")))
+    assert r3f.main(argv)[0]["metrics"] == results["metrics"]
+
+
+def test_every_evaluation_is_logged_with_its_seconds(tiny_folder, tmp_path, cache):
+    result, = run("r3f", tiny_folder, tmp_path, "--method", "std", "--eval_every", 4)
+    lines = log_of(tmp_path / "toy/std-0", "metrics")
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert lines[-1]["metrics"].keys() == {"validation"}
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds) and seconds[-1] <= result["train_seconds"]
+    best = next(line for line in lines if line["step"] == result["best"]["step"])
+    assert result["best"]["seconds"] == best["seconds"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, tmp_path, cache):
+    line = r"step \d+: not finite: loss nan.*rows of the batch: \d+ \d+.*last good checkpoint is"
+    with pytest.raises(RunError, match=line):
+        run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 1e30, "--save_every", 1,
+            "--warmup", 0.5)
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tiny_folder, tmp_path, cache,
+                                                                    monkeypatch):
+    real = torch.save
+    saved = []
+
+    class FullDisk:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, part):
+            self.file.write(bytes(part)[:10])
+            raise OSError(28, "No space left on device")
+
+    def save(state, file):
+        saved.append(state)
+        real(state, FullDisk(file) if len(saved) == 2 else file)
+
+    monkeypatch.setattr(torch, "save", save)
+    line = "checkpoint.pt: No space left on device; the last good checkpoint is"
+    with pytest.raises(RunError, match=line):
+        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 3)
+    state = torch.load(tmp_path / "toy/r3f-0/checkpoint.pt", weights_only=True)
+    assert state["step"] == 3 and not glob.glob(str(tmp_path / "toy/r3f-0/*.tmp"))
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path, cache):
+    bomb = Bomb(str(tmp_path / "ran"))
+    os.makedirs(tmp_path / "toy/r3f-0")
+    torch.save({"args": bomb, "step": 3}, tmp_path / "toy/r3f-0/checkpoint.pt")
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--resume")
+    folder = shutil.copytree(tiny_folder, tmp_path / "evil")
+    os.remove(folder / "model.safetensors")
+    torch.save({"bert.embeddings.word_embeddings.weight": bomb}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="--model .*evil"):
+        run("r3f", folder, tmp_path / "out", "--method", "std")
+    with open(folder / "pytorch_model.bin", "wb") as file:
+        pickle.dump(bomb, file)
+    with pytest.raises(UserError, match="--model .*evil"):
+        run("r3f", folder, tmp_path / "out2", "--method", "std")
+    assert not os.path.exists(bomb.mark)
+
+
+# ---------------------------------------------------------------------- 7  tables, pages, --profile
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, tmp_path, cache,
+                                                          capsys):
+    more = [] if script == "gtuning" else ["--batching", "length", "padded"]
+    seconds = run(script, tiny_folder, tmp_path / "out", "--profile", 3, *more)
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if "ms/step" in line)
+    table = [line.split() for line in lines[head + 1:]]
+    assert "MB" not in lines[head]                     # a CPU's peak never falls
+    assert seconds.shape == (3, 3, len(table)) and (seconds > 0).all()
+    assert not os.path.exists(tmp_path / "out")
+    assert table[0][-1] == "1.00" and all(float(row[-1]) > 0 for row in table)
+    kinds = ["cached", "encoded"] if script == "gtuning" else ["length", "padded"]
+    assert [row[1] for row in table] == [kinds[0]] * 2 + [kinds[1]] * 2
+    if script != "gtuning":
+        real = {row[1]: float(row[5].rstrip("%")) for row in table}
+        assert real["length"] > real["padded"]
+
+
+def test_flops_are_those_of_the_matrix_products():
+    a, b = torch.randn(8, 16, requires_grad=True), torch.randn(16, 4)
+    assert common.count_flops(lambda: a @ b) == 2 * 8 * 16 * 4
+    assert common.count_flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 8 * 16 * 4
+
+
+def test_a_page_is_self_contained_and_escapes():
+    page = common.html_page("a < b", "b { color: red }", "<p>x</p>")
+    assert "a &lt; b" in page and "<p>x</p>" in page and "color: red" in page
+    assert "<script" not in page and "http" not in page and "prefers-color-scheme" in page
+
+
+# ----------------------------------------------------------------------------------- your own files
+
+REVIEWS = [("really good plot", "yes"), ("bad actor", "no"), ("007", "yes"), ("NA", "no")] * 5
+
+
+def test_your_own_files_train_and_predict(tiny_folder, tmp_path, cache):
+    """Strings as labels; predictions carry the file's ids and probabilities; a name of its own."""
+    table = "text,label\n" + "".join(f"{text},{label}\n" for text, label in REVIEWS)
+    path = write(tmp_path / "rows.csv", table)
+    test = write(tmp_path / "new.csv", "id,text\na7,lovely script\na9,boring cast\n")
+    result, = run("r3f", tiny_folder, tmp_path / "out", "--method", "std", "--train_file", path,
+                  "--validation_file", path, "--test_file", test, "--batch_size", 4,
+                  "--name", "reviews")
+    assert result["task"] == "reviews"
+    lines = open(tmp_path / "out/reviews/std-0/predictions-test.tsv").read().splitlines()
+    assert lines[0] == "index\tid\tprediction\tp(no)\tp(yes)" and len(lines) == 3
+    index, name, prediction, no, yes = lines[1].split("\t")
+    assert (index, name) == ("0", "a7") and abs(float(no) + float(yes) - 1) < 1e-3
+    assert prediction == ("yes" if float(yes) > float(no) else "no")
+    config = json.load(open(tmp_path / "out/reviews/std-0/model/config.json"))
+    assert config["id2label"] == {"0": "no", "1": "yes"}
+
+
+def test_a_regression_file_is_for_std_alone(tiny_folder, tmp_path, cache):
+    rows = [{"sentence1": "good plot", "sentence2": "bad plot", "score": i / 10} for i in range(20)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    more = ["--train_file", path, "--validation_file", path, "--label_column", "score",
+            "--batch_size", 4]
+    result, = run("r3f", tiny_folder, tmp_path / "out", "--method", "std", *more)
+    assert set(result["metrics"]["validation"]) == {"pearson", "spearman"}
+    with pytest.raises(UserError, match="--method r3f: must be std .* footnote 1"):
+        run("r3f", tiny_folder, tmp_path / "out", "--method", "r3f", *more)
+
+
+# One case a line: the script, its flags, and what the one line must say.
+WRONG_FLAGS = """
+r3f | --task colla | --task colla: no such task; did you mean cola
+r3f | --method r5f | --method: invalid choice: 'r5f'
+r3f | --lam -1 | --lam: must be a number from 0, got '-1'
+r3f | --eps nan | --eps: must be a number from 0, got 'nan'
+r3f | --lr 0 | --lr: must be a number above 0, got '0'
+r3f | --lr inf | --lr: must be
+r3f | --lr fast | --lr: must be
+r3f | --batch_size 0 | --batch_size: must be a whole number from 1
+r3f | --batch_size 2.5 | --batch_size
+r3f | --batch_size 999 | --batch_size 999: must be at most the 320
+r3f | --seeds -1 | --seeds: must be
+r3f | --epochs 0 | --epochs: must be a number above 0
+r3f | --max_steps 0 | --max_steps: must be
+r3f | --epochs 1 --max_steps 3 | not allowed with
+r3f | --warmup -1 | --warmup: must be
+r3f | --noise laplace | --noise: invalid choice: 'laplace'
+r3f | --max_length 0 | --max_length: must be a whole number from 4
+r3f | --max_length 65 | --max_length 65: must be from 4 to 64
+r3f | --learning_rate 1 | unrecognized arguments: --learning_rate
+r3f | --eval_tasks imbd | --eval_tasks imbd: no such task; did you mean imdb
+r3f | --train_samples 8 | --train_samples 8: must be at least --batch_size
+r3f | --train_samples 321 | --train_samples 321: must be at most the 320
+r3f | --precision fp16 | --precision: invalid choice
+r3f | --betas 0.9 1.0 | --betas: must be
+r3f | --grad_clip -0.1 | --grad_clip: must be
+r3f | --profile -1 | --profile
+r3f | --threads -1 | --threads
+r3f | --batching length random | --batching length random: must be one name
+r3f | --name ../x | --name: must be letters
+r3f | --name sst2 | --name: must be letters
+r3f | --model no/such-model | --model no/such-model
+r3f | --model NOPAD | no pad token
+r3f | --model EMPTY | --model
+r3f | --model NOWEIGHTS | cannot be loaded by AutoModelForSequenceClassification
+r3f | --init_from nowhere | --init_from nowhere: must be
+r3f | --task cola-ood | --local_file cola-ood=FILE
+r3f | --output_dir AFILE | --output_dir
+r3f | --predict nope | --task toy: has no split nope
+r3f | --local_file foo | --local_file foo: must be NAME=FILE
+r3f | --local_file imdbb=good.csv | --local_file imdbb=good.csv: must be
+r3f | --resume --overwrite | not allowed with
+""".strip().splitlines()
+
+# One case a line: training file, validation file, further flags, and what the line must say.
+WRONG_FILES = """
+good.csv | - | | --validation_file: both
+- | - | --test_file good.csv | --train_file and --validation_file: both
+good.csv | good.csv | --task toy | --task toy: cannot go together
+no.csv | good.csv | | no.csv: no such file
+dir.csv | good.csv | | dir.csv: is a directory
+t.txt | good.csv | | t.txt: must end in .csv
+empty.csv | good.csv | | empty.csv: is empty
+header.csv | good.csv | | header.csv: has no rows
+latin.csv | good.csv | | latin.csv: cannot be read as csv
+bad.jsonl | good.csv | | bad.jsonl: cannot be read as jsonl
+hole.jsonl | good.csv | | hole.jsonl: row 7: no text in column 'text'
+gap.csv | good.csv | | gap.csv: row 7: no label in column 'label'
+good.csv | nan.csv | | nan.csv: row 7: no label in column 'label'
+twice.csv | good.csv | | twice.csv: column 'text' stands twice
+good.csv | good.csv | --predict test | --predict test: is for tasks of the table
+other.csv | good.csv | | no column text
+good.csv | other.csv | | no column 'text'
+good.csv | good.csv | --text_columns a | no column 'a' (--text_columns)
+good.csv | good.csv | --text_columns a b c | must be one or two names
+good.csv | good.csv | --label_column y | no column 'y' (--label_column)
+good.csv | unseen.csv | | label 'maybe' is not in the training file
+same.csv | same.csv | | all labels are 'no'
+one.csv | one.csv | | all labels are
+good.csv | good.csv | --batch_size 64 | --batch_size 64: must be at most the 40
+good.csv | good.csv | --test_file other.csv | other.csv: no column 'text'
+""".strip().splitlines()
+
+
+@pytest.fixture(scope="session")
+def wrong_files(tmp_path_factory, tiny_folder):
+    """A folder of files and models that are wrong, each in one way."""
+    folder = tmp_path_factory.mktemp("wrong")
+    labels = ["no", "yes"]
+    good = "".join(f"good plot {i},{labels[i % 2]}\n" for i in range(40))
+    same = "fine,no\n" * 40
+    texts = {
+        "good.csv": good, "same.csv": same, "one.csv": "fine,yes\n", "header.csv": "",
+        "unseen.csv": "fine,maybe\n"}
+    for name, text in texts.items():
+        write(folder / name, "text,label\n" + text)
+    for name, label in (("gap.csv", ""), ("nan.csv", "nan")):
+        lines = [f"fine,{label if i == 6 else labels[i % 2]}\n" for i in range(40)]
+        write(folder / name, "text,label\n" + "".join(lines))
+    write(folder / "twice.csv", "text,label,text\na,yes,b\n")
+    write(folder / "other.csv", "review,label\nfine,yes\n")
+    write(folder / "t.txt", "x")
+    write(folder / "empty.csv", "")
+    write(folder / "AFILE", "x")
+    write(folder / "bad.jsonl", '{"text": "a", "label"\n')
+    rows = [{"text": "fine", "label": labels[i % 2]} for i in range(40)]
+    del rows[6]["text"]
+    write_rows(folder / "hole.jsonl", rows)
+    (folder / "latin.csv").write_bytes("text,label\ncaf\xe9,yes\n".encode("latin-1"))
+    for name, results in (("R3F", {"method": "r3f"}), ("NOTHING", {}),
+                          ("TDT", {"method": "tdt", "task": "toy"})):
+        os.makedirs(folder / name)
+        whole = {"args": {}, "metrics": {}, "seed": 0, "task": "toy", **results}
+        write(folder / name / "results.json", json.dumps(whole if results else {}))
+    os.makedirs(folder / "dir.csv")
+    os.makedirs(folder / "EMPTY")
+    for name in ("NOPAD", "NOWEIGHTS"):
+        shutil.copytree(tiny_folder, folder / name)
+    os.remove(folder / "NOWEIGHTS/model.safetensors")
+    path = folder / "NOPAD/tokenizer_config.json"
+    settings = json.load(open(path))
+    settings["pad_token"] = None
+    json.dump(settings, open(path, "w"))
+    return folder
+
+
+def refused(script, argv, folder, tiny_folder, tmp_path, monkeypatch):
+    """The one line with which these flags are refused. No model may be loaded before."""
+    def load(*args, **how):
+        if "NOWEIGHTS" not in argv and "AFILE" not in argv:
+            pytest.fail("a model is loaded before the input is checked")
+        raise OSError("no weights")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", load)
+    base = ["--seeds", "0"]
+    if "--model" not in argv:
+        base += ["--model", tiny_folder]
+    if "--epochs" not in argv and "--max_steps" not in argv:
+        base += ["--max_steps", "2"]
+    if "--output_dir" not in argv:
+        base += ["--output_dir", str(tmp_path)]
+    with pytest.raises(UserError) as error:
+        SCRIPTS[script].main([*base, *argv])
+    line = str(error.value)
+    assert "\n" not in line.strip()
+    return line
+
+
+@pytest.mark.parametrize("case", WRONG_FLAGS)
+def test_wrong_flags_are_refused(case, wrong_files, tiny_folder, tmp_path, cache, monkeypatch):
+    script, flags, expected = (part.strip() for part in case.split(" | "))
+    line = refused(script, shlex.split(flags), wrong_files, tiny_folder, tmp_path, monkeypatch)
+    assert expected in line
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_wrong_files_are_refused(case, wrong_files, tiny_folder, tmp_path, cache, monkeypatch):
+    train, validation, flags, expected = (part.strip() for part in case.split("|"))
+    argv = shlex.split(flags)
+    if train != "-":
+        argv += ["--train_file", train]
+    if validation != "-":
+        argv += ["--validation_file", validation]
+    line = refused("r3f", argv, wrong_files, tiny_folder, tmp_path, monkeypatch)
+    assert expected in line
+
+
+# ------------------------------------------------------------------------------------ the toy world
+
+def test_the_toy_task_as_a_newcomer_runs_it(cache, tmp_path):
+    """Pre-training matters out of domain, nothing is at its ceiling, what is saved predicts."""
+    results = r3f.main(["--output_dir", str(tmp_path), "--seeds", "0"])
+    scores = {}
+    for result in results:
+        scores[result["method"]] = {name: v["accuracy"] for name, v in result["metrics"].items()}
+    assert 0.85 < scores["std"]["validation"] < 0.95
+    assert scores["std"]["toy-food"] < scores["std"]["validation"]
+
+    folder = glob.glob(os.path.join(cache, "toy-bert", "*"))[0]
+    model = transformers.BertForMaskedLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    scratch = str(tmp_path / "scratch")
+    transformers.BertForMaskedLM(model.config).save_pretrained(scratch)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(scratch)
+    result, = r3f.main(["--output_dir", str(tmp_path / "r"), "--seeds", "0", "--method", "std",
+                        "--model", scratch])
+    assert scores["std"]["toy-food"] > result["metrics"]["toy-food"]["accuracy"] + 0.2
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "toy/r3f-0/model")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "toy/r3f-0/model")
+    rows = data.toy_rows("film", "validation")
+    with torch.no_grad():
+        logits = again(**tokenizer(list(rows["text"]), padding=True, return_tensors="pt")).logits
+    hits = logits.argmax(1).numpy() == np.array(rows["label"])
+    assert abs(hits.mean() - scores["r3f"]["validation"]) < 1e-9
+
+
+# ==========================================================================================  r3f.py
+
+# -------------------------------------------------------------------- tiny models
+
+
+def tiny_generator(name="bart", dropout=True, spread=None):
+    torch.manual_seed(0)
+    return built("AutoModelForSeq2SeqLM", *GENERATORS[name], dropout, spread)
+
+
+def tiny_tagger(dropout=True, spread=None):
+    torch.manual_seed(0)
+    auto = "AutoModelForTokenClassification"
+    return built(auto, *ARCHITECTURES["bert"], dropout, spread, num_labels=5)
+
+
+def batch_to_generate(name="bart", rows=4, m=7):
+    """Labels (B, m) of different lengths, -100 at padding, with their sources."""
+    _, inputs = batch("bart", rows)
+    pad = GENERATORS[name][1]["pad_token_id"]
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, pad)
+    torch.manual_seed(2)
+    labels = torch.randint(6, 99, (rows, m))
+    lengths = torch.tensor([m - i % 3 for i in range(rows)])
+    labels[torch.arange(rows), lengths - 1] = 2
+    labels[torch.arange(m) >= lengths[:, None]] = -100
+    return labels, inputs
+
+
+def batch_to_tag():
+    """Labels (B, n), -100 at padding and at some words."""
+    _, inputs = batch()
+    labels = torch.arange(36).view(4, 9) % 5
+    labels[inputs["attention_mask"] == 0] = -100
+    labels[:, ::4] = -100
+    return labels, inputs
+
+
+def encoder_words(model):
+    """The module of the encoder's word embeddings."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+    return encoder.get_input_embeddings()
+
+
+def gradients_of(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(a, b, tolerance=1e-6):
+    assert a.keys() == b.keys() and max(g.abs().max() for g in a.values()) > 1e-4
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=tolerance, rtol=1e-4), name
+    return True
+
+
+def passes_of(method, labels, inputs):
+    """The number of rows in each pass of one step."""
+    seen = []
+
+    def hook(module, args, settings):
+        seen.append(len(settings["input_ids"]))
+
+    handle = method.model.register_forward_pre_hook(hook, with_kwargs=True)
+    method(labels, **inputs)
+    handle.remove()
+    return seen
+
+
+# -------------------------------------------------------------------- R3F: the terms of Eq. 3
+
+
+def numpy_kl(a, b):
     p, q = softmax(a), softmax(b)
-    expected = (p * np.log(p / q)).sum(1) + (q * np.log(q / p)).sum(1)
-    assert np.allclose(r3f.symmetric_kl(torch.tensor(a), torch.tensor(b)).numpy(), expected, atol=1e-5)
-    worked = r3f.symmetric_kl(torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.0, 0.0]])).item()
-    assert abs(worked - math.log(3) / 4) < 1e-6                           # the docstring's number: ln(3) / 4 = 0.2747
-    assert r3f.symmetric_kl(torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16)).dtype == torch.float32
+    return (p * np.log(p / q)).sum(-1) + (q * np.log(q / p)).sum(-1)
 
 
-def test_r3f_noise():
-    like, draws = torch.zeros(2000, 50), {}
-    for kind in ("uniform", "normal"):
-        draws[kind] = r3f.sample_noise(like, 0.1, kind)
-        assert draws[kind].shape == like.shape and abs(draws[kind].mean()) < 1e-3
-    assert draws["uniform"].abs().max() <= 0.1 and abs(draws["uniform"].std() - 0.1 / math.sqrt(3)) < 1e-3
-    assert draws["normal"].abs().max() > 0.3 and abs(draws["normal"].std() - 0.1) < 1e-3
+def test_the_symmetric_kl_is_numpys():
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 4))
+    ours = r3f.symmetric_kl(torch.tensor(a), torch.tensor(b))
+    assert ours.shape == (5,)
+    assert np.allclose(ours.numpy(), numpy_kl(a, b), atol=1e-5)
+
+
+def test_the_symmetric_kl_of_a_quarter_and_a_half_is_a_quarter_of_ln_3():
+    worked = r3f.symmetric_kl(torch.tensor([[0.0, math.log(3)]]), torch.zeros(1, 2))
+    assert abs(worked.item() - math.log(3) / 4) < 1e-6
+    half = torch.ones(1, 2, dtype=torch.bfloat16)
+    assert r3f.symmetric_kl(half, half).dtype == torch.float32
+
+
+def test_the_noise_has_the_kind_and_the_scale_asked_for():
+    like = torch.zeros(2000, 50)
+    uniform = r3f.sample_noise(like, 0.1, "uniform")
+    normal = r3f.sample_noise(like, 0.1, "normal")
+    for draw in (uniform, normal):
+        assert draw.shape == like.shape and abs(draw.mean()) < 1e-3
+    assert uniform.abs().max() <= 0.1 and abs(uniform.std() - 0.1 / math.sqrt(3)) < 1e-3
+    assert normal.abs().max() > 0.3 and abs(normal.std() - 0.1) < 1e-3
     with pytest.raises(ValueError, match="uniform"):
         r3f.sample_noise(like, 0.1, "laplace")
 
 
-def test_r3f_equation_3():
-    """The whole loss against numpy, with the logits of the two branches taken from the model by hand."""
-    model, (labels, inputs) = tiny(dropout=False), batch()
-    method = r3f.R3F(model, lam=0.7, eps=0.3)
-    torch.manual_seed(5)
-    loss, stats = method(labels, **inputs)
-    torch.manual_seed(5)
+def noised_by_hand(model, inputs, eps, seed):
+    """Logits without and with z, by way of inputs_embeds instead of a hook."""
+    torch.manual_seed(seed)
     x = model.get_input_embeddings()(inputs["input_ids"])
-    z = torch.empty_like(x).uniform_(-0.3, 0.3)
-    with torch.no_grad():
-        clean = model(**inputs).logits.numpy()
-        noised = model(inputs_embeds=x + z, attention_mask=inputs["attention_mask"]).logits.numpy()
-    p, q, y = softmax(clean), softmax(noised), labels.numpy()
-    ce = -np.log(p[np.arange(len(y)), y]).mean()
-    kl = ((p - q) * np.log(p / q)).sum(1).mean()
+    z = torch.empty_like(x).uniform_(-eps, eps)
+    noised = model(inputs_embeds=x + z, attention_mask=inputs["attention_mask"]).logits
+    return model(**inputs).logits, noised
+
+
+def test_the_loss_is_equation_3_in_numpy():
+    model, (labels, inputs) = tiny(dropout=False), batch()
+    torch.manual_seed(5)
+    loss, stats = r3f.R3F(model, lam=0.7, eps=0.3)(labels, **inputs)
+
+    clean, noised = (x.detach().numpy() for x in noised_by_hand(model, inputs, 0.3, seed=5))
+    ce = -np.log(softmax(clean)[np.arange(4), labels.numpy()]).mean()
+    kl = numpy_kl(clean, noised).mean()
     assert kl > 1e-4 and abs(stats["ce"] - ce) < 1e-5 and abs(stats["kl"] - kl) < 1e-5
     assert abs(loss.item() - (ce + 0.7 * kl)) < 1e-5
 
 
-def test_r3f_limits():
+def test_lam_0_is_plain_fine_tuning():
     model, (labels, inputs) = tiny(dropout=False), batch()
-    plain = model(**inputs, labels=labels).loss
     loss, stats = r3f.R3F(model, lam=0.0)(labels, **inputs)
-    assert loss == plain and stats["kl"] == 0
-    assert r3f.R3F(model, eps=0.0)(labels, **inputs)[1]["kl"] == 0
-    method = r3f.R3F(tiny(), eps=0.5).eval()
-    assert torch.equal(method(labels, **inputs)[0], method(labels, **inputs)[0])       # eval mode: no noise, no dropout
-    assert r3f.R3F(tiny(), eps=0.0)(labels, **inputs)[1]["kl"] > 1e-6                   # with dropout, KL even without noise
+    assert loss == model(**inputs, labels=labels).loss and stats["kl"] == 0
 
 
-def test_r3f_needless_passes_are_not_made():
+def test_eps_0_gives_kl_0_unless_dropout_separates_the_passes():
     labels, inputs = batch()
-    def rows_seen(model, **settings):
-        seen = []
-        handle = model.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True)
-        r3f.R3F(model, **settings)(labels, **inputs)
-        handle.remove()
-        return seen
-    assert rows_seen(tiny()) == [8] and rows_seen(tiny(), lam=0.0) == [4]
-    assert rows_seen(tiny(dropout=False), eps=0.0) == [4] and rows_seen(tiny(), stop_grad="noised") == [4, 4]
+    assert r3f.R3F(tiny(dropout=False), eps=0.0)(labels, **inputs)[1]["kl"] == 0
+    assert r3f.R3F(tiny(), eps=0.0)(labels, **inputs)[1]["kl"] > 1e-6
 
 
-def test_r3f_share_dropout():
+def test_eval_mode_has_no_noise():
     model, (labels, inputs) = tiny(), batch()
-    kl = lambda eps, share: r3f.R3F(model, eps=eps, share_dropout=share)(labels, **inputs)[1]["kl"].item()
-    assert kl(0.0, True) == 0 and 0 < kl(0.1, True)
-    assert kl(1e-4, True) < 1e-3 * kl(1e-4, False)                        # the masks are the same ones: only z differs
+    method = r3f.R3F(model, eps=0.5).eval()
+    loss, stats = method(labels, **inputs)
+    assert loss == model(**inputs, labels=labels).loss and stats["kl"] == 0
 
 
-def test_r3f_stop_grad():
+def test_passes_that_change_nothing_are_not_made():
+    labels, inputs = batch()
+    assert passes_of(r3f.R3F(tiny()), labels, inputs) == [8]
+    assert passes_of(r3f.R3F(tiny(), lam=0.0), labels, inputs) == [4]
+    assert passes_of(r3f.R3F(tiny(dropout=False), eps=0.0), labels, inputs) == [4]
+    assert passes_of(r3f.R3F(tiny(), stop_grad="noised"), labels, inputs) == [4, 4]
+    assert passes_of(r3f.R3F(tiny()).eval(), labels, inputs) == [4]
+
+
+def test_shared_dropout_leaves_z_alone_between_the_passes():
+    model, (labels, inputs) = tiny(), batch()
+
+    def kl(eps, share):
+        return r3f.R3F(model, eps=eps, share_dropout=share)(labels, **inputs)[1]["kl"].item()
+
+    assert kl(0.0, True) == 0 and kl(0.1, True) > 0
+    assert kl(1e-4, True) < 1e-3 * kl(1e-4, False)
+
+
+def test_stop_grad_noised_holds_the_noised_prediction_constant():
     model, (labels, inputs) = tiny(dropout=False), batch()
+
     def gradient(**settings):
         model.zero_grad()
         torch.manual_seed(3)
         r3f.R3F(model, lam=50.0, eps=0.5, **settings)(labels, **inputs)[0].backward()
-        return model.get_input_embeddings().weight.grad.clone()
+        return gradients_of(model)
+
     full, cut = gradient(), gradient(stop_grad="noised")
-    assert full.abs().sum() > 0 and cut.abs().sum() > 0 and not torch.allclose(full, cut)
-    torch.manual_seed(3)                                                   # the same by hand: the noised logits are constants
-    x = model.get_input_embeddings()(inputs["input_ids"])
-    z = torch.empty_like(x).uniform_(-0.5, 0.5)
-    with torch.no_grad():
-        noised = model(inputs_embeds=x + z, attention_mask=inputs["attention_mask"]).logits
+    name = next(name for name in full if name.endswith("word_embeddings.weight"))
+    assert not torch.allclose(full[name], cut[name])
+
     model.zero_grad()
-    out = model(**inputs, labels=labels)
-    (out.loss + 50 * r3f.symmetric_kl(out.logits, noised).mean()).backward()
-    assert torch.allclose(model.get_input_embeddings().weight.grad, cut, atol=1e-5)
+    clean, noised = noised_by_hand(model, inputs, 0.5, seed=3)
+    ce = torch.nn.functional.cross_entropy(clean, labels)
+    (ce + 50 * r3f.symmetric_kl(clean, noised.detach()).mean()).backward()
+    assert same_gradients(gradients_of(model), cut, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_r3f_noise_arrives(name):
-    """On every architecture: with noise the KL is real, without it 0; gradients reach the word embeddings; padding is inert."""
+def test_the_noise_arrives_and_padding_is_inert(name):
     model, (labels, inputs) = tiny(name, dropout=False), batch(name)
     method = r3f.R3F(model, eps=0.05)
     loss, stats = method(labels, **inputs)
     loss.backward()
-    embeddings = (model.get_encoder() if model.config.is_encoder_decoder else model).get_input_embeddings()
-    assert stats["kl"] > 1e-10 and embeddings.weight.grad.abs().sum() > 0
-    assert not embeddings._forward_hooks
-    method.eps = 0.0
-    method.random = True                                                   # makes both passes although nothing separates them
+    words = encoder_words(model)
+    assert stats["kl"] > 1e-10 and words.weight.grad.abs().sum() > 0
+    assert not words._forward_hooks
+
+    # With `random` both passes are made although nothing separates them.
+    method.eps, method.random = 0.0, True
     assert method(labels, **inputs)[1]["kl"] < 1e-10
+
+    # BART's head wants its last token at the end, XLNet's its padding at the start.
+    if name == "bart":
+        return
+    side = (3, 0) if name == "xlnet" else (0, 3)
+    wider = {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], side),
+             "input_ids": torch.nn.functional.pad(inputs["input_ids"], side,
+                                                  value=model.config.pad_token_id or 0)}
     method.eval()
-    if name != "bart":                                                     # (BART's head wants its last token at the end)
-        side = (3, 0) if name == "xlnet" else (0, 3)                          # XLNet reads the last position, so it pads on the left
-        wider = {k: torch.nn.functional.pad(v, side, value=(model.config.pad_token_id or 0) * (k == "input_ids")) for k, v in inputs.items()}
-        assert abs(method(labels, **inputs)[0] - method(labels, **wider)[0]) < 1e-4
+    assert abs(method(labels, **inputs)[0] - method(labels, **wider)[0]) < 1e-4
 
 
-def test_r3f_noise_that_cannot_arrive_is_an_error():
+def test_noise_that_does_not_arrive_once_is_an_error():
     model, (labels, inputs) = tiny(), batch()
-    with pytest.raises(RuntimeError, match="did not arrive"):
-        r3f.R3F(model)(labels, inputs_embeds=torch.randn(4, 9, 32), attention_mask=inputs["attention_mask"])
+    for method in (r3f.R3F(model), r3f.SMART(model), r3f.FreeLB(model)):
+        with pytest.raises(RuntimeError, match="did not arrive.* 0 times"):
+            method(labels, inputs_embeds=torch.randn(4, 9, 32),
+                   attention_mask=inputs["attention_mask"])
+
+    # A model that looks its words up twice, as the code of several papers does.
+    plain, words = model.forward, model.get_input_embeddings()
+
+    def twice(input_ids, **more):
+        words(input_ids)
+        return plain(input_ids=input_ids, **more)
+
+    model.forward = twice
+    with pytest.raises(RuntimeError, match="did not arrive.* 2 times"):
+        r3f.R3F(model)(labels, **inputs)
+    assert not words._forward_hooks
 
 
-def test_r3f_refuses():
+def test_r3f_refuses_what_has_no_meaning():
     with pytest.raises(ValueError, match="regression"):
         r3f.R3F(tiny(num_labels=1))
-    for wrong in ({"noise": "laplace"}, {"stop_grad": "both"}, {"lam": -1.0}, {"eps": -1e-5}):
-        with pytest.raises(ValueError):
+    for wrong in ({"noise": "laplace"}, {"stop_grad": "both"}, {"lam": -1.0}, {"eps": -1e-5},
+                  {"reduction": "word"}, {"label_smoothing": -0.1}, {"label_smoothing": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
             r3f.R3F(tiny(), **wrong)
-    labels, inputs = batch()
-    loss, _ = r3f.R3F(tiny(num_labels=1), lam=0.0)(labels.float(), **inputs)   # plain regression is fine
-    assert loss.dim() == 0
 
+
+def test_plain_regression_is_the_squared_error():
+    model, (labels, inputs) = tiny(num_labels=1, dropout=False), batch()
+    loss, _ = r3f.R3F(model, lam=0.0)(labels.float(), **inputs)
+    scores = model(**inputs).logits[:, 0].detach().numpy()
+    assert abs(loss.item() - ((scores - labels.numpy()) ** 2).mean()) < 1e-6
+
+
+# -------------------------------------------------------------------- R4F
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra", "bart", "gpt2"])
-def test_r4f_spectral_norm(name, tmp_path):
-    """Eq. 5: after training steps the top singular value is 1; the saved weights give the same predictions."""
+def test_r4f_gives_the_head_the_norm_1_and_saves_it_plain(name, tmp_path):
     model, (labels, inputs) = r3f.spectral_normalize(tiny(name)), batch(name)
     method = r3f.R3F(model)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
-    for step in range(120):                                                # the learning rate ends at 0, as in the script
+    for step in range(120):
+
+        # The learning rate ends at 0, as in the script.
         optimizer.param_groups[0]["lr"] = 0.05 * max(0, 1 - step / 30)
         method(labels, **inputs)[0].backward()
         optimizer.step()
@@ -287,375 +2455,1844 @@ def test_r4f_spectral_norm(name, tmp_path):
     heads = [m for m in model.modules() if hasattr(m, "parametrizations")]
     norms = [torch.linalg.matrix_norm(m.weight, 2).item() for m in heads]
     assert heads and all(abs(norm - 1) < 5e-3 for norm in norms), norms
+
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     state = r3f.plain_state_dict(model)
     assert not any("parametrizations" in k for k in state)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model.training and all(m.training for m in heads)
+    model.eval()
     model.save_pretrained(tmp_path, state_dict=state)
-    again, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and torch.allclose(again(**inputs).logits, model(**inputs).logits, atol=1e-5)
-    assert all(hasattr(m, "parametrizations") for m in heads)                # the model itself is untouched
+    auto = transformers.AutoModelForSequenceClassification
+    again, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.allclose(again(**inputs).logits, model(**inputs).logits, atol=1e-5)
+    assert all(hasattr(m, "parametrizations") for m in heads)      # the model itself is untouched
 
 
-# ---------------------------------------------------------------------------------------------------- TDT
+@pytest.mark.parametrize("settings", [{"share_dropout": True}, {"stop_grad": "noised"}])
+def test_both_passes_of_r4f_have_one_head_and_cost_one_iteration(settings):
+    labels, inputs = batch()
+    states = []
+    for more in ({}, settings):
+        model = r3f.spectral_normalize(tiny(dropout=False))
+        iteration = model.classifier.parametrizations.weight[0]
+        kl = r3f.R3F(model, eps=1e-7, **more)(labels, **inputs)[1]["kl"]
+        assert kl < 1e-11
+        states.append(iteration._u.clone())
+    assert torch.equal(*states)
+
+
+def test_the_gradient_of_r4f_in_two_calls_is_that_of_one_weight_over_sigma():
+    labels, inputs = batch()
+    model = r3f.spectral_normalize(tiny(dropout=False))
+    torch.manual_seed(3)
+    r3f.R3F(model, lam=5.0, eps=0.5, share_dropout=True)(labels, **inputs)[0].backward()
+    ours = model.classifier.parametrizations.weight.original.grad
+    iteration = model.classifier.parametrizations.weight[0]
+
+    # Its bias is 0 at the start, so it is left out.
+    plain = tiny(dropout=False)
+    weight = plain.classifier.weight
+    sigma = iteration._u @ weight @ iteration._v
+
+    class Divided(torch.nn.Module):
+        def forward(self, h):
+            return h @ (weight / sigma).T
+
+    plain.classifier = Divided()
+    clean, noised = noised_by_hand(plain, inputs, 0.5, seed=3)
+    ce = torch.nn.functional.cross_entropy(clean, labels)
+    (ce + 5 * r3f.symmetric_kl(clean, noised).mean()).backward()
+    assert ours.abs().max() > 1e-3 and torch.allclose(ours, weight.grad, atol=1e-5)
+
+
+def test_r4f_refuses_a_head_that_it_cannot_bound():
+    with pytest.raises(ValueError, match="LayerNorm"):
+        r3f.spectral_normalize(tiny("modernbert"))
+    with pytest.raises(ValueError, match="has no head"):
+        r3f.spectral_normalize(tiny().base_model)
+    with pytest.raises(ValueError, match="ParametrizationList"):
+        r3f.spectral_normalize(r3f.spectral_normalize(tiny()))
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_r4f_is_refused_where_g_has_no_weights_of_its_own(name):
+    with pytest.raises(ValueError, match="section 3.2"):
+        r3f.spectral_normalize(tiny_generator(name))
+
+
+def test_r4f_normalises_the_head_of_a_tagger():
+    model = r3f.spectral_normalize(tiny_tagger())
+    assert hasattr(model.classifier, "parametrizations")
+
+
+# -------------------------------------------------------------------- labels by position
+
+def numpy_smoothed(logits, y, e):
+    """LS: the weight 1 - e on the label, e / (V - 1) on each other word."""
+    log_p, others = np.log(softmax(logits)), logits.shape[-1] - 1
+    each = np.full_like(log_p, e / others)
+    np.put_along_axis(each, y[..., None], 1 - e, -1)
+    return -(each * log_p).sum(-1)
+
+
+def numpy_by_position(clean, noised, labels, lam, e, reduction):
+    """(loss, CE, KL) of logits (B, m, V) and labels (B, m)."""
+    real, rows = labels != -100, len(labels)
+    ce = numpy_smoothed(clean[real], labels[real], e).mean()
+    kl = numpy_kl(clean, noised)
+    kl = {"token": kl[real].mean(), "sentence": kl[real].sum() / rows,
+          "released": kl.sum() / rows}[reduction]
+    return ce + lam * kl, ce, kl
+
+
+def test_label_smoothing_by_hand():
+    logits = torch.tensor([[1 / 2, 1 / 4, 1 / 4]]).log()
+    worked = r3f.cross_entropy(logits, torch.tensor([0]), 0.3).item()
+    assert abs(worked - 1.3 * math.log(2)) < 1e-6 and abs(worked - 0.9011) < 1e-4
+    draws = np.random.default_rng(0).normal(size=(6, 9)).astype(np.float32)
+    y = np.arange(6)
+    ours = r3f.cross_entropy(torch.tensor(draws), torch.tensor(y), 0.1)
+    assert abs(ours.item() - numpy_smoothed(draws, y, 0.1).mean()) < 1e-6
+
+
+def generated_by_hand(model, labels, inputs, z):
+    """Logits of a BART whose encoder reads x + z, its decoder the labels shifted by hand."""
+    words = labels.masked_fill(labels == -100, 1)
+    start = torch.full((len(labels), 1), model.config.decoder_start_token_id)
+    encoder, mask = model.get_encoder(), inputs["attention_mask"]
+    x = encoder.embed_tokens(inputs["input_ids"])
+    states = encoder(inputs_embeds=x + z, attention_mask=mask)
+    return model(encoder_outputs=states, attention_mask=mask,
+                 decoder_input_ids=torch.cat([start, words[:, :-1]], 1)).logits
+
+
+@pytest.mark.parametrize("reduction", ["token", "sentence", "released"])
+@pytest.mark.parametrize("settings", [{}, {"share_dropout": True}, {"stop_grad": "noised"}])
+def test_the_loss_of_generation_is_the_formula_in_numpy(reduction, settings):
+    model, (labels, inputs) = tiny_generator(dropout=False, spread=0.3), batch_to_generate()
+    method = r3f.R3F(model, lam=0.7, eps=0.3, label_smoothing=0.1, reduction=reduction, **settings)
+    torch.manual_seed(5)
+    loss, stats = method(labels, **inputs)
+
+    torch.manual_seed(5)
+    z = torch.empty(4, 9, 32).uniform_(-0.3, 0.3)
+    with torch.no_grad():
+        clean = generated_by_hand(model, labels, inputs, 0).numpy()
+        noised = generated_by_hand(model, labels, inputs, z).numpy()
+    wanted, ce, kl = numpy_by_position(clean, noised, labels.numpy(), 0.7, 0.1, reduction)
+    assert kl > 1e-2 and abs(stats["kl"] / kl - 1) < 1e-4
+    assert abs(stats["ce"] - ce) < 1e-4 and abs(loss.item() / wanted - 1) < 1e-5
+
+
+@pytest.mark.parametrize("reduction", ["token", "sentence", "released"])
+@pytest.mark.parametrize("stop_grad", ["none", "noised"])
+def test_the_gradient_of_generation_is_that_of_the_plain_formula(reduction, stop_grad):
+    model, (labels, inputs) = tiny_generator(dropout=False, spread=0.3), batch_to_generate()
+    method = r3f.R3F(model, lam=0.7, eps=0.3, label_smoothing=0.1, reduction=reduction,
+                     stop_grad=stop_grad)
+    torch.manual_seed(5)
+    (3 * method(labels, **inputs)[0]).backward()
+    ours = gradients_of(model)
+
+    model.zero_grad()
+    torch.manual_seed(5)
+    z = torch.empty(4, 9, 32).uniform_(-0.3, 0.3)
+    clean = generated_by_hand(model, labels, inputs, 0)
+    noised = generated_by_hand(model, labels, inputs, z)
+    if stop_grad == "noised":
+        noised = noised.detach()
+    real = labels != -100
+    log_p = clean[real].log_softmax(-1)
+    right = log_p.gather(1, labels[real][:, None]).squeeze(1)
+    ce = -(0.9 * right + 0.1 / 98 * (log_p.sum(1) - right)).mean()
+    kl = r3f.symmetric_kl(clean, noised)
+    kl = {"token": kl[real].mean(), "sentence": kl[real].sum() / 4, "released": kl.sum() / 4}
+    (3 * (ce + 0.7 * kl[reduction])).backward()
+    assert same_gradients(ours, gradients_of(model), tolerance=1e-5)
+
+
+def test_a_large_vocabulary_goes_through_softmax_in_parts():
+    """V = 50265 and 40 positions: several parts. Values and gradients against double precision."""
+    torch.manual_seed(0)
+    both = torch.randn(4, 25, 50265)
+    labels = torch.randint(0, 50265, (2, 25))
+    labels[0, 15:] = -100
+    wide = both.double().requires_grad_()
+    both.requires_grad_()
+    loss, ce, kl = r3f.loss_by_position([both * 1], labels, 0.5, 0.1, "token")
+    loss.backward()
+
+    real = labels != -100
+    p, q = (half[real].log_softmax(-1) for half in wide.chunk(2))
+    right = p.gather(1, labels[real][:, None]).squeeze(1)
+    wanted_ce = -(0.9 * right + 0.1 / 50264 * (p.sum(1) - right)).mean()
+    wanted_kl = ((p.exp() - q.exp()) * (p - q)).sum(1).mean()
+    (wanted_ce + 0.5 * wanted_kl).backward()
+    assert abs(ce - wanted_ce) < 1e-4 and abs(kl - wanted_kl) < 1e-4
+    assert torch.allclose(both.grad.double(), wide.grad, atol=1e-8, rtol=1e-3)
+    assert both.grad[:, :15].abs().sum() > 0 and both.grad[[0, 2], 15:].abs().sum() == 0
+
+
+def peak_memory(step):
+    """Bytes that a step holds at most at one time, beside what there was before it."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def test_the_kl_of_generation_takes_little_more_memory_than_plain_training():
+    """Logits of a head over 50265 words, whose vocabulary is nearly all that the step holds."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50265, bias=False)
+    states = torch.randn(4, 64, 8)
+    labels = torch.randint(0, 50265, (4, 64))
+
+    def plain():
+        r3f.task_loss(head(states), labels, 0.1).backward()
+
+    def with_kl():
+        twice = torch.cat([states, states + 1])
+        r3f.loss_by_position([head(twice)], labels, 1.0, 0.1, "token")[0].backward()
+
+    assert peak_memory(with_kl) < 1.3 * peak_memory(plain)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_wider_target_padding_never_changes_the_loss_but_in_released(name):
+    model = tiny_generator(name, dropout=False, spread=0.3)
+    labels, inputs = batch_to_generate(name)
+    wider = torch.nn.functional.pad(labels, (0, 5), value=-100)
+
+    def loss(labels, **settings):
+        torch.manual_seed(3)
+        method = r3f.R3F(model, eps=0.3, label_smoothing=0.1, **settings)
+        return method(labels, **inputs)[0].item()
+
+    for settings in ({"reduction": "token"}, {"reduction": "sentence"}, {"lam": 0.0}):
+        assert abs(loss(wider, **settings) / loss(labels, **settings) - 1) < 1e-5
+    grown = loss(wider, reduction="released") / loss(labels, reduction="released")
+    assert abs(grown - 1) > 1e-3
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_noise_of_generation_reaches_the_encoder_alone(name):
+    model, (labels, inputs) = tiny_generator(name, dropout=False), batch_to_generate(name)
+    seen = {"encoder": [], "decoder": []}
+    method = r3f.R3F(model, eps=0.1)
+
+    def watch(side):
+        return lambda module, args, x: seen[side].append(x.detach())
+
+    with r3f.added(model, method.noise_for_second_half):
+        decoder_words = model.get_decoder().get_input_embeddings()
+        handles = [encoder_words(model).register_forward_hook(watch("encoder")),
+                   decoder_words.register_forward_hook(watch("decoder"))]
+        twice = r3f.stacked_twice(r3f.with_decoder_inputs(model, labels, inputs))
+        model(**twice)
+    for handle in handles:
+        handle.remove()
+    assert len(seen["encoder"]) == len(seen["decoder"]) == 1
+    x, with_z = seen["encoder"][0].chunk(2)
+    z = (with_z - x).abs()
+    assert 0.09 < z.max() < 0.1001 and (z > 0).float().mean() > 0.99
+    read, read_again = seen["decoder"][0].chunk(2)
+    assert torch.equal(read, read_again)
+
+    loss, stats = method(labels, **inputs)
+    loss.backward()
+    assert stats["kl"] > 1e-9
+    method.eps, method.random = 0.0, True
+    assert method(labels, **inputs)[1]["kl"] < 1e-12
+
+
+def test_labels_are_shifted_for_the_decoder_and_its_own_inputs_are_kept():
+    model, (labels, inputs) = tiny_generator(dropout=False), batch_to_generate()
+    made = r3f.with_decoder_inputs(model, labels, inputs)["decoder_input_ids"]
+    assert made[2].tolist() == [2, *labels[2, :4].tolist(), 2, 1]      # </s>, 4 words, </s>, pad
+    given = r3f.with_decoder_inputs(model, labels, {"decoder_input_ids": made[:, :3]})
+    assert given["decoder_input_ids"].shape == (4, 3)
+
+    # BLENDERBOT has no such method.
+    torch.manual_seed(0)
+    other = built("AutoModelForSeq2SeqLM", "BlenderbotConfig", TWO_SIDED | {"pad_token_id": 0})
+    with pytest.raises(ValueError, match="decoder_input_ids"):
+        r3f.R3F(other)(labels, **inputs)
+
+
+def test_labels_that_do_not_stand_below_the_logits_are_an_error():
+    labels, inputs = batch_to_tag()
+    with pytest.raises(ValueError, match="9 positions.* 7"):
+        r3f.R3F(tiny_tagger())(labels[:, :7], **inputs)
+
+
+def test_eval_mode_of_generation_is_the_plain_smoothed_loss():
+    model, (labels, inputs) = tiny_generator(spread=0.3), batch_to_generate()
+    method = r3f.R3F(model, eps=0.3, label_smoothing=0.1).eval()
+    assert passes_of(method, labels, inputs) == [4]
+    with torch.no_grad():
+        loss, stats = method(labels, **inputs)
+        clean = generated_by_hand(model, labels, inputs, 0).numpy()
+    real = labels.numpy() != -100
+    wanted = numpy_smoothed(clean[real], labels.numpy()[real], 0.1).mean()
+    assert abs(loss.item() - wanted) < 1e-4 and stats["kl"] == 0
+    method.label_smoothing = 0.0
+    assert torch.allclose(method(labels, **inputs)[0], model(**inputs, labels=labels).loss)
+
+
+def test_tags_are_a_mean_over_the_labels_that_are_there():
+    model, (labels, inputs) = tiny_tagger(dropout=False, spread=0.3), batch_to_tag()
+    torch.manual_seed(5)
+    loss, stats = r3f.R3F(model, lam=0.7, eps=0.3)(labels, **inputs)
+    clean, noised = (x.detach().numpy() for x in noised_by_hand(model, inputs, 0.3, seed=5))
+    wanted, ce, kl = numpy_by_position(clean, noised, labels.numpy(), 0.7, 0.0, "token")
+    assert kl > 1e-3 and abs(stats["ce"] - ce) < 1e-5 and abs(stats["kl"] - kl) < 1e-5
+    assert abs(loss.item() - wanted) < 1e-5
+    plain = r3f.R3F(model, lam=0.0)(labels, **inputs)[0]
+    assert torch.allclose(plain, model(**inputs, labels=labels).loss)
+
+
+# -------------------------------------------------------------------- the rivals: limits
+
+@pytest.mark.parametrize("method, off", [
+    (r3f.RDrop, dict(alpha=0.0)), (r3f.SMART, dict(lam=0.0)), (r3f.SMART, dict(eps=0.0)),
+    (r3f.FreeLB, dict(adv_lr=0.0, init=0.0))])
+def test_a_rival_without_weight_is_plain_fine_tuning_bit_for_bit(method, off):
+    labels, inputs = batch()
+    results = []
+    for build in (lambda model: method(model, **off), lambda model: r3f.R3F(model, lam=0.0)):
+        model = tiny()
+        torch.manual_seed(3)
+        loss, stats = build(model)(labels, **inputs)
+        loss.backward()
+        results.append((loss, gradients_of(model), torch.get_rng_state(), stats["kl"]))
+    ours, plain = results
+    assert ours[0] == plain[0] and torch.equal(ours[2], plain[2]) and ours[3] == 0
+    assert all(torch.equal(ours[1][name], plain[1][name]) for name in plain[1])
+    assert passes_of(method(tiny(), **off), labels, inputs) == [4]
+
+
+@pytest.mark.parametrize("method", [r3f.RDrop, r3f.SMART, r3f.FreeLB])
+def test_a_rival_in_eval_mode_is_one_plain_pass(method):
+    model, (labels, inputs) = tiny(), batch()
+    rival = method(model).eval()
+    assert passes_of(rival, labels, inputs) == [4]
+    assert rival(labels, **inputs)[0] == model(**inputs, labels=labels).loss
+
+
+@pytest.mark.parametrize("build, passes", [
+    (r3f.RDrop, [8]), (r3f.SMART, [4, 4, 4]), (lambda model: r3f.SMART(model, steps=3), [4] * 5),
+    (r3f.FreeLB, [4, 4, 4]), (lambda model: r3f.FreeLB(model, steps=3), [4] * 4)])
+def test_a_rival_makes_as_many_passes_as_it_says(build, passes):
+    labels, inputs = batch()
+    assert passes_of(build(tiny()), labels, inputs) == passes
+
+
+def test_rivals_refuse_what_has_no_meaning():
+    regression = tiny(num_labels=1)
+    for method in (r3f.RDrop, r3f.SMART):
+        with pytest.raises(ValueError, match="regression"):
+            method(regression)
+    r3f.RDrop(regression, alpha=0.0)
+    r3f.SMART(regression, lam=0.0)
+    for method, wrong in ((r3f.RDrop, {"alpha": -1.0}), (r3f.SMART, {"lam": -1.0}),
+                          (r3f.SMART, {"bregman": -1.0}), (r3f.SMART, {"sigma": 0.0}),
+                          (r3f.SMART, {"steps": 0}), (r3f.FreeLB, {"steps": 0}),
+                          (r3f.FreeLB, {"adv_lr": -0.1}), (r3f.FreeLB, {"eps": -0.1})):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            method(tiny(), **wrong)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_ascents_climb_on_every_architecture(name):
+    model, (labels, inputs) = tiny(name, dropout=False), batch(name)
+    plain = r3f.R3F(model, lam=0.0)(labels, **inputs)[0]
+    loss, _ = r3f.FreeLB(model, adv_lr=0.5, init=0.0)(labels, **inputs)
+    loss.backward()
+    assert loss > plain and encoder_words(model).weight.grad.abs().sum() > 0
+
+    random = r3f.R3F(model, eps=0.05)(labels, **inputs)[1]["kl"]
+    worst = r3f.SMART(model, eps=0.05, eta=1.0, sigma=0.01)(labels, **inputs)[1]["kl"]
+    assert worst > 2 * random
+    assert not encoder_words(model)._forward_hooks
+
+
+@pytest.mark.parametrize("method, settings", [
+    (r3f.RDrop, {}), (r3f.SMART, dict(eps=0.3, sigma=0.1, eta=0.3)), (r3f.FreeLB, {})])
+@pytest.mark.parametrize("kind", ["tag", "generate"])
+def test_rivals_take_labels_by_position(method, settings, kind):
+    if kind == "tag":
+        model, (labels, inputs) = tiny_tagger(dropout=False, spread=0.3), batch_to_tag()
+        wider = None
+    else:
+        model, (labels, inputs) = tiny_generator(dropout=False, spread=0.3), batch_to_generate()
+        wider = torch.nn.functional.pad(labels, (0, 5), value=-100)
+
+    def run(labels):
+        torch.manual_seed(3)
+        return method(model, **settings)(labels, **inputs)
+
+    loss, stats = run(labels)
+    loss.backward()
+    plain = model(**inputs, labels=labels).loss
+    assert encoder_words(model).weight.grad.abs().sum() > 0
+    if method is r3f.FreeLB:
+        assert loss > plain
+    else:
+        assert abs(stats["ce"] - plain) < 1e-5
+    if method is r3f.SMART:
+        assert stats["kl"] > 0.1
+    if wider is not None:
+        assert abs(run(wider)[0] / loss - 1) < 1e-5
+
+
+# -------------------------------------------------------------------- the rivals: formulas
+
+def test_r_drop_is_its_formula_in_numpy():
+    model, (labels, inputs) = tiny(spread=0.3), batch()
+    seen = []
+    model.register_forward_hook(lambda module, args, out: seen.append(out.logits.detach().numpy()))
+    loss, stats = r3f.RDrop(model, alpha=0.5)(labels, **inputs)
+    first, second = np.split(seen[0], 2)
+    right = np.arange(4), labels.numpy()
+    ce = -(np.log(softmax(first)[right]).mean() + np.log(softmax(second)[right]).mean()) / 2
+    kl = numpy_kl(first, second).mean()
+    assert kl > 1e-2 and abs(stats["ce"] - ce) < 1e-5 and abs(stats["kl"] - kl) < 1e-5
+    assert abs(loss.item() - (ce + 0.5 / 2 * kl)) < 1e-5
+
+
+def test_r_drop_without_dropout_is_the_plain_loss():
+    model, (labels, inputs) = tiny(dropout=False), batch()
+    loss, stats = r3f.RDrop(model)(labels, **inputs)
+    assert stats["kl"] < 1e-12 and abs(loss - model(**inputs, labels=labels).loss) < 1e-6
+
+
+def passes_by_hand(model, inputs):
+    """A pass at x + z by way of inputs_embeds, its dropout masks always those of this moment."""
+    masks = torch.get_rng_state()
+    words, mask = model.get_input_embeddings(), inputs["attention_mask"]
+
+    def logits(z):
+        torch.set_rng_state(masks)
+        return model(inputs_embeds=words(inputs["input_ids"]) + z, attention_mask=mask).logits
+
+    return logits
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_smart_is_its_formula_with_the_ascent_by_hand(steps):
+    """With dropout, whose masks all passes share. The weights' gradient is that of a constant z."""
+    model, (labels, inputs) = tiny(spread=0.1), batch()
+    torch.manual_seed(5)
+    method = r3f.SMART(model, lam=2.0, eps=0.05, sigma=0.03, eta=0.04, steps=steps)
+    loss, stats = method(labels, **inputs)
+    after = torch.get_rng_state()
+    assert not gradients_of(model)
+    loss.backward()
+    ours = gradients_of(model)
+
+    torch.manual_seed(5)
+    z = torch.randn(4, 9, 32) * 0.03 * inputs["attention_mask"][..., None]
+    logits = passes_by_hand(model, inputs)
+    clean = logits(0)
+    for _ in range(steps):
+        z.requires_grad_()
+        g, = torch.autograd.grad(r3f.symmetric_kl(logits(z), clean.detach()).sum(), z)
+        z = torch.stack([(z[i] + 0.04 * g[i] / g[i].abs().max()).clamp(-0.05, 0.05)
+                         for i in range(4)]).detach()
+    kl = r3f.symmetric_kl(clean, logits(z)).mean()
+    by_hand = torch.nn.functional.cross_entropy(clean, labels) + 2 * kl
+    assert kl > 1e-3 and abs(stats["kl"] / kl - 1) < 1e-4 and abs(loss - by_hand) < 1e-5
+    assert torch.equal(after, torch.get_rng_state())
+    model.zero_grad()
+    by_hand.backward()
+    assert same_gradients(ours, gradients_of(model), tolerance=1e-5)
+
+
+def test_smarts_z_makes_fifty_times_the_kl_of_random_noise():
+    """At width 128: the ratio grows with the width, from 40 at 32 to 270 at 256."""
+    torch.manual_seed(0)
+    auto, settings = "AutoModelForSequenceClassification", SMALL | {"hidden_size": 128}
+    model = built(auto, "BertConfig", settings, dropout=False, num_labels=3)
+    labels, inputs = batch()
+    random = [r3f.R3F(model)(labels, **inputs)[1]["kl"].item() for _ in range(20)]
+    worst = r3f.SMART(model)(labels, **inputs)[1]["kl"].item()
+    assert worst > 50 * np.mean(random) > 0
+
+
+def test_smarts_z_stays_within_eps_and_off_the_padding():
+    model, (labels, inputs) = tiny(), batch()
+    method = r3f.SMART(model, sigma=1.0, eps=0.02, eta=0.01)
+    ascended, seen = method.ascended, []
+
+    def watched(*arguments):
+        seen.append(ascended(*arguments))
+        return seen[-1]
+
+    method.ascended = watched
+    method(labels, **inputs)
+    z, mask = seen[0], inputs["attention_mask"]
+    assert abs(z.abs().max() - 0.02) < 1e-7 and z[mask == 0].abs().max() == 0
+
+
+def test_smarts_average_costs_nothing_when_it_is_off():
+    model = tiny()
+    off, on = r3f.SMART(model), r3f.SMART(model, bregman=1.0)
+    weights = len(list(model.parameters()))
+    assert len(list(off.parameters())) == weights
+    assert len(list(on.parameters())) == 2 * weights
+    assert sum(p.requires_grad for p in on.parameters()) == weights
+    assert any(k.startswith("average.") for k in on.state_dict())
+    assert not any("average" in k for k in model.state_dict())
+
+
+def test_smarts_bregman_term_holds_the_weights_near_their_average():
+    model, (labels, inputs) = tiny(spread=0.1), batch()
+    start = tiny(spread=0.1)
+    method = r3f.SMART(model, bregman=3.0)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.5)
+
+    # At first th~ is th, and the masks are the same: the term is 0.
+    torch.manual_seed(3)
+    loss, stats = method(labels, **inputs)
+    torch.manual_seed(3)
+    assert loss == r3f.SMART(model)(labels, **inputs)[0]
+    loss.backward()
+    optimizer.step()
+
+    # Two micro-batches of the next step: the average moves once.
+    for _ in range(2):
+        torch.manual_seed(3)
+        loss, stats = method(labels, **inputs)
+        for average, old, new in zip(method.average.copy.parameters(), start.parameters(),
+                                     model.parameters()):
+            assert torch.allclose(average, 0.99 * old + 0.01 * new, atol=1e-6)
+    average = start.train()
+    average.load_state_dict(method.average.copy.state_dict())
+    torch.manual_seed(3)
+    torch.randn(4, 9, 32)
+    masks = torch.get_rng_state()
+    now = model(**inputs).logits
+    torch.set_rng_state(masks)
+    term = r3f.symmetric_kl(now, average(**inputs).logits).mean()
+    assert term > 1e-3
+    assert abs(loss - (stats["ce"] + stats["kl"] + 3 * term)) < 1e-4
+
+
+def test_smarts_average_survives_a_resume():
+    labels, inputs = batch()
+
+    def steps(method, count):
+        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.5)
+        for step in range(count):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            method(labels, **inputs)[0].backward()
+            optimizer.step()
+
+    # Where it was saved, th had not changed since th~ last moved.
+    whole = r3f.SMART(tiny(), bregman=1.0)
+    steps(whole, 2)
+    whole(labels, **inputs)
+    resumed = r3f.SMART(tiny(seed=1), bregman=1.0)
+    resumed.load_state_dict(whole.state_dict())
+    steps(whole, 2)
+    steps(resumed, 2)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps": 3, "eps": 0.2, "init": 0.3},
+                                      {"adv_lr": 0.0}, {"init": 0.0, "steps": 1}])
+@pytest.mark.parametrize("num_labels", [3, 1])
+def test_freelbs_gradient_is_that_of_backward_in_turn(settings, num_labels):
+    """As the release does it: a backward of loss / (K + 1) in each pass, .grad adds up."""
+    model, (labels, inputs) = tiny(num_labels=num_labels, spread=0.1), batch()
+    options = dict(steps=2, adv_lr=0.1, init=0.6, eps=0.0) | settings
+    if num_labels == 1:
+        labels = labels / 2
+    torch.manual_seed(5)
+    loss, stats = r3f.FreeLB(model, **options)(labels, **inputs)
+    after = torch.get_rng_state()
+    assert not gradients_of(model)
+    (2 * loss).backward()
+    ours = gradients_of(model)
+
+    model.zero_grad()
+    torch.manual_seed(5)
+    z = torch.empty(4, 9, 32).uniform_(-1, 1)
+    for i, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        z[i] *= options["init"] / math.sqrt(length * 32)
+        z[i, length:] = 0
+    logits = passes_by_hand(model, inputs)
+    losses = []
+    for _ in range(options["steps"] + 1):
+        z = z.detach().requires_grad_()
+        if num_labels == 1:
+            losses.append(((logits(z)[:, 0] - labels) ** 2).mean())
+        else:
+            losses.append(torch.nn.functional.cross_entropy(logits(z), labels))
+        (2 * losses[-1] / (options["steps"] + 1)).backward()
+        moved = []
+        for one, g in zip(z.detach(), z.grad):
+            one = one + options["adv_lr"] * g / g.norm()
+            if options["eps"] and one.norm() > options["eps"]:
+                one = one * options["eps"] / one.norm()
+            moved.append(one)
+        z = torch.stack(moved)
+    assert abs(loss - sum(losses) / len(losses)) < 1e-5 and stats["ce"] == loss
+    assert torch.equal(after, torch.get_rng_state())
+    assert same_gradients(ours, gradients_of(model), tolerance=2e-5)
+
+
+def test_freelbs_ascents_raise_the_loss():
+    model, (labels, inputs) = tiny(dropout=False), batch()
+    losses = [r3f.FreeLB(model, steps=steps, adv_lr=0.2, init=0.0)(labels, **inputs)[0].item()
+              for steps in (1, 2, 4)]
+    assert losses[0] < losses[1] < losses[2]
+
+
+@pytest.mark.parametrize("build", [lambda model: r3f.FreeLB(model, adv_lr=0.3, init=0.0),
+                                   lambda model: r3f.SMART(model, eps=0.05, sigma=0.01, eta=0.1)])
+def test_micro_batches_of_a_rival_give_the_whole_batchs_gradient(build):
+    model, (labels, inputs) = tiny(dropout=False, spread=0.1), batch()
+    method = build(model)
+    torch.manual_seed(3)
+    loss, _ = method(labels, **inputs)
+    loss.backward()
+    whole = gradients_of(model)
+    model.zero_grad()
+    torch.manual_seed(3)
+    parts = []
+    for rows in (slice(0, 2), slice(2, 4)):
+        part, _ = method(labels[rows], **{k: v[rows] for k, v in inputs.items()})
+        (part / 2).backward()
+        parts.append(part)
+    assert abs(loss - sum(parts) / 2) < 1e-5
+    assert same_gradients(gradients_of(model), whole, tolerance=1e-5)
+
+
+TWO_PROCESSES = """
+import sys
+from types import SimpleNamespace
+import torch
+
+sys.path.insert(0, sys.argv[1])
+import r3f as r3f
+
+
+class Words(torch.nn.Module):
+    config = SimpleNamespace(is_encoder_decoder=False, model_type="words", num_labels=3)
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = torch.nn.Embedding(99, 8), torch.nn.Linear(8, 3)
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, attention_mask):
+        x = self.words(input_ids).tanh() * attention_mask[..., None]
+        return SimpleNamespace(logits=self.head(x.sum(1)))
+
+
+def gradients(module, rows):
+    loss, _ = module(labels[rows], input_ids=ids[rows], attention_mask=mask[rows])
+    loss.backward()
+    return [p.grad for p in module.parameters()]
+
+
+rank = int(sys.argv[3])
+torch.manual_seed(0)
+ids, labels = torch.randint(0, 99, (8, 6)), torch.arange(8) % 3
+mask = (torch.arange(6) < torch.tensor([6, 5, 4, 3] * 2)[:, None]).long()
+alone, shared = Words(), Words()
+shared.load_state_dict(alone.state_dict())
+torch.distributed.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2)
+ddp = torch.nn.parallel.DistributedDataParallel(r3f.FreeLB(shared, adv_lr=0.5, init=0.0))
+both = gradients(ddp, slice(rank, None, 2))
+one = gradients(r3f.FreeLB(alone, adv_lr=0.5, init=0.0), slice(None))
+assert all(g.abs().max() > 1e-3 for g in one)
+assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(both, one))
+torch.distributed.destroy_process_group()
+assert "transformers" not in sys.modules
+"""
+
+
+def test_freelbs_gradient_in_two_processes_is_that_of_one(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    arguments = [sys.executable, str(script), HERE, str(tmp_path / "meeting")]
+    processes = [subprocess.Popen([*arguments, str(rank)], stderr=subprocess.PIPE, text=True)
+                 for rank in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+
+
+# ==========================================================================================  tdt.py
+
+# ------------------------------------------------------------------------------------  tiny models
 
 TDT_ARCHITECTURES = [name for name in ARCHITECTURES if name != "bart"]
 
 
-def spread(name="bert", num_labels=3):
-    return tiny(name, num_labels, dropout=False, spread=0.5)
+def padded(inputs, model, more=3):
+    """The same rows with more padding."""
+    side = (more, 0) if model.config.model_type == "xlnet" else (0, more)
+    pad = model.config.pad_token_id or 0
+    wider = {}
+    for name, value in inputs.items():
+        fill = pad if name == "input_ids" else 0
+        wider[name] = torch.nn.functional.pad(value, side, value=fill)
+    return wider
 
 
 def wide(module):
     """Confidences well apart, so that a fault in them shows."""
-    torch.nn.init.normal_(module.confidence_layer.weight, std=0.8, generator=torch.Generator().manual_seed(2))
+    source = torch.Generator().manual_seed(2)
+    torch.nn.init.normal_(module.confidence_layer.weight, std=0.8, generator=source)
     torch.nn.init.constant_(module.confidence_layer.bias, 0.3)
     return module.train()
 
 
+def batch_sizes(model, call):
+    """Rows of each pass through the model during a call."""
+    sizes = []
+
+    def count(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    call()
+    handle.remove()
+    return sizes
+
+
 def numpy_logits(model, e, mask):
     """What a BERT makes of the embedding layer's output e, by replacing it."""
-    handle = model.base_model.embeddings.register_forward_hook(lambda *_: torch.tensor(e, dtype=torch.float32))
+    def replaced(*_):
+        return torch.tensor(e, dtype=torch.float32)
+
+    handle = model.base_model.embeddings.register_forward_hook(replaced)
+    ids = torch.zeros(e.shape[:2], dtype=torch.long)
     with torch.no_grad():
-        out = model(input_ids=torch.zeros(e.shape[:2], dtype=torch.long), attention_mask=mask).logits.numpy().astype(float)
+        logits = model(input_ids=ids, attention_mask=mask).logits.numpy().astype(float)
     handle.remove()
-    return out
+    return logits
 
 
-def numpy_tdt(module, labels, inputs, perturbable=None):
-    """Eq. 2-7 in numpy, sentence by sentence, for both variants: (loss, stats)."""
-    model, paper = module.model, module.variant == "paper"
+def numpy_ce(logits, y):
+    """Cross entropy, of one output the mean squared error."""
+    if logits.shape[1] == 1:
+        return np.mean((logits[:, 0] - y) ** 2)
+    return -np.mean(np.log(softmax(logits)[np.arange(len(y)), y]))
+
+
+def numpy_distance(a, b):
+    """KL(a || b) by row, of one output the squared error."""
+    if a.shape[1] == 1:
+        return (a[:, 0] - b[:, 0]) ** 2
+    p, q = softmax(a), softmax(b)
+    return (p * np.log(p / q)).sum(1)
+
+
+def numpy_views(module, inputs, perturbable):
+    """e, e+, e- of Eq. 3 and 5, token by token, and ||C||_2 of each sentence."""
     with torch.no_grad():
-        e = model.base_model.embeddings(inputs["input_ids"]).numpy().astype(float)
-    real, y = inputs["attention_mask"].numpy().astype(bool), labels.numpy()
-    w, b = module.confidence_layer.weight.detach().numpy()[0].astype(float), float(module.confidence_layer.bias.detach())
-    pos, neg, norms = e.copy(), e.copy(), []
+        e = module.model.base_model.embeddings(inputs["input_ids"]).numpy().astype(float)
+    real = inputs["attention_mask"].numpy().astype(bool)
+    w = module.confidence_layer.weight.detach().numpy()[0].astype(float)
+    b = float(module.confidence_layer.bias.detach())
+    pos, neg = e.copy(), e.copy()
+    norms = []
     for i in range(len(e)):
-        mu = {"mean": (e[i][real[i]] if paper else e[i]).mean(0), "zero": np.zeros(e.shape[-1])}[module.mu0]
+        counted = e[i] if module.variant == "released" else e[i][real[i]]
+        mu_0 = counted.mean(0) if module.mu0 == "mean" else np.zeros(e.shape[-1])
         c = np.zeros(e.shape[1])
         for j in np.flatnonzero(real[i]):
-            c[j] = 1 / (1 + np.exp(-(e[i, j] @ w + b)))                            # Eq. 2
             if perturbable is not None and not perturbable[i, j]:
                 c[j] = 1
                 continue
-            pos[i, j] = c[j] * e[i, j] + (1 - c[j]) * mu                           # Eq. 3
-            neg[i, j] = (1 - c[j]) * e[i, j]                                       # Eq. 5
+            c[j] = 1 / (1 + np.exp(-(e[i, j] @ w + b)))                  # Eq. 2
+            pos[i, j] = c[j] * e[i, j] + (1 - c[j]) * mu_0               # Eq. 3
+            neg[i, j] = (1 - c[j]) * e[i, j]                             # Eq. 5
         norms.append(np.sqrt((c ** 2).sum()))
-    p, p_pos, p_neg = (numpy_logits(model, x, inputs["attention_mask"]) for x in (e, pos, neg))
-    if p.shape[1] == 1:
-        ce = lambda x: np.mean((x[:, 0] - y) ** 2)
-        d = lambda a, b: (a[:, 0] - b[:, 0]) ** 2
+    return e, pos, neg, norms
+
+
+def numpy_tdt(module, labels, inputs, perturbable=None):
+    """Eq. 2-7 in numpy for both variants: (loss, stats)."""
+    *views, norms = numpy_views(module, inputs, perturbable)
+    p, p_pos, p_neg = [numpy_logits(module.model, e, inputs["attention_mask"]) for e in views]
+    y = labels.numpy()
+    l_c = numpy_ce(p_pos, y)
+    if module.variant == "paper":
+        l_c += module.gamma * np.mean(norms)                             # Eq. 4
+        hinge = (module.margin + numpy_distance(p_pos, p) - numpy_distance(p_neg, p)
+                 - numpy_distance(p_neg, p_pos))
+        l_r = np.maximum(hinge, 0).mean()                                # Eq. 6
     else:
-        ce = lambda x: -np.mean(np.log(softmax(x)[np.arange(len(y)), y]))
-        d = lambda a, b: (softmax(a) * np.log(softmax(a) / softmax(b))).sum(1)
-    if paper:
-        l_c = ce(p_pos) + module.gamma * np.mean(norms)                            # Eq. 4
-        l_r = np.maximum(module.margin + d(p_pos, p) - d(p_neg, p) - d(p_neg, p_pos), 0).mean()              # Eq. 6
-    else:
-        mean, l_c = (lambda x: x.mean() / p.shape[1]), ce(p_pos)
-        l_r = max(module.margin + mean(d(p, p_pos)) - 0.5 * mean(d(p, p_neg)) - 0.5 * mean(d(p_pos, p_neg)), 0)
-    return ce(p) + module.alpha * l_c + module.beta * l_r, {"ce": ce(p), "ce_pos": ce(p_pos), "l_c": l_c, "l_r": l_r}  # Eq. 7
+        classes = p.shape[1]
+        near = numpy_distance(p, p_pos).mean() / classes
+        far = numpy_distance(p, p_neg).mean() / classes
+        far_pos = numpy_distance(p_pos, p_neg).mean() / classes
+        l_r = max(module.margin + near - 0.5 * far - 0.5 * far_pos, 0)
+    loss = numpy_ce(p, y) + module.alpha * l_c + module.beta * l_r       # Eq. 7
+    return loss, {"ce": numpy_ce(p, y), "ce_pos": numpy_ce(p_pos, y), "l_c": l_c, "l_r": l_r}
 
 
-def test_tdt_triplet_loss_by_hand():
-    """P = (1/4, 3/4), P+ = (1/2, 1/2), P- = (3/4, 1/4): 2 + ln(4/3)/2 - ln(3)/2 - (3 ln(3)/4 - ln 2) = 2 + 2 ln 2 - 7 ln(3)/4."""
-    ln3 = float(np.log(3))
-    got = tdt.triplet_loss(torch.tensor([[0, ln3]]), torch.tensor([[0.0, 0]]), torch.tensor([[ln3, 0]]), 2.0)
-    assert got.shape == (1,) and got.item() == pytest.approx(1.463723, abs=1e-6)
-    assert tdt.triplet_loss(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([[4.0]]), 20.0).item() == 20 + 1 - 4 - 9
-    assert tdt.triplet_loss(torch.tensor([[0.0]]), torch.tensor([[0.0]]), torch.tensor([[9.0]]), 2.0).item() == 0
+# -------------------------------------------------------------------------------------  TDT: maths
+
+def test_triplet_loss_is_the_hand_worked_number():
+    """P = (1/4, 3/4), P+ = (1/2, 1/2), P- = (3/4, 1/4): 2 + 2 ln 2 - 7 ln(3) / 4."""
+    p = torch.tensor([[0, math.log(3)]])
+    p_pos = torch.tensor([[0.0, 0.0]])
+    p_neg = torch.tensor([[math.log(3), 0]])
+    loss = tdt.triplet_loss(p, p_pos, p_neg, 2.0)
+    assert loss.shape == (1,)
+    assert loss.item() == pytest.approx(2 + 2 * math.log(2) - 7 * math.log(3) / 4, abs=1e-6)
+    assert loss.item() == pytest.approx(1.4637, abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"mu0": "zero", "gamma": 0.5}, {"variant": "released"}, {"alpha": 0.0}, {"beta": 0.0},
-                                     {"margin": 0.3, "alpha": 4.0, "beta": 0.5}, {"labels": 1, "margin": 0.1},
-                                     {"labels": 1, "variant": "released", "margin": 0.5}], ids=str)
-def test_tdt_equals_numpy(options):
+def test_triplet_loss_of_a_regression_takes_squared_errors_and_never_is_negative():
+    one, two, four = torch.tensor([[[1.0]], [[2.0]], [[4.0]]])
+    assert tdt.triplet_loss(two, one, four, 20.0).item() == 20 + 1 - 4 - 9
+    assert tdt.triplet_loss(two, one, four, 2.0).item() == 0
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"mu0": "zero", "gamma": 0.5}, {"variant": "released"}, {"alpha": 0.0}, {"beta": 0.0},
+    {"margin": 0.3, "alpha": 4.0, "beta": 0.5}, {"labels": 1, "margin": 0.1},
+    {"labels": 1, "variant": "released", "margin": 0.5}], ids=str)
+def test_the_loss_equals_numpy(options):
     options = dict(options)
-    model = spread(num_labels=options.pop("labels", 3))
-    module, (labels, inputs) = wide(tdt.TDT(model, **options)), batch()
-    labels = labels.float() if model.config.num_labels == 1 else labels
+    model = wide_tiny(num_labels=options.pop("labels", 3))
+    module = wide(tdt.TDT(model, **options))
+    labels, inputs = batch()
+    if model.config.num_labels == 1:
+        labels = labels.float()
     loss, stats = module(labels, **inputs)
-    want, terms = numpy_tdt(module, labels, inputs)
-    assert loss.item() == pytest.approx(want, rel=1e-5)
-    for key in ["ce", "ce_pos", "l_c"] + ["l_r"] * (module.beta > 0):
-        assert stats[key].item() == pytest.approx(terms[key], rel=1e-4, abs=1e-6), key
-    assert not any(v.requires_grad for v in stats.values())
+    wanted, terms = numpy_tdt(module, labels, inputs)
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    for name in ["ce", "ce_pos", "l_c"] + ["l_r"] * (module.beta > 0):
+        assert stats[name].item() == pytest.approx(terms[name], rel=1e-4, abs=1e-6), name
+    assert not any(value.requires_grad for value in stats.values())
     loss.backward()
     assert torch.isfinite(module.confidence_layer.weight.grad).all()
 
 
-def test_tdt_perturbable_tokens_alone_change():
-    model = spread()
-    module, (labels, inputs) = wide(tdt.TDT(model, gamma=0.3)), batch()
-    allowed = inputs["input_ids"] % 2 == 0
-    assert module(labels, perturbable=allowed, **inputs)[0].item() == pytest.approx(numpy_tdt(module, labels, inputs, allowed)[0], rel=1e-5)
-    none = module(labels, perturbable=torch.zeros_like(allowed), **inputs)[1]
-    assert none["ce"].item() == pytest.approx(none["ce_pos"].item(), rel=1e-6) and none["l_r"].item() == pytest.approx(2, rel=1e-5)
-
-
-def test_tdt_confidence():
-    model = spread()
-    for hard in (False, True):
-        module, (labels, inputs) = wide(tdt.TDT(model, hard=hard, mask_token_id=4)), batch()
-        c, real = module.confidence(**inputs), inputs["attention_mask"].bool()
-        assert c.shape == real.shape and (c[~real] == 0).all() and ((c[real] > 0) & (c[real] < 1)).all()
-        z = model.bert.embeddings(inputs["input_ids"]) @ module.confidence_layer.weight[0] + module.confidence_layer.bias
-        torch.testing.assert_close(c[real], torch.sigmoid(z)[real])
-        stats = module(labels, **inputs)[1]
-        assert stats["confidence"].item() == pytest.approx(c[real].mean().item(), rel=1e-5)
-        assert stats["confidence_std"].item() == pytest.approx(c[real].std(correction=0).item(), rel=1e-4)
-
-
-def test_tdt_hard_puts_mask_and_its_complement():
-    """Saturated confidences leave no chance to the draw: even tokens kept, odd ones dropped, [MASK] at their positions."""
-    model = spread()
+def test_perturbable_tokens_alone_change():
+    module = wide(tdt.TDT(wide_tiny(), gamma=0.3))
     labels, inputs = batch()
-    module = tdt.TDT(model, hard=True, mask_token_id=4, gamma=0.0).train()
-    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    allowed = inputs["input_ids"] % 2 == 0
+    loss, _ = module(labels, perturbable=allowed, **inputs)
+    assert loss.item() == pytest.approx(numpy_tdt(module, labels, inputs, allowed)[0], rel=1e-5)
+    _, stats = module(labels, perturbable=torch.zeros_like(allowed), **inputs)
+    assert stats["ce"].item() == pytest.approx(stats["ce_pos"].item(), rel=1e-6)
+    assert stats["l_r"].item() == pytest.approx(module.margin, rel=1e-5)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_confidence_is_a_probability_and_0_at_padding(hard):
+    model = wide_tiny()
+    module = wide(tdt.TDT(model, hard=hard, mask_token_id=4))
+    labels, inputs = batch()
+    c = module.confidence(**inputs)
+    real = inputs["attention_mask"].bool()
+    assert c.shape == real.shape
+    assert (c[~real] == 0).all() and (c[real] > 0).all() and (c[real] < 1).all()
+
+    e = model.bert.embeddings(inputs["input_ids"])
+    z = e @ module.confidence_layer.weight[0] + module.confidence_layer.bias
+    torch.testing.assert_close(c[real], torch.sigmoid(z)[real])
+    _, stats = module(labels, **inputs)
+    assert stats["confidence"].item() == pytest.approx(c[real].mean().item(), rel=1e-5)
+    std = c[real].std(correction=0).item()
+    assert stats["confidence_std"].item() == pytest.approx(std, rel=1e-4)
+
+
+def test_confidence_needs_no_attention_mask():
+    module = wide(tdt.TDT(wide_tiny()))
+    _, inputs = batch(rows=1)
+    torch.testing.assert_close(module.confidence(input_ids=inputs["input_ids"]),
+                               module.confidence(**inputs))
+
+
+def test_hard_puts_mask_and_its_complement():
+    """Saturated confidences leave no chance to the draw: even tokens are kept, odd ones dropped."""
+    model = wide_tiny()
+    labels, inputs = batch()
+    ids = inputs["input_ids"]
+    real = inputs["attention_mask"].bool()
     keep = ids % 2 == 0
     with torch.no_grad():
-        plain = lambda x: model(input_ids=x, attention_mask=inputs["attention_mask"]).logits
-        pos, neg = ids.masked_fill(real & ~keep, 4), ids.masked_fill(real & keep, 4)
-        want = [plain(ids), plain(pos), plain(neg)]
-    module.score = lambda e: torch.where(keep, 200.0, -200.0) + 0 * module.confidence_layer(e).squeeze(-1)
-    got, c, p, may = module.passes(3, **inputs)
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        wanted = []
+        for view in (ids, ids.masked_fill(real & ~keep, 4), ids.masked_fill(real & keep, 4)):
+            logits = model(input_ids=view, attention_mask=inputs["attention_mask"]).logits
+            wanted.append(logits)
+
+    module = tdt.TDT(model, hard=True, mask_token_id=4, gamma=0.0).train()
+
+    def saturated(e):
+        return torch.where(keep, 200.0, -200.0) + 0 * module.confidence_layer(e).squeeze(-1)
+
+    module.score = saturated
+    logits, c, _, _ = module.passes(3, **inputs)
+    for found, expected in zip(logits, wanted):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(c, (keep & real).float())
 
 
-def test_tdt_hard_draws_with_probability_sigmoid_z():
-    model = spread()
+def test_hard_keeps_a_token_with_its_confidence_as_probability():
     labels, inputs = batch()
-    module = wide(tdt.TDT(model, hard=True, mask_token_id=4))
+    module = wide(tdt.TDT(wide_tiny(), hard=True, mask_token_id=4))
     torch.manual_seed(0)
     kept = torch.stack([module.passes(2, **inputs)[1].detach() for _ in range(400)])
-    assert ((kept < 1e-5) | ((kept - 1).abs() < 1e-5)).all()
-    torch.testing.assert_close(kept.mean(0), module.confidence(**inputs).detach(), atol=0.1, rtol=0)
-    module.zero_grad()
+    assert (kept.round() - kept).abs().max() < 1e-5
+    confidence = module.confidence(**inputs).detach()
+    torch.testing.assert_close(kept.mean(0), confidence, atol=0.1, rtol=0)
     module(labels, **inputs)[0].backward()
     assert module.confidence_layer.weight.grad.abs().max() > 0
 
 
-def test_tdt_without_weights_is_plain_and_costs_one_pass():
-    model = spread()
+@pytest.mark.parametrize("options, passes", [
+    ({"alpha": 0, "beta": 0}, 1), ({"beta": 0}, 2), ({"alpha": 0}, 3), ({}, 3)], ids=str)
+def test_no_needless_view_is_computed(options, passes):
+    model = wide_tiny()
     labels, inputs = batch()
-    sizes = []
-    handle = model.register_forward_pre_hook(lambda m, a, k: sizes.append(len(k["input_ids"])), with_kwargs=True)
-    want = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
-    for options, views in (({"alpha": 0, "beta": 0}, 1), ({"beta": 0}, 2), ({"alpha": 0}, 3), ({}, 3)):
-        sizes.clear()
-        loss, stats = wide(tdt.TDT(model, **options))(labels, **inputs)
-        assert sizes == [4 * views]
-        torch.testing.assert_close(stats["ce"], want.detach())
-    torch.testing.assert_close(tdt.TDT(model, 0, 0).train()(labels, **inputs)[0], want)
-    sizes.clear()
-    torch.testing.assert_close(tdt.TDT(model).eval()(labels, **inputs)[0], want)                       # eval: nothing perturbed
-    assert sizes == [4]
-    handle.remove()
+    module = wide(tdt.TDT(model, **options))
+    assert batch_sizes(model, lambda: module(labels, **inputs)) == [4 * passes]
+    plain = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
+    torch.testing.assert_close(module(labels, **inputs)[1]["ce"], plain.detach())
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "gpt2", "xlnet"])
+def test_without_weights_or_in_eval_mode_tdt_is_plain():
+    model = wide_tiny()
+    labels, inputs = batch()
+    plain = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
+    assert torch.equal(tdt.TDT(model, alpha=0, beta=0).train()(labels, **inputs)[0], plain)
+    module = tdt.TDT(model).eval()
+    assert torch.equal(module(labels, **inputs)[0], plain)
+    assert batch_sizes(model, lambda: module(labels, **inputs)) == [4]
+
+
 @pytest.mark.parametrize("hard", [False, True])
-def test_tdt_padding_never_changes_a_loss(name, hard):
-    left = name == "xlnet"
-    model = spread(name)
-    module, (labels, inputs) = wide(tdt.TDT(model, hard=hard, mask_token_id=4)), batch(name)
-    if hard:                                                                        # no draw: its noise has the batch's shape
-        module.score = lambda e, score=module.score: 1e4 * score(e)
-    pad = (3, 0) if left else (0, 3)
-    more = {k: torch.nn.functional.pad(v, pad, value=(model.config.pad_token_id or 0) if k == "input_ids" else 0) for k, v in inputs.items()}
-    torch.testing.assert_close(module(labels, **inputs)[0], module(labels, **more)[0], atol=2e-5, rtol=1e-5)
-    if name == "bert" and not hard:                                                 # and in the authors' code it does
-        module.variant = "released"
-        assert abs(module(labels, **inputs)[0] - module(labels, **more)[0]) > 1e-4
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "gpt2", "xlnet"])
+def test_padding_never_changes_the_loss(name, hard):
+    model = wide_tiny(name)
+    labels, inputs = batch(name)
+    module = wide(tdt.TDT(model, hard=hard, mask_token_id=4))
+    if hard:
+        # No draw: its noise has the batch's shape.
+        torch.nn.init.normal_(module.confidence_layer.weight, std=8e3)
+    more = padded(inputs, model)
+    loss, _ = module(labels, **inputs)
+    torch.testing.assert_close(loss, module(labels, **more)[0], atol=2e-5, rtol=1e-5)
 
 
-def test_tdt_views_share_the_embedding_dropout():
+def test_padding_changes_the_loss_of_the_released_code():
+    model = wide_tiny()
+    labels, inputs = batch()
+    module = wide(tdt.TDT(model, variant="released"))
+    wider = module(labels, **padded(inputs, model))[0]
+    assert abs(module(labels, **inputs)[0] - wider) > 1e-4
+
+
+def test_the_views_share_the_embedding_dropout():
     """With dropout in the embeddings alone and c = 1 everywhere, H and H+ are the same."""
-    model = spread()
+    model = wide_tiny()
     model.bert.embeddings.dropout.p = 0.5
-    module, (labels, inputs) = wide(tdt.TDT(model)), batch()
+    module = wide(tdt.TDT(model))
+    _, inputs = batch()
     torch.nn.init.constant_(module.confidence_layer.bias, 1e4)
-    logits, c, *_ = module.passes(3, **inputs)
+    logits = module.passes(3, **inputs)[0]
     torch.testing.assert_close(logits[0], logits[1])
     assert (logits[0] - logits[2]).abs().max() > 1e-3
-    assert (module.passes(2, **inputs)[0][0] - logits[0]).abs().max() > 1e-3        # another draw, another mask
+    again = module.passes(2, **inputs)[0]
+    assert (again[0] - logits[0]).abs().max() > 1e-3                     # another draw
 
 
-def test_tdt_losses_are_fp32_under_autocast():
-    model = spread()
-    module, (labels, inputs) = wide(tdt.TDT(model)), batch()
+def test_dropout_after_it_is_the_same_whatever_mu_0_is():
+    """Runs that differ in mu_0 alone have the same random numbers."""
+    labels, inputs = batch()
+    numbers = []
+    for mu0 in ("mean", "zero", "noise"):
+        module = wide(tdt.TDT(wide_tiny(), mu0=mu0))
+        torch.manual_seed(3)
+        module(labels, **inputs)
+        numbers.append(torch.rand(1).item())
+    assert len(set(numbers)) == 1
+
+
+def test_noise_as_mu_0_is_drawn_anew():
+    module = wide(tdt.TDT(wide_tiny(), mu0="noise"))
+    labels, inputs = batch()
+    losses = {module(labels, **inputs)[0].item() for _ in range(3)}
+    assert len(losses) == 3
+
+
+def test_losses_are_fp32_under_autocast():
+    module = wide(tdt.TDT(wide_tiny()))
+    labels, inputs = batch()
     with torch.autocast("cpu", torch.bfloat16):
         loss, stats = module(labels, **inputs)
         c = module.confidence(**inputs)
-    assert loss.dtype == torch.float32 and all(v.dtype == torch.float32 for v in stats.values())
+    assert loss.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in stats.values())
     assert loss.item() == pytest.approx(numpy_tdt(module, labels, inputs)[0], rel=0.05)
     torch.testing.assert_close(c, module.confidence(**inputs), atol=1e-6, rtol=1e-6)
 
 
-def test_tdt_wrong_arguments():
-    model = spread()
-    for options in ({"mu0": "max"}, {"variant": "x"}, {"alpha": -1}, {"tau": 0}, {"hard": True}):
-        with pytest.raises(ValueError):
-            tdt.TDT(model, **options)
+@pytest.mark.parametrize("options", [
+    {"mu0": "max"}, {"variant": "x"}, {"alpha": -1}, {"tau": 0}, {"hard": True}], ids=str)
+def test_wrong_arguments_are_refused(options):
+    with pytest.raises(ValueError):
+        tdt.TDT(wide_tiny(), **options)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("name", TDT_ARCHITECTURES)
+def test_the_perturbation_arrives_on_every_architecture(name, hard):
+    model = wide_tiny(name)
+    labels, inputs = batch(name)
+    module = wide(tdt.TDT(model, hard=hard, mask_token_id=4))
+    loss, stats = module(labels, **inputs)
+    loss.backward()
+    assert module.confidence_layer.weight.grad.abs().max() > 0
+    assert (stats["ce"] - stats["ce_pos"]).abs() > 1e-4
+    assert not any(part._forward_hooks for part in model.modules())
+
+    nothing = torch.zeros_like(inputs["input_ids"])                      # and nothing else does
+    _, stats = module(labels, perturbable=nothing, **inputs)
+    torch.testing.assert_close(stats["ce"], stats["ce_pos"], atol=1e-5, rtol=1e-4)
+
+
+def test_a_decoder_that_reads_the_words_again_is_refused():
+    for wrapped in (tdt.TDT, tdt.TokenCutoff):
+        with pytest.raises(ValueError, match="decoder"):
+            wrapped(wide_tiny("bart"))
+
+
+def test_a_perturbation_that_does_not_arrive_is_an_error(monkeypatch):
+    model = wide_tiny()
+    labels, inputs = batch()
+    module = tdt.TDT(model)
+    never_called = torch.nn.Embedding(60, 16)
+    monkeypatch.setattr(tdt, "embedding_layer", lambda model: never_called)
+    with pytest.raises(RuntimeError, match="did not arrive"):
+        module(labels, **inputs)
+
+
+def test_a_perturbation_of_other_rows_is_an_error(monkeypatch):
+    """The layer is called, but not for the batch's tokens."""
+    model = wide_tiny()
+    labels, inputs = batch()
+    module = tdt.TDT(model)
+    types_of = model.bert.embeddings.token_type_embeddings
+
+    def one_row(module, args, kwargs):
+        return args, {**kwargs, "token_type_ids": kwargs["input_ids"][:1] * 0}
+
+    model.bert.embeddings.register_forward_pre_hook(one_row, with_kwargs=True)
+    monkeypatch.setattr(tdt, "embedding_layer", lambda model: types_of)
+    with pytest.raises(RuntimeError, match="not once for"):
+        module(labels, **inputs)
+
+
+# ------------------------------------------------------------------------------------  token cutoff
+
+def test_jensen_shannon_is_the_hand_worked_number():
+    """a = (1/4, 3/4), b = (3/4, 1/4): both KL to (1/2, 1/2) are (3 ln 3) / 4 - ln 2."""
+    a = torch.tensor([[0, math.log(3)]])
+    b = torch.tensor([[math.log(3), 0]])
+    js = tdt.jensen_shannon(a, b)
+    assert js.shape == (1,)
+    assert js.item() == pytest.approx(0.75 * math.log(3) - math.log(2), abs=1e-6)
+    assert js.item() == pytest.approx(0.1308, abs=1e-4)
+    assert tdt.jensen_shannon(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+
+
+def test_the_loss_of_token_cutoff_equals_numpy():
+    model = wide_tiny()
+    module = tdt.TokenCutoff(model, rate=0.4, a=0.7, b=3.0)
+    labels, inputs = batch()
+    mask = inputs["attention_mask"]
+    torch.manual_seed(5)
+    falls = module.draw(mask.bool())
+    torch.manual_seed(5)
+    loss, stats = module(labels, **inputs)
+
+    with torch.no_grad():
+        e = model.bert.embeddings(inputs["input_ids"]).numpy().astype(float)
+    cut = np.where(falls.numpy()[..., None], 0.0, e)
+    logits = numpy_logits(model, e, mask)
+    logits_cut = numpy_logits(model, cut, mask * ~falls)
+    p, q = softmax(logits), softmax(logits_cut)
+    m = (p + q) / 2
+    js = ((p * np.log(p / m)).sum(1) + (q * np.log(q / m)).sum(1)).mean() / 2
+    y = labels.numpy()
+    assert falls.any() and js > 1e-3
+    assert stats["ce"].item() == pytest.approx(numpy_ce(logits, y), rel=1e-5)
+    assert stats["ce_cut"].item() == pytest.approx(numpy_ce(logits_cut, y), rel=1e-5)
+    assert stats["js"].item() == pytest.approx(js, rel=1e-4)
+    wanted = numpy_ce(logits, y) + 0.7 * numpy_ce(logits_cut, y) + 3 * js
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    assert not any(value.requires_grad for value in stats.values())
+
+
+def test_token_cutoff_lets_that_share_fall_without_replacement():
+    module = tdt.TokenCutoff(wide_tiny(), rate=0.3)
+    _, inputs = batch(rows=3, n=30)
+    real = inputs["attention_mask"].bool()
+    allowed = real & (inputs["input_ids"] % 3 > 0)
+    draws = torch.stack([module.draw(real, allowed) for _ in range(300)])
+    wanted = (0.3 * allowed.sum(1)).round()
+    assert (draws.sum(2) == wanted).all()                                # exactly, in each draw
+    assert not (draws & ~allowed).any()
+    share = draws.float().mean(0)[allowed]
+    assert share.min() > 0.15 and share.max() < 0.45                     # each word has its chance
+
+
+@pytest.mark.parametrize("name", ["bert", "xlnet"])
+def test_without_marks_the_first_token_and_padding_never_fall(name):
+    module = tdt.TokenCutoff(wide_tiny(name), rate=1.0)
+    _, inputs = batch(name)
+    real = inputs["attention_mask"].bool()
+    falls = module.draw(real)
+    first = real.int().argmax(1)
+    assert not falls[torch.arange(4), first].any() and not (falls & ~real).any()
+    assert torch.equal(falls.sum(1), real.sum(1) - 1)
+
+
+def test_token_cutoff_of_nothing_has_no_js_and_without_weights_is_plain():
+    model = wide_tiny()
+    labels, inputs = batch()
+    _, stats = tdt.TokenCutoff(model, rate=0.0)(labels, **inputs)
+    assert stats["js"].abs() < 1e-7 and stats["ce"] == stats["ce_cut"]
+
+    model = wide_tiny(dropout=True)
+    losses = []
+    for module in (tdt.TokenCutoff(model, a=0.0, b=0.0), tdt.TDT(model, alpha=0.0, beta=0.0)):
+        module.train()
+        torch.manual_seed(4)
+        losses.append(module(labels, **inputs)[0])
+        losses.append(torch.rand(1))
+    assert torch.equal(losses[0], losses[2]) and torch.equal(losses[1], losses[3])
+    module = tdt.TokenCutoff(model).eval()
+    plain = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
+    assert torch.equal(module(labels, **inputs)[0], plain)
+
+
+def test_token_cutoff_makes_one_stacked_pass():
+    model = wide_tiny()
+    labels, inputs = batch()
+    module = tdt.TokenCutoff(model)
+    assert batch_sizes(model, lambda: module(labels, **inputs)) == [8]
+    module = tdt.TokenCutoff(model, a=0.0, b=0.0)
+    assert batch_sizes(model, lambda: module(labels, **inputs)) == [4]
 
 
 @pytest.mark.parametrize("name", TDT_ARCHITECTURES)
-def test_tdt_architectures(name):
-    model = spread(name)
+def test_token_cutoff_arrives_on_every_architecture(name):
+    model = wide_tiny(name)
     labels, inputs = batch(name)
-    for hard in (False, True):
-        module = wide(tdt.TDT(model, hard=hard, mask_token_id=4))
-        loss, stats = module(labels, **inputs)
-        loss.backward()
-        assert module.confidence_layer.weight.grad.abs().max() > 0
-        assert (stats["ce"] - stats["ce_pos"]).abs() > 1e-4                         # the perturbation arrives
-        assert not any(m._forward_hooks for m in model.modules())
-        none = module(labels, perturbable=torch.zeros_like(inputs["input_ids"]), **inputs)[1]
-        torch.testing.assert_close(none["ce"], none["ce_pos"], atol=1e-5, rtol=1e-4)   # and nothing else does
+    module = tdt.TokenCutoff(model, rate=0.5)
+    loss, stats = module(labels, **inputs)
+    loss.backward()
+    assert stats["js"] > 1e-6
+    assert not any(part._forward_hooks for part in model.modules())
+    nothing = torch.zeros_like(inputs["input_ids"])
+    _, stats = module(labels, perturbable=nothing, **inputs)
+    assert stats["js"] < 1e-6
 
 
-def test_tdt_where_it_cannot_arrive():
-    config = transformers.BartConfig(vocab_size=60, num_labels=3, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                          decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=40)
-    with pytest.raises(ValueError, match="decoder"):
-        tdt.TDT(transformers.AutoModelForSequenceClassification.from_config(config))
-    model = spread()
+def test_a_fallen_token_is_not_seen_by_the_others():
+    """Another word in its place changes nothing."""
+    model = wide_tiny()
     labels, inputs = batch()
-    module = tdt.TDT(model).train()
-    module.embedding_layer = lambda: torch.nn.Embedding(60, 16)                     # one that the model never calls
-    with pytest.raises(RuntimeError, match="did not arrive"):
-        module(labels, **inputs)
-    module.embedding_layer = lambda: model.bert.embeddings.token_type_embeddings
-    model.bert.embeddings.token_type_embeddings.register_forward_hook(lambda m, a, x: x)
-    model.bert.embeddings.register_forward_pre_hook(lambda m, a, k: (a, {**k, "token_type_ids": k["input_ids"][:1] * 0}), with_kwargs=True)
-    with pytest.raises(RuntimeError, match="not once for"):                         # called, but for other rows than the tokens
-        module(labels, **inputs)
+    module = tdt.TokenCutoff(model, rate=1.0)
+    only = torch.zeros_like(inputs["input_ids"])
+    only[:, 2] = 1
+    other = inputs["input_ids"].clone()
+    other[:, 2] = 7
+    a = module(labels, perturbable=only, **inputs)[1]["ce_cut"]
+    b = module(labels, perturbable=only, **{**inputs, "input_ids": other})[1]["ce_cut"]
+    torch.testing.assert_close(a, b)
 
 
-def test_tdt_recipes_of_table_7():
-    import common
-    parse = lambda *argv: common.parse(tdt.flags(), list(argv), tdt.recipe)
-    got = lambda a: (a.batch_size, a.max_steps, a.warmup, a.lr)
-    assert got(parse("--task", "mnli")) == (128, 10000, 1000, 4e-5)
-    assert got(parse("--task", "cola")) == (64, 2000, 200, 2e-5)
-    assert got(parse("--task", "cola", "--model", "google-bert/bert-large-uncased")) == (32, 3000, 300, 2e-5)
-    assert got(parse("--task", "rte", "--model", "FacebookAI/roberta-large")) == (64, 2000, 100, 2e-5)
-    assert got(parse("--task", "mnli", "--model", "FacebookAI/roberta-large")) == (64, 10000, 1000, 2e-5)
-    assert got(parse("--task", "ocnli")) == (64, 3000, 300, 4e-5)
-    assert got(parse("--task", "ocnli", "--model", "hfl/chinese-macbert-large")) == (32, 3000, 300, 1e-5)
-    assert got(parse("--task", "tnews", "--model", "hfl/chinese-macbert-large")) == (64, 5000, 300, 1e-5)
-    assert "chinese" in parse("--task", "csl").model and parse("--task", "sst2").grad_clip == 1.0
+def test_a_fallen_token_is_zero_where_the_encoder_begins():
+    model = wide_tiny()
+    labels, inputs = batch()
+    module = tdt.TokenCutoff(model, rate=1.0)
+    only = torch.zeros_like(inputs["input_ids"])
+    only[:, 2] = 1
+    seen = []
+
+    def note(module, args):
+        seen.append(args[0])
+
+    model.bert.encoder.register_forward_pre_hook(note)
+    module(labels, perturbable=only, **inputs)
+    whole, part = seen[0].chunk(2)
+    assert (part[:, 2] == 0).all() and (whole[:, 2] != 0).any()
+    others = [i for i in range(whole.shape[1]) if i != 2]
+    assert torch.equal(whole[:, others], part[:, others])
 
 
-def test_tdt_damage():
-    """Two rows, [CLS] a b c d [SEP] and [CLS] e f [SEP]; half of each row's words go."""
-    ids, row = np.array([1, 10, 11, 12, 13, 2, 1, 14, 15, 2]), np.repeat([0, 1], [6, 4])
-    words, c = ids > 2, np.array([0.9, 0.1, 0.4, 0.3, 0.2, 0.9, 0.9, 0.5, 0.6, 0.9], np.float32)
-    run = functools.partial(tdt.damage, ids, row, words, mask=3)
-    assert run("highest", 0.5, 0, c).tolist() == [1, 10, 3, 3, 13, 2, 1, 14, 3, 2]
-    assert run("lowest", 0.5, 0, c).tolist() == [1, 3, 11, 12, 3, 2, 1, 3, 15, 2]
-    assert run("highest", 0.0, 0, c).tolist() == ids.tolist()
-    masks = [run("[MASK]", 0.5, draw, None) for draw in range(20)]
-    assert all((m[words] == 3).sum() == 3 and (m[~words] == ids[~words]).all() for m in masks) and len({m.tobytes() for m in masks}) > 5
+def test_token_cutoff_refuses_wrong_arguments_and_regression():
+    for options in ({"rate": 1.5}, {"rate": -0.1}, {"a": -1.0}, {"b": -1.0}):
+        with pytest.raises(ValueError, match="rate must be"):
+            tdt.TokenCutoff(wide_tiny(), **options)
+    with pytest.raises(ValueError, match="regression"):
+        tdt.TokenCutoff(wide_tiny(num_labels=1))
+
+
+# ------------------------------------------------------------------------------  flags and recipes
+
+
+def length_of(*argv):
+    """What Table 7 sets."""
+    args = parse("tdt", *argv)
+    return args.batch_size, args.max_steps, args.warmup, args.lr
+
+
+def test_recipes_are_those_of_table_7():
+    assert length_of("--task", "mnli") == (128, 10000, 1000, 4e-5)
+    assert length_of("--task", "cola") == (64, 2000, 200, 2e-5)
+    assert length_of("--task", "ocnli") == (64, 3000, 300, 4e-5)
+    large = ["--model", "google-bert/bert-large-uncased"]
+    assert length_of("--task", "cola", *large) == (32, 3000, 300, 2e-5)
+    assert length_of("--task", "rte", *large) == (64, 2000, 100, 2e-5)
+    assert length_of("--task", "mnli", *large) == (64, 10000, 1000, 2e-5)
+    large = ["--model", "hfl/chinese-macbert-large"]
+    assert length_of("--task", "ocnli", *large) == (32, 3000, 300, 1e-5)
+    assert length_of("--task", "tnews", *large) == (64, 5000, 300, 1e-5)
+    assert parse("tdt", "--task", "csl").model == "hfl/chinese-bert-wwm"
+    assert parse("tdt", "--task", "sst2").grad_clip == 1.0
+
+
+def test_a_folder_is_large_by_its_width_and_not_by_its_name(tmp_path):
+    """Also where the model comes from --init_from."""
+    for name, width in (("wide", 1024), ("large", 768)):
+        os.makedirs(tmp_path / name / "model")
+        text = json.dumps({"model_type": "bert", "hidden_size": width})
+        (tmp_path / name / "model" / "config.json").write_text(text)
+    task = ["--task", "cola"]
+    assert length_of(*task, "--model", str(tmp_path / "wide/model"))[0] == 32
+    assert length_of(*task, "--init_from", str(tmp_path / "wide"))[0] == 32
+    assert length_of(*task, "--model", str(tmp_path / "large/model"))[0] == 64
+    assert length_of(*task, "--init_from", str(tmp_path / "large"))[0] == 64
+
+
+def test_a_recipe_has_a_name_and_its_warmup_keeps_its_share():
+    name, values = tdt.recipe(argparse.Namespace(task="cola", model=None))
+    assert name == "tdt: Table 7" and values["max_steps"] == 2000
+    assert parse("tdt", "--task", "cola", "--epochs", "2").warmup == pytest.approx(0.1)
+    assert parse("tdt", "--task", "cola", "--max_steps", "50").warmup == pytest.approx(0.1)
+    assert parse("tdt", "--task", "cola", "--max_steps", "50", "--warmup", "7").warmup == 7
+
+
+def test_plain_fine_tuning_of_the_toy_task_is_that_of_r3f():
+    toy = argparse.Namespace(task="toy", model=None)
+    name, values = tdt.recipe(toy)
+    other_name, others = r3f.recipe(toy)
+    assert name == other_name == "toy" and values["threads"] == 1
+    own = {"method", *tdt.OWN.split()}
+    assert {flag: value for flag, value in values.items() if flag not in own} == {
+        flag: value for flag, value in others.items() if flag != "method"}
+
+
+def test_help_says_what_the_authors_ran(capsys):
+    with pytest.raises(SystemExit):
+        tdt.flags().parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--batching padded --max_length 256" in text
+
+
+def test_the_marked_blocks_are_those_of_r3f():
+    def blocks(module):
+        with open(module.__file__, encoding="utf-8") as file:
+            return re.findall(r"# same: (\w+)\n(.*?)# end same", file.read(), re.S)
+
+    assert blocks(tdt) == blocks(r3f)
+    assert [name for name, _ in blocks(tdt)] == ["start", "update", "end"]
+
+
+# -------------------------------------------------------------------------------  analyses: pieces
+
+def two_rows():
+    """[CLS] a b c d [SEP] and [CLS] e f [SEP] as an Evaluation, and their confidences."""
+    ids = np.array([1, 10, 11, 12, 13, 2, 1, 14, 15, 2])
+    row = np.repeat([0, 1], [6, 4])
+    evaluation = tdt.Evaluation(None, None, "set", None, None, ids, row, ids > 2)
+    c = np.array([0.9, 0.1, 0.4, 0.3, 0.2, 0.9, 0.9, 0.5, 0.6, 0.9], np.float32)
+    return evaluation, c
+
+
+def test_the_words_of_highest_or_lowest_confidence_become_mask():
+    evaluation, c = two_rows()
+
+    def damaged(by, rate):
+        return tdt.damage(evaluation, by, rate, 0, c, 3).tolist()
+
+    assert damaged("highest", 0.5) == [1, 10, 3, 3, 13, 2, 1, 14, 3, 2]
+    assert damaged("lowest", 0.5) == [1, 3, 11, 12, 3, 2, 1, 3, 15, 2]
+    assert damaged("highest", 0.0) == evaluation.ids.tolist()
+    assert damaged("lowest", 1.0) == [1, 3, 3, 3, 3, 2, 1, 3, 3, 2]
+
+
+def test_random_words_become_mask_or_another_word_of_their_row():
+    evaluation, _ = two_rows()
+    ids, words = evaluation.ids, evaluation.is_word
+    seen = set()
     for draw in range(20):
-        other = run("other word", 1.0, draw, None)
-        assert set(other[1:5]) <= {10, 11, 12, 13} and set(other[7:9]) <= {14, 15} and (other[~words] == ids[~words]).all()
+        masked = tdt.damage(evaluation, "[MASK]", 0.5, draw, None, 3)
+        assert (masked[words] == 3).sum() == 3 and (masked[~words] == ids[~words]).all()
+        seen.add(masked.tobytes())
+        other = tdt.damage(evaluation, "other word", 1.0, draw, None, 3)
+        assert set(other[1:5]) <= {10, 11, 12, 13} and set(other[7:9]) <= {14, 15}
+        assert (other[~words] == ids[~words]).all()
+    assert len(seen) > 5
+    again = tdt.damage(evaluation, "[MASK]", 0.5, 19, None, 3)
+    assert again.tobytes() == masked.tobytes()
 
 
-def test_tdt_a_word_has_the_largest_confidence_of_its_pieces():
-    tokenizer = transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] un ##bear ##able plot !".split())})
+def test_a_word_has_the_largest_confidence_of_its_pieces():
+    names = "[PAD] [UNK] [CLS] [SEP] [MASK] un ##bear ##able plot !".split()
+    tokenizer = transformers.BertTokenizerFast(vocab={name: i for i, name in enumerate(names)})
+    text = "Unbearable  plot!"
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    c = [0.99, 0.2, 0.7, 0.3, 0.4, 0.1, 0.98]
+    words = tdt.words_of([text], encoded.sequence_ids(0), encoded.word_ids(0),
+                         encoded["offset_mapping"], c)
+    assert words == [["Unbearable", 0.7, 0], ["plot", 0.4, 0], ["!", 0.1, 0]]
 
-    class Module:
-        confidence = staticmethod(lambda **inputs: torch.tensor([[0.99, 0.2, 0.7, 0.3, 0.4, 0.1, 0.98]]))
-    words = tdt.explain(Module, tokenizer, "Unbearable  plot!", 32, type("World", (), {"put": staticmethod(lambda x: x)}))
-    assert [(w, round(c, 2), part) for w, c, part in words] == [("Unbearable", 0.7, 0), ("plot", 0.4, 0), ("!", 0.1, 0)]
+
+def test_the_page_escapes_what_it_shows_and_needs_no_other_file():
+    words = [["<script>", 0.2, 0], ["&", 0.9, 1]]
+    page = tdt.page([tdt.Explanation("x", "<b>", 0.75, words)], "a < b", tdt.Scale())
+    assert "<script" not in page and "&lt;script&gt;" in page and "&amp;" in page
+    assert "a &lt; b" in page and "&lt;b&gt; (0.75)" in page
+    assert "http" not in page and page.count('class="words"') == 2
+    assert "width=device-width" in page and "prefers-color-scheme: dark" in page
 
 
-def test_tdt_page_escapes():
-    html = tdt.page([[["<script>", 0.2, 0], ["&", 0.9, 1]]], "a < b", 0.2, 0.9)
-    assert "<script" not in html and "&lt;script&gt;" in html and "&amp;" in html and "a &lt; b" in html and "http" not in html
+def test_the_page_says_its_scale_and_shades_by_it():
+    explanation = tdt.Explanation("x", "good", 0.75, [["a", 0.5, 0], ["b", 0.9, 0]])
+    page = tdt.page([explanation], "t", tdt.Scale())
+    assert "from 0.00 to 1.00" in page and "--place:0.50" in page and "--place:0.90" in page
+    page = tdt.page([explanation], "t", tdt.Scale(0.4, 0.6, "the range on validation"))
+    assert "from 0.40 to 0.60, the range on validation" in page
+    assert "--place:0.50" in page and "--place:1.00" in page             # never beyond the end
+
+
+def test_a_number_is_predicted_without_a_probability():
+    explanation = tdt.Explanation("x", 2.5, None, [["a", 0.5, 0]])
+    assert tdt.screen_line(explanation, tdt.Scale(), False) == "2.5: a 0.50"
+    assert "Prediction: <b>2.5</b>" in tdt.page([explanation], "t", tdt.Scale())
+
+
+def test_a_terminal_gets_colours():
+    explanation = tdt.Explanation("x", "good", 0.75, [["a", 0.0, 0], ["b", 1.0, 0]])
+    line = tdt.screen_line(explanation, tdt.Scale(), True)
+    assert "\x1b[48;5;231;38;5;16m a " in line and "\x1b[48;5;51;38;5;16m b " in line
+    assert "\x1b" not in tdt.screen_line(explanation, tdt.Scale(), False)
+
+
+def test_the_table_has_a_deviation_only_of_several_scores(capsys):
+    world = types.SimpleNamespace(say=print)
+    tdt.print_curves([{"tdt": {0.0: [0.5], 0.5: [0.25, 0.75]}}], "title", [0.5], world)
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["tdt", "50.00", "-", "50.00",
+                                                                "+-35.36"]
+    one_run = [{"tdt": {0.0: [0.5], 0.5: [0.25]}}]
+    tdt.print_curves(one_run, "title", [0.5], world)
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["tdt", "50.00", "-", "25.00", "-"]
+    other_run = {"std": {0.0: [0.1], 0.5: [0.2]}, "tdt": {0.0: [0.7], 0.5: [0.25]}}
+    tdt.print_curves([*one_run, other_run], "title", [0.5], world)
+    rows = {line.split()[0]: line.split()[1:] for line in
+            capsys.readouterr().out.splitlines()[-2:]}
+    assert rows["tdt"] == ["60.00", "+-14.14", "25.00", "+-0.00"]
+    assert rows["std"] == ["10.00", "-", "20.00", "-"]
+
+
+# ---------------------------------------------------------------------------  analyses: whole runs
+
+
+def save_tiny(folder, **tokenizer_settings):
+    """A small BERT over the toy words, with its tokenizer."""
+    words = data.toy_vocabulary()
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64)
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer = transformers.BertTokenizerFast(
+        vocab={word: i for i, word in enumerate(words)}, model_max_length=64, **tokenizer_settings)
+    tokenizer.save_pretrained(folder)
+
+
+def save_rows(folder, number=False):
+    """train.jsonl and validation.jsonl; number: labels with a point."""
+    rows = data.toy_rows("film", "train")
+    for name, n in (("train", 64), ("validation", 40)):
+        lines = []
+        for i, row in enumerate(rows.select(range(n))):
+            label = i % 7 + 0.5 if number else "ab"[row["label"]]
+            lines.append(json.dumps({"text": row["text"], "label": label}) + "\n")
+        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as file:
+            file.writelines(lines)
+
+
+def flags_of(folder):
+    return ["--train_file", f"{folder}/train.jsonl", "--validation_file",
+            f"{folder}/validation.jsonl", "--model", f"{folder}/model", "--output_dir",
+            f"{folder}/runs", "--batch_size", "16", "--max_steps", "6", "--lr", "1e-3",
+            "--precision", "fp32", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
-def tdt_toy(tmp_path_factory):
-    """A tiny BERT over the toy words and a folder of finished runs of std, tdt and tdt-hard."""
-    import data
+def toy(tmp_path_factory, cache):
+    """A folder of finished runs of all methods: (folder, argv, results)."""
     folder = tmp_path_factory.mktemp("tdt")
-    words = data.toy_vocabulary()
-    tokenizer = transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=64)
-    torch.manual_seed(0)
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                             max_position_embeddings=64)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rows = data.toy_rows("film", "train")
-    for name, n in (("train", 64), ("validation", 40)):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"text": r["text"], "label": "ab"[r["label"]]}) + "\n" for r in rows.select(range(n)))
-    argv = ["--train_file", f"{folder}/train.jsonl", "--validation_file", f"{folder}/validation.jsonl", "--model", f"{folder}/model",
-            "--output_dir", f"{folder}/runs", "--batch_size", "16", "--max_steps", "6", "--lr", "1e-3", "--method", "std", "tdt", "tdt-hard"]
-    results = tdt.main(argv)
-    return folder, argv, results
+    save_tiny(folder / "model")
+    save_rows(folder)
+    argv = [*flags_of(folder), "--method", "std", "tdt", "tdt-hard", "cutoff"]
+    return folder, argv, tdt.main(argv)
 
 
-def test_tdt_runs_save_plain_models(tdt_toy):
-    folder, argv, results = tdt_toy
-    assert [r["method"] for r in results] == ["std", "tdt", "tdt-hard"]
-    for method in ("std", "tdt"):
-        saved = folder / "runs" / "custom" / f"{method}-0"
-        _, info = transformers.AutoModelForSequenceClassification.from_pretrained(saved / "model", output_loading_info=True)
+def run_of(folder, method="tdt"):
+    return folder / "runs" / "custom" / f"{method}-0"
+
+
+@pytest.fixture
+def copied(toy, tmp_path):
+    """A copy of the tdt run, which a test may change."""
+    shutil.copytree(run_of(toy[0]), tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def load(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def test_runs_save_plain_models(toy):
+    folder, _, results = toy
+    assert [result["method"] for result in results] == ["std", "tdt", "tdt-hard", "cutoff"]
+    for method in ("std", "tdt", "tdt-hard", "cutoff"):
+        saved = run_of(folder, method) / "model"
+        loader = transformers.AutoModelForSequenceClassification
+        _, info = loader.from_pretrained(saved, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert (saved / "model" / "confidence.pt").exists() == (method == "tdt")
-    log = [json.loads(line) for line in open(folder / "runs" / "custom" / "tdt-0" / "log.jsonl")]
-    assert {"ce", "ce_pos", "l_c", "l_r", "confidence", "confidence_std"} <= set(log[-1])
+        found = sorted(path.name for path in saved.glob("*.pt"))
+        wanted = ["confidence-start.pt", "confidence.pt"] if method in tdt.CONFIDENT else []
+        assert found == wanted
 
 
-def test_tdt_analyses_of_finished_runs(tdt_toy, capsys):
-    folder, argv, _ = tdt_toy
-    stamp = os.stat(folder / "runs" / "custom" / "std-0" / "results.json").st_mtime_ns
-    tdt.main(argv + ["--drop", "--perturb", "--draws", "2", "--rates", "0.5", "--confidences"])
-    assert os.stat(folder / "runs" / "custom" / "std-0" / "results.json").st_mtime_ns == stamp      # nothing is trained again
-    saved = folder / "runs" / "custom" / "tdt-0"
-    drop, perturb, spread = (json.load(open(saved / f"{name}.json")) for name in ("drop", "perturb", "confidences"))
-    assert set(drop["values"]) == {f"{m}, {by}" for m in ("std", "tdt", "tdt-hard") for by in ("highest", "lowest")}
+def test_logs_have_the_terms_of_each_loss(toy):
+    for method, terms in (("tdt", "ce ce_pos l_c l_r confidence confidence_std"),
+                          ("cutoff", "ce ce_cut js"), ("std", "ce")):
+        with open(run_of(toy[0], method) / "log.jsonl") as file:
+            lines = [json.loads(line) for line in file]
+        logged = [line for line in lines if "loss" in line][-1]
+        assert set(terms.split()) <= set(logged)
+
+
+def test_the_untrained_confidences_are_those_of_the_start_also_when_resumed(
+        toy, tmp_path, monkeypatch):
+    folder, argv, _ = toy
+    start = torch.load(run_of(folder) / "model/confidence-start.pt", weights_only=True)
+    trained = torch.load(run_of(folder) / "model/confidence.pt", weights_only=True)
+    assert start["bias"].item() == 0 and trained["bias"].item() != 0
+    assert not torch.equal(start["weight"], trained["weight"])
+
+    log = common.Run.log
+
+    def breaks(self, *terms, **plain):
+        if self.step == 4:
+            raise KeyError("killed")
+        log(self, *terms, **plain)
+
+    parts = [*argv, "--method", "tdt", "--output_dir", str(tmp_path), "--save_every", "2"]
+    monkeypatch.setattr(common.Run, "log", breaks)
+    with pytest.raises(KeyError):
+        tdt.main(parts)
+    monkeypatch.setattr(common.Run, "log", log)
+    tdt.main([*parts, "--resume"])
+    for name in ("confidence-start", "confidence"):
+        whole = torch.load(run_of(folder) / f"model/{name}.pt", weights_only=True)
+        resumed = torch.load(tmp_path / f"custom/tdt-0/model/{name}.pt", weights_only=True)
+        assert torch.equal(whole["weight"], resumed["weight"])
+
+
+def test_special_tokens_fall_in_no_batch_of_token_cutoff(toy, tmp_path, monkeypatch):
+    """And beside it tdt perturbs them, unless --keep_special is given."""
+    folder, argv, _ = toy
+    seen = {}
+    for kind in (tdt.TDT, tdt.TokenCutoff):
+        forward = kind.forward
+
+        def note(self, labels, perturbable=None, forward=forward, **inputs):
+            if self.training:
+                seen[type(self).__name__] = perturbable, inputs["input_ids"]
+            return forward(self, labels, perturbable, **inputs)
+
+        monkeypatch.setattr(kind, "forward", note)
+    argv = [*argv, "--method", "tdt", "cutoff", "--max_steps", "1", "--output_dir"]
+    tdt.main([*argv, str(tmp_path / "a")])
+    perturbable, ids = seen["TokenCutoff"]
+    assert torch.equal(perturbable.bool(), ids > 4)                      # 4: the last special one
+    assert seen["TDT"][0] is None
+    tdt.main([*argv, str(tmp_path / "b"), "--keep_special"])
+    perturbable, ids = seen["TDT"]
+    assert torch.equal(perturbable.bool(), ids > 4)
+
+
+def test_drop_shows_the_untrained_layer_beside_the_trained_one(toy, capsys):
+    folder, argv, _ = toy
+    stamp = os.stat(run_of(folder, "std") / "results.json").st_mtime_ns
+    tdt.main([*argv, "--drop", "--rates", "0.5"])
+    assert os.stat(run_of(folder, "std") / "results.json").st_mtime_ns == stamp
+    text = capsys.readouterr().out
+    drop = load(run_of(folder) / "drop.json")
+    kinds = ["highest", "lowest", "highest, untrained", "lowest, untrained"]
+    methods = ["std", "tdt", "tdt-hard", "cutoff"]
+    assert list(drop["values"]) == [f"{m}, {kind}" for m in methods for kind in kinds]
+    assert drop["confidences"] == str(run_of(folder)) and drop["metric"] == "accuracy"
     assert drop["values"]["std, highest"]["0.0"] == drop["values"]["std, lowest"]["0.0"]
-    assert len(perturb["values"]["tdt, [MASK]"]["0.5"]) == 2
-    assert sum(spread["counts"]) == spread["tokens"] and 0 < spread["mean"] < 1
-    assert "std, highest" in capsys.readouterr().out
+    assert -1 <= drop["correlation_with_start"] <= 1
+    assert "std, lowest, untrained" in text and "+-" not in text         # of one run and draw
+    assert f"untrained ones on validation: {drop['correlation_with_start']:.2f}" in text
 
 
-def test_tdt_explains_from_a_folder_alone(tdt_toy, capsys, tmp_path):
-    folder, _, _ = tdt_toy
-    saved = str(folder / "runs" / "custom" / "tdt-0")
+def test_an_untrained_layer_with_the_trained_weights_gives_the_same_curves(copied):
+    """And one with their opposite gives the others."""
+    path = copied / "model"
+    trained = torch.load(path / "confidence.pt", weights_only=True)
+    torch.save(trained, path / "confidence-start.pt")
+    tdt.main(["--run", str(copied), "--drop", "--rates", "0.3", "0.6"])
+    drop = load(copied / "drop.json")
+    assert drop["correlation_with_start"] == 1
+    for by in ("highest", "lowest"):
+        assert drop["values"][f"tdt, {by}"] == drop["values"][f"tdt, {by}, untrained"]
+
+    torch.save({name: -value for name, value in trained.items()}, path / "confidence-start.pt")
+    tdt.main(["--run", str(copied), "--drop", "--rates", "0.3"])
+    drop = load(copied / "drop.json")
+    assert drop["correlation_with_start"] == -1
+    assert drop["values"]["tdt, highest"] == drop["values"]["tdt, lowest, untrained"]
+
+
+def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys):
+    folder, argv, _ = toy
+    tdt.main([*argv, "--perturb", "--draws", "3", "--rates", "0.5"])
+    values = load(run_of(folder) / "perturb.json")["values"]
+    assert len(values["tdt, [MASK]"]["0.5"]) == 3 and len(values["tdt, [MASK]"]["0.0"]) == 1
+    assert "cutoff, other word" in values
+    assert "+-" in capsys.readouterr().out
+
+
+def test_confidences_are_counted_and_named(toy, capsys):
+    folder, argv, _ = toy
+    tdt.main([*argv, "--confidences"])
+    found = load(run_of(folder) / "confidences.json")
+    assert sum(found["counts"]) == found["tokens"] and 0 < found["mean"] < 1
+    assert not set(found["mean_by_token"]) & {"[CLS]", "[SEP]", "[PAD]"}
+    assert "plot" in found["mean_by_token"]
+    assert (run_of(folder, "tdt-hard") / "confidences.json").exists()
+    assert not (run_of(folder, "cutoff") / "confidences.json").exists()
+    assert "highest, of tokens seen 5 times" in capsys.readouterr().out
+
+
+def test_long_analyses_show_how_far_they_are(toy, capsys, monkeypatch):
+    monkeypatch.setattr(common.Progress, "SECONDS", -1.0)
+    tdt.main(["--run", str(run_of(toy[0])), "--drop", "--rates", "0.5"])
+    text = capsys.readouterr().out
+    assert "confidences: 40 of 40" in text and "confidences, untrained: 40 of 40" in text
+    assert "tdt, highest, 50%: 40 of 40" in text and "tdt, all words: 40 of 40" in text
+
+
+def test_texts_are_explained_from_a_folder_alone(toy, copied, capsys, tmp_path):
     (tmp_path / "texts").write_text("really boring plot .\n\ngreat cast", encoding="utf-8")
-    tdt.main(["--run", saved, "--explain", "great plot ||| dull ending", "--explain_file", str(tmp_path / "texts")])
-    out, items = capsys.readouterr().out, json.load(open(os.path.join(saved, "explain.json")))
-    assert [[w for w, _, _ in item["words"]] for item in items] == [["great", "plot", "dull", "ending"], ["really", "boring", "plot", "."], ["great", "cast"]]
-    assert [part for _, _, part in items[0]["words"]] == [0, 0, 1, 1] and all(0 < c < 1 for item in items for _, c, _ in item["words"])
-    assert "\x1b" not in out and f"great {items[0]['words'][0][1]:.2f}" in out
-    module = tdt.TDT(transformers.AutoModelForSequenceClassification.from_pretrained(saved + "/model")).eval()
-    module.confidence_layer.load_state_dict(torch.load(saved + "/model/confidence.pt", weights_only=True))
-    ids = transformers.AutoTokenizer.from_pretrained(saved + "/model")("great cast", return_tensors="pt")
-    assert [c for _, c, _ in items[2]["words"]] == pytest.approx(module.confidence(**ids)[0, 1:3].tolist(), abs=1e-6)
+    tdt.main(["--run", str(copied), "--explain", "great plot ||| dull ending",
+              "--explain_file", str(tmp_path / "texts")])
+    text = capsys.readouterr().out
+    items = load(copied / "explain.json")
+    words = [[word for word, _, _ in item["words"]] for item in items]
+    assert words == [["great", "plot", "dull", "ending"], ["really", "boring", "plot", "."],
+                     ["great", "cast"]]
+    assert [sentence for _, _, sentence in items[0]["words"]] == [0, 0, 1, 1]
+    assert f"great {items[0]['words'][0][1]:.2f}" in text and "\x1b" not in text
+
+    loader = transformers.AutoModelForSequenceClassification
+    model = loader.from_pretrained(copied / "model").eval()
+    module = tdt.TDT(model).eval()
+    state = torch.load(copied / "model/confidence.pt", weights_only=True)
+    module.confidence_layer.load_state_dict(state)
+    inputs = transformers.AutoTokenizer.from_pretrained(copied / "model")(
+        "great cast", return_tensors="pt")
+    c = module.confidence(**inputs)[0, 1:3].tolist()
+    assert [value for _, value, _ in items[2]["words"]] == pytest.approx(c, abs=1e-6)
+    p = model(**inputs).logits[0].softmax(-1)
+    assert items[2]["prediction"] == "ab"[int(p.argmax())]
+    assert items[2]["probability"] == pytest.approx(p.max().item(), abs=1e-3)
+    page = (copied / "explain.html").read_text(encoding="utf-8")
+    assert f"{items[2]['prediction']} ({items[2]['probability']:.2f})" in page
+    assert "from 0.00 to 1.00" in page
 
 
-# ---------------------------------------------------------------------------------------------------- G-Tuning
+def test_an_earlier_page_is_not_overwritten(copied):
+    for text in ("great cast", "dull plot", "bad ending"):
+        tdt.main(["--run", str(copied), "--explain", text])
+    for name, text in (("explain", "great cast"), ("explain-2", "dull plot"),
+                       ("explain-3", "bad ending")):
+        assert [item["text"] for item in load(copied / f"{name}.json")] == [text]
+        assert text.split()[0] in (copied / f"{name}.html").read_text(encoding="utf-8")
+
+
+def test_with_the_confidences_the_page_has_their_range(copied):
+    tdt.main(["--run", str(copied), "--explain", "great cast", "--confidences"])
+    page = (copied / "explain.html").read_text(encoding="utf-8")
+    assert "the range on validation" in page and "from 0.00 to 1.00" not in page
+
+
+def test_a_regression_is_explained_and_token_cutoff_refuses_it(tmp_path, cache):
+    save_tiny(tmp_path / "model")
+    save_rows(tmp_path, number=True)
+    argv = flags_of(tmp_path)
+    with pytest.raises(UserError, match="--method cutoff: must be std or tdt or tdt-hard"):
+        tdt.main([*argv, "--method", "cutoff"])
+    tdt.main([*argv, "--method", "tdt", "--explain", "great cast"])
+    item, = load(run_of(tmp_path) / "explain.json")
+    assert isinstance(item["prediction"], float) and item["probability"] is None
+
+
+def test_a_finished_run_brings_its_own_flags(toy, copied):
+    """Not those of the toy recipe, whose task is the default."""
+    args = parse("tdt", "--run", str(copied), "--drop")
+    asked = tdt.read_analyses(args)
+    results = load(copied / "results.json")
+    assert asked.runs == {0: {"tdt": str(copied)}}
+    assert args.task == "custom" and args.own_files.endswith("train.jsonl")
+    assert args.model == args.path == str(copied / "model")
+    assert args.max_length == results["args"]["max_length"] and args.threads == 0
+    args = parse("tdt", "--run", str(copied), "--drop", "--threads", "2", "--max_length", "9")
+    tdt.read_analyses(args)
+    assert args.threads == 2 and args.max_length == 9
+
+
+def test_a_run_trained_on_a_gpu_is_read_without_one(copied, monkeypatch):
+    read, given = torch.load, []
+
+    def note(*args, **settings):
+        given.append(settings)
+        return read(*args, **settings)
+
+    monkeypatch.setattr(torch, "load", note)
+    tdt.load_run(str(copied), "tdt", types.SimpleNamespace(device="cpu"))
+    assert given[0]["map_location"] == "cpu" and given[0]["weights_only"]
+
+
+# ----------------------------------------------------------------------------------  wrong input
+
+@pytest.fixture
+def folders(copied, tmp_path, monkeypatch):
+    """Folders of runs that are not what --run wants, and TDT and AGAIN, which are."""
+    results = load(copied / "results.json")
+    texts = {
+        "R3F": json.dumps({**results, "method": "r3f"}),
+        "ODD": json.dumps({**results, "method": ["tdt"]}),
+        "SHORT": json.dumps({"method": "tdt"}),
+        "NOSEED": json.dumps({name: results[name] for name in results if name != "seed"}),
+        "LIST": "[1]",
+        "TORN": '{"method": ',
+        "NOTHING": "{}",
+        "STD": json.dumps({**results, "method": "std"}),
+        "TOY": json.dumps({**results, "task": "toy"}),
+        "NOMODEL": json.dumps(results),
+    }
+    for name, text in texts.items():
+        os.makedirs(tmp_path / name)
+        (tmp_path / name / "results.json").write_text(text)
+    shutil.copytree(copied, tmp_path / "TDT")
+    shutil.copytree(copied, tmp_path / "AGAIN")
+    shutil.copytree(copied, tmp_path / "NOSTART")
+    os.remove(tmp_path / "NOSTART/model/confidence-start.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+WANTED = "must be the folder of a finished run of std, tdt, tdt-hard, cutoff: "
+BAD = [
+    (["--run", "R3F", "--drop"], f"--run R3F: {WANTED}its method is r3f"),
+    (["--run", "ODD", "--drop"], f"--run ODD: {WANTED}its method is"),
+    (["--run", "SHORT", "--drop"], f"--run SHORT: {WANTED}SHORT/results.json: is damaged"),
+    (["--run", "NOSEED", "--drop"], f"--run NOSEED: {WANTED}its results.json has no task"),
+    (["--run", "LIST", "--drop"], f"--run LIST: {WANTED}LIST/results.json: is damaged"),
+    (["--run", "TORN", "--drop"], f"--run TORN: {WANTED}TORN/results.json: is damaged"),
+    (["--run", "NOTHING", "--drop"], f"--run NOTHING: {WANTED}"),
+    (["--run", "nowhere", "--drop"], f"--run nowhere: {WANTED}"),
+    (["--run", "NOMODEL", "--drop"], "NOMODEL/model"),
+    (["--run", "NOMODEL", "--explain", "great cast"], "NOMODEL/model"),
+    (["--run", "NOSTART", "--drop", "--rates", "0.5"], "NOSTART: its model cannot be loaded"),
+    (["--run", "TDT", "--task", "toy-food", "--drop"],
+     "--run TDT: is a run of custom; must be of toy-food"),
+    (["--run", "TDT", "TOY", "--drop"], "--run TOY: is a run of toy; must be of custom"),
+    (["--run", "TDT", "AGAIN", "--drop"],
+     "--run AGAIN: is a run of tdt with seed 0, as TDT is; must be another one"),
+    (["--run", "STD", "--drop"], "need a run of tdt or tdt-hard of each seed"),
+    (["--run", "TDT"], "--run TDT: must go together with --explain"),
+    (["--run", "TDT", "--drop", "--dev_samples", "9", "--grid", "lr=1,2"],
+     "--grid: must go without analyses"),
+    (["--explain", " "], "--explain: must have a text"),
+    (["--explain", "a ||| b ||| c"], "--explain: must have a text"),
+    (["--explain_file", "nowhere"], "--explain_file nowhere: No such file"),
+    (["--explain_file", "R3F"], "--explain_file R3F: Is a directory"),
+    (["--method", "std", "--drop"], "need a run of tdt or tdt-hard"),
+    (["--method", "std", "cutoff", "--explain", "x"], "cutoff and std alone has no confidences"),
+    (["--alpha", "-1"], "--alpha: must be"),
+    (["--mu0", "max"], "--mu0: invalid choice"),
+    (["--tau", "0"], "--tau: must be a number above 0"),
+    (["--margin", "nan"], "--margin: must be"),
+    (["--rates", "2"], "--rates: must be"),
+    (["--draws", "0"], "--draws: must be"),
+    (["--cutoff_rate", "1.5"], "--cutoff_rate: must be"),
+    (["--lam", "1"], "unrecognized arguments: --lam"),
+    (["--method", "r3f"], "--method: invalid choice: 'r3f'"),
+]
+
+
+@pytest.mark.parametrize("argv, line", BAD, ids=[" ".join(argv) for argv, _ in BAD])
+def test_wrong_input_gets_one_line(argv, line, folders):
+    with pytest.raises(UserError) as error:
+        tdt.main(argv)
+    message = str(error.value)
+    assert line in message and "\n" not in message.strip(), message
+
+
+@pytest.mark.parametrize("more", [["--method", "tdt-hard"], ["--drop"], ["--perturb"]], ids=str)
+def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path, cache):
+    save_tiny(tmp_path / "model")
+    path = tmp_path / "model/tokenizer_config.json"
+    settings = {**load(path), "mask_token": None}
+    path.write_text(json.dumps(settings))
+    save_rows(tmp_path)
+    with pytest.raises(UserError, match="must have a mask token for tdt-hard, --drop and"):
+        tdt.main([*flags_of(tmp_path), "--method", "tdt", *more])
+
+
+def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain(toy):
+    tokenizer = types.SimpleNamespace(is_fast=False, mask_token_id=4)
+    asked = tdt.read_analyses(parse("tdt", "--method", "tdt", "--explain", "great cast"))
+    with pytest.raises(UserError, match="fast tokenizer"):
+        tdt.check_tokenizer(parse("tdt"), tokenizer, ["tdt"], asked)
+
+
+def test_a_folder_that_cannot_be_written_ends_the_analyses_with_one_line(tmp_path):
+    world = types.SimpleNamespace(rank=0, say=print)
+    with pytest.raises(common.RunError, match="cannot write"):
+        tdt.write_file(str(tmp_path / "no" / "drop.json"), "{}", world)
+
+
+# ======================================================================================  gtuning.py
+
+# ------------------------------------------------------------------------------------------ helpers
+
+ENCODERS = [name for name in ARCHITECTURES if name != "bart"]
+
+
+@pytest.fixture(scope="session")
+def still_folder(tiny_folder, tmp_path_factory):
+    """The same model without dropout."""
+    folder = str(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("models") / "still"))
+    path = f"{folder}/config.json"
+    config = json.load(open(path))
+    config["hidden_dropout_prob"] = 0.0
+    config["attention_probs_dropout_prob"] = 0.0
+    json.dump(config, open(path, "w"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """The flags of a task of 64 film reviews, with 100 sentences of general text."""
+    folder = tmp_path_factory.mktemp("task")
+    rows = data.toy_rows("film", "train")
+    names = ["negative", "positive"]
+    lines = [f'"{rows["text"][i]}",{names[rows["label"][i]]}\n' for i in range(64)]
+    path = write(folder / "reviews.csv", "text,label\n" + "".join(lines))
+    general = write(folder / "general.txt", "\n".join(data.toy_corpus(100)))
+    return ["--train_file", path, "--validation_file", path, "--unlabeled", general]
+
+
+@pytest.fixture(scope="session")
+def small_pairs(tmp_path_factory):
+    """The flags of a task of 48 labelled pairs."""
+    text = data.toy_rows("film", "train")["text"]
+    lines = []
+    for i in range(48):
+        label = ["no", "yes", "yes"][i % 3]
+        row = {"sentence1": text[i], "sentence2": text[i + 48], "label": label}
+        lines.append(json.dumps(row) + "\n")
+    path = write(tmp_path_factory.mktemp("task") / "pairs.jsonl", "".join(lines))
+    return ["--train_file", path, "--validation_file", path, "--unlabeled", "toy"]
+
+
+def tune(folder, out, *more):
+    """gtuning.py in this process: 12 steps of 16 rows, the only seed 0."""
+    argv = ["--model", folder, "--output_dir", out, "--seeds", 0, "--max_steps", 12,
+            "--batch_size", 16, "--precision", "fp32", *more]
+    return gtuning.main([str(word) for word in argv])
+
+
+def learned(folder):
+    """What a finished run learned."""
+    return torch.load(f"{folder}/model/gtuning.pt", weights_only=True)["h"]
+
+
+def assert_same_state(a, b, tolerance=0.0):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=0)
+
 
 def f_of(name="bert", num_labels=3, dropout=False, seed=0, **settings):
-    """GTuning around a tiny random encoder; its adapter drawn wider than it is, so that faults show."""
+    """GTuning around a tiny random encoder; h is drawn wider than it is, so that faults show."""
     model = tiny(name, num_labels, dropout, seed, spread=0.5)
     f = gtuning.GTuning(model.base_model, num_labels, **settings)
-    for p in [p for p in f.trained.parameters() if p.dim() > 1]:
-        torch.nn.init.normal_(p, std=0.2)
+    for weight in f.trained.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2)
     return f
 
 
+def wide_critic(width=8):
+    """D with weights so wide that its slope varies from point to point."""
+    torch.manual_seed(0)
+    D = gtuning.Discriminator(width).double()
+    for weight in D.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    D.output.weight.data *= 10
+    return D
+
+
 def clouds(rows=6, width=8, seed=0):
+    """f(x_t) and f(x_u): (rows, width) each."""
     torch.manual_seed(seed)
     return torch.randn(rows, width), torch.randn(rows, width) + 1
 
 
 class Line(torch.nn.Module):
     """D(z) = w z."""
+
     def __init__(self, *w):
         super().__init__()
         self.w = torch.nn.Parameter(torch.tensor(w))
@@ -664,803 +4301,749 @@ class Line(torch.nn.Module):
         return z @ self.w
 
 
-def test_gtuning_critic_by_hand():
-    """w = (3, 4): the gradient's norm is 5, the penalty 16. f_t = (1, 0), f_u = (0, 1): the means of D are 3 and 4."""
-    D, f_t, f_u = Line(3.0, 4.0), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert abs(gtuning.gradient_penalty(D, f_t, f_u).item() - 16) < 1e-4
-    loss, stats = gtuning.discriminator_loss(D, f_t, f_u)
-    assert abs(loss.item() - (1 + 10 * 16)) < 1e-3 and abs(stats["wasserstein"] + 1) < 1e-6 and abs(stats["grad_norm"] - 5) < 1e-5
-    assert abs(gtuning.discriminator_loss(D, f_t, f_u, gp_weight=0.5)[0].item() - 9) < 1e-4
+# -------------------------------------------------------------------------------------- the critic
+
+def test_the_critics_loss_by_hand():
+    """w = (3, 4): the gradient's norm is 5, the penalty 16. The means of D are 3 and 4."""
+    D = Line(3.0, 4.0)
+    f_t, f_u = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert gtuning.gradient_penalty(D, f_t, f_u).item() == pytest.approx(16, abs=1e-4)
     assert gtuning.generator_loss(D, f_u).item() == -4
-    loss.backward()                                                        # d/dw: f_u - f_t + 10 * 2 (5 - 1) w / 5
-    assert torch.allclose(D.w.grad, torch.tensor([-1.0, 1.0]) + 80 * torch.tensor([0.6, 0.8]), atol=1e-3)
+
+    small, _ = gtuning.discriminator_loss(D, f_t, f_u, gp_weight=0.5)
+    assert small.item() == pytest.approx(9, abs=1e-4)
+    loss, stats = gtuning.discriminator_loss(D, f_t, f_u)
+    assert loss.item() == pytest.approx(1 + 10 * 16, abs=1e-3)
+    assert stats["wasserstein"].item() == pytest.approx(-1, abs=1e-6)
+    assert stats["grad_norm"].item() == pytest.approx(5, abs=1e-5)
+
+    # d/dw: f_u - f_t + 10 * 2 (5 - 1) w / 5
+    loss.backward()
+    by_hand = torch.tensor([-1.0, 1.0]) + 80 * torch.tensor([0.6, 0.8])
+    assert torch.allclose(D.w.grad, by_hand, atol=1e-3)
 
 
-def test_gtuning_penalty_in_double_precision():
-    """Value by autograd sentence by sentence; its own gradient, the double backward, by finite differences."""
-    torch.manual_seed(0)
-    D, (f_t, f_u), e = gtuning.Discriminator(8).double(), clouds(), torch.randn(6, 1)
-    for p in D.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    D.output.weight.data *= 10
-    f_t, f_u, e = f_t.double(), f_u.double(), e.double()
+def test_the_penalty_is_that_of_each_point_alone_in_double_precision():
+    D = wide_critic()
+    f_t, f_u = (x.double() for x in clouds())
+    e = torch.randn(6, 1).double()
     norms = []
-    for t, u, k in zip(f_t, f_u, e):
-        z = (k * u + (1 - k) * t).requires_grad_()
+    for t, u, its_e in zip(f_t, f_u, e):
+        z = (its_e * u + (1 - its_e) * t).requires_grad_()
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             D(z[None])[0].backward()
         norms.append(z.grad.norm())
-        D.zero_grad()
-    expected = (torch.stack(norms) - 1).square().mean()
-    value = gtuning.gradient_penalty(D, f_t, f_u, e)
-    assert abs(value.item() - expected) < 1e-9 and expected > 1e-3
-    value.backward()
-    for p in (D.output.weight, D.layers[0].up.weight, D.layers[2].value.weight):
-        i = p.grad.abs().argmax()
-        with torch.no_grad():
-            sides = []
-            for step in (1e-5, -2e-5):
-                p.view(-1)[i] += step
-                with torch.enable_grad():
-                    sides.append(gtuning.gradient_penalty(D, f_t, f_u, e).item())
-            p.view(-1)[i] += 1e-5
-        assert abs((sides[0] - sides[1]) / 2e-5 - p.grad.view(-1)[i]) < 1e-5 * max(1, p.grad.abs().max())
+    expected = (torch.stack(norms) - 1).square().mean().item()
+    assert expected > 1e-3
+    assert gtuning.gradient_penalty(D, f_t, f_u, e).item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_gtuning_critic_is_fp32_and_reaches_d_alone():
+def test_the_penaltys_own_gradient_is_that_of_finite_differences():
+    D = wide_critic()
+    f_t, f_u = (x.double() for x in clouds())
+    e = torch.randn(6, 1).double()
+    gtuning.gradient_penalty(D, f_t, f_u, e).backward()
+    for weight in (D.output.weight, D.layers[0].up.weight, D.layers[2].value.weight):
+        entry = weight.grad.abs().argmax()
+        values = []
+        for step in (1e-5, -2e-5):
+            weight.data.view(-1)[entry] += step
+            values.append(gtuning.gradient_penalty(D, f_t, f_u, e).item())
+        weight.data.view(-1)[entry] += 1e-5
+        difference = (values[0] - values[1]) / 2e-5
+        found = weight.grad.view(-1)[entry].item()
+        assert difference == pytest.approx(found, abs=1e-5 * max(1, abs(found)))
+
+
+def test_the_critic_is_fp32_and_its_loss_reaches_d_alone():
     torch.manual_seed(0)
-    D, (f_t, f_u), e = gtuning.Discriminator(8), clouds(), torch.rand(6, 1)
-    plain = gtuning.discriminator_loss(D, f_t, f_u, epsilon=e)[0]
-    f_t.requires_grad_(), f_u.requires_grad_()
+    D = gtuning.Discriminator(8)
+    f_t, f_u = clouds()
+    e = torch.rand(6, 1)
+    plain, _ = gtuning.discriminator_loss(D, f_t, f_u, epsilon=e)
+    f_t.requires_grad_()
+    f_u.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         loss, stats = gtuning.discriminator_loss(D, f_t, f_u, epsilon=e)
-        g = gtuning.generator_loss(D, f_u)
-    assert loss == plain and loss.dtype == g.dtype == torch.float32 and not any(v.requires_grad for v in stats.values())
+        l_g = gtuning.generator_loss(D, f_u)
+    assert loss == plain
+    assert loss.dtype == l_g.dtype == torch.float32
+    assert not any(value.requires_grad for value in stats.values())
     loss.backward()
-    assert f_t.grad is None and f_u.grad is None and D.output.weight.grad.abs().sum() > 0
-    ones = gtuning.gradient_penalty(D, f_t, f_u, torch.zeros(6, 1)), gtuning.gradient_penalty(D, f_t, f_t)
-    assert torch.isclose(*ones)                                             # e = 0: z is f(x_t) alone
-    assert torch.allclose(D(f_t)[2:3], D(f_t[2:3]), atol=1e-5)              # no example depends on another
+    assert f_t.grad is None and f_u.grad is None
+    assert D.output.weight.grad.abs().sum() > 0
 
 
-def test_gtuning_losses():
-    """Eq. 2 and Eq. 6 against numpy; with D frozen, nothing reaches it; what is not f's does not learn."""
-    f, D, (labels, inputs) = f_of(), gtuning.Discriminator(32), batch()
+def test_e_of_0_makes_z_the_labelled_vectors():
+    D = gtuning.Discriminator(8)
+    f_t, f_u = clouds()
+    at_f_t = gtuning.gradient_penalty(D, f_t, f_t)
+    assert torch.isclose(gtuning.gradient_penalty(D, f_t, f_u, torch.zeros(6, 1)), at_f_t)
+    assert not torch.isclose(gtuning.gradient_penalty(D, f_t, f_u, torch.ones(6, 1)), at_f_t)
+
+
+def test_no_example_of_the_critic_depends_on_another():
+    D = gtuning.Discriminator(8)
+    f_t, _ = clouds()
+    assert torch.allclose(D(f_t)[2:3], D(f_t[2:3]), atol=1e-5)
+
+
+@pytest.mark.parametrize("n_t, n_u", [(3, 1), (4, 2), (1, 3), (2, 5)])
+def test_unequal_numbers_of_both_texts_have_each_its_own_mean(n_t, n_u):
+    """And z of Eq. 4 takes the first of both, as many as the smaller number (choice 9)."""
+    D = wide_critic().float()
+    f_t, f_u = clouds()[0][:n_t], clouds(seed=1)[1][:n_u]
+    pairs = min(n_t, n_u)
+    e = torch.randn(pairs, 1)
+    loss, stats = gtuning.discriminator_loss(D, f_t, f_u, 10.0, e)
+    difference = (D(f_t).mean() - D(f_u).mean()).item()
+    penalty = gtuning.gradient_penalty(D, f_t[:pairs], f_u[:pairs], e).item()
+    assert stats["wasserstein"].item() == pytest.approx(difference, abs=1e-4)
+    assert stats["penalty"].item() == pytest.approx(penalty)
+    assert loss.item() == pytest.approx(-difference + 10 * penalty, rel=1e-4)
+    assert gtuning.gradient_norm(D, f_t, f_u).shape == (pairs,)          # e is drawn as often
+
+
+# ---------------------------------------------------------------------------------------- f = h . g
+
+def test_the_losses_of_f_are_equations_2_and_6_in_numpy():
+    f = f_of()
+    D = gtuning.Discriminator(32).requires_grad_(False)
+    labels, inputs = batch()
     loss, stats = f(labels, **inputs)
     p = softmax(f.logits(**inputs).detach().numpy())
     l_t = -np.log(p[np.arange(4), labels.numpy()]).mean()
-    assert abs(loss.item() - l_t) < 1e-5 and abs(stats["l_t"] - l_t) < 1e-5
-    D.requires_grad_(False)
-    general = {f"u_{k}": v.flip(0) for k, v in inputs.items()}
+    assert loss.item() == pytest.approx(l_t, abs=1e-5)
+    assert stats["l_t"].item() == pytest.approx(l_t, abs=1e-5)
+
+    general = {f"u_{name}": value.flip(0) for name, value in inputs.items()}
     joint, stats = f(labels, D, 0.7, 0.3, **inputs, **general)
     l_g = -D(f.features(**inputs)).mean().item()
-    assert abs(joint.item() - (0.7 * l_t + 0.3 * l_g)) < 1e-5 and abs(stats["l_g"] - l_g) < 1e-5
-    joint.backward()
-    assert all(p.grad is None for p in D.parameters()) and all(p.grad is None for p in f.plm.parameters())
-    assert all(p.grad is not None for p in f.trained.parameters())
+    assert joint.item() == pytest.approx(0.7 * l_t + 0.3 * l_g, abs=1e-5)
+    assert stats["l_g"].item() == pytest.approx(l_g, abs=1e-5)
     assert torch.isclose(f(labels, D, 1.0, 0.0, **inputs, **general)[0], loss)
-    one = f_of(num_labels=1)
-    y = one.logits(**inputs).squeeze(-1)
-    assert abs(one(torch.ones(4), **inputs)[0].item() - ((y - 1) ** 2).mean().item()) < 1e-6
 
 
-def test_gtuning_pairs():
-    f, (labels, inputs) = f_of(pair=True), batch()
-    second = {f"{k}_2": v.flip(0) for k, v in inputs.items()}
-    u, v = (f.features(**x).detach().numpy() for x in (inputs, {k: x.flip(0) for k, x in inputs.items()}))
-    u, v = u * 32 ** 0.5 / 4, v * 32 ** 0.5 / 4
-    want = np.concatenate([u, v, abs(u - v), u * v], 1) @ f.output.weight.detach().numpy().T + f.output.bias.detach().numpy()
-    assert np.allclose(f.logits(**inputs, **second).detach().numpy(), want, atol=1e-4)
+def test_while_f_learns_neither_d_nor_g_does():
+    f = f_of()
+    D = gtuning.Discriminator(32).requires_grad_(False)
+    labels, inputs = batch()
+    general = {f"u_{name}": value for name, value in inputs.items()}
+    f(labels, D, **inputs, **general)[0].backward()
+    assert all(p.grad is None for p in [*D.parameters(), *f.plm.parameters()])
+    assert all(p.grad is not None for p in f.trained.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "bart"])
+def test_of_one_output_the_loss_is_the_squared_error():
+    f = f_of(num_labels=1)
+    _, inputs = batch()
+    expected = (f.logits(**inputs).squeeze(-1) - 1).square().mean().item()
+    assert f(torch.ones(4), **inputs)[0].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_output_layer_reads_both_sentences_of_a_pair():
+    f = f_of(pair=True)
+    _, inputs = batch()
+    other = {name: value.flip(0) for name, value in inputs.items()}
+    u = f.features(**inputs).detach().numpy() * 32 ** 0.5 / 4
+    v = f.features(**other).detach().numpy() * 32 ** 0.5 / 4
+    read = np.concatenate([u, v, abs(u - v), u * v], 1)
+    weight, bias = f.output.weight.detach().numpy(), f.output.bias.detach().numpy()
+    second = {f"{name}_2": value for name, value in other.items()}
+    logits = f.logits(**inputs, **second).detach().numpy()
+    assert np.allclose(logits, read @ weight.T + bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_gtuning_architectures(name, pooling):
-    """States in place of ids are the same; padding changes nothing; g is frozen and has no dropout; with tune_plm it learns."""
-    f, (labels, inputs) = f_of(name, dropout=True, pooling=pooling), batch(name)
+def test_every_encoder_is_frozen_cacheable_and_blind_to_padding(name, pooling):
+    f = f_of(name, dropout=True, pooling=pooling)
+    _, inputs = batch(name)
     f.adapter.eval()
     features = f.features(**inputs)
-    assert features.shape == (4, 32) and torch.equal(features, f.features(**inputs)) and not f.plm.training
+    assert features.shape == (4, 32) and not f.plm.training
+    assert torch.equal(features, f.features(**inputs))                   # g has no dropout
+
     states = f.encode(**inputs)
-    assert torch.allclose(features, f.features(inputs["attention_mask"], states), atol=1e-6) and not states.requires_grad
+    assert not states.requires_grad
+    from_states = f.features(inputs["attention_mask"], states)
+    assert torch.allclose(features, from_states, atol=1e-6)
+
     side = (3, 0) if name == "xlnet" else (0, 3)
-    wider = {k: torch.nn.functional.pad(v, side, value=(f.config.pad_token_id or 0) * (k == "input_ids")) for k, v in inputs.items()}
+    pad = f.config.pad_token_id or 0
+    wider = {"input_ids": torch.nn.functional.pad(inputs["input_ids"], side, value=pad),
+             "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], side)}
     assert torch.allclose(features, f.features(**wider), atol=1e-3)
-    hidden = states                                                         # by hand, all tokens through all layers
+
+    # By hand: all tokens through all layers, then the first real one or their mean.
+    hidden = states
     for layer in f.adapter:
         hidden = layer(hidden, inputs["attention_mask"][:, None, None].bool())
-    real = f.norm(hidden)[1].div(32 ** 0.5 / 4)[inputs["attention_mask"][1].bool()]
-    assert torch.allclose(features[1], real[0] if pooling == "cls" else real.mean(0), atol=1e-5)
-    tuned = gtuning.GTuning(tiny(name).base_model, 3, tune_plm=True)
-    tuned(labels, **inputs)[0].backward()
-    assert tuned.plm.get_input_embeddings().weight.grad.abs().sum() > 0 and tuned.plm.training
+    real = (f.norm(hidden)[1] / (32 ** 0.5 / 4))[inputs["attention_mask"][1].bool()]
+    by_hand = real[0] if pooling == "cls" else real.mean(0)
+    assert torch.allclose(features[1], by_hand, atol=1e-5)
 
 
-def test_gtuning_refuses():
-    with pytest.raises(ValueError, match="encoder"):
+@pytest.mark.parametrize("name", ENCODERS)
+def test_with_tune_plm_every_encoder_learns(name):
+    f = gtuning.GTuning(tiny(name).base_model, 3, tune_plm=True)
+    labels, inputs = batch(name)
+    f(labels, **inputs)[0].backward()
+    assert f.plm.get_input_embeddings().weight.grad.abs().sum() > 0
+    assert f.plm.training
+
+
+def test_what_is_no_encoder_or_no_pooling_is_refused():
+    with pytest.raises(ValueError, match="encoder, got BartModel"):
         gtuning.GTuning(tiny("bart").base_model, 2)
-    with pytest.raises(ValueError, match="pooling"):
+    with pytest.raises(ValueError, match="pooling must be 'cls' or 'mean', got 'max'"):
         gtuning.GTuning(tiny().base_model, 2, pooling="max")
 
 
-def test_gtuning_adapter_begins_near_the_identity():
-    f, (_, inputs) = gtuning.GTuning(tiny().base_model, 3).eval(), batch()
+def test_h_begins_near_the_identity_and_f_has_length_4():
+    f = gtuning.GTuning(tiny().base_model, 3).eval()
+    _, inputs = batch()
     first = torch.nn.functional.layer_norm(f.encode(**inputs)[:, 0], (32,))
-    assert torch.nn.functional.cosine_similarity(f.features(**inputs), first).min() > 0.9
+    features = f.features(**inputs)
+    assert torch.nn.functional.cosine_similarity(features, first).min() > 0.9
+    assert torch.allclose(features.norm(dim=1), torch.tensor(4.0), atol=1e-3)
 
 
-def test_gtuning_layer_is_a_transformer_layer():
-    """Against torch's own pre-norm layer with the same weights; `token` gives that token's state."""
-    mine, torchs = gtuning.Layer(32, 4, 0.0), torch.nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True)
-    for p in mine.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    names = {"norm1": mine.norm_1, "norm2": mine.norm_2, "linear1": mine.up, "linear2": mine.down, "self_attn.out_proj": mine.out}
-    state = {f"{k}.{part}": getattr(m, part) for k, m in names.items() for part in ("weight", "bias")}
-    torchs.load_state_dict(state | {f"self_attn.in_proj_{part}": torch.cat([getattr(m, part) for m in (mine.query, mine.key, mine.value)]) for part in ("weight", "bias")})
+def test_a_layer_is_torchs_own_pre_norm_layer():
+    mine = gtuning.Layer(32, 4, 0.0)
+    for weight in mine.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    torchs = torch.nn.TransformerEncoderLayer(
+        32, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True)
+    names = {"norm1": mine.norm_1, "norm2": mine.norm_2, "linear1": mine.up, "linear2": mine.down,
+             "self_attn.out_proj": mine.out}
+    state = {}
+    for part in ("weight", "bias"):
+        for name, module in names.items():
+            state[f"{name}.{part}"] = getattr(module, part)
+        rows = [getattr(module, part) for module in (mine.query, mine.key, mine.value)]
+        state[f"self_attn.in_proj_{part}"] = torch.cat(rows)
+    torchs.load_state_dict(state)
+
     x, mask = torch.randn(4, 9, 32), batch()[1]["attention_mask"]
-    want = torchs(x, src_key_padding_mask=mask == 0)
-    assert torch.allclose(mine(x, mask[:, None, None].bool())[mask.bool()], want[mask.bool()], atol=1e-3)
-    assert torch.allclose(mine(x, mask[:, None, None].bool(), torch.tensor([0, 2, 1, 3]))[:, 0], want[range(4), [0, 2, 1, 3]], atol=1e-3)
+    real = mask.bool()
+    expected = torchs(x, src_key_padding_mask=mask == 0)
+    assert torch.allclose(mine(x, real[:, None, None])[real], expected[real], atol=1e-3)
+
+    tokens = torch.tensor([0, 2, 1, 3])
+    chosen = mine(x, real[:, None, None], tokens)
+    assert torch.allclose(chosen[:, 0], expected[range(4), tokens], atol=1e-3)
 
 
-@pytest.mark.parametrize("tune", [False, True])
-def test_gtuning_saved_and_loaded(tune, tmp_path):
-    model = tiny(spread=0.5)
-    model.base_model.save_pretrained(tmp_path / "plm")
-    f = gtuning.GTuning(transformers.AutoModel.from_pretrained(tmp_path / "plm"), 3, pooling="mean", tune_plm=tune).eval()
+@pytest.mark.parametrize("tune", [False, True], ids=["frozen", "tuned"])
+def test_f_is_saved_and_loaded(tune, tmp_path):
+    """A frozen g by its name, a tuned one with its weights."""
+    tiny(spread=0.5).base_model.save_pretrained(tmp_path / "plm")
+    plm = transformers.AutoModel.from_pretrained(tmp_path / "plm")
+    f = gtuning.GTuning(plm, 3, pooling="mean", tune_plm=tune).eval()
     f.config.id2label = {0: "a", 1: "b", 2: "c"}
     if tune:
         torch.nn.init.normal_(f.plm.get_input_embeddings().weight)
     f.save_pretrained(tmp_path / "f")
-    again, (_, inputs) = gtuning.GTuning.from_pretrained(tmp_path / "f"), batch()
-    assert torch.allclose(f.logits(**inputs), again.logits(**inputs), atol=1e-6) and again.config.id2label == {0: "a", 1: "b", 2: "c"}
-    assert os.path.exists(tmp_path / "f/config.json") == tune and not again.training and again.pooling == "mean"
+    again = gtuning.GTuning.from_pretrained(tmp_path / "f")
+    _, inputs = batch()
+    assert torch.allclose(f.logits(**inputs), again.logits(**inputs), atol=1e-6)
+    assert again.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert again.pooling == "mean" and not again.training
+    assert os.path.exists(tmp_path / "f/config.json") == tune
 
 
-def still(folder, to):
-    """The model folder without dropout."""
-    to = str(shutil.copytree(folder, to))
-    config = json.load(open(f"{to}/config.json"))
-    json.dump(config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, open(f"{to}/config.json", "w"))
-    return to
+def test_every_equation_stands_at_its_line():
+    """At a line of code, not in a comment of its own."""
+    code = open(gtuning.__file__, encoding="utf-8").read()
+    core = code[code.index("--  the method\n"):code.index("--  Figure 2\n")]
+    for number in (2, 3, 4, 5, 6):
+        assert re.search(rf"^ +[^#\n]+# Eq\. {number}\b", core, re.M), number
 
 
-def pairs_of_reviews():
-    text = data.toy_rows("film", "train")["text"]
-    return "".join(json.dumps({"sentence1": text[i], "sentence2": text[i + 48], "label": ["no", "yes", "yes"][i % 3]}) + "\n" for i in range(48))
+# -------------------------------------------------------------------------------------- Algorithm 1
 
+class Literal:
+    """Algorithm 1 as it stands in the paper: each sentence goes through g and h again each time it
+    is used, one by one, and D takes its steps one after another."""
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_gtuning_is_algorithm_1(pairs, tiny_folder, tmp_path, cache, monkeypatch):
-    """The script, with its cache and its shortcuts, against the algorithm read literally: every sentence goes through g and h
-    again each time it is used, one by one, and D takes its steps one after another."""
-    folder, N, T, last = still(tiny_folder, tmp_path / "still"), 8, 3, {}
-    files = ["--train_file", write(tmp_path / "p.jsonl", pairs_of_reviews()), "--validation_file", str(tmp_path / "p.jsonl"), "--unlabeled", "toy"] if pairs else []
-    argv = ["--model", folder, "--max_steps", N, "--T", T, "--seeds", 3, "--method", "gtuning", "--batch_size", 8, "--lr", 1e-2,
-            "--adam_eps", 1e-2, "--d_lr", 1e-3, "--micro_batch_size", 4, "--precision", "fp32", *files]   # (a small eps makes steps of rounding errors)
-    keep = common.Run.keep_best
-    monkeypatch.setattr(common.Run, "keep_best", lambda run, metrics, module: (keep(run, metrics, module), last.update(
-        {k: v.clone() for k, v in module.state_dict().items()})))
-    gtuning.main([*map(str, argv), "--output_dir", str(tmp_path)])
+    def __init__(self, argv, rows_a_step, sentences_a_step):
+        args = common.parse(gtuning.flags(), argv, gtuning.recipe)
+        world = common.World(args)
+        setup = common.prepare(args, world, separate=True)
+        pair = "input_ids_2" in setup.train.fields
+        self.seed, = args.seeds
+        self.T = args.T
+        self.d_size = sentences_a_step
+        self.task = setup.train
+        self.B = setup.train.sentences()
+        general = data.general_text(args.unlabeled, len(self.B))
+        task = data.Task("", text="text")
+        self.M = data.encode(general, task, setup.tokenizer, args.max_length)
 
-    args = common.parse(gtuning.flags(), list(map(str, argv)), gtuning.recipe)
-    world = common.World(args)
-    setup = common.prepare(args, world, separate=True)
-    M = data.encode(data.general_text("toy", len(setup.train) * (1 + pairs)), ["text"], setup.tokenizer, args.max_length)
-    B = setup.train.sentences()
-    f = gtuning.GTuning(common.load_model(args, setup.task, setup.tokenizer, 3, world).base_model, 2, pair=pairs)
-    D, size = gtuning.Discriminator(32), 8 * (1 + pairs)
-    batches, of_M, of_B = (data.Batches(split, n, 3 + (k << 32), 0, batching=how) for split, n, k, how in (
-        (setup.train, 8, 0, "length"), (M, size, 1, "random"), (B, size, 2, "random")))
-    x_u, (optimizer, schedule) = data.Batches(M, 8, 3 + (3 << 32), 0), common.build_optimizer(f, args, N)
-    d_optimizer = torch.optim.Adam(D.parameters(), 1e-3, (0.9, 0.999))
+        plm = common.load_model(args, setup, self.seed, world).base_model
+        self.f = gtuning.GTuning(plm, 2, pair=pair)
+        self.D = gtuning.Discriminator(32)
+        self.optimizer, self.schedule = common.build_optimizer(self.f, args, args.max_steps)
+        self.d_optimizer = torch.optim.Adam(self.D.parameters(), 1e-3, (0.9, 0.999))
 
-    def one_by_one(split, rows):
-        inputs = [split.collate(rows[i:i + 1], 0) for i in range(len(rows))]
-        return torch.cat([f.features(x["attention_mask"], input_ids=x["input_ids"], token_type_ids=x["token_type_ids"]) for x in inputs])
+        def order(stream, split, size, how):
+            return data.Batches(split, size, self.seed + (stream << 32), batching=how)
 
-    def learn_f(loss):
+        self.x_t = order(0, self.task, rows_a_step, "length")
+        self.of_M = order(1, self.M, self.d_size, "random")
+        self.of_B = order(2, self.B, self.d_size, "random")
+        self.x_u = order(3, self.M, rows_a_step, "length")
+
+    def one_by_one(self, split, rows):
+        vectors = []
+        for row in rows:
+            inputs = split.collate(np.array([row]))
+            inputs.pop("labels")
+            vectors.append(self.f.features(**inputs))
+        return torch.cat(vectors)
+
+    def l_t(self, step):
+        inputs = self.task.collate(self.x_t.rows(step))
+        return self.f(inputs.pop("labels"), **inputs)[0]
+
+    def optimize_f(self, loss):
         loss.backward()
-        optimizer.step(), schedule.step(), optimizer.zero_grad(), D.zero_grad()
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.D.zero_grad()
 
-    def learn_d(k):
-        e = torch.randn(size, 1, generator=torch.Generator().manual_seed((3 << 32) + k))
+    def optimize_D(self, k):
+        source = torch.Generator().manual_seed((self.seed << 32) + k)
+        e = torch.randn(self.d_size, 1, generator=source)
         with torch.no_grad():
-            f_t, f_u = one_by_one(B, of_B.rows(k)), one_by_one(M, of_M.rows(k))
-        gtuning.discriminator_loss(D, f_t, f_u, 10.0, e)[0].backward()
-        d_optimizer.step(), d_optimizer.zero_grad()
+            f_t = self.one_by_one(self.B, self.of_B.rows(k))
+            f_u = self.one_by_one(self.M, self.of_M.rows(k))
+        gtuning.discriminator_loss(self.D, f_t, f_u, 10.0, e)[0].backward()
+        self.d_optimizer.step()
+        self.d_optimizer.zero_grad()
 
-    for step in range(N // 2):                                              # Eq. 2
-        x = setup.train.collate(batches.rows(step), 0)
-        learn_f(f(x.pop("labels"), **x)[0])
-    for k in range(N // 2):                                                 # Eq. 3
-        learn_d(k)
-    for r in range(N // 2):                                                 # Eq. 6, then T times Eq. 3
-        x = setup.train.collate(batches.rows(N // 2 + r), 0)
-        l_t = f(x.pop("labels"), **x)[0]
-        learn_f(l_t + 0.5 * -D(one_by_one(M, x_u.rows(r))).mean())
-        for t in range(T):
-            learn_d(N // 2 + r * T + t)
-    mine = f.trained.state_dict()
-    assert mine.keys() == last.keys() and all(torch.allclose(mine[k], last[k], atol=2e-5) for k in mine), max(
-        (mine[k] - last[k]).abs().max() for k in mine)
+    def train(self, N):
+        for step in range(N // 2):
+            self.optimize_f(self.l_t(step))                              # Eq. 2
+        for k in range(N // 2):
+            self.optimize_D(k)                                           # Eq. 3
+        for r in range(N // 2):
+            l_g = -self.D(self.one_by_one(self.M, self.x_u.rows(r))).mean()
+            self.optimize_f(self.l_t(N // 2 + r) + 0.5 * l_g)            # Eq. 6
+            for t in range(self.T):
+                self.optimize_D(N // 2 + r * self.T + t)                 # Eq. 3
 
 
-def test_gtuning_cache(tiny_folder, tmp_path, cache, monkeypatch, capsys):
-    """The same numbers as without; shared; a kill while it is built costs what was not marked; too small a disk is told first."""
-    folder = still(tiny_folder, tmp_path / "still")
-    def weights_of(out, *more):
-        result = run("gtuning", folder, tmp_path / out, "--method", "gtuning", *more)
-        state = torch.load(tmp_path / out / "toy/gtuning-0/model/gtuning.pt", weights_only=True)["h"]
-        return result[0]["metrics"], state
-    here = str(tmp_path / "states")
-    real, calls = gtuning.GTuning.encode, []
-    def killed(self, **inputs):
-        calls.append(len(inputs["input_ids"]))
-        if len(calls) == 9 and not os.path.exists(tmp_path / "killed"):
-            (tmp_path / "killed").touch()
-            raise KeyError("killed")
-        return real(self, **inputs)
-    monkeypatch.setattr(gtuning.GTuning, "encode", killed)
-    with pytest.raises(KeyError):
-        weights_of("a", "--cache_dir", here)
-    capsys.readouterr()
-    cached = weights_of("a", "--cache_dir", here, "--resume")
-    told, encoded = capsys.readouterr().out, sum(calls)
-    assert "feature cache: 2000 sentences" in told and "GB in " + here in told
-    calls.clear()
-    assert weights_of("b", "--cache_dir", here)[1].keys() and not calls     # another run finds it
-    assert "feature cache" not in capsys.readouterr().out
-    plain = weights_of("c", "--no_cache")
-    assert sum(calls) > 0 and plain[0] == cached[0]
-    assert all(torch.allclose(plain[1][k], cached[1][k], atol=1e-4) for k in plain[1])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
-    with pytest.raises(UserError, match="--cache_dir .* 0.000 GB are free, the feature cache needs 0.00"):
-        weights_of("d", "--cache_dir", str(tmp_path / "other"))
+@pytest.mark.parametrize("pairs", [False, True], ids=["sentences", "pairs"])
+def test_the_script_equals_algorithm_1_read_literally(pairs, still_folder, small, small_pairs,
+                                                      tmp_path, cache, monkeypatch):
+    """With its cache, micro-batches and shortcuts. (A large eps of Adam, for a small one makes
+    steps of rounding errors.)"""
+    N = 8
+    argv = ["--model", still_folder, "--max_steps", N, "--T", 3, "--seeds", 3, "--method",
+            "gtuning", "--batch_size", 8, "--lr", 1e-2, "--adam_eps", 1e-2, "--d_lr", 1e-3,
+            "--micro_batch_size", 4, "--precision", "fp32"]
+    argv = [str(word) for word in argv] + (small_pairs if pairs else small)
+
+    last = {}
+    critic = {}
+    keep_best = common.Run.keep_best
+
+    def keep_last(self, metrics, module):
+        keep_best(self, metrics, module)
+        for name, value in module.state_dict().items():
+            last[name] = value.clone()
+        critic.update(self.parts["D"].state_dict())
+
+    monkeypatch.setattr(common.Run, "keep_best", keep_last)
+    gtuning.main([*argv, "--output_dir", str(tmp_path)])
+
+    literal = Literal(argv, 8, 16 if pairs else 8)
+    start = {name: value.clone() for name, value in literal.f.trained.state_dict().items()}
+    literal.train(N)
+    expected = literal.f.trained.state_dict()
+    moved = max((expected[name] - start[name]).abs().max().item() for name in start)
+    assert moved > 1e-3
+    assert_same_state(expected, last, 2e-6)
+    expected = literal.D.state_dict()
+    for name in ("layers.3.bias", "output.bias"):      # L_D has no gradient on these: Adam makes
+        del expected[name], critic[name]               # steps of rounding errors
+    assert_same_state(expected, critic, 1e-5)
 
 
-def test_gtuning_embed(tiny_folder, tmp_path, cache, capsys):
-    a, b = torch.tensor([[0.0, 1.0], [0.0, -1.0]]), torch.tensor([[3.0, 1.0], [3.0, -1.0]])
-    assert gtuning.separation(a, b) == 3                                    # means 3 apart, spread 1
-    page = gtuning.picture({"<b>": (a, b)}, "x & y")
-    assert page.count("<circle") == page.count("<rect") == 2 and "<b>:" not in page and "x &amp; y" in page and "http" not in page
-    argv = ["--method", "adapter", "gtuning", "--embed"]
-    run("gtuning", tiny_folder, tmp_path, *argv)
-    saved = {m: np.load(tmp_path / f"toy/{m}-0/embed.npz") for m in ("adapter", "gtuning")}
-    assert all(saved[m][k].shape == (200, 32) for m in saved for k in ("in_domain", "out_of_domain"))
-    told, html = capsys.readouterr().out, (tmp_path / "toy/embed.html").read_text()
-    value = gtuning.separation(*(torch.from_numpy(saved["gtuning"][k]) for k in ("in_domain", "out_of_domain")))
-    assert f"gtuning  {value:.3f}" in told and f"gtuning: {value:.2f}" in html
-    run("gtuning", tiny_folder, tmp_path, *argv)                            # again, from the finished runs: the same
-    assert f"gtuning  {value:.3f}" in capsys.readouterr().out
+def test_vectors_have_no_dropout_and_leave_f_in_train_mode(tiny_folder, small, tmp_path, cache):
+    """Choice 5; and all sentences are there, each in its place."""
+    argv = ["--model", tiny_folder, "--precision", "fp32", "--batch_size", "16", *small]
+    args = common.parse(gtuning.flags(), argv, gtuning.recipe)
+    world = common.World(args)
+    setup = common.prepare(args, world)
+    plm = common.load_model(args, setup, 0, world).base_model
+    f = gtuning.GTuning(plm, 2)
+    rows = np.array([5, 60, 0, 17])
+    found = gtuning.vectors(f, setup.train, rows, world)
+    assert f.training
+    f.eval()
+    for vector, row in zip(found, rows):
+        inputs = setup.train.collate(np.array([row]))
+        inputs.pop("labels")
+        assert torch.allclose(vector, f.features(**inputs)[0], atol=1e-5)
 
 
-def test_general_text(tmp_path):
-    text = " = Heading = \n\n He was born in 1900 . She moved to Paris , and stayed . No .\n 你好世界你好世界你好。第二句话在这里呢呢。\n"
-    rows = data.general_text(write(tmp_path / "m.txt", text), 10)
-    assert sorted(rows["text"]) == sorted(["He was born in 1900 .", "She moved to Paris , and stayed .", "你好世界你好世界你好。", "第二句话在这里呢呢。"])
-    assert data.general_text(str(tmp_path / "m.txt"), 2)["text"] == data.general_text(str(tmp_path / "m.txt"), 10)["text"][:2]
-    assert len(data.general_text("toy", 300)) == 300
+def test_the_adapter_alone_takes_all_its_steps_by_equation_2(tiny_folder, small, tmp_path, cache):
+    result, = tune(tiny_folder, tmp_path, *small, "--method", "adapter", "--log_every", 1)
+    log = log_of(tmp_path / "custom/adapter-0")
+    assert result["steps"] == len(log) == 12
+    assert {line["phase"] for line in log} == {1}
+    assert not any("wasserstein" in line for line in log)
 
 
-def test_split_take_and_sentences():
-    pair = data.Split({"input_ids": (np.arange(5), np.array([0, 2, 5])), "input_ids_2": (np.arange(10, 14), np.array([0, 3, 4]))}, np.array([0, 1]))
-    both, last = pair.sentences(), pair.take(np.array([1]))
-    assert both.lengths.tolist() == [2, 3, 3, 1] and both.labels.tolist() == [0, 1, 0, 1]
-    assert both.collate(np.array([2, 3]), 7)["input_ids"].tolist() == [[10, 11, 12], [13, 7, 7]]
-    assert last.collate(np.array([0]), 7)["input_ids"].tolist() == [[2, 3, 4]] and last.fields["input_ids_2"][0].tolist() == [13]
+def test_n_is_the_number_of_steps_on_f_and_an_odd_one_gives_a_round_more(tiny_folder, small,
+                                                                         tmp_path, cache, capsys):
+    result, = tune(tiny_folder, tmp_path, *small, "--max_steps", 5, "--T", 2, "--log_every", 1)
+    told = capsys.readouterr().out
+    assert "on f N = 5: 2 in phase 1, 3 in phase 3; on D 2 in phase 2, T = 2 for each" in told
+    phases = [line["phase"] for line in log_of(tmp_path / "custom/gtuning-0")]
+    assert phases == [1, 1, 2, 2, 3, 3, 3] and result["steps"] == 7
 
 
-# ---------------------------------------------------------------------------------------------------- data
+def test_the_bar_says_the_phase_and_counts_its_steps(tiny_folder, small, tmp_path, cache,
+                                                     monkeypatch):
+    bars = []
 
-def test_metrics_by_hand():
-    p, y = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 0, 1, 1])       # tp 2, fp 1, fn 1, tn 2
-    assert data.METRICS["accuracy"](p, y) == 4 / 6 and abs(data.METRICS["f1"](p, y) - 4 / 6) < 1e-12
-    assert abs(data.METRICS["mcc"](p, y) - (2 * 2 - 1 * 1) / math.sqrt(3 * 3 * 3 * 3)) < 1e-12
-    assert data.METRICS["mcc"](np.ones(4), np.array([0, 1, 0, 1])) == 0
-    a, b = np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 6.0])             # sum of products 5; 2 and 14
-    assert abs(data.pearson(a, b) - 5 / math.sqrt(2 * 14)) < 1e-12 and abs(data.METRICS["spearman"](a, b) - 1) < 1e-12
-    assert data.ranks(np.array([3.0, 1.0, 3.0])).tolist() == [2.5, 1.0, 2.5]
+    class Bar(common.Progress):
+        def __init__(self, world, name, total, done=0, unit="step"):
+            if unit == "step":
+                bars.append((name, total, done))
+            super().__init__(world, name, total, done, unit)
 
-
-def test_labels_are_mapped_by_name():
-    ocnli, mnli = (data.TASKS[k].label_names for k in ("ocnli", "mnli"))
-    assert data.map_labels(ocnli, mnli).tolist() == [1, 0, 2]               # neutral, entailment, contradiction
-    assert data.map_labels(mnli, data.TASKS["hans"].label_names).tolist() == [0, 1, 1]
-    assert data.map_labels(mnli, data.TASKS["qqp"].label_names).tolist() == [1, 0, 0]           # TDT, Appendix C
-    assert data.map_labels(ocnli, data.TASKS["bustm"].label_names).tolist() == [0, 1, 0]
-    assert data.map_labels(data.TASKS["sst2"].label_names, data.TASKS["imdb"].label_names).tolist() == [0, 1]
-    with pytest.raises(UserError, match="unacceptable.*negative"):
-        data.map_labels(data.TASKS["cola"].label_names, data.TASKS["sst2"].label_names)
+    monkeypatch.setattr(common, "Progress", Bar)
+    tune(tiny_folder, tmp_path, *small, "--method", "adapter", "gtuning")
+    bars = [bar for bar in bars if bar[1]]             # those that have steps to count
+    assert bars == [("custom adapter-0", 12, 0), ("custom gtuning-0 phase 1 of 3, f", 6, 0),
+                    ("custom gtuning-0 phase 2 of 3, D", 6, 0),
+                    ("custom gtuning-0 phase 3 of 3, f and D", 6, 0)]
 
 
-def split_of(lengths, labels=None):
-    values = np.concatenate([np.full(n, i + 5) for i, n in enumerate(lengths)])
-    return data.Split({"input_ids": (values.astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]))},
-                      np.zeros(len(lengths), np.int64) if labels is None else labels)
+def test_a_run_killed_in_any_phase_and_resumed_ends_with_the_same_bits(tiny_folder, small,
+                                                                       tmp_path, cache,
+                                                                       monkeypatch):
+    more = [*small, "--save_every", 3, "--eval_every", 4, "--log_every", 2]
+    whole, = tune(tiny_folder, tmp_path / "whole", *more)
+    steps = [4, 10, 16]                                # one in each phase
+    log = common.Run.log
 
-
-def test_batches():
-    rng = np.random.default_rng(0)
-    split = split_of(rng.gamma(3, 8, 1000).astype(int) + 3)
-    batches = data.Batches(split, 16, seed=1, pad=0)
-    orders = [np.concatenate([batches.rows(e * batches.per_epoch + s) for s in range(batches.per_epoch)]) for e in range(2)]
-    for order in orders:                                                     # every row; the last batch topped up
-        assert len(order) == 63 * 16 and sorted(set(order)) == list(range(1000))
-    shared = [len(set(map(frozenset, o.reshape(-1, 16)))) for o in orders]
-    assert shared == [63, 63] and len(set(map(frozenset, orders[0].reshape(-1, 16))) & set(map(frozenset, orders[1].reshape(-1, 16)))) < 7
-    means = split.lengths[orders[0]].reshape(-1, 16).mean(1)
-    assert abs(np.corrcoef(means, np.arange(63))[0, 1]) < 0.3                # long batches do not come early or late
-    again = data.Batches(split, 16, seed=1, pad=0)
-    assert (again.rows(70) == batches.rows(70)).all()                        # any step at once
-    for step in range(63):
-        again[step]
-    assert again.real / again.computed >= 0.95
-    parts = [data.Batches(split, 16, seed=1, pad=0, rank=r, world=2) for r in range(2)]
-    both = sorted(x for p in parts for m in p[5] for x in (m["input_ids"][:, 0] - 5).tolist())
-    assert both == sorted(batches.rows(5).tolist())
-
-
-def test_collate():
-    split = split_of([2, 4, 3], np.array([0, 1, 0]))
-    out = split.collate(np.array([0, 2]), pad=7)
-    assert out["input_ids"].tolist() == [[5, 5, 7], [7, 7, 7]] and out["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert out["labels"].tolist() == [0, 0] and split.collate(np.array([0]), 7, width=6)["input_ids"].shape == (1, 6)
-
-
-def test_eval_covers_every_row_once():
-    split = split_of(np.random.default_rng(0).integers(3, 60, 101))
-    for world in (1, 3):
-        rows = [r for rank in range(world) for part, _ in data.eval_batches(split, 0, rank, world, tokens=200) for r in part]
-        assert sorted(rows) == list(range(101))
-
-
-def test_train_samples_are_stratified():
-    labels = np.array([0] * 700 + [1] * 200 + [2] * 100)
-    rows = data.subset(labels, 50, seed=3)
-    assert np.bincount(labels[rows]).tolist() == [35, 10, 5] and (rows == data.subset(labels, 50, seed=3)).all()
-    assert not np.array_equal(rows, data.subset(labels, 50, seed=4))
-
-
-def test_micro_batches_give_the_same_update(world):
-    split = split_of(np.random.default_rng(0).integers(4, 30, 64), np.arange(64) % 3)
-    gradients = []
-    for micro in (None, 8, 4):
-        method = r3f.R3F(tiny(dropout=False), eps=0.0)
-        loss, stats = common.backward(method, data.Batches(split, 16, 0, 0, micro=micro)[2], world)
-        gradients.append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
-        assert abs(loss - stats["ce"]) < 1e-6
-    assert all(torch.allclose(gradients[0], g, atol=1e-6) for g in gradients[1:])
-
-
-def test_table_is_consistent():
-    for name, task in data.TASKS.items():
-        assert set(task.metrics.split()) <= set(data.METRICS) and 1 <= len(task.columns) <= 2, name
-        assert "/" in task.path or task.path in ("toy", "") and (task.where or task.path), name
-        assert len(set(task.label_names)) == len(task.label_names) and len(task.label_names) != 1, name
-
-
-@pytest.mark.parametrize("name", ["cola", "afqmc", "qnli", "paws-x", "tnews", "stsb", "csl", "sick"])
-def test_rows_of_the_hubs_shape(name, tmp_path, monkeypatch):
-    """A tiny parquet set with the documented columns and label order goes through `read`, by the call that a hub id makes."""
-    import datasets
-    task = data.TASKS[name]
-    names, split = task.label_names, task.validation.split()[0]
-    column = [3.5, 1.0, 0.0] if task.regression else [1, 0, 1]
-    rows = {c: [["a", "b"] if c == "keyword" else f"{c} {i}" for i in range(3)] for c in task.columns} | {task.label: column, "idx": [0, 1, 2]}
-    features = datasets.Features({**{c: datasets.List(datasets.Value("string")) if c == "keyword" else datasets.Value("string") for c in task.columns},
-                                  task.label: datasets.Value("float32") if task.regression else datasets.ClassLabel(names=names), "idx": datasets.Value("int32")})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "part.parquet")
-    real = datasets.load_dataset
-    def from_disk(path, config, **how):
-        assert path == task.path and (how.get("revision") == "refs/convert/parquet" if task.script else config == task.config)
-        return real("parquet", data_files={split: str(tmp_path / "part.parquet")}, cache_dir=str(tmp_path / "cache"))[how["split"]]
-    monkeypatch.setattr(datasets, "load_dataset", from_disk)
-    out = data.read(task, split, name, common.parse(r3f.flags(), [], r3f.recipe))
-    assert out.column_names == [*task.columns, "label"] and out["label"] == column
-    assert out[0][task.columns[-1]] == f"{task.columns[-1]} 0" and (name != "csl" or out[0]["keyword"] == "a b")
-
-
-# ---------------------------------------------------------------------------------------------------- promises
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_one_file_copied_alone(script, tmp_path):
-    """In a folder that holds nothing else the core imports and trains; transformers is not loaded by it."""
-    shutil.copy(os.path.join(HERE, f"{script}.py"), tmp_path)
-    code = f"import {script}, sys; assert not {{'transformers', 'datasets', 'common', 'data', 'numpy'}} - {{'numpy'}} & set(sys.modules); print('alone')"
-    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout == "alone\n", done.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_quick_and_needs_no_torch(script):
-    code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']\ntry: runpy.run_path({os.path.join(HERE, script + '.py')!r}, run_name='__main__')\nexcept SystemExit: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert "--seeds" in done.stdout and done.stdout.endswith("False\n"), done.stderr
-
-
-def test_layers_are_not_reversed():
-    for name in ("common.py", "data.py"):
-        text = open(os.path.join(HERE, name), encoding="utf-8").read().lower()
-        assert not re.search(r"\b(import|from) (r3f|tdt|gtuning)\b", text) and not re.search(r"\b(r4f|tdt-hard|discriminator|triplet)\b", text), name
-
-
-@pytest.mark.parametrize("script, method", [("r3f", "std"), ("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt"), ("tdt", "tdt-hard"), ("gtuning", "adapter"), ("gtuning", "gtuning")])
-def test_same_command_same_bits(script, method, tiny_folder, tmp_path, cache):
-    a, b = (run(script, tiny_folder, tmp_path / x, "--method", method) for x in "ab")
-    assert a[0]["metrics"] == b[0]["metrics"] and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    log = [json.loads(line) for line in open(tmp_path / f"a/toy/{method}-0/log.jsonl")]
-    assert log[-1]["step"] == a[0]["steps"] and {"loss", "lr", "epoch", "examples_per_second"} <= log[-1].keys()
-
-
-@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt"), ("gtuning", "gtuning")])
-def test_stopped_and_resumed_is_bit_for_bit(script, method, tiny_folder, tmp_path, cache, monkeypatch):
-    """A run that ends with an exception at some moments and is resumed ends as one that was not; so does the best state."""
-    more = ["--method", method, "--save_every", 3, "--eval_every", 4, "--log_every", 2]
-    whole = run(script, tiny_folder, tmp_path / "whole", *more)
-    steps, real = [5, 10, 16][:2 + (script == "gtuning")], common.Run.log    # of gtuning: one in each phase
-    def breaks(self, *terms, **plain):
+    def dies(self, *terms, **plain):
         if steps and self.step == steps[0]:
             steps.pop(0)
             raise KeyError("killed")
-        real(self, *terms, **plain)
-    monkeypatch.setattr(common.Run, "log", breaks)
-    while steps:
+        log(self, *terms, **plain)
+
+    monkeypatch.setattr(common.Run, "log", dies)
+    for _ in range(3):
         with pytest.raises(KeyError):
-            run(script, tiny_folder, tmp_path / "parts", *more, "--resume")
-    parts = run(script, tiny_folder, tmp_path / "parts", *more, "--resume")
-    assert parts[0]["metrics"] == whole[0]["metrics"] and parts[0]["best"] == whole[0]["best"]
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    logs = [[{k: v for k, v in json.loads(x).items() if k != "examples_per_second"} for x in open(tmp_path / f"{p}/toy/{method}-0/log.jsonl")] for p in ("whole", "parts")]
-    assert [x["step"] for x in logs[0]] == [x["step"] for x in logs[1]]
+            tune(tiny_folder, tmp_path / "parts", *more, "--resume")
+    parts, = tune(tiny_folder, tmp_path / "parts", *more, "--resume")
+    assert parts["metrics"] == whole["metrics"]
+    assert_same_state(learned(tmp_path / "whole/custom/gtuning-0"),
+                        learned(tmp_path / "parts/custom/gtuning-0"))
 
 
-def test_sigkill_and_sigterm(tiny_folder, tmp_path, cache, one_thread):
-    """A real kill, then a real SIGTERM (which saves and exits with 143), then the end: the same bits as without."""
-    from concurrent.futures import ThreadPoolExecutor
-    flags = lambda script: ["--method", script, "--max_steps", 80, "--save_every", 10, "--precision", "fp32"]
-    def ended_after_a_checkpoint(script, number, *how):
-        newest = lambda: max(map(os.path.getmtime, glob.glob(str(tmp_path / script / "toy/*/checkpoint.pt"))), default=0)
-        before, out = newest(), command(script, tiny_folder, tmp_path / script, *flags(script), *how)
-        while newest() <= before and out.poll() is None:
-            time.sleep(0.02)
-        out.send_signal(number)
-        return out.communicate()[0], out.returncode
-    def killed_and_terminated(script):
-        return ended_after_a_checkpoint(script, signal.SIGKILL)[1], *ended_after_a_checkpoint(script, signal.SIGTERM, "--resume")
-    with ThreadPoolExecutor() as pool:                                        # (their time is their start's)
-        ends = dict(zip(SCRIPTS, pool.map(killed_and_terminated, SCRIPTS)))
-    for script, (killed, text, status) in ends.items():
-        assert (killed, status) == (-signal.SIGKILL, 143) and "resumes at step" in text and "--resume" in text.splitlines()[-1], text
-        run(script, tiny_folder, tmp_path / "whole", *flags(script))
-        run(script, tiny_folder, tmp_path / script, *flags(script), "--resume")
-        assert same(weights(tmp_path / "whole/toy" / f"{script}-0"), weights(tmp_path / script / "toy" / f"{script}-0"))
+# -------------------------------------------------------------------------------- the feature cache
 
+def test_a_kill_while_the_cache_is_built_costs_what_was_not_marked(still_folder, small, tmp_path,
+                                                                   cache, monkeypatch, capsys):
+    """And the numbers are the same as without it, and another run finds it."""
+    here = str(tmp_path / "states")
+    rows = data.toy_rows("film", "validation")
+    lines = [f'"{text}",negative\n' for text in rows["text"][:400]]
+    long = write(tmp_path / "long.csv", "text,label\n" + "".join(lines))         # of two batches
+    small = [*small, "--validation_file", long]
+    encode = gtuning.GTuning.encode
+    encoded = []
+    kills = ["after B, M and the first batch of the validation rows"]
 
-def test_damaged_checkpoints(tiny_folder, tmp_path, cache, capsys, monkeypatch):
-    real = data.Batches.__getitem__
-    def breaks(self, step):
-        if step == 10:
+    def dies_once(self, **inputs):
+        encoded.append(len(inputs["input_ids"]))
+        if kills and len(encoded) == 4:
+            kills.pop()
             raise KeyError("killed")
-        return real(self, step)
-    monkeypatch.setattr(data.Batches, "__getitem__", breaks)
+        return encode(self, **inputs)
+
+    monkeypatch.setattr(gtuning.GTuning, "encode", dies_once)
     with pytest.raises(KeyError):
-        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 3)
-    monkeypatch.setattr(data.Batches, "__getitem__", real)
-    newest, before = (tmp_path / f"toy/r3f-0/checkpoint{x}.pt" for x in ("", "-before"))
-    good = newest.read_bytes()
-    flipped = bytearray(good)
-    flipped[len(good) // 2] ^= 1
-    for wrong in (good[:len(good) // 2], b"", bytes(flipped)):
-        shutil.copytree(tmp_path / "toy", tmp_path / "copy/toy", dirs_exist_ok=True)
-        (tmp_path / "copy/toy/r3f-0/checkpoint.pt").write_bytes(wrong)
-        run("r3f", tiny_folder, tmp_path / "copy", "--method", "r3f", "--save_every", 3, "--resume")
-        told = capsys.readouterr().out
-        assert "checkpoint.pt is damaged" in told and "resumes at step 6" in told
-        shutil.rmtree(tmp_path / "copy")
-    newest.write_bytes(b"x")
-    before.write_bytes(good[:1000])
-    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
-        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 3, "--resume")
+        tune(still_folder, tmp_path / "a", *small, "--cache_dir", here)
+    assert sum(encoded) == 64 + 64 + 400
+    told = capsys.readouterr().out
+    assert told.count("feature cache: 64 sentences") == 2 and f"GB in {here}" in told
+
+    encoded.clear()
+    cached, = tune(still_folder, tmp_path / "a", *small, "--cache_dir", here, "--resume")
+    assert sum(encoded) == 400 and "feature cache" not in capsys.readouterr().out
+
+    encoded.clear()
+    again, = tune(still_folder, tmp_path / "b", *small, "--cache_dir", here)
+    assert not encoded and "feature cache" not in capsys.readouterr().out
+
+    plain, = tune(still_folder, tmp_path / "c", *small, "--no_cache")
+    assert encoded
+    assert plain["metrics"] == cached["metrics"] == again["metrics"]
+    with_it, without = (learned(tmp_path / f"{out}/custom/gtuning-0") for out in "ac")
+    assert_same_state(with_it, without, 1e-4)
 
 
-def test_other_flags_are_refused(tiny_folder, tmp_path, cache):
-    run("r3f", tiny_folder, tmp_path, "--method", "std")
-    with pytest.raises(UserError, match=r"--lr 0.0005 \(now 0.1\)"):
-        run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 0.1)
-    assert run("r3f", tiny_folder, tmp_path, "--method", "std")[0]["steps"] == 12          # the same flags: its results
-    lock = open(tmp_path / "toy/std-0/.lock", "w")
-    import fcntl
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another run"):
-        run("r3f", tiny_folder, tmp_path, "--method", "std", "--overwrite")
+def test_a_cache_of_pairs_gives_the_same_numbers(still_folder, small_pairs, tmp_path, cache):
+    flags = [*small_pairs, "--micro_batch_size", 4, "--pooling", "mean"]
+    cached, = tune(still_folder, tmp_path / "a", *flags)
+    plain, = tune(still_folder, tmp_path / "b", *flags, "--no_cache")
+    assert cached["metrics"] == plain["metrics"]
+    with_it, without = (learned(tmp_path / f"{out}/custom/gtuning-0") for out in "ab")
+    assert_same_state(with_it, without, 1e-4)
 
 
-@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "gtuning")])
-def test_two_processes_end_like_one(script, method, tiny_folder, tmp_path, cache, one_thread):
-    """Dropout off, eps 0: one process, and two with micro-batches, end within 1e-5."""
-    folder = still(tiny_folder, tmp_path / "still")
-    more = ["--method", method, "--max_steps", 8, "--precision", "fp32", *(["--eps", 0] if script == "r3f" else [])]
-    two = command(script, folder, tmp_path / "2", *more, torchrun=2)
-    run(script, folder, tmp_path / "1", *more)
-    text = two.communicate()[0]
-    assert two.returncode == 0, text
-    assert same(weights(tmp_path / "1"), weights(tmp_path / "2"), 1e-5) and text.count("in percent") == 1
-    results = [json.load(open(tmp_path / f"{n}/toy/{method}-0/results.json")) for n in (1, 2)]
-    assert results[0]["metrics"] == results[1]["metrics"] and results[1]["world_size"] == 2
+def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small, tmp_path, cache,
+                                                             monkeypatch):
+    full = argparse.Namespace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(UserError, match="--cache_dir .* 0.000 GB are free, the feature cache "
+                                        "needs 0.00.*--no_cache"):
+        tune(still_folder, tmp_path, *small, "--cache_dir", tmp_path / "states")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_profile(script, tiny_folder, tmp_path, cache, capsys):
-    """Rows for each method in each order; nothing is written."""
-    more = [] if script == "gtuning" else ["--batching", "length", "padded"]
-    seconds = run(script, tiny_folder, tmp_path / "out", "--profile", 3, *more)
-    lines = capsys.readouterr().out.splitlines()
-    table = [line.split() for line in lines[[i for i, line in enumerate(lines) if "ms/step" in line][0] + 1:]]
-    assert seconds.shape == (3, 3, len(table)) and (seconds > 0).all() and not os.path.exists(tmp_path / "out")
-    assert table[0][-1] == "1.00" and all(float(row[-1]) > 0 and float(row[2]) > 0 for row in table)
-    kinds = ["cached", "encoded"] if script == "gtuning" else ["length", "padded"]
-    assert [row[1] for row in table] == [kind for kind in kinds for _ in SCRIPTS[script].recipe(argparse.Namespace(task="toy", model=None))["method"]]
-    real = {row[1]: float(row[5].rstrip("%")) for row in table}
-    assert script == "gtuning" or real["length"] > real["padded"]
+def test_flags_that_change_no_number_of_a_method_are_no_part_of_its_runs(tiny_folder, small,
+                                                                         tmp_path, cache, capsys):
+    more = [*small, "--method", "adapter"]
+    first = tune(tiny_folder, tmp_path, *more)
+    again = tune(tiny_folder, tmp_path, *more, "--no_cache", "--cache_dir", tmp_path / "other",
+                "--T", 7, "--unlabeled", "nowhere")
+    assert again == first and "finished before" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--layers 3 .now 2."):
+        tune(tiny_folder, tmp_path, *more, "--layers", 2)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_compiled_layers_give_the_same_numbers(script, tiny_folder, tmp_path, cache, monkeypatch):
-    """Every method trains and evaluates with --compile. (Here the layers are traced but not translated, which takes long.)"""
-    traced, compile = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, dynamic: traced.append(layer) or compile(layer, backend="eager", dynamic=dynamic))
-    losses, methods = [], {"r3f": ["std", "r3f", "r4f"], "tdt": ["std", "tdt", "tdt-hard"], "gtuning": ["adapter", "gtuning"]}[script]
-    for flags in ([], ["--compile"]):
-        run(script, tiny_folder, tmp_path / str(len(flags)), "--max_steps", 4, "--log_every", 1, "--method", *methods, *flags)
-        losses += [[json.loads(line)["loss"] for m in methods for line in open(tmp_path / str(len(flags)) / "toy" / f"{m}-0" / "log.jsonl")]]
-    assert np.allclose(*losses, rtol=1e-5) and len(losses[0]) == (10 if script == "gtuning" else 12)
-    assert len(traced) == (2 * 5 if script == "gtuning" else 3 * 2)           # of each model: h's three layers and BERT's two
+# ----------------------------------------------------------------------------------------- the text
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The sentences of M of the runs in this test, as texts."""
+    texts = []
+    draw_general = gtuning.draw_general
+
+    def keeps(args, setup, wanted, world):
+        M = draw_general(args, setup, wanted, world)
+        for row in range(len(M)):
+            ids = M.collate(np.array([row]))["input_ids"][0]
+            texts.append(setup.tokenizer.decode(ids, skip_special_tokens=True))
+        return M
+
+    monkeypatch.setattr(gtuning, "draw_general", keeps)
+    return texts
 
 
-def test_dropout_draws_fast_and_well():
-    """The masks that --help does not speak of: in share, dtype, layout and seed as torch's own, in sdpa's dropout too."""
-    common.speed_up_cpu()
-    for p in (0.0, 0.1, 0.9, 1.0):
-        torch.manual_seed(0)
-        x = torch.empty(1000, 1001).t().bernoulli_(p)
-        assert abs(x.mean().item() - p) < 0.002 and set(x.unique().tolist()) <= {0.0, 1.0}
-        assert (x.float().std(0).mean() - (p * (1 - p)) ** 0.5).abs() < 0.002 and (x.std(1).mean() - (p * (1 - p)) ** 0.5).abs() < 0.002
-        torch.manual_seed(0)
-        assert torch.equal(x, torch.empty(1000, 1001).t().bernoulli_(p)) and (p in (0, 1) or not torch.equal(x, torch.empty_like(x).bernoulli_(p)))
-    spectrum = torch.fft.rfft(torch.empty(10**6).bernoulli_(0.5) - 0.5).abs()
-    assert torch.fft.irfft(spectrum.square())[1:].abs().max() < 0.01 * 10**6 / 4            # autocorrelation: no number tells another
-    mask = torch.empty(10000, dtype=torch.bool).bernoulli_(0.3)
-    assert mask.dtype == torch.bool and 2700 < mask.sum() < 3300 and torch.empty(0).bernoulli_(0.3).numel() == 0
-    v = torch.ones(1, 1, 400, 400)
-    out = torch.nn.functional.scaled_dot_product_attention(v, v, v, dropout_p=0.1)
-    assert out.unique().numel() > 5 and abs(out.mean().item() - 1) < 0.01
+def test_general_text_of_a_table_is_its_text_column(drawn, tiny_folder, small, tmp_path, cache,
+                                                    capsys):
+    """Too little of it repeats, which is said."""
+    path = write(tmp_path / "m.csv", "id,text,label\n1,good plot good plot,bad actor\n"
+                                     "2,boring cast boring cast,bad actor\n")
+    tune(tiny_folder, tmp_path / "out", *small, "--unlabeled", path)
+    assert sorted(drawn) == ["boring cast boring cast", "good plot good plot"]
+    assert "M: 2 sentences, 64 wanted: they repeat" in capsys.readouterr().out
 
 
-def test_loss_that_is_not_finite(tiny_folder, tmp_path, cache):
-    with pytest.raises(UserError, match=r"step \d+: not finite: loss nan.*rows of the batch: \d+ \d+.*last good checkpoint is"):
-        run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 1e30, "--save_every", 1, "--warmup", 0.5)
+def test_there_are_as_many_sentences_of_general_text_as_of_the_task(drawn, tiny_folder, small,
+                                                                    small_pairs, tmp_path, cache,
+                                                                    capsys):
+    tune(tiny_folder, tmp_path / "a", *small, "--train_samples", 40)
+    assert len(drawn) == 40
+    drawn.clear()
+    tune(tiny_folder, tmp_path / "b", *small_pairs)
+    assert len(drawn) == 2 * 48
+    assert "they repeat" not in capsys.readouterr().out
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.system, ("touch " + Bomb.mark,)
+def test_the_adapter_reads_no_general_text(drawn, tiny_folder, small, tmp_path, cache):
+    tune(tiny_folder, tmp_path, *small, "--method", "adapter", "--unlabeled", "nowhere")
+    assert drawn == []
 
 
-def test_no_code_from_a_checkpoint_or_a_model_runs(tiny_folder, tmp_path, cache, capsys):
-    Bomb.mark = str(tmp_path / "ran")
-    os.makedirs(tmp_path / "toy/r3f-0")
-    torch.save({"args": Bomb(), "step": 3}, tmp_path / "toy/r3f-0/checkpoint.pt")
-    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
-        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--resume")
-    folder = shutil.copytree(tiny_folder, tmp_path / "evil")
-    os.remove(folder / "model.safetensors")
-    torch.save({"bert.embeddings.word_embeddings.weight": Bomb()}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="--model .*evil"):
-        run("r3f", str(folder), tmp_path / "out", "--method", "std")
-    with open(folder / "pytorch_model.bin", "wb") as f:
-        pickle.dump(Bomb(), f)
-    with pytest.raises(UserError, match="--model .*evil"):
-        run("r3f", str(folder), tmp_path / "out2", "--method", "std")
-    assert not os.path.exists(Bomb.mark)
+# ----------------------------------------------------------------------------------------- Figure 2
+
+def test_the_separation_by_hand():
+    a = torch.tensor([[0.0, 1.0], [0.0, -1.0]])
+    b = torch.tensor([[3.0, 1.0], [3.0, -1.0]])
+    assert gtuning.separation(a, b) == 3               # means 3 apart, spread 1
 
 
-def test_full_disk(tiny_folder, tmp_path, cache, monkeypatch):
-    """A write that fails with "no space left" ends the run with one line; the checkpoint before it is whole."""
-    real, count = torch.save, []
-    class Full:
-        def __init__(self, f):
-            self.f = f
-        def write(self, part):
-            self.f.write(bytes(part)[:10])
-            raise OSError(28, "No space left on device")
-    def full(state, f):
-        count.append(1)
-        real(state, Full(f) if len(count) == 2 else f)
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="checkpoint.pt: No space left on device; the last good checkpoint is"):
-        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 3)
-    assert torch.load(tmp_path / "toy/r3f-0/checkpoint.pt", weights_only=True)["step"] == 3
-    assert not glob.glob(str(tmp_path / "toy/r3f-0/*.tmp"))
+def marks(panel, kind):
+    """The places (n, 2) of a panel's squares or circles."""
+    x, y = {"rect": ("x", "y"), "circle": ("cx", "cy")}[kind]
+    found = re.findall(rf'<{kind} {x}="([-\d.]+)" {y}="([-\d.]+)"', panel)
+    return np.array(found, float)
 
 
-# ---------------------------------------------------------------------------------------------------- your own files
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def own(folder, name="t.csv", rows=40, text="text,label\n" + "".join(f"good plot {i},{'yes' if i % 2 else 'no'}\n" for i in range(40))):
-    return write(folder / name, text)
-
-
-def test_own_files(tiny_folder, tmp_path, cache):
-    rows = [("really good plot", "yes"), ("bad actor", "no"), ("007", "yes"), ("NA", "no")] * 5
-    files = {"csv": "text,label\n" + "".join(f"{t},{y}\n" for t, y in rows), "tsv": "text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in rows),
-             "jsonl": "".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows), "json": json.dumps([{"text": t, "label": y} for t, y in rows])}
-    for kind, text in files.items():
-        path = write(tmp_path / f"d.{kind}", text)
-        args = common.parse(r3f.flags(), ["--train_file", path, "--validation_file", path, "--batch_size", "4"], r3f.recipe)
-        task, train, own_rows, _, _ = data.load(args)
-        assert task.label_names == ["no", "yes"] and train["text"][2:4] == ["007", "NA"] and train["label"][:2] == [1, 0], kind
-    marked = write(tmp_path / "marked.csv", "\ufeff" + files["csv"].replace(",yes", ", yes "))        # as spreadsheets and people write
-    args = common.parse(r3f.flags(), ["--train_file", marked, "--validation_file", path, "--batch_size", "4"], r3f.recipe)
-    assert data.load(args)[0].label_names == ["no", "yes"]
-    import gzip
-    with gzip.open(tmp_path / "d.csv.gz", "wt") as f:
-        f.write(files["csv"])
-    assert len(data.read_file(str(tmp_path / "d.csv.gz"), "--train_file")) == 20
-    test = write(tmp_path / "unlabelled.csv", "text\nlovely script\nboring cast\n")
-    out = run("r3f", tiny_folder, tmp_path / "out", "--method", "std", "--train_file", tmp_path / "d.csv", "--validation_file", tmp_path / "d.tsv",
-              "--test_file", test, "--batch_size", 4)
-    told = open(tmp_path / "out/custom/std-0/predictions-test.tsv").read().splitlines()
-    assert told[0] == "index\tprediction" and len(told) == 3 and {x.split("\t")[1] for x in told[1:]} <= {"no", "yes"}
-    config = json.load(open(tmp_path / "out/custom/std-0/model/config.json"))
-    assert config["id2label"] == {"0": "no", "1": "yes"} and out[0]["task"] == "custom"
+def test_all_panels_of_figure_2_have_one_scale():
+    a, b = clouds(rows=50)
+    panels = [("small", a, b), ("large & <wide>", 2 * a, 2 * b)]
+    body = gtuning.figure_body(panels, "50 sentences of <one>", "50 of two")
+    assert "square: in domain, 50 sentences of &lt;one&gt;" in body
+    assert "circle: out of domain, 50 of two" in body
+    assert "large &amp; &lt;wide&gt;" in body
+    small, large = body.split("<figure>")[1:]
+    for kind, offset in (("rect", 2.5), ("circle", 0)):
+        small_places = marks(small, kind) + offset - 150
+        large_places = marks(large, kind) + offset - 150
+        assert len(small_places) == 50
+        assert np.allclose(large_places, 2 * small_places, atol=0.2)
+        assert abs(large_places).max() < 150
 
 
-def test_regression_file(tiny_folder, tmp_path, cache):
-    path = write(tmp_path / "r.csv", "sentence1,sentence2,score\n" + "".join(f"good plot,bad plot,{i / 10}\n" for i in range(20)))
-    more = ["--train_file", path, "--validation_file", path, "--label_column", "score", "--batch_size", 4]
-    out = run("r3f", tiny_folder, tmp_path / "out", "--method", "std", *more)
-    assert set(out[0]["metrics"]["validation"]) == {"pearson", "spearman"}
-    with pytest.raises(UserError, match="--method r3f: must be std"):
-        run("r3f", tiny_folder, tmp_path / "out", "--method", "r3f", *more)
+def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(tiny_folder, small, tmp_path,
+                                                                     cache, capsys):
+    flags = [*small, "--method", "adapter", "gtuning", "--embed", "--eval_tasks", "toy-food"]
+    results = tune(tiny_folder, tmp_path, *flags)
+    told = capsys.readouterr().out
+    page = (tmp_path / "custom/embed.html").read_text()
+    assert page.count("<figure>") == 2 and "http" not in page and "<script" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert "64 sentences of validation" in page and "200 sentences of toy-food" in page
+    for result in results:
+        method = result["method"]
+        saved = np.load(tmp_path / f"custom/{method}-0/embed.npz")
+        a, b = (torch.from_numpy(saved[name]) for name in ("in_domain", "out_of_domain"))
+        assert a.shape == (64, 32) and b.shape == (200, 32)
+        value = gtuning.separation(a, b)
+        assert f"{method:<8} {value:.3f}" in told
+        own, further = (100 * result["metrics"][name]["accuracy"]
+                        for name in ("validation", "toy-food"))
+        caption = (f"{method}, {tiny_folder}, seed 0: accuracy {own:.1f} on validation, accuracy "
+                   f"{further:.1f} on toy-food, separation {value:.2f}")
+        assert caption in page
+
+    tune(tiny_folder, tmp_path, *flags)                 # again, from the finished runs
+    again = capsys.readouterr().out
+    assert f"gtuning  {value:.3f}" in again and "finished before" in again
 
 
-BAD = [  # arguments (files by name, written by the test), what the line must contain
-    ("r3f", ["--task", "colla"], "--task: invalid choice: 'colla'"), ("r3f", ["--method", "r5f"], "--method: invalid choice: 'r5f'"),
-    ("r3f", ["--lam", "-1"], "--lam: must be a number from 0, got '-1'"), ("r3f", ["--eps", "nan"], "--eps: must be a number from 0, got 'nan'"),
-    ("r3f", ["--lr", "0"], "--lr: must be a number above 0, got '0'"), ("r3f", ["--lr", "inf"], "--lr: must be"), ("r3f", ["--lr", "fast"], "--lr: must be"),
-    ("r3f", ["--batch_size", "0"], "--batch_size: must be a whole number from 1"), ("r3f", ["--batch_size", "2.5"], "--batch_size"),
-    ("r3f", ["--batch_size", "999"], "--batch_size 999: must be at most the 320"), ("r3f", ["--seeds", "-1"], "--seeds: must be"),
-    ("r3f", ["--epochs", "0"], "--epochs: must be a number above 0"), ("r3f", ["--max_steps", "0"], "--max_steps: must be"),
-    ("r3f", ["--epochs", "1", "--max_steps", "3"], "not allowed with"), ("r3f", ["--warmup", "-1"], "--warmup: must be"),
-    ("r3f", ["--noise", "laplace"], "--noise: invalid choice: 'laplace'"), ("r3f", ["--max_length", "0"], "--max_length: must be a whole number from 4"),
-    ("r3f", ["--max_length", "65"], "--max_length 65: must be from 4 to 64"), ("r3f", ["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
-    ("r3f", ["--eval_tasks", "imbd"], "--eval_tasks imbd: must be among toy"), ("r3f", ["--train_samples", "8"], "--train_samples 8: must be at least --batch_size"),
-    ("r3f", ["--train_samples", "321"], "--train_samples 321: must be at most the 320"), ("r3f", ["--precision", "fp16"], "--precision: invalid choice"),
-    ("r3f", ["--betas", "0.9", "1.0"], "--betas: must be"), ("r3f", ["--grad_clip", "-0.1"], "--grad_clip: must be"), ("r3f", ["--profile", "-1"], "--profile"),
-    ("r3f", ["--model", "no/such-model"], "--model no/such-model"), ("r3f", ["--model", "NOPAD"], "no pad token"), ("r3f", ["--model", "EMPTY"], "--model"),
-    ("r3f", ["--model", "NOWEIGHTS"], "cannot be loaded with a classification head"), ("r3f", ["--init_from", "nowhere"], "--init_from nowhere: must be"),
-    ("r3f", ["--task", "cola-ood"], "--local_file cola-ood=FILE"), ("r3f", ["--output_dir", "AFILE"], "--output_dir"),
-    ("r3f", ["--task", "toy", "--train_file", "good.csv"], "--task toy: cannot go together"), ("r3f", ["--train_file", "good.csv"], "--validation_file: both"),
-    ("r3f", ["--test_file", "good.csv"], "--train_file and --validation_file: both"), ("r3f", ["--train_file", "no.csv", "--validation_file", "good.csv"], "no.csv: no such file"),
-    ("r3f", ["--train_file", "dir.csv", "--validation_file", "good.csv"], "dir.csv: is a directory"),
-    ("r3f", ["--train_file", "t.txt", "--validation_file", "good.csv"], "t.txt: must end in .csv"),
-    ("r3f", ["--train_file", "empty.csv", "--validation_file", "good.csv"], "empty.csv: is empty"),
-    ("r3f", ["--train_file", "header.csv", "--validation_file", "good.csv"], "header.csv: has no rows"),
-    ("r3f", ["--train_file", "latin.csv", "--validation_file", "good.csv"], "latin.csv: cannot be read as csv"),
-    ("r3f", ["--train_file", "bad.jsonl", "--validation_file", "good.csv"], "bad.jsonl: cannot be read as jsonl"),
-    ("r3f", ["--train_file", "hole.jsonl", "--validation_file", "good.csv"], "hole.jsonl: row 7: no text in column 'text'"),
-    ("r3f", ["--train_file", "gap.csv", "--validation_file", "good.csv"], "gap.csv: row 7: no label in column 'label'"),
-    ("r3f", ["--train_file", "good.csv", "--validation_file", "nan.csv"], "nan.csv: row 7: no label in column 'label'"),
-    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--predict", "test"], "--predict test: is for tasks of the table"),
-    ("r3f", ["--predict", "nope"], "--task toy: has no split nope"), ("r3f", ["--local_file", "foo"], "--local_file foo=: must be NAME=FILE"),
-    ("r3f", ["--local_file", "imdbb=good.csv"], "--local_file imdbb=good.csv: must be"), ("r3f", ["--resume", "--overwrite"], "not allowed with"),
-    ("tdt", ["--run", "R3F", "--drop"], "--run R3F: must be the folder of a finished run of std, tdt or tdt-hard: its method is r3f"),
-    ("tdt", ["--run", "NOTHING", "--drop"], "--run NOTHING: must be the folder of a finished run"), ("tdt", ["--explain", " "], "--explain: must have a text"),
-    ("tdt", ["--explain", "a ||| b ||| c"], "--explain: must have a text"), ("tdt", ["--run", "TDT", "--task", "toy-food", "--drop"], "is a run of toy; must be of toy-food"),
-    ("gtuning", ["--max_steps", "1"], "--max_steps 1: must be at least 2"),
-    ("r3f", ["--train_file", "other.csv", "--validation_file", "good.csv"], "no column text"),
-    ("r3f", ["--train_file", "good.csv", "--validation_file", "other.csv"], "no column 'text'"),
-    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--text_columns", "a"], "no column 'a' (--text_columns)"),
-    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--text_columns", "a", "b", "c"], "must be one or two names"),
-    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--label_column", "y"], "no column 'y' (--label_column)"),
-    ("r3f", ["--train_file", "good.csv", "--validation_file", "unseen.csv"], "label 'maybe' is not in the training file"),
-    ("r3f", ["--train_file", "same.csv", "--validation_file", "same.csv"], "all labels are 'no'"),
-    ("r3f", ["--train_file", "one.csv", "--validation_file", "one.csv"], "all labels are"),
-    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--batch_size", "64"], "--batch_size 64: must be at most the 40"),
-    ("r3f", ["--train_file", "good.csv", "--validation_file", "good.csv", "--test_file", "other.csv"], "other.csv: no column 'text'"),
-    ("tdt", ["--alpha", "-1"], "--alpha: must be"), ("tdt", ["--mu0", "max"], "--mu0: invalid choice"), ("tdt", ["--tau", "0"], "--tau: must be a number above 0"),
-    ("tdt", ["--rates", "2"], "--rates: must be"), ("tdt", ["--run", "nowhere", "--drop"], "--run nowhere: must be the folder of a finished run"),
-    ("tdt", ["--method", "std", "--drop"], "need a run of tdt"), ("tdt", ["--explain_file", "nowhere"], "--explain_file"), ("tdt", ["--lam", "1"], "unrecognized arguments: --lam"),
-    ("tdt", ["--method", "r3f"], "--method: invalid choice: 'r3f'"), ("tdt", ["--margin", "nan"], "--margin: must be"), ("tdt", ["--draws", "0"], "--draws: must be"),
-    ("gtuning", ["--method", "tdt"], "--method: invalid choice: 'tdt'"), ("gtuning", ["--T", "0"], "--T: must be a whole number from 1"),
-    ("gtuning", ["--beta", "-1"], "--beta: must be"), ("gtuning", ["--epsilon", "cauchy"], "--epsilon: invalid choice"),
-    ("gtuning", ["--d_lr", "nan"], "--d_lr: must be a number above 0"), ("gtuning", ["--gp_weight", "inf"], "--gp_weight: must be"),
-    ("gtuning", ["--unlabeled", "no/such:corpus"], "--unlabeled no/such:corpus: must be a text file, or ID:CONFIG:SPLIT"), ("gtuning", ["--unlabeled", "t.txt"], "--unlabeled t.txt: holds no sentence"),
-    ("gtuning", ["--unlabeled", "dir.csv"], "--unlabeled dir.csv: must be a text file"), ("gtuning", ["--unlabeled", "latin.csv"], "--unlabeled latin.csv: must be a text file"),
-    ("gtuning", ["--train_file", "good.csv", "--validation_file", "good.csv", "--embed"], "--embed: needs --eval_tasks"),
-    ("gtuning", ["--pooling", "max"], "--pooling: invalid choice"), ("gtuning", ["--layers", "0"], "--layers: must be"),
-]
+def test_figure_2_is_not_drawn_while_flags_are_chosen(tiny_folder, small, tmp_path, cache):
+    tune(tiny_folder, tmp_path, *small, "--method", "adapter", "--embed", "--eval_tasks",
+        "toy-food", "--dev_samples", 20, "--choosing")
+    assert not os.path.exists(tmp_path / "custom/embed.html")
 
 
-@pytest.mark.parametrize("script, args, line", BAD, ids=[" ".join(a)[:60] for _, a, _ in BAD])
-def test_wrong_input(script, args, line, tiny_folder, tmp_path, cache, monkeypatch):
-    good = own(tmp_path, "good.csv")
-    for name, text in {"t.txt": "x", "empty.csv": "", "header.csv": "text,label\n", "other.csv": "review,label\nfine,yes\n", "bad.jsonl": '{"text": "a", "label"\n',
-                       "hole.jsonl": "".join(json.dumps({"label": ["no", "yes"][i % 2]} | ({"text": "fine"} if i != 6 else {})) + "\n" for i in range(40)),
-                       "unseen.csv": "text,label\nfine,maybe\n", "same.csv": "text,label\n" + "fine,no\n" * 40, "one.csv": "text,label\nfine,yes\n", "AFILE": "x"}.items():
-        write(tmp_path / name, text)
-    for name, label in (("gap.csv", ""), ("nan.csv", "nan")):
-        write(tmp_path / name, "text,label\n" + "".join(f"fine,{label if i == 6 else ['no', 'yes'][i % 2]}\n" for i in range(40)))
-    for name, results in (("R3F", {"method": "r3f"}), ("NOTHING", {}), ("TDT", {"method": "tdt", "task": "toy"})):
-        os.makedirs(tmp_path / name)
-        write(tmp_path / name / "results.json", json.dumps(results))
+# --------------------------------------------------------------------------------------- the script
+
+SLOW_RANK_0 = """
+import sys
+import time
+sys.path.insert(0, {here!r})
+import common
+import gtuning
+save_pretrained = gtuning.GTuning.save_pretrained
+
+def slow(self, folder):
+    time.sleep(3)
+    save_pretrained(self, folder)
+
+gtuning.GTuning.save_pretrained = slow
+sys.exit(common.cli(gtuning.main))
+"""
+
+
+def test_two_processes_end_like_one_and_wait_for_the_model_of_rank_0(still_folder, small, tmp_path,
+                                                                     cache):
+    """Rank 0 takes its time to write model/, which --embed and --predict read on all ranks."""
+    script = write(tmp_path / "slow.py", SLOW_RANK_0.format(here=HERE))
+    test_file = small[1]
+    flags = [*small, "--test_file", test_file, "--embed", "--eval_tasks", "toy-food", "--lr", "1e-2",
+             "--adam_eps", "1e-2", "--d_lr", "1e-2", "--beta", "5", "--eval_every", "99"]
+    port = random.randint(20000, 60000)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               f"--master_port={port}", script, "--model", still_folder, "--seeds", "0",
+               "--max_steps", "12", "--batch_size", "16", "--precision", "fp32", "--output_dir",
+               str(tmp_path / "2"), *flags]
+    two = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    one, = tune(still_folder, tmp_path / "1", *flags)
+    told = two.communicate()[0]
+    assert two.returncode == 0, told
+    assert told.count("in percent") == 1
+
+    folders = [tmp_path / f"{n}/custom/gtuning-0" for n in "12"]
+    assert_same_state(learned(folders[0]), learned(folders[1]), 1e-5)
+    both = json.load(open(folders[1] / "results.json"))
+    assert both["world_size"] == 2 and both["metrics"] == one["metrics"]
+    vectors = [np.load(folder / "embed.npz")["in_domain"] for folder in folders]
+    assert np.allclose(*vectors, atol=1e-4)
+    assert len(open(folders[1] / "predictions-test.tsv").readlines()) == 65
+
+
+def test_profile_times_the_steps_from_states_and_from_texts(tiny_folder, small, tmp_path, cache,
+                                                            capsys):
+    both = ["--method", "adapter", "gtuning"]
+    seconds = tune(tiny_folder, tmp_path / "out", *small, *both, "--profile", 2)
+    rows = re.findall(r"^(\w+, \w+) ", capsys.readouterr().out, re.M)
+    assert rows == ["adapter, cached", "gtuning, cached", "adapter, encoded", "gtuning, encoded"]
+    assert seconds.shape == (3, 2, 4) and (seconds > 0).all()
+    assert not os.path.exists(tmp_path / "out")
+
+    tune(tiny_folder, tmp_path / "out", *small, "--profile", 1, "--tune", "all")
+    assert re.findall(r"^(\w+, \w+) ", capsys.readouterr().out, re.M) == ["gtuning, encoded"]
+
+
+def test_the_recipe_is_that_of_section_3_1():
+    def recipe(task):
+        return gtuning.recipe(argparse.Namespace(task=task, model=None))
+
+    name, values = recipe("sst2")
+    assert name == "gtuning: section 3.1"
+    assert values["model"] == "FacebookAI/roberta-large"
+    assert (values["batch_size"], values["micro_batch_size"], values["epochs"]) == (64, 32, 10)
+    for task in ("xnli", "paws-x"):
+        assert recipe(task)[1]["model"] == "FacebookAI/xlm-roberta-large"
+    name, values = recipe("toy")
+    assert name == "toy" and values["threads"] == 1 and values["unlabeled"] == "toy"
+
+
+# The flags, and what the line must say.
+WRONG = """
+--method tdt                | --method: invalid choice: 'tdt'
+--T 0                       | --T: must be a whole number from 1
+--beta -1                   | --beta: must be
+--epsilon cauchy            | --epsilon: invalid choice
+--d_lr nan                  | --d_lr: must be a number above 0
+--gp_weight inf             | --gp_weight: must be
+--pooling max               | --pooling: invalid choice
+--layers 0                  | --layers: must be
+--max_steps 1               | --max_steps 1: must be at least 2
+--weight_noise 0.15         | --weight_noise 0.15: needs --tune all
+--unlabeled no/such:corpus  | --unlabeled no/such:corpus: must be a text file, or ID:CONFIG:SPLIT
+--unlabeled t.txt           | --unlabeled t.txt: holds no sentence
+--unlabeled dir.csv         | --unlabeled dir.csv: is a directory
+--unlabeled latin.csv       | --unlabeled latin.csv: cannot be read as csv
+--unlabeled other.csv       | --unlabeled other.csv: no column 'text' among ['review', 'label']
+--train_file good.csv --validation_file good.csv --embed | --embed: needs --eval_tasks
+"""
+
+
+@pytest.mark.parametrize("case", WRONG.strip().split("\n"))
+def test_wrong_flags_are_refused_in_one_line(case, tiny_folder, tmp_path, cache, monkeypatch):
+    flags, line = (part.strip() for part in case.split(" | "))
+    write(tmp_path / "t.txt", "x")
+    write(tmp_path / "other.csv", "review,label\nfine,yes\n")
+    write(tmp_path / "good.csv", "text,label\n" + "good plot,yes\nbad plot,no\n" * 20)
     (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,yes\n".encode("latin-1"))
     os.makedirs(tmp_path / "dir.csv")
-    os.makedirs(tmp_path / "EMPTY")
-    for name in ("NOPAD", "NOWEIGHTS"):
-        shutil.copytree(tiny_folder, tmp_path / name)
-    os.remove(tmp_path / "NOWEIGHTS/model.safetensors")
-    settings = json.load(open(tmp_path / "NOPAD/tokenizer_config.json"))
-    json.dump({k: v for k, v in settings.items() if k != "pad_token"} | {"pad_token": None}, open(tmp_path / "NOPAD/tokenizer_config.json", "w"))
     monkeypatch.chdir(tmp_path)
-    base = ["--model", tiny_folder] if "--model" not in args else []
-    loaded = []
-    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: loaded.append(1) or (_ for _ in ()).throw(OSError("no weights")))
+    length = [] if "--max_steps" in flags else ["--max_steps", "2"]
     with pytest.raises(UserError) as error:
-        SCRIPTS[script].main([*base, "--seeds", "0", "--max_steps", "2", *args] if "--epochs" not in args and "--max_steps" not in args else [*base, *args])
-    assert line in str(error.value) and "\n" not in str(error.value).strip(), str(error.value)
-    assert bool(loaded) == ("NOWEIGHTS" in args or "AFILE" in args and bool(loaded))
+        gtuning.main(["--model", tiny_folder, "--seeds", "0", *length, *flags.split()])
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_plain_fine_tuning_is_one_run_for_all_scripts(tiny_folder, tmp_path, cache, capsys):
-    """std of r3f.py and of tdt.py: the second finds the first one's; other shared flags are another run; a damaged result is told."""
-    first = run("r3f", tiny_folder, tmp_path, "--method", "std")
-    assert run("tdt", tiny_folder, tmp_path, "--method", "std", "--alpha", 3) == first and "finished before" in capsys.readouterr().out
-    with pytest.raises(UserError, match="other flags: --lr 0.0005 .now 0.001."):
-        run("tdt", tiny_folder, tmp_path, "--method", "std", "--lr", 1e-3)
-    write(tmp_path / "toy/std-0/results.json", '{"task": ')
-    with pytest.raises(UserError, match="results.json: is damaged"):
-        run("r3f", tiny_folder, tmp_path, "--method", "std")
-
-
-def test_a_signal_is_not_taken_for_a_model_that_cannot_be_loaded(tiny_folder, tmp_path, cache, monkeypatch):
-    monkeypatch.setitem(common.signals, "caught", 0)
-    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: common.on_signal(signal.SIGINT, None))
-    with pytest.raises(UserError, match="stopped by a signal") as error:
-        run("r3f", tiny_folder, tmp_path)
-    assert error.value.status == 130
-
-
-def test_one_line_and_status_2(tiny_folder, tmp_path):
-    done = subprocess.run([sys.executable, os.path.join(HERE, "r3f.py"), "--lr", "-3"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr == "r3f.py: --lr: must be a number above 0, got '-3'\n"
-
-
-# ---------------------------------------------------------------------------------------------------- the toy world
-
-def test_toy_world_end_to_end(cache, tmp_path):
-    """`python r3f.py` as a newcomer runs it: pre-training matters out of domain, nothing is at its ceiling."""
-    start = time.time()
-    results = r3f.main(["--output_dir", str(tmp_path), "--seeds", "0"])
-    folder = glob.glob(os.path.join(cache, "toy-bert", "*"))[0]
-    scores = {r["method"]: {k: v["accuracy"] for k, v in r["metrics"].items()} for r in results}
-    model = transformers.BertForMaskedLM.from_pretrained(folder)
-    model.apply(model._init_weights)
-    scratch = str(tmp_path / "scratch")
-    transformers.BertForMaskedLM(model.config).save_pretrained(scratch)
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(scratch)
-    random_start = r3f.main(["--output_dir", str(tmp_path / "r"), "--seeds", "0", "--method", "std", "--model", scratch])[0]["metrics"]
-    print(scores, random_start, time.time() - start)
-    assert scores["std"]["toy-food"] > random_start["toy-food"]["accuracy"] + 0.2
-    assert 0.85 < scores["std"]["validation"] < 0.95 and scores["std"]["toy-food"] < scores["std"]["validation"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "toy/r3f-0/model")
-    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "toy/r3f-0/model")
-    rows = data.toy_rows("film", "validation")
-    with torch.no_grad():
-        logits = again(**tokenizer(list(rows["text"]), padding=True, return_tensors="pt")).logits
-    assert abs((logits.argmax(1).numpy() == np.array(rows["label"])).mean() - scores["r3f"]["validation"]) < 1e-9
+def test_a_model_that_is_no_encoder_is_refused(tiny_folder, small, tmp_path, cache):
+    folder = str(shutil.copytree(tiny_folder, tmp_path / "bart"))
+    config = transformers.BartConfig(**TWO_SIDED | {"vocab_size": 200, "pad_token_id": 0})
+    transformers.BartForSequenceClassification(config).save_pretrained(folder)
+    with pytest.raises(UserError, match="--model .*bart: plm must be an encoder, got BartModel"):
+        tune(folder, tmp_path / "out", *small, "--method", "adapter")
