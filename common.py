@@ -1,12 +1,15 @@
 """What the scripts share: flags, processes, models, evaluation, runs and their files. No method.
 
+    python common.py runs              the report: finished runs as one table, with its page
+
     1  flags                           parser, parse, number
     2  processes and signals           cli, World, processes, Progress
     3  model, optimizer, backward      prepare, load_model, build_optimizer, backward
     4  predictions and scores          predict, evaluate
     5  a run                           Run: its folder, log, checkpoints and results
     6  states of a frozen encoder      CachedSplit, the feature cache
-    7  tables, pages, --profile        print_table, html_page, profile_methods
+    7  tables, pages, --profile        print_table, html_page, profile_methods, tsne
+       the report                      main_report
     8  masked language modelling       toy_model
 """
 import argparse
@@ -23,7 +26,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import textwrap
 import time
 import zipfile
 from dataclasses import dataclass
@@ -33,7 +38,8 @@ import numpy as np
 import data
 from data import UserError, first_line
 
-if not {"-h", "--help"} & set(sys.argv):               # the help needs no torch, and comes at once
+# Neither the help nor the report needs torch, and both come at once.
+if __name__ != "__main__" and not {"-h", "--help"} & set(sys.argv):
     import torch
     from torch import distributed as dist
 
@@ -1214,7 +1220,8 @@ class Run:
         import transformers
         rate = self.step * self.args.batch_size / max(self.seconds, 1e-9)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__,
-                    "transformers": transformers.__version__, "device": str(self.world)}
+                    "transformers": transformers.__version__, "device": str(self.world),
+                    "commit": commit_of_code()}
         return {
             "task": self.args.task, "method": self.method, "seed": self.seed,
             "model": self.args.model, "main_metric": next(iter(next(iter(metrics.values())))),
@@ -1223,6 +1230,17 @@ class Run:
             "padding_efficiency": round(padding_efficiency, 4),
             "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size,
             "args": self.identity, "versions": versions}
+
+
+def commit_of_code():
+    """The commit of these files, with a + if they were changed since; None outside a repository."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always",
+             "--dirty=+", "--exclude=*"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def main_value(metrics):
@@ -1284,7 +1302,10 @@ def search(main, flags, recipe, methods, argv):
             scores.append(best["value"] if best else main_value(result["metrics"]))
         chosen = cells[int(np.argmax(scores))]
         write_search(args, method, cells, scores, chosen)
-        results += main([*argv, "--grid", "--method", method, *chosen])
+        found = main([*argv, "--grid", "--method", method, *chosen])
+        note_search(args, found, {flag: values for flag, values in grid.items()
+                                  if any(cell.startswith(f"--{flag}=") for cell in chosen)})
+        results += found
     if int(os.environ.get("RANK", 0)) == 0:
         print_table(print, results, args, started)
     return results
@@ -1320,6 +1341,17 @@ def cell_flags(argv, method, args, cell):
     folder = os.path.join(args.output_dir, "grid", name)
     return [*argv, "--grid", "--method", method, "--seeds", str(args.seeds[0]), "--choosing",
             "--output_dir", folder, *cell]
+
+
+def note_search(args, results, searched):
+    """Puts into each results.json which flags were searched over which values."""
+    for result in results:
+        result["searched"] = searched
+        folder = os.path.join(args.output_dir, args.task, f"{result['method']}-{result['seed']}")
+        path = os.path.join(folder, "results.json")
+        if int(os.environ.get("RANK", 0)) == 0 and os.path.exists(path):
+            text = json.dumps(result, indent=1).encode()
+            write_safely(path, lambda file: file.write(text))
 
 
 def write_search(args, method, cells, scores, chosen):
@@ -1633,6 +1665,1268 @@ def print_profile(args, world, counted, seconds):
                   f"{real:6.1%} {rate / 1e9:8.1f} {rate / peak:8.1%}{memory} {t / seconds[0]:6.2f}")
 
 
+def square_distances(x):
+    """Squared Euclidean distances of all pairs of rows: (n, H) -> (n, n)."""
+    norms = np.square(x).sum(1)
+    return np.maximum(norms[:, None] + norms - 2 * x @ x.T, 0)
+
+
+def affinities(x, perplexity):
+    """p(j | i): how likely point i would pick j as its neighbour. (n, H) -> (n, n), rows sum to 1.
+
+    Each point has a Gaussian of its own. Its width is found by bisection, such that the entropy of
+    the row is log(perplexity): as if that many neighbours were equally likely.
+    """
+    distances = square_distances(x)
+    np.fill_diagonal(distances, np.inf)
+    distances -= distances.min(1, keepdims=True)       # a row has at least one exp(0)
+    np.fill_diagonal(distances, 0)
+
+    n = len(x)
+    low = np.zeros((n, 1))
+    high = np.full((n, 1), np.inf)
+    sharpness = np.full((n, 1), 1 / distances.mean())                    # 1 / (2 sigma_i^2)
+    for _ in range(64):
+        p = np.exp(-sharpness * distances)
+        np.fill_diagonal(p, 0)
+        total = p.sum(1, keepdims=True)
+        p = p / total
+        entropy = np.log(total) + sharpness * (p * distances).sum(1, keepdims=True)
+        too_wide = entropy > np.log(perplexity)
+        low = np.where(too_wide, sharpness, low)
+        high = np.where(too_wide, high, sharpness)
+        sharpness = np.where(np.isinf(high), 2 * sharpness, (low + high) / 2)
+    return p
+
+
+def tsne(x, perplexity=30.0, steps=1000):
+    """Exact t-SNE (van der Maaten and Hinton, JMLR 2008): (n, H) -> (n, 2).
+
+    The same on every call: it starts from the two principal axes. It keeps a few (n, n) arrays.
+    ValueError unless n > 3 * perplexity, as a point needs that many others to tell near from far,
+    and if all points are the same.
+    """
+    x = np.asarray(x, np.float64)
+    n = len(x)
+    if n <= 3 * perplexity:
+        raise ValueError(f"perplexity {perplexity:g}: must be less than a third of the {n} points")
+    x = x - x.mean(0)
+    if not square_distances(x).any():
+        raise ValueError(f"the {n} points are all the same")
+
+    p = affinities(x, perplexity)
+    p = np.maximum((p + p.T) / (2 * n), 1e-12)                           # p_ij, all sum to 1
+    p = p.astype(np.float32)                           # half the time of float64
+    axes = np.linalg.svd(x, full_matrices=False)[2][:2]
+    y = x @ axes.T                                                       # (n, 2)
+    y = (1e-4 * y / y[:, 0].std()).astype(np.float32)
+
+    move = np.zeros_like(y)
+    gain = np.ones_like(y)
+    rate = max(n / 48, 50)
+    for step in range(steps):
+        early = step < 250                             # clusters form: p counts 12 times as much
+        exaggeration = 12 if early else 1
+        momentum = 0.5 if early else 0.8
+
+        # Gradient of KL(P || Q), where Q is Student's t with one degree of freedom.
+        weights = 1 / (1 + square_distances(y))
+        np.fill_diagonal(weights, 0)
+        q = weights / weights.sum()
+        pull = (exaggeration * p - q) * weights                          # (n, n)
+        gradient = 4 * (pull.sum(1, keepdims=True) * y - pull @ y)       # (n, 2)
+
+        # A coordinate that keeps its direction goes faster, one that turns goes slower.
+        keeps = gradient * move < 0
+        gain = np.maximum(np.where(keeps, gain + 0.2, gain * 0.8), 0.01)
+        move = momentum * move - rate * gain * gradient
+        y = y + move
+        y = y - y.mean(0)
+    return y
+
+
+# --------------------------------------------------------------------------  the report: statistics
+
+# Student's t of 1 to 30 degrees of freedom: 97.5 % lie below.
+T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+         2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+         2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423)
+
+
+def t_interval(differences):
+    """95 % interval of the mean of n paired differences, by Student's t: (low, high).
+
+    nan for a single difference, which says nothing of the spread.
+    """
+    n = len(differences)
+    if n < 2:
+        return math.nan, math.nan
+    df = n - 1
+    if df <= len(T_975):
+        t = T_975[df - 1]
+    else:
+        t = 1.95996 + 2.3722 / df + 2.8224 / df**2     # Cornish and Fisher's expansion
+    half = t * np.std(differences, ddof=1) / math.sqrt(n)
+    mean = np.mean(differences)
+    return float(mean - half), float(mean + half)
+
+
+def bootstrap_interval(differences, draws=10000, seed=0):
+    """95 % interval of the mean of n paired differences, by bootstrap over them: (low, high).
+
+    It assumes no distribution, but with few differences it is too narrow: see INTERVALS.
+    """
+    differences = np.asarray(differences, float)
+    n = len(differences)
+    if n < 2:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    means = differences[rng.integers(n, size=(draws, n))].mean(1)        # (draws,)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+# Student's is the default. Of normal differences, 95 % of its intervals hold the true mean for any
+# number of seeds; of the bootstrap's 84 % with 5 seeds, 89 % with 8 and 90 % with 10.
+INTERVALS = {"t": t_interval, "bootstrap": bootstrap_interval}
+
+
+def paired_bootstrap(metric, labels, predictions_a, predictions_b, draws=10000, seed=0):
+    """95 % interval of metric(a) - metric(b), by bootstrap over seeds and rows: (low, high).
+
+    labels (rows,); predictions (seeds, rows) of two methods, seed by seed the same.
+    metric(predictions, labels) -> number. A draw takes seeds first, then rows, both with
+    replacement and the same ones for both methods, and computes the metric anew.
+    """
+    labels = np.asarray(labels)
+    predictions_a = np.asarray(predictions_a)
+    predictions_b = np.asarray(predictions_b)
+    if predictions_a.shape != predictions_b.shape or predictions_a.shape[1:] != labels.shape:
+        raise ValueError(f"predictions must be (seeds, rows) alike and labels (rows,), got "
+                         f"{predictions_a.shape}, {predictions_b.shape} and {labels.shape}")
+    rng = np.random.default_rng(seed)
+    all_seeds, all_rows = predictions_a.shape
+    means = np.zeros(draws)
+    for draw in range(draws):
+        seeds = rng.integers(all_seeds, size=all_seeds)
+        rows = rng.integers(all_rows, size=all_rows)
+        differences = []
+        for i in seeds:
+            score_a = metric(predictions_a[i, rows], labels[rows])
+            score_b = metric(predictions_b[i, rows], labels[rows])
+            differences.append(score_a - score_b)
+        means[draw] = np.mean(differences)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def wilcoxon(differences):
+    """Exact two-sided p of Wilcoxon's signed-rank test on n paired differences.
+
+    Zeros are dropped, tied ranks averaged. p is the share of the 2^n patterns of signs whose sum of
+    signed ranks is as far from 0 as the observed one, or farther. The patterns are counted by their
+    sums, rank after rank, and not listed: n may be in the hundreds. Differences that are equal to
+    10 decimals are tied: rounding must not tell two accuracies' differences apart.
+
+        wilcoxon([1.2, -0.4, 0.7, 2.1, 0.3, -0.2]) = 14 / 64 = 0.21875
+    """
+    differences = np.round(np.asarray(differences, float), 10)
+    differences = differences[differences != 0]
+    doubled = np.rint(2 * data.ranks(np.abs(differences))).astype(int)   # whole in spite of ties
+    total = int(doubled.sum())
+    share = np.zeros(total + 1)                        # share[k]: patterns whose positive ones
+    share[0] = 1                                       # sum to k
+    for rank in doubled:
+        with_it = np.zeros(total + 1)
+        with_it[rank:] = share[:total + 1 - rank]
+        share = (share + with_it) / 2
+    sums = 2 * np.arange(total + 1) - total            # the positive ranks less the negative ones
+    observed = abs(np.sum(np.sign(differences) * doubled))
+    return float(min(1.0, share[np.abs(sums) >= observed].sum()))
+
+
+def smallest_p(n, tests=1):
+    """The least that `wilcoxon` can give for n differences; tests: after `holm` for so many."""
+    return min(1.0, tests * 2.0**(1 - n))
+
+
+def needed(tests=1):
+    """How many differences it takes at least to reach .05: 6 of a single test."""
+    return 1 + math.ceil(math.log2(20 * tests))
+
+
+def holm(ps):
+    """p of several tests after Holm's step-down correction, in the order given.
+
+        holm([0.01, 0.04, 0.03]) = [0.03, 0.06, 0.06]
+    """
+    corrected = [0.0] * len(ps)
+    largest = 0.0
+    for place, i in enumerate(np.argsort(ps, kind="stable")):
+        largest = max(largest, (len(ps) - place) * ps[i])
+        corrected[i] = min(1.0, largest)
+    return corrected
+
+
+@dataclass
+class Difference:
+    """n paired differences to the baseline, in points."""
+    n: int
+    mean: float
+    std: float                     # n - 1 in the denominator; nan for one alone
+    low: float                     # the 95 % interval of the mean
+    high: float
+    p: float
+    wins: int                      # differences above 0
+    losses: int                    # below
+
+    def verdict(self, p, tests=1):
+        """What it shows, in words. p: after the correction for so many tests."""
+        if self.n < needed(tests):
+            return "too few to show"
+        if p <= 0.05 and self.low > 0:
+            return "better"
+        if p <= 0.05 and self.high < 0:
+            return "worse"
+        return "no difference shown"
+
+
+def summarise_differences(differences, interval):
+    """A Difference of (n,) paired differences in points. interval: a name of INTERVALS."""
+    differences = np.round(differences, 10)            # as in `wilcoxon`
+    low, high = INTERVALS[interval](differences)
+    std = math.nan
+    if len(differences) > 1:
+        std = float(differences.std(ddof=1))
+    return Difference(
+        len(differences), float(differences.mean()), std, low, high, wilcoxon(differences),
+        int((differences > 0).sum()), int((differences < 0).sum()))
+
+
+# ---------------------------------------------------------------  the report: reading finished runs
+
+# Flags that change neither what is trained nor which state of it is scored.
+NOT_COMPARED = {"task", "eval_tasks", "log_every"}
+
+# Flags of all scripts that make a method of their own of the one that is trained with them.
+METHOD_FLAGS = ["weight_noise", "post_train"]
+
+
+@functools.cache
+def default_flags():
+    """{flag: default} of the flags that all scripts have, as json gives them back."""
+    defaults = vars(parser(" ", [], []).parse_args([]))
+    return json.loads(json.dumps(defaults))
+
+
+def result_line(results):
+    """A run's results.json as one small dict: the line that is kept of it.
+
+    All that a table needs is in it: a table of kept lines is that of the runs. flags: all of the
+    script's own, and of those that all scripts have the ones that are not a default. searched:
+    {flag: values} of a search that chose the run's flags, if there was one.
+    """
+    flags = {}
+    for name, value in results["args"].items():
+        is_default = name in default_flags() and default_flags()[name] == value
+        if name != "task" and not is_default:
+            flags[name] = value
+    best = results.get("best")
+    if isinstance(best, dict):
+        best = {"step": best.get("step"), "seconds": best.get("seconds")}
+    versions = results.get("versions")
+    if not isinstance(versions, dict):
+        versions = {}
+
+    line = {"task": results.get("task"), "method": results["method"], "seed": results.get("seed"),
+            "metrics": results["metrics"], "best": best, "steps": results.get("steps"),
+            "seconds": results.get("train_seconds"), "device": versions.get("device"),
+            "flags": flags, "commit": versions.get("commit")}
+    if "searched" in results:
+        line["searched"] = results["searched"]
+    return line
+
+
+def check_line(line):
+    """ValueError unless a line has what a table needs."""
+    if not isinstance(line, dict):
+        raise ValueError("is no object")
+    kinds = {"task": str, "method": str, "seed": int, "metrics": dict, "flags": dict}
+    for name, kind in kinds.items():
+        if not isinstance(line.get(name), kind):
+            raise ValueError(f"{name!r} is missing or wrong")
+    searched = line.get("searched", {})
+    if not isinstance(searched, dict) or not all(isinstance(x, list) for x in searched.values()):
+        raise ValueError("'searched' is wrong")
+    for name in ("steps", "seconds"):
+        if line.get(name) is not None and not is_number(line[name]):
+            raise ValueError(f"{name!r} is no number")
+    if not line["metrics"]:
+        raise ValueError("'metrics' is empty")
+    for metrics in line["metrics"].values():
+        if not isinstance(metrics, dict) or not metrics:
+            raise ValueError("'metrics' is wrong")
+        if not all(map(is_number, metrics.values())):
+            raise ValueError("a metric is no finite number")
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+@dataclass
+class Finished:
+    """A finished run as the report reads it."""
+    where: str                     # its folder, or FILE:LINE of a kept line
+    line: dict                     # see result_line
+    flags: dict                    # all flags, defaults too
+    column: str                    # its method, and those of the flags --by that are not a default
+    curve: dict                    # {step: main metric} of its looks; empty of a kept line
+
+    @property
+    def task(self):
+        return self.line["task"]
+
+    @property
+    def seed(self):
+        return self.line["seed"]
+
+    @property
+    def seconds_a_step(self):
+        """None where it is not known."""
+        if not self.line.get("seconds") or not self.line.get("steps"):
+            return None
+        return self.line["seconds"] / self.line["steps"]
+
+    @property
+    def seconds_to_best(self):
+        """Of training, to the state that was kept; None where there was one look alone."""
+        best = self.line.get("best")
+        if isinstance(best, dict) and is_number(best.get("seconds")):
+            return best["seconds"]
+        return None
+
+
+def finished_run(where, line, by, curve):
+    """A Finished of a line that is checked. ValueError says what is wrong with it."""
+    check_line(line)
+    defaults = default_flags()
+    flags = {**defaults, **line["flags"]}
+    words = [line["method"]]
+    for name in by:
+        if flags.get(name) != defaults.get(name):
+            words.append(f"{name}={flags[name]}")
+    return Finished(where, line, flags, " ".join(words), curve)
+
+
+def find_runs(folder):
+    """(folders of finished runs, of unfinished ones, files of kept lines) below, in order."""
+    finished = []
+    unfinished = []
+    kept = []
+    for here, inner, names in os.walk(folder):
+        inner[:] = sorted(set(inner) - {".git", "grid"})                 # grid: of a search
+        if "results.json" in names:
+            finished.append(here)
+        elif "log.jsonl" in names:
+            unfinished.append(here)
+        for name in sorted(names):
+            other = name.startswith(("log", "predictions", "probes"))
+            if name.endswith(".jsonl") and not other:
+                kept.append(os.path.join(here, name))
+    return finished, unfinished, kept
+
+
+def read_run(folder, by, left_out):
+    """A Finished of a run's folder, or None of one that is damaged, which is then told."""
+    path = os.path.join(folder, "results.json")
+    try:
+        line = result_line(read_results(path))
+        curve = read_curve(os.path.join(folder, "log.jsonl"), left_out)
+        return finished_run(folder, line, by, curve)
+    except UserError as error:
+        left_out.append(str(error))
+    except ValueError as error:
+        left_out.append(f"{path}: {error}")
+    except OSError as error:
+        left_out.append(f"{path}: cannot be read: {error.strerror}")
+    return None
+
+
+def read_curve(path, left_out):
+    """{step: main metric} of the looks in a log. Lines that are damaged are told and left out."""
+    curve = {}
+    damaged = 0
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            texts = file.read().splitlines()
+    except OSError:
+        return curve
+    for text in texts:
+        try:
+            look = read_look(text)
+        except (ValueError, TypeError, AttributeError, KeyError, StopIteration):
+            damaged += 1
+            continue
+        if look:
+            step, value = look
+            curve[step] = value
+    if damaged:
+        left_out.append(f"{path}: {counted(damaged, 'damaged line')}")
+    return curve
+
+
+def read_look(text):
+    """(step, main metric) of a log's line; None if it is not that of an evaluation."""
+    line = json.loads(text)
+    if line.get("metrics") is None:
+        return None
+    value = main_value(line["metrics"])
+    if not is_number(line["step"]) or not is_number(value):
+        raise ValueError("no number")
+    return line["step"], value
+
+
+def read_kept(path, by, left_out):
+    """The Finished of a file of kept lines, without those that are damaged."""
+    runs = []
+    damaged = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            texts = file.read().splitlines()
+    except OSError as error:
+        left_out.append(f"{path}: cannot be read: {error.strerror}")
+        return runs
+    for number, text in enumerate(texts, 1):
+        where = f"{path}:{number}"
+        try:
+            runs.append(finished_run(where, json.loads(text), by, {}))
+        except ValueError as error:
+            damaged.append(f"{where}: is damaged ({first_line(error)})")
+    if damaged and not runs:
+        damaged = [f"{path}: holds no line of a run"]
+    left_out.extend(damaged)
+    return runs
+
+
+def read_places(places, by, left_out):
+    """[(title, runs)]: one of all runs below the folders, and one of each file of kept lines.
+
+    left_out gets a line on whatever could not be read. UserError if a place has no finished run.
+    """
+    folders = []
+    groups = {}                                        # {where the lines are: runs}
+    for place in places:
+        if not os.path.exists(place):
+            raise UserError(f"{place}: must be a folder, or a file of kept lines")
+        finished, unfinished, kept = find_runs(place)
+        if os.path.isfile(place):
+            kept = [place]
+        found = 0
+        told = len(left_out)
+        for path in finished:
+            run = read_run(path, by, left_out)
+            if run:
+                groups.setdefault("", []).append(run)
+                found += 1
+        for path in kept:
+            groups[os.path.realpath(path)] = read_kept(path, by, left_out)
+            found += len(groups[os.path.realpath(path)])
+        left_out.extend(f"{path}: is not finished" for path in unfinished)
+        if not found:
+            reason = f" ({left_out[told]})" if len(left_out) > told else ""
+            raise UserError(f"{place}: must hold a finished run's results.json, or kept lines "
+                            f"(.jsonl){reason}")
+        if finished:
+            folders.append(os.path.basename(os.path.abspath(place)))
+
+    named = []
+    for path, runs in groups.items():
+        title = os.path.splitext(os.path.basename(path))[0] or ", ".join(dict.fromkeys(folders))
+        if runs:
+            named.append((title, in_order(runs)))
+    return named
+
+
+def in_order(runs):
+    """The runs by task as in data.TASKS, by method and by seed, wherever they were found."""
+    names = [*data.TASKS]
+
+    def place_of(run):
+        known = names.index(run.task) if run.task in names else len(names)
+        return known, run.task, run.column, run.seed
+
+    return sorted(runs, key=place_of)
+
+
+def keep_lines(path, runs, by, free):
+    """Writes the runs' lines to a file of kept lines, beside or instead of those that are there.
+
+    What cannot stand in one table is refused, see refuse_unlike. Returns all runs of the file.
+    """
+    left_out = []
+    there = read_kept(path, by, left_out) if os.path.exists(path) else []
+    if left_out:
+        raise UserError(f"--keep {left_out[0]}")
+    refuse_unlike([*there, *runs], free)
+    lines = {(run.task, run.column, run.seed): run for run in [*there, *runs]}
+    runs = in_order(lines.values())
+    text = "".join(json.dumps(run.line) + "\n" for run in runs)
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write_safely(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise UserError(f"--keep {path}: cannot be written: {error.strerror}") from error
+    return runs
+
+
+# ----------------------------------------------------------------  the report: what may be compared
+
+def refuse_unlike(runs, free):
+    """UserError if two runs of one task differ in what is not the method. free: flags that may.
+
+    The seeds of a method must have all flags alike; the methods of a task those that all scripts
+    have, but for what all of them searched over the same values. A flag that one of the runs lacks
+    came later.
+    """
+    first = {}                                         # {(task, method): a run}
+    for run in runs:
+        other = first.setdefault((run.task, run.column), run)
+        names = set(run.flags) & set(other.flags) - free
+        refuse_flags(run, other, names, f"the runs of {run.column} on {run.task}")
+
+    of_task = {}
+    for run in first.values():
+        other = of_task.setdefault(run.task, run)
+        mine = run.line.get("searched", {})
+        theirs = other.line.get("searched", {})
+        searched = {name for name in mine if mine[name] == theirs.get(name)}
+        names = set(default_flags()) - free - searched
+        refuse_flags(run, other, names, f"the methods on {run.task}")
+
+
+def refuse_flags(run, other, names, whose):
+    for name in sorted(names):
+        mine = run.flags.get(name)
+        theirs = other.flags.get(name)
+        if mine != theirs:
+            raise UserError(
+                f"--{name} is not the same for {whose}: {theirs} in {other.where}, {mine} in "
+                f"{run.where}; report them apart, or allow it by --differ {name}")
+
+
+# -------------------------------------------------------------------------  the report: the numbers
+
+@dataclass
+class Table:
+    """Scores in percent, and their differences to the baseline."""
+    title: str
+    runs: list                     # of Finished
+    baseline: str                  # "" if it has no run
+    columns: list                  # methods, the baseline first
+    rows: dict                     # {(task, set, metric): {method: {seed: value}}}
+    differences: dict              # {(task, set, metric): {method: Difference}}
+    over_tasks: dict               # see over_tasks
+
+    def runs_of(self, task, column):
+        return [run for run in self.runs if run.task == task and run.column == column]
+
+    @property
+    def tasks(self):
+        return [*dict.fromkeys(run.task for run in self.runs)]
+
+    def main_row(self, task):
+        """The key of its main metric: the first of the first set."""
+        return next(key for key in self.rows if key[0] == task)
+
+
+def build_table(title, runs, baseline, interval):
+    """A Table. UserError if two runs have the same task, method and seed, and differ."""
+    seen = {}
+    rows = {}
+    for run in runs:
+        again = seen.setdefault((run.task, run.column, run.seed), run)
+        if again.line != run.line:
+            raise UserError(f"{run.task} {run.column}, seed {run.seed}: is in {again.where} and, "
+                            f"otherwise, in {run.where}; report them apart")
+        for name, metrics in run.line["metrics"].items():
+            for metric, value in metrics.items():
+                row = rows.setdefault((run.task, name, metric), {})
+                row.setdefault(run.column, {})[run.seed] = 100 * value
+
+    columns = sorted({run.column for run in runs})
+    if baseline in columns:
+        columns.remove(baseline)
+        columns.insert(0, baseline)
+    else:
+        baseline = ""
+    tasks = [*dict.fromkeys(run.task for run in runs)]
+    rows = dict(sorted(rows.items(), key=lambda row: tasks.index(row[0][0])))
+    differences = {}
+    for key, row in rows.items():
+        differences[key] = {}
+        for column in columns[1:] if baseline else []:
+            paired = paired_differences(row, column, baseline)
+            if len(paired):
+                differences[key][column] = summarise_differences(paired, interval)
+    return Table(title, [*seen.values()], baseline, columns, rows, differences,
+                 over_tasks(differences, interval))
+
+
+def paired_differences(row, column, baseline):
+    """A method's values less the baseline's, of the seeds that both have: (n,)."""
+    mine = row.get(column, {})
+    base = row.get(baseline, {})
+    seeds = sorted(set(mine) & set(base))
+    return np.array([mine[seed] - base[seed] for seed in seeds])
+
+
+def over_tasks(differences, interval):
+    """{(what it is over, method): (Difference, p after Holm's correction, for so many methods)}.
+
+    A task counts by its main metric, a further set by its first one; each is a mean over seeds.
+    Only where there are two or more.
+    """
+    main_rows = {}
+    first_rows = {}                                    # {(task, set): its first metric's row}
+    for key in differences:
+        main_rows.setdefault(key[0], key)
+        first_rows.setdefault(key[:2], key)
+    further = [key for key in first_rows.values()
+               if key not in main_rows.values() and key[1].partition("/")[0] in data.TASKS]
+
+    found = {}
+    for group, keys in (("tasks", main_rows.values()), ("further sets", further)):
+        means = {}
+        for key in keys:
+            for column, difference in differences[key].items():
+                means.setdefault(column, []).append(difference.mean)
+        totals = {column: summarise_differences(values, interval)
+                  for column, values in means.items() if len(values) > 1}
+        corrected = holm([total.p for total in totals.values()])
+        for (column, total), p in zip(totals.items(), corrected):
+            found[group, column] = total, p, len(totals)
+    return found
+
+
+def relative_costs(table, task, column):
+    """Seconds a step over the baseline's, of the seeds that both ran on the same device."""
+    base = {run.seed: run for run in table.runs_of(task, table.baseline)}
+    ratios = []
+    for run in table.runs_of(task, column):
+        other = base.get(run.seed)
+        if other is None or other.line.get("device") != run.line.get("device"):
+            continue
+        if run.seconds_a_step and other.seconds_a_step:
+            ratios.append(run.seconds_a_step / other.seconds_a_step)
+    return ratios
+
+
+def remarks(table):
+    """What has to be said of a table, in whole sentences."""
+    said = []
+    if table.baseline:
+        said.append("The intervals and tests are over seeds: what another choice of rows to score "
+                    "would change is not in them.")
+    else:
+        said.append("There is no run of the baseline here, so that nothing is compared to it.")
+    few = {}                                           # {seeds: {method: tasks}}
+    tests = 0
+    for key, methods in table.differences.items():
+        for column, difference in methods.items():
+            if difference.n >= needed():
+                tests += 1
+            else:
+                few.setdefault(difference.n, {}).setdefault(column, set()).add(key[0])
+    for n, methods in sorted(few.items()):
+        named = "; ".join(f"{column} on {', '.join(sorted(tasks))}"
+                          for column, tasks in methods.items())
+        said.append(f"{counted(n, 'shared seed')} can show nothing: the exact test's smallest p is "
+                    f"{smallest_p(n):g}, and .05 takes {needed()} seeds ({named}).")
+    if tests > 1:
+        said.append(f"Each p over seeds stands for itself: of {tests} comparisons up to "
+                    f"{tests / 20:.1f} would be below .05 on average if no method made any "
+                    "difference.")
+    numbers = [(group, total.n, methods)
+               for (group, _), (total, _, methods) in table.over_tasks.items()]
+    for group, n, methods in dict.fromkeys(numbers):
+        if n < needed(methods):
+            said.append(f"{n} {group} can show nothing: with {counted(methods, 'method')} "
+                        "compared, the smallest p after Holm's correction is "
+                        f"{smallest_p(n, methods):.3g}, and .05 takes {needed(methods)} {group}.")
+    if "further sets" in [group for group, _ in table.over_tasks]:
+        said.append("Further sets of one task share its models: they are not independent.")
+    said += remarks_on_choice(table)
+    return said
+
+
+def remarks_on_choice(table):
+    """How the states and the flags that are scored were chosen, and on which machines."""
+    said = []
+    chosen = [run.task for run in table.runs
+              if run.flags.get("eval_every") and not run.flags.get("dev_samples")]
+    if chosen:
+        tasks = ", ".join(dict.fromkeys(chosen))
+        said.append(f"The best state was chosen on the set that is scored ({tasks}): its scores "
+                    "are too high, for all methods alike.")
+    searched = {}
+    for run in table.runs:
+        if run.line.get("searched"):
+            tried = math.prod(map(len, run.line["searched"].values()))
+            searched[run.column] = max(tried, searched.get(run.column, 0))
+    if searched:
+        counts = ", ".join(f"{column} {tried}" for column, tried in searched.items())
+        said.append(f"Settings that were tried for each method before: {counts}.")
+    for task in table.tasks:
+        devices = {run.line.get("device") for run in table.runs if run.task == task}
+        if len(devices) > 1:
+            said.append(f"{task} ran on different machines; costs are compared on the same one "
+                        "alone, and its seconds to the best state not at all.")
+    return said
+
+
+# -------------------------------------------------------------------  the report: tables of strings
+
+def counted(number, word):
+    return f"{number} {word}" + "s" * (number != 1)
+
+
+def sizes_of(table):
+    return ", ".join([counted(len(table.runs), "run"), counted(len(table.tasks), "task"),
+                      counted(len(table.columns), "method")])
+
+
+def short_p(p):
+    return "<.001" if p < 0.001 else f"{p:.3f}"
+
+
+def difference_cells(difference):
+    """Its mean and interval."""
+    interval = "-"
+    if not math.isnan(difference.low):
+        interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
+    return [f"{difference.mean:+.2f}", interval]
+
+
+def spread_cells(difference):
+    """Wins and losses, std and number."""
+    std = "-" if math.isnan(difference.std) else f"{difference.std:.2f}"
+    return [f"{difference.wins}-{difference.losses}", std, f"{difference.n}"]
+
+
+def score_cells(values):
+    """Seeds, mean, std (n - 1), median and max of {seed: value}."""
+    values = np.array([*values.values()])
+    if not len(values):
+        return ["-"] * 5
+    std = f"{values.std(ddof=1):.2f}" if len(values) > 1 else "-"
+    return [f"{len(values)}", f"{values.mean():.2f}", std, f"{np.median(values):.2f}",
+            f"{values.max():.2f}"]
+
+
+def scores_grid(table):
+    """(header, rows): five rows for each task, set and metric, a column for each method."""
+    grid = []
+    for key, row in table.rows.items():
+        cells = [score_cells(row.get(column, {})) for column in table.columns]
+        for place, name in enumerate(["seeds", "mean", "std (n-1)", "median", "max"]):
+            grid.append([*key, name, *[cell[place] for cell in cells]])
+    return ["task", "set", "metric", "", *table.columns], grid
+
+
+def differences_grid(table):
+    """(header, rows): one row for each task, set, metric and method."""
+    grid = []
+    for key, methods in table.differences.items():
+        for column, difference in methods.items():
+            grid.append([*key, column, *difference_cells(difference), short_p(difference.p),
+                         difference.verdict(difference.p), *spread_cells(difference)])
+    return ["task", "set", "metric", "method", "mean", "95 % interval", "p", "shows", "won-lost",
+            "std", "seeds"], grid
+
+
+def tasks_grid(table):
+    """(header, rows): one row for each method, over tasks and over further sets."""
+    grid = []
+    for (group, column), (total, p, methods) in table.over_tasks.items():
+        grid.append([group, column, *difference_cells(total), short_p(total.p), short_p(p),
+                     total.verdict(p, methods), *spread_cells(total)])
+    return ["over", "method", "mean", "95 % interval", "p", "Holm's p", "shows", "won-lost", "std",
+            "number"], grid
+
+
+def cost_grid(table):
+    """(header, rows): medians over seeds, one row for each task and method."""
+    def cell(values, decimals):
+        known = [value for value in values if value is not None]
+        return f"{np.median(known):.{decimals}f}" if known else "-"
+
+    grid = []
+    for task in table.tasks:
+        for column in table.columns:
+            runs = table.runs_of(task, column)
+            if not runs:
+                continue
+            grid.append([
+                task, column,
+                cell([run.line.get("steps") for run in runs], 0),
+                cell([run.line.get("seconds") for run in runs], 1),
+                cell([run.seconds_a_step for run in runs], 3),
+                cell(relative_costs(table, task, column), 2),
+                cell([run.seconds_to_best for run in runs], 1)])
+    relative = f"cost to {table.baseline}" if table.baseline else "cost"
+    return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], grid
+
+
+def text_grid(header, grid, keys, width=110):
+    """The lines of a table. keys: how many columns name a row.
+
+    All of these but the last stand above the rows that share them. Columns that do not fit into the
+    width stand below the others.
+    """
+    above = keys - 1
+    sizes = [max(map(len, cells)) for cells in zip(header, *grid)]
+    pieces = [[]]
+    used = 2 + sizes[above]
+    for column in range(keys, len(header)):
+        used += 2 + sizes[column]
+        if used > width and pieces[-1]:
+            pieces.append([])
+            used = 2 + sizes[above] + 2 + sizes[column]
+        pieces[-1].append(column)
+
+    lines = []
+    for piece in pieces:
+        before = header[:above]
+        for row in [header, *grid]:
+            if row[:above] != before:
+                before = row[:above]
+                lines.append(", ".join(before))
+            cells = [row[column].rjust(sizes[column]) for column in piece]
+            lines.append("  ".join(["", row[above].ljust(sizes[above]), *cells]).rstrip())
+        lines.append("")
+    return lines
+
+
+def grids(table):
+    """{heading: (header, rows, how many columns name a row)}, those with any row."""
+    found = {"Scores, in percent": (*scores_grid(table), 4)}
+    if table.baseline:
+        against = f"Difference to {table.baseline}, in points"
+        found[f"{against}, over the seeds that both have"] = (*differences_grid(table), 4)
+        found[f"{against}, over tasks"] = (*tasks_grid(table), 2)
+    found["Cost, medians over seeds"] = (*cost_grid(table), 2)
+    return {heading: grid for heading, grid in found.items() if grid[1]}
+
+
+def text_report(table):
+    """All that is printed of a table, as lines."""
+    lines = [f"{table.title}: {sizes_of(table)}", ""]
+    for heading, (header, grid, keys) in grids(table).items():
+        lines.append(f"{heading}:")
+        lines += text_grid(header, grid, keys)
+    for sentence in remarks(table):
+        lines += textwrap.wrap(sentence, 100)
+    return lines
+
+
+def tsv_report(tables):
+    """report.tsv: a line for each table, task, set, metric and method, and for those over tasks."""
+    header = ["table", "task", "set", "metric", "method", "seeds", "mean", "std", "median", "max",
+              "pairs", "difference", "difference_std", "low", "high", "wins", "losses", "p",
+              "p_holm"]
+    lines = ["\t".join(header)]
+    for table in tables:
+        for key, row in table.rows.items():
+            for column in sorted(row, key=table.columns.index):
+                cells = [table.title, *key, column, *score_cells(row[column])]
+                difference = table.differences[key].get(column)
+                lines.append("\t".join(cells + difference_numbers(difference, "")))
+        for (group, column), (total, p, _) in table.over_tasks.items():
+            cells = [table.title, "", f"over {total.n} {group}", "", column, *[""] * 5]
+            lines.append("\t".join(cells + difference_numbers(total, f"{p:.6g}")))
+    return "\n".join(lines) + "\n"
+
+
+def difference_numbers(difference, p_holm):
+    """The cells of a line of report.tsv from `pairs` on; empty where there is none."""
+    if difference is None:
+        return [""] * 9
+    numbers = [difference.mean, difference.std, difference.low, difference.high]
+    cells = ["" if math.isnan(number) else f"{number:.4f}" for number in numbers]
+    return [f"{difference.n}", *cells, f"{difference.wins}", f"{difference.losses}",
+            f"{difference.p:.6g}", p_holm]
+
+
+# ----------------------------------------------------------------------------  the report: the page
+
+REPORT_STYLE = """
+:root { --c0: #475569; --c1: #2563eb; --c2: #ea580c; --c3: #16a34a; --c4: #9333ea; --c5: #db2777;
+  --c6: #0891b2; --c7: #a16207 }
+@media (prefers-color-scheme: dark) {
+  :root { --c0: #cbd5e1; --c1: #60a5fa; --c2: #fb923c; --c3: #4ade80; --c4: #c084fc; --c5: #f472b6;
+    --c6: #22d3ee; --c7: #facc15 }
+}
+.c0 { --c: var(--c0) } .c1 { --c: var(--c1) } .c2 { --c: var(--c2) } .c3 { --c: var(--c3) }
+.c4 { --c: var(--c4) } .c5 { --c: var(--c5) } .c6 { --c: var(--c6) } .c7 { --c: var(--c7) }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 0 } h3 { font-size: 1rem; margin: 1.8rem 0 .5rem }
+.wide { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; padding: .3rem .8rem }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums;
+  width: 100% }
+ul { font-size: .9rem; padding-left: 1.2rem }
+th, td { padding: .1rem .5rem; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; padding-left: 0 }
+td:first-child { position: sticky; left: 0; background: var(--card) }
+thead th { color: var(--faint); font-weight: 500; border-bottom: 1px solid var(--line) }
+th.key { text-align: left; padding: .7rem 0 .1rem }
+td svg { display: block; width: 6rem }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: .8rem }
+figcaption { font-size: .8rem }
+figure svg { display: block; width: 100% }
+.figures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
+svg text { font-size: 13px; fill: var(--faint) }
+svg .name { fill: var(--ink) }
+.grid { stroke: var(--line) } .zero { stroke: var(--faint) }
+.line { fill: none; stroke: var(--c); stroke-width: 2 } .band { fill: var(--c); opacity: .13 }
+.dot { fill: var(--c); opacity: .55 } .mark { stroke: var(--c); stroke-width: 2.5 }
+.key { white-space: nowrap }
+.key svg { width: 1.8rem; height: .6rem; display: inline; margin: 0 .3rem 0 .8rem }
+.second { stroke-dasharray: 5 4 }
+@media (max-width: 600px) {
+  table { font-size: .73rem } th, td { padding: .1rem .25rem } td svg { width: 4.5rem }
+  .wide { padding: .3rem .5rem }
+}
+"""
+
+
+def colour_of(table, column):
+    """The css classes of a method: eight colours, and for those beyond them dashed lines."""
+    place = table.columns.index(column)
+    dashed = " second" if place // 8 % 2 else ""
+    return f"c{place % 8}{dashed}"
+
+
+def svg(width, height, shapes, label):
+    return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
+            f'{"".join(shapes)}</svg>')
+
+
+def text_at(x, y, text, anchor="middle", name="tick"):
+    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{name}">'
+            f'{html.escape(text)}</text>')
+
+
+def line_at(x1, y1, x2, y2, name):
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{name}"/>'
+
+
+def round_numbers(low, high):
+    """Three to eight round numbers from low to high, for an axis."""
+    most = (high - low) / 3
+    power = 10.0 ** math.floor(math.log10(most))
+    step = max(power * factor for factor in (1, 2, 5) if power * factor <= most)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def span(values):
+    """(low, high) of an axis: what the values take up, and a little more."""
+    low = min(values)
+    high = max(values)
+    room = 0.05 * (high - low) or max(0.5, 0.05 * abs(high))
+    return low - room, high + room
+
+
+def curve_svg(curves, colours, label):
+    """Scores over steps. curves {method: {step: values of its seeds}}, colours {method: classes}.
+
+    The line is the median, the band goes from the least to the greatest.
+    """
+    width, height = 480, 260
+    left, right, top, bottom = 46, 456, 10, 232
+    all_steps = [step for curve in curves.values() for step in curve]
+    all_values = [value for curve in curves.values() for values in curve.values()
+                  for value in values]
+    steps = min(all_steps), max(all_steps)
+    low, high = span(all_values)
+    shapes = []
+    for value in round_numbers(low, high):
+        y = np.interp(value, [low, high], [bottom, top])
+        shapes.append(line_at(left, y, right, y, "grid"))
+        shapes.append(text_at(left - 6, y + 4, f"{value:g}", "end"))
+    for step in round_numbers(*steps):
+        x = np.interp(step, steps, [left, right])
+        shapes.append(text_at(x, bottom + 18, f"{step:g}"))
+
+    def path(points):
+        pairs = []
+        for step, value in points:
+            x = np.interp(step, steps, [left, right])
+            y = np.interp(value, [low, high], [bottom, top])
+            pairs.append(f"{x:.1f},{y:.1f}")
+        return " ".join(pairs)
+
+    for method, curve in curves.items():
+        curve = sorted(curve.items())
+        least = [(step, min(values)) for step, values in curve]
+        greatest = [(step, max(values)) for step, values in curve]
+        medians = [(step, np.median(values)) for step, values in curve]
+        shapes.append(f'<polygon points="{path(least + greatest[::-1])}" '
+                      f'class="band {colours[method]}"/>')
+        shapes.append(f'<polyline points="{path(medians)}" class="line {colours[method]}"/>')
+    return svg(width, height, shapes, label)
+
+
+def dots_svg(groups, colours, label):
+    """A row of dots for each method, a tick at their median. groups {method: values}."""
+    left = 24 + 7.3 * max(map(len, groups))
+    width = 480
+    row = 26
+    bottom = row * len(groups) + 6
+    low, high = span([value for values in groups.values() for value in values])
+    shapes = []
+    for value in round_numbers(low, high):
+        x = np.interp(value, [low, high], [left, width - 14])
+        shapes.append(line_at(x, 4, x, bottom, "grid"))
+        shapes.append(text_at(x, bottom + 16, f"{value:g}"))
+    for place, (method, values) in enumerate(groups.items()):
+        y = row * place + row / 2 + 4
+        shapes.append(text_at(8, y + 4, method, "start", "name"))
+        for i, value in enumerate(sorted(values)):
+            x = np.interp(value, [low, high], [left, width - 14])
+            shift = (i % 3 - 1) * 4                    # equal values stay apart
+            shapes.append(f'<circle cx="{x:.1f}" cy="{y + shift:.1f}" r="4" '
+                          f'class="dot {colours[method]}"/>')
+        x = np.interp(np.median(values), [low, high], [left, width - 14])
+        shapes.append(line_at(x, y - 10, x, y + 10, f"mark {colours[method]}"))
+    return svg(width, bottom + 24, shapes, label)
+
+
+def interval_svg(difference, reach, colours):
+    """A difference's interval on an axis from -reach to reach, with a line at 0."""
+    def place(value):
+        return np.interp(value, [-reach, reach], [4, 156])
+
+    shapes = [line_at(80, 0, 80, 16, "zero")]
+    if not math.isnan(difference.low):
+        shapes.append(line_at(place(difference.low), 8, place(difference.high), 8,
+                              f"mark {colours.split()[0]}"))
+    shapes.append(f'<circle cx="{place(difference.mean):.1f}" cy="8" r="4.5" '
+                  f'class="dot {colours}"/>')
+    return svg(160, 16, shapes, "the interval")
+
+
+def html_grid(header, grid, keys, drawings=None):
+    """As text_grid, in a box that scrolls. drawings: html of a second cell for each row."""
+    above = keys - 1
+    names = [f"<th>{html.escape(cell)}</th>" for cell in header[above:]]
+    if drawings:
+        names.insert(1, "<th></th>")
+    lines = [f'<div class="wide"><table><thead><tr>{"".join(names)}</tr></thead><tbody>']
+    before = None
+    for i, row in enumerate(grid):
+        if row[:above] != before:
+            before = row[:above]
+            title = html.escape(", ".join(before))
+            lines.append(f'<tr><th class="key" colspan="{len(names)}">{title}</th></tr>')
+        cells = [f"<td>{html.escape(cell)}</td>" for cell in row[above:]]
+        if drawings:
+            cells.insert(1, f"<td>{drawings[i]}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([*lines, "</tbody></table></div>"])
+
+
+def draw_intervals(table):
+    """The drawings beside the differences, all on one axis."""
+    found = []
+    for methods in table.differences.values():
+        found += methods.items()
+    ends = []
+    for _, difference in found:
+        for value in (difference.mean, difference.low, difference.high):
+            if not math.isnan(value):
+                ends.append(abs(value))
+    reach = max(ends) or 1
+    return [interval_svg(difference, reach, colour_of(table, column))
+            for column, difference in found]
+
+
+def legend(table, columns):
+    """The methods' colours, in words."""
+    words = []
+    for column in columns:
+        sample = svg(28, 8, [line_at(0, 4, 28, 4, f"line {colour_of(table, column)}")], column)
+        words.append(f'<span class="key">{sample}{html.escape(column)}</span>')
+    return "".join(words)
+
+
+def curve_figures(table):
+    """A figure for each task of which runs have looked more than once."""
+    figures = []
+    for task in table.tasks:
+        curves = {}
+        for run in table.runs:
+            if run.task == task and len(run.curve) > 1:
+                curve = curves.setdefault(run.column, {})
+                for step, value in run.curve.items():
+                    curve.setdefault(step, []).append(100 * value)
+        if not curves:
+            continue
+        columns = [column for column in table.columns if column in curves]
+        colours = {column: colour_of(table, column) for column in columns}
+        what = ", ".join(table.main_row(task))
+        picture = curve_svg({column: curves[column] for column in columns}, colours, what)
+        figures.append(f"<figure>{picture}<figcaption>{html.escape(what)}, over steps: median of "
+                       f"the seeds, least to greatest.{legend(table, columns)}</figcaption>"
+                       "</figure>")
+    return figures
+
+
+def score_figures(table):
+    """A figure for each task: the spread of its main metric over seeds."""
+    figures = []
+    for task in table.tasks:
+        key = table.main_row(task)
+        groups = {}
+        for column in table.columns:
+            if table.rows[key].get(column):
+                groups[column] = [*table.rows[key][column].values()]
+        figures.append(dots_figure(table, groups, ", ".join(key)))
+    return figures
+
+
+def seconds_figures(table):
+    """A figure for each task on one machine: seconds of training to the best state."""
+    figures = []
+    for task in table.tasks:
+        groups = {}
+        for column in table.columns:
+            seconds = [run.seconds_to_best for run in table.runs_of(task, column)]
+            known = [value for value in seconds if value is not None]
+            if known:
+                groups[column] = known
+        devices = {run.line.get("device") for run in table.runs if run.task == task}
+        if groups and len(devices) == 1:
+            figures.append(dots_figure(table, groups, f"{task}, seconds on {[*devices][0]}"))
+    return figures
+
+
+def dots_figure(table, groups, what):
+    colours = {column: colour_of(table, column) for column in groups}
+    return (f"<figure>{dots_svg(groups, colours, what)}<figcaption>{html.escape(what)}: each dot "
+            "a seed, the line their median.</figcaption></figure>")
+
+
+def html_list(sentences):
+    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def html_report(table):
+    """A table's part of the page."""
+    parts = [f"<h2>{html.escape(table.title)}</h2>",
+             f"<small>{sizes_of(table)}</small>", html_list(remarks(table))]
+    for heading, (header, grid, keys) in grids(table).items():
+        drawings = None
+        if "over the seeds" in heading:
+            drawings = draw_intervals(table)
+        parts.append(f"<h3>{html.escape(heading)}</h3>")
+        parts.append(html_grid(header, grid, keys, drawings))
+
+    sections = {"Learning curves": curve_figures(table),
+                "The spread over seeds": score_figures(table),
+                "Training to the best state": seconds_figures(table)}
+    for heading, figures in sections.items():
+        if figures:
+            parts.append(f'<h3>{heading}</h3><div class="figures">{"".join(figures)}</div>')
+    return "\n".join(parts)
+
+
+# -------------------------------------------------------------------------  the report: the program
+
+def report_flags():
+    p = argparse.ArgumentParser(
+        description="The report: finished runs as one table over tasks, methods and seeds, printed "
+                    "and written as report.tsv and report.html.",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = refuse
+    p.add_argument("places", nargs="+", metavar="FOLDER",
+                   help="all runs below are one table; a file of kept lines (.jsonl) is one each")
+    p.add_argument("--baseline", default="std", metavar="METHOD", help="what differences are to")
+    p.add_argument("--interval", default="t", choices=[*INTERVALS],
+                   help="of the mean difference: Student's, or a bootstrap over the seeds")
+    p.add_argument("--by", nargs="+", default=METHOD_FLAGS, metavar="FLAG",
+                   help="flags that belong to the method: a column for each value")
+    p.add_argument("--differ", nargs="+", default=[], metavar="FLAG",
+                   help="flags that may differ though they are not the method")
+    p.add_argument("--keep", default="", metavar="FILE",
+                   help="also write the runs of the folders to this file of kept lines")
+    p.add_argument("--out", default="", metavar="DIR",
+                   help="where the report is written (the first folder)")
+    return p
+
+
+def main_report(argv=None):
+    """Prints the report and writes it. Returns the tables."""
+    args = report_flags().parse_args(argv)
+    left_out = []
+    found = read_places(args.places, args.by, left_out)
+    every_run = [run for _, runs in found for run in runs]
+    known = {name for run in every_run for name in run.flags} | set(METHOD_FLAGS)
+    for flag, names in (("by", args.by), ("differ", args.differ)):
+        for name in names:
+            if name not in known:
+                raise UserError(f"--{flag} {name}: must be a flag of these runs, without its "
+                                "dashes")
+
+    free = NOT_COMPARED | set(args.by) | set(args.differ)
+    tables = []
+    for title, runs in found:
+        refuse_unlike(runs, free)
+        tables.append(build_table(title, runs, args.baseline, args.interval))
+    columns = {column for table in tables for column in table.columns}
+    if args.baseline not in columns and args.baseline != "std":
+        raise UserError(f"--baseline {args.baseline}: must be one of {', '.join(sorted(columns))}")
+
+    left_out = [*dict.fromkeys(left_out)]
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    for table in tables:
+        print("\n".join(text_report(table)))
+        print()
+    if args.keep:
+        runs = [run for table in tables for run in table.runs if os.path.isdir(run.where)]
+        if not runs:
+            raise UserError(f"--keep {args.keep}: there is no run's folder to keep")
+        kept = keep_lines(args.keep, runs, args.by, free)
+        print(f"wrote {len(kept)} lines to {args.keep}")
+    write_report(args, tables, left_out)
+    return tables
+
+
+def write_report(args, tables, left_out):
+    folder = args.out or args.places[0]
+    if not args.out and os.path.isfile(folder):
+        folder = os.path.dirname(folder) or "."
+    body = [html_report(table) for table in tables]
+    if left_out:
+        body.append(f"<h2>Left out</h2>{html_list(left_out)}")
+    title = "Report: " + ", ".join(table.title for table in tables)
+    files = {"report.tsv": tsv_report(tables),
+             "report.html": html_page(title, REPORT_STYLE, "\n".join(body))}
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for name, text in files.items():
+            write_safely(os.path.join(folder, name), lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from error
+    print(f"wrote {os.path.join(folder, 'report.tsv')} and report.html")
+
+
 # --------------------------------------------------------------------  8  masked language modelling
 
 def toy_model(world):
@@ -1683,3 +2977,7 @@ def learn_masked_words(model, ids, steps=1800, lr=2e-3):
         schedule.step()
         optimizer.zero_grad()
     return model
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main_report))

@@ -10,7 +10,7 @@ makes of e, e+, e-; P, P+, P-: P(y | H), P(y | H+), P(y | H-) (B, C); y: labels 
     e-_i = (1 - c_i) e_i                                Eq. 5    the keywords cut out
     L_R = max(m + d(P+, P) - d(P-, P) - d(P-, P+), 0)   Eq. 6    d: KL
     L = CE(P, y) + alpha L_C + beta L_R                 Eq. 7
-    TDT-hard: c_i = argmax of Gumbel-softmax(z(e_i), tau)   Eq. 8-9   c_i = 0: [MASK] instead
+    TDT-hard: c_i = argmax(Gumbel-softmax(z(e_i), tau)) Eq. 8-9  c_i = 0: [MASK] instead
 
 Below it TokenCutoff, a baseline of Table 5, and what section 4 looks at in trained models.
 
@@ -476,7 +476,7 @@ def read_analyses(args):
 
 
 def read_texts(given, path):
-    """The texts of --explain and of --explain_file."""
+    """The texts of --explain and of --explain_file. A tab is a ||| too."""
     import common
     lines = list(given)
     if path:
@@ -511,6 +511,8 @@ def add_run(folder, runs, args):
         raise common.UserError(f"{wanted}: its method is {method}")
     if not (isinstance(task, str) and isinstance(seed, int)):
         raise common.UserError(f"{wanted}: its results.json has no task or no seed")
+    if not os.path.exists(os.path.join(folder, "model", "config.json")):
+        raise common.UserError(f"{wanted}: it has no model")
     if (runs or "task" in args.by_hand) and task != args.task:
         raise common.UserError(f"--run {folder}: is a run of {task}; must be of {args.task}, as "
                                "--task or the one before")

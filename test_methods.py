@@ -5047,3 +5047,607 @@ def test_a_model_that_is_no_encoder_is_refused(tiny_folder, small, tmp_path, cac
     transformers.BartForSequenceClassification(config).save_pretrained(folder)
     with pytest.raises(UserError, match="--model .*bart: plm must be an encoder, got BartModel"):
         tune(folder, tmp_path / "out", *small, "--method", "adapter")
+
+
+# ===========================================================================  common.py: the report
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+def test_wilcoxon_by_hand():
+    """The vectors of the paper's tables, and one of three differences with all patterns listed."""
+    assert common.wilcoxon([1.2, -0.4, 0.7, 2.1, 0.3, -0.2]) == 0.21875
+    assert common.wilcoxon([0.1, 0.2, 1.1, 0.5, 0.7, 1.8, 0.3]) == 0.015625
+    assert common.wilcoxon([0.8, 0.3, 0.6, 0.9, 1.9, 0.6, 2.4, 4.3]) == 2 / 2**8
+
+    # Ranks 1 2 3, observed 3 + 1 - 2 = 2: all patterns but the two of sum 0 are as far.
+    assert common.wilcoxon([1, -2, 3]) == 6 / 8
+
+
+def test_wilcoxon_counts_all_patterns():
+    """Against the list of all patterns of signs, with ties and zeros."""
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 9):
+        for _ in range(10):
+            differences = rng.integers(-3, 4, n).astype(float)
+            kept = differences[differences != 0]
+            ranks = [np.mean([np.sum(abs(kept) < abs(x)) + 1, np.sum(abs(kept) <= abs(x))])
+                     for x in kept]
+            observed = abs(np.dot(np.sign(kept), ranks))
+            count = 0
+            for pattern in range(2**len(kept)):
+                signs = [1 if pattern >> i & 1 else -1 for i in range(len(kept))]
+                count += abs(np.dot(signs, ranks)) >= observed
+            assert common.wilcoxon(differences) == pytest.approx(count / 2**len(kept), abs=1e-12)
+
+
+def test_wilcoxon_limits():
+    assert common.wilcoxon([]) == 1
+    assert common.wilcoxon([0.0, 0.0]) == 1
+    smallest = [common.wilcoxon(np.arange(1, n + 1)) for n in (3, 5, 6, 8, 10)]
+    assert smallest == [0.25, 0.0625, 0.03125, 0.0078125, 0.001953125]
+    assert smallest == [common.smallest_p(n) for n in (3, 5, 6, 8, 10)]
+    assert common.wilcoxon(np.arange(1, 201)) < 1e-30
+
+    # Two accuracies' differences that rounding alone tells apart are tied.
+    tied = [0.3 - 0.2, 0.8 - 0.7, 0.1 - 0.2]
+    assert len(set(map(abs, tied))) > 1
+    assert common.wilcoxon(tied) == common.wilcoxon([1, 1, -1]) == 1
+
+
+def test_needed():
+    """6 differences reach .05, 5 do not; of 12 methods together it takes 9."""
+    assert common.needed() == 6
+    assert common.needed(12) == 9
+    for tests in range(1, 30):
+        n = common.needed(tests)
+        assert common.smallest_p(n, tests) <= 0.05 < common.smallest_p(n - 1, tests)
+
+
+def test_holm_by_hand():
+    assert common.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert common.holm([0.5, 0.6]) == [1, 1]
+    assert common.holm([0.02]) == [0.02]
+    assert common.holm([]) == []
+
+
+def test_t_interval_by_hand():
+    """1, 2, 3: mean 2, std 1, so 2 -+ 4.3027 / sqrt(3)."""
+    low, high = common.t_interval([1, 2, 3])
+    assert (low, high) == pytest.approx((2 - 2.48416, 2 + 2.48416), abs=1e-4)
+    assert np.isnan(common.t_interval([1])).all()
+    assert common.t_interval([2, 2, 2]) == (2, 2)
+
+
+def test_t_quantiles():
+    """97.5 % of Student's density, added up, lies below each."""
+    for df in (1, 2, 5, 12, 30, 31, 60):
+        values = np.arange(df + 1) - (df / 2)          # mean 0, df + 1 of them
+        half = common.t_interval(values)[1]
+        t = half / (values.std(ddof=1) / math.sqrt(df + 1))
+        grid = np.linspace(0, t, 200001)
+        norm = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi * df)
+        density = norm * (1 + grid**2 / df) ** (-(df + 1) / 2)
+        assert np.trapezoid(density, grid) == pytest.approx(0.475, abs=5e-6)
+
+
+def test_bootstrap_interval():
+    """Of 0 and 1 the drawn means are 0, .5 or 1; of many numbers the interval is near z's."""
+    assert common.bootstrap_interval([0, 1]) == (0, 1)
+    assert common.bootstrap_interval([3, 3, 3]) == (3, 3)
+    assert np.isnan(common.bootstrap_interval([1])).all()
+
+    values = np.random.default_rng(1).normal(2, 1, 400)
+    low, high = common.bootstrap_interval(values)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
+    assert common.bootstrap_interval(values) == (low, high)
+    assert common.bootstrap_interval(values, seed=1) != (low, high)
+
+
+def test_paired_bootstrap():
+    """The same rows for both methods: what both get wrong alike takes no part in the interval."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=200)
+    a = np.where(rng.random((4, 200)) < 0.8, labels, 1 - labels)
+    assert common.paired_bootstrap(common.data.accuracy, labels, a, a, draws=200) == (0, 0)
+
+    # b is a, but wrong in 20 more rows: the mean is .1, and rows alone vary it.
+    b = a.copy()
+    b[:, :20] = 1 - labels[:20]
+    b[:, 20:] = labels[20:]
+    a[:] = labels
+    low, high = common.paired_bootstrap(common.data.accuracy, labels, a, b, draws=2000)
+    half = 1.96 * math.sqrt(0.1 * 0.9 / 200)
+    assert (low, high) == pytest.approx((0.1 - half, 0.1 + half), abs=0.01)
+    again = common.paired_bootstrap(common.data.accuracy, labels, b, a, draws=2000)
+    assert again == pytest.approx((-high, -low), abs=1e-12)
+    with pytest.raises(ValueError, match="alike"):
+        common.paired_bootstrap(common.data.accuracy, labels, a, b[:3])
+
+
+# -------------------------------------------------------------------------------- made-up runs
+
+FLAGS = {"lr": 5e-5, "train_samples": 1000, "model": "some/model", "max_length": 512}
+STD = [60, 62, 61, 63, 60, 64, 62, 61]
+BETTER = [62, 63, 63, 64, 63, 65, 64, 62]              # + 2 1 2 1 3 1 2 1
+
+
+def results_of(task, method, seed, score, further=None, **flags):
+    """What a run writes. score: in percent."""
+    args = {name: value for name, value in common.default_flags().items()
+            if name not in common.NOT_THE_RUN}
+    args.update(FLAGS, task=task)
+    args.update(flags)
+    metrics = {"validation": {"accuracy": score / 100, "f1": score / 100 + 0.02}}
+    for name, value in (further or {}).items():
+        metrics[name] = {"accuracy": value / 100}
+    return {"task": task, "method": method, "seed": seed, "metrics": metrics, "steps": 100,
+            "best": {"step": 80, "seconds": 8.0, "value": score / 100, "metrics": metrics},
+            "train_seconds": 10.0 if method == "std" else 25.0, "args": args,
+            "versions": {"device": "1 x CPU", "commit": "abc1234"}}
+
+
+def write_run(folder, results, log=True):
+    place = folder / results["task"] / f"{results['method']}-{results['seed']}"
+    place.mkdir(parents=True)
+    (place / "results.json").write_text(json.dumps(results, indent=1))
+    if log:
+        score = results["metrics"]["validation"]["accuracy"]
+        lines = [{"step": 20, "loss": 0.7}]
+        for step in (40, 80):
+            metrics = {"validation": {"accuracy": score * step / 80}}
+            lines.append({"step": step, "seconds": step / 10, "metrics": metrics})
+        (place / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return place
+
+
+def write_runs(folder, seeds=8, tasks=("rte", "mrpc"), **flags):
+    """std, and a method "more" that is better on every seed, with a flag of its own."""
+    for shift, task in enumerate(tasks):
+        for seed in range(seeds):
+            further = {"sick": STD[seed] - 9}
+            write_run(folder, results_of(task, "std", seed, STD[seed] + shift, further, **flags))
+            further = {"sick": BETTER[seed] - 9}
+            write_run(folder, results_of(task, "more", seed, BETTER[seed] + shift, further,
+                                         lam=1.0, **flags))
+    return folder
+
+
+def printed(capsys, *argv):
+    """What main_report prints, without the lines that say where it wrote."""
+    capsys.readouterr()
+    common.main_report([*map(str, argv)])
+    out = capsys.readouterr()
+    lines = [line for line in out.out.split("\n") if not line.startswith("wrote ")]
+    return "\n".join(lines).strip(), out.err
+
+
+def refused(*argv):
+    """The one line that main_report ends with."""
+    with pytest.raises(UserError) as error:
+        common.main_report([*map(str, argv)])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------ the report
+
+
+def test_numbers(tmp_path, capsys):
+    """By hand: std 60 62 61 63 60 64 62 61; the differences are 2 1 2 1 3 1 2 1."""
+    write_runs(tmp_path / "runs", tasks=["rte"])
+    table, = common.main_report([str(tmp_path / "runs")])
+    text = capsys.readouterr().out
+    assert table.columns == ["std", "more"]
+
+    cells = common.score_cells(table.rows["rte", "validation", "accuracy"]["std"])
+    assert cells == ["8", "61.62", "1.41", "61.50", "64.00"]
+    difference = table.differences["rte", "validation", "accuracy"]["more"]
+    assert (difference.n, difference.wins, difference.losses) == (8, 8, 0)
+    assert difference.mean == pytest.approx(13 / 8)
+    assert difference.std == pytest.approx(0.744, abs=1e-3)
+    half = 2.3646 * 0.74402 / math.sqrt(8)
+    assert difference.low == pytest.approx(13 / 8 - half, abs=1e-3)
+    assert difference.high == pytest.approx(13 / 8 + half, abs=1e-3)
+    assert difference.p == 2 / 2**8
+    assert difference.verdict(difference.p) == "better"
+
+    assert re.search(r"mean +61\.62 +63\.25", text)
+    assert re.search(r"more +\+1\.62 +\+1\.00 to \+2\.25 +0\.008 +better +8-0 +0\.74 +8", text)
+    assert re.search(r"more +100 +25\.0 +0\.250 +2\.50 +8\.0", text)      # cost 2.5 of std's
+
+
+def test_bootstrap_is_a_choice(tmp_path, capsys):
+    write_runs(tmp_path / "runs", tasks=["rte"])
+    table, = common.main_report([str(tmp_path / "runs"), "--interval", "bootstrap"])
+    difference = table.differences["rte", "validation", "accuracy"]["more"]
+    expected = common.bootstrap_interval([2, 1, 2, 1, 3, 1, 2, 1])
+    assert (difference.low, difference.high) == pytest.approx(expected)
+
+
+def test_only_shared_seeds_are_paired(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", tasks=["rte"])
+    for seed in (0, 1):
+        os.remove(folder / "rte" / f"std-{seed}" / "results.json")
+    table, = common.main_report([str(folder)])
+    assert "is not finished" in capsys.readouterr().err
+    difference = table.differences["rte", "validation", "f1"]["more"]
+    assert difference.n == 6
+    assert difference.mean == pytest.approx(10 / 6)
+
+
+def test_over_tasks(tmp_path, capsys):
+    """Six tasks, a further method of no difference: Holm doubles the smaller p."""
+    tasks = ["rte", "mrpc", "cola", "sst2", "qqp", "qnli"]
+    folder = write_runs(tmp_path / "runs", 3, tasks)
+    for number, task in enumerate(tasks):
+        for seed in range(3):
+            score = STD[seed] + (1 if number % 2 else -1) + number * 0.1
+            write_run(folder, results_of(task, "same", seed, score))
+    table, = common.main_report([str(folder)])
+    total, p, methods = table.over_tasks["tasks", "more"]
+    assert (total.n, total.p, p, methods) == (6, 0.03125, 0.0625, 2)
+    assert total.mean == pytest.approx(5 / 3)
+    assert total.verdict(p, methods) == "too few to show"
+    assert table.over_tasks["further sets", "more"][0].n == 6
+    assert ("further sets", "same") not in table.over_tasks
+    assert table.tasks == ["cola", "sst2", "mrpc", "qqp", "qnli", "rte"]  # as in data.TASKS
+    out = capsys.readouterr().out
+    assert "3 shared seeds can show nothing: the exact test's smallest p is 0.25" in out
+    assert "6 tasks can show nothing: with 2 methods compared" in " ".join(out.split())
+
+
+def test_few_seeds_are_said(tmp_path, capsys):
+    """Five of five won shows nothing, six of six do."""
+    for seeds, verdict in ((5, "too few to show"), (6, "better")):
+        folder = write_runs(tmp_path / str(seeds), seeds, ["rte"])
+        out, _ = printed(capsys, folder)
+        assert f" {verdict} " in out
+        assert ("5 shared seeds can show nothing" in out) == (seeds == 5)
+    assert "0.0625" in common.remarks(common.main_report([str(tmp_path / "5")])[0])[1]
+
+
+def test_no_difference_and_worse():
+    none = common.summarise_differences([1.0, -1.0, 2.0, -2.0, 0.5, -0.6], "t")
+    assert none.verdict(none.p) == "no difference shown"
+    worse = common.summarise_differences([-1.0, -1.1, -1.2, -0.9, -1.3, -1.4], "t")
+    assert worse.verdict(worse.p) == "worse"
+    assert worse.verdict(1.0) == "no difference shown"
+
+    # It takes both: the test, and an interval without 0.
+    both = report.Difference(8, 1.0, 1.0, -0.1, 2.1, 0.04, 7, 1)
+    assert both.verdict(0.04) == "no difference shown"
+    interval = report.Difference(8, 1.0, 1.0, 0.1, 1.9, 0.06, 7, 1)
+    assert interval.verdict(0.06) == "no difference shown"
+    alone = common.summarise_differences([1.0], "t")
+    assert math.isnan(alone.std) and alone.p == 1
+
+
+def test_without_the_baseline(tmp_path, capsys):
+    folder = tmp_path / "runs"
+    write_run(folder, results_of("rte", "more", 0, 60))
+    out, _ = printed(capsys, folder)
+    assert "no run of the baseline" in out
+    assert "60.00" in out and "Difference" not in out
+    assert "must be one of more" in refused(folder, "--baseline", "less")
+    assert "Difference to more" not in printed(capsys, folder, "--baseline", "more")[0]
+
+
+def test_flags_that_are_the_method(tmp_path, capsys):
+    """A flag of METHOD_FLAGS, or of --by, makes a column of its own."""
+    folder = write_runs(tmp_path / "runs", tasks=["rte"])
+    for seed in range(2):
+        results = results_of("rte", "std", seed, 70, weight_noise=0.15)
+        write_run(tmp_path / "runs" / "noise", results)
+        results = results_of("rte", "more", seed, 70, lam=5.0)
+        write_run(tmp_path / "runs" / "other", results)
+    assert "--lam is not the same for the runs of more on rte" in refused(folder)
+    table, = common.main_report([str(folder), "--by", "weight_noise", "lam"])
+    assert table.columns == ["std", "more lam=1.0", "more lam=5.0", "std weight_noise=0.15"]
+
+
+# ------------------------------------------------------------------------------------ kept lines
+
+
+def test_lines_give_the_same_tables(tmp_path, capsys):
+    """--keep, and the report of what it wrote: the same text and the same report.tsv."""
+    folder = write_runs(tmp_path / "full")
+    kept = tmp_path / ".results" / "full.jsonl"
+    first = printed(capsys, folder, "--keep", kept)
+    assert printed(capsys, tmp_path / ".results") == first
+    tables = [(place / "report.tsv").read_text() for place in (folder, tmp_path / ".results")]
+    assert tables[0] == tables[1]
+    header, *lines = [line.split("\t") for line in tables[0].strip().split("\n")]
+    assert {len(line) for line in lines} == {len(header)}
+    assert len(lines) == 2 * 3 * 2 + 2                 # tasks x metrics x methods, and over both
+
+    # Kept again: every line once.
+    before = kept.read_text()
+    assert len(before.splitlines()) == 32
+    printed(capsys, folder, "--keep", kept)
+    assert kept.read_text() == before
+
+
+def test_a_line_is_small():
+    """Of the flags that all scripts have it holds those that are not a default."""
+    line = common.result_line(results_of("rte", "more", 3, 60, lam=1.0, lr=1e-5))
+    assert line["flags"] == {"train_samples": 1000, "model": "some/model", "max_length": 512,
+                             "lam": 1.0}
+    assert line["best"] == {"step": 80, "seconds": 8.0}
+    assert line["commit"] == "abc1234"
+    assert len(json.dumps(line)) < 500
+    run = common.finished_run("here", line, [], {})
+    assert run.flags["lr"] == 1e-5 and run.flags["batch_size"] == 32
+
+
+def test_each_file_of_lines_is_a_table(tmp_path, capsys):
+    """Two regimes that may not be compared stand side by side."""
+    small = write_runs(tmp_path / "small", tasks=["rte"])
+    full = write_runs(tmp_path / "full", tasks=["rte"], train_samples=None)
+    printed(capsys, small, "--keep", tmp_path / "kept" / "small.jsonl")
+    printed(capsys, full, "--keep", tmp_path / "kept" / "full.jsonl")
+    assert "--train_samples" in refused(small, full)
+    assert "--train_samples" in refused(full, "--keep", tmp_path / "kept" / "small.jsonl")
+    tables = common.main_report([str(tmp_path / "kept")])
+    assert [table.title for table in tables] == ["full", "small"]
+    assert tables[0].rows == common.main_report([str(full)])[0].rows
+    out, _ = printed(capsys, tmp_path / "kept" / "small.jsonl")
+    assert out == printed(capsys, small)[0]
+
+
+# --------------------------------------------------------------------------- what is refused, wrong
+
+
+def test_unlike_flags_are_refused(tmp_path):
+    folder = write_runs(tmp_path / "runs", 2, ["rte"])
+    write_run(folder, results_of("rte", "std", 2, 60, lr=1e-5))
+    said = refused(folder)
+    assert said.startswith("--lr is not the same for the runs of std on rte: ")
+    assert "5e-05 in" in said and "1e-05 in" in said
+    assert str(folder / "rte" / "std-0") in said and str(folder / "rte" / "std-2") in said
+
+    other = write_runs(tmp_path / "other", 2, ["rte"])
+    write_run(other, results_of("rte", "most", 0, 60, batch_size=16))
+    assert "--batch_size is not the same for the methods on rte: " in refused(other)
+    common.main_report([str(other), "--differ", "batch_size"])
+    assert "--differ size: must be a flag" in refused(other, "--differ", "size")
+
+    # Another task may have a recipe of its own; what is only looked at or logged does not count.
+    fine = write_runs(tmp_path / "fine", 2, ["rte"])
+    write_run(fine, results_of("mrpc", "std", 0, 60, lr=1e-5))
+    write_run(fine, results_of("rte", "std", 2, 60, log_every=1, eval_tasks=["sick"]))
+    common.main_report([str(fine)])
+
+
+def test_what_all_searched_may_differ(tmp_path, capsys):
+    folder = tmp_path / "runs"
+    searches = {"std": {"lr": [1, 2]}, "more": {"lr": [1, 2], "lam": [1, 2, 3]}}
+    for method, searched in searches.items():
+        lr = 1 if method == "std" else 2
+        results = {**results_of("rte", method, 0, 60, lr=lr), "searched": searched}
+        write_run(folder, results)
+    out, _ = printed(capsys, folder)
+    assert "Settings that were tried for each method before: more 6, std 2." in out
+
+    results = {**results_of("rte", "most", 0, 60, lr=3), "searched": {"lr": [1, 2, 3]}}
+    write_run(folder, results)
+    assert "--lr is not the same for the methods on rte" in refused(folder)
+
+
+def test_one_run_twice(tmp_path):
+    folder = write_runs(tmp_path / "a", 2, ["rte"])
+    write_run(tmp_path / "b", results_of("rte", "std", 0, STD[0], {"sick": STD[0] - 9}))
+    table, = common.main_report([str(folder), str(folder), str(tmp_path / "b")])
+    assert len(table.runs) == 4
+    write_run(tmp_path / "c", results_of("rte", "std", 0, 59))
+    said = refused(folder, tmp_path / "c")
+    assert "rte std, seed 0: is in" in said and "report them apart" in said
+
+
+def test_wrong_places(tmp_path):
+    assert "nowhere: must be a folder" in refused(tmp_path / "nowhere")
+    assert "must hold a finished run" in refused(tmp_path)
+    good = write_runs(tmp_path / "good", 2, ["rte"])
+    (tmp_path / "empty").mkdir()
+    assert "empty: must hold" in refused(good, tmp_path / "empty")
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "results.json").write_text('{"task": ')
+    assert "is damaged" in refused(tmp_path / "bad")
+    (tmp_path / "rows.jsonl").write_text('{"text": "good", "label": 1}\n')
+    assert "holds no line of a run" in refused(tmp_path / "rows.jsonl")
+    (tmp_path / "file").write_text("")
+    assert "--out" in refused(good, "--out", tmp_path / "file" / "out")
+    assert "--keep" in refused(good, "--keep", tmp_path / "rows.jsonl")
+    assert "--interval" in refused(good, "--interval", "normal")
+
+
+DAMAGE = {
+    "half": lambda text: text[:200],
+    "empty": lambda text: "",
+    "list": lambda text: "[1]",
+    "keys": lambda text: '{"method": "std", "args": {}, "metrics": {}}',
+    "nan": lambda text: text.replace('"accuracy": 0.6', '"accuracy": NaN, "x": 0.6', 1),
+    "word": lambda text: text.replace('"seed": 0', '"seed": "zero"'),
+    "bytes": lambda text: text.encode()[:50] + b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_results_are_left_out(tmp_path, capsys, kind):
+    folder = write_runs(tmp_path / "runs", tasks=["rte"])
+    path = folder / "rte" / "std-0" / "results.json"
+    damaged = DAMAGE[kind](path.read_text())
+    path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    out, said = printed(capsys, folder)
+    assert said.count("\n") == 1
+    assert said.startswith(f"left out: {path}: ")
+    assert out.startswith("runs: 15 runs")
+
+
+def test_half_written_logs_and_lines(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", tasks=["rte"])
+    kept = tmp_path / "kept.jsonl"
+    whole, _ = printed(capsys, folder, "--keep", kept)
+    log = folder / "rte" / "std-0" / "log.jsonl"
+    log.write_text(log.read_text()[:-9] + '\n[1]\n{"step": 1, "metrics": {}}\n\x00')
+    out, said = printed(capsys, folder)
+    assert out == whole
+    assert said == f"left out: {log}: 4 damaged lines\n"
+    os.remove(log)
+    assert printed(capsys, folder) == (whole, "")      # no log is no damage
+
+    lines = kept.read_text().splitlines()
+    kept.write_text("\n".join([*lines[:3], lines[3][:40], *lines[4:]]))
+    _, said = printed(capsys, kept)
+    assert said.startswith(f"left out: {kept}:4: is damaged") and said.count("\n") == 1
+    assert "is damaged" in refused(folder, "--keep", kept)
+    assert len(kept.read_text().splitlines()) == 16    # and nothing is lost
+
+
+def test_different_machines(tmp_path, capsys):
+    """Seconds of two machines are not compared."""
+    folder = write_runs(tmp_path / "runs", 2, ["rte"])
+    for seed in range(2):
+        path = folder / "rte" / f"more-{seed}" / "results.json"
+        path.write_text(path.read_text().replace("1 x CPU", "8 x GPU"))
+    out, _ = printed(capsys, folder)
+    assert "rte ran on different machines" in out
+    assert re.search(r"more +100 +25\.0 +0\.250 +- +8\.0", out)
+    page = (folder / "report.html").read_text()
+    assert "Training to the best state" not in page
+
+
+# -------------------------------------------------------------------------------------- the page
+
+
+def test_page(tmp_path, capsys):
+    """Self-contained: no script, nothing from elsewhere; light and dark; well-formed."""
+    from html.parser import HTMLParser
+    folder = write_runs(tmp_path / "<runs> & more")
+    common.main_report([str(folder)])
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page and "http" not in page and "url(" not in page
+    assert "prefers-color-scheme: dark" in page and "color-scheme: light dark" in page
+    assert "&lt;runs&gt; &amp; more" in page and "<runs>" not in page
+    for heading in ("Scores", "over tasks", "Learning curves", "The spread over seeds",
+                    "Training to the best state", "Cost"):
+        assert heading in page
+    assert page.count("<svg") == page.count("viewBox")
+    assert "nan" not in page
+
+    class Checker(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.open = []
+
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "line", "circle", "polygon", "polyline"):
+                self.open.append(tag)
+
+        def handle_startendtag(self, tag, attributes):
+            pass
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+
+
+def test_curve_svg_by_hand():
+    """The frame of values 0 to 100 and steps 0 to 10; the median goes through the middle."""
+    drawn = common.curve_svg({"std": {0: [0, 50, 100], 10: [0, 50, 100]}}, {"std": "c0"}, "label")
+    assert '<polyline points="46.0,121.0 456.0,121.0"' in drawn
+    band = re.search(r'<polygon points="([^"]+)"', drawn)[1].split()
+    assert band[0].split(",")[1] == band[1].split(",")[1] > "220"         # the least, below
+    assert float(band[2].split(",")[1]) < 25
+
+
+def test_dots_svg_has_a_dot_for_each_value():
+    drawn = common.dots_svg({"std": [1, 1, 1], "a < b": [2]}, {"std": "c0", "a < b": "c1"}, "x")
+    assert drawn.count("<circle") == 4
+    assert drawn.count('class="mark') == 2
+    assert "a &lt; b" in drawn
+    places = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)
+    assert len(set(places)) == 4                       # equal ones do not hide each other
+    assert common.dots_svg({"one": [0.0]}, {"one": "c0"}, "x")
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (59.3, 64.1), (-0.02, 0.031), (3, 120000),
+                                       (0, 3), (0, 299), (0, 0.0006)])
+def test_round_numbers(low, high):
+    numbers = common.round_numbers(low, high)
+    assert 3 <= len(numbers) <= 8
+    assert all(low - 1e-9 <= number <= high + 1e-9 for number in numbers)
+    assert np.ptp(np.diff(numbers)) < 1e-9 * (high - low)
+
+
+def test_many_columns_go_below(tmp_path):
+    header = ["task", "method", *[f"column{i}" for i in range(20)]]
+    grid = [["rte", "std", *["1.00"] * 20], ["rte", "more", *["2.00"] * 20]]
+    lines = common.text_grid(header, grid, 2, width=60)
+    assert max(map(len, lines)) <= 60
+    for i in range(20):
+        assert sum(f"column{i} " in f"{line} " for line in lines) == 1
+    assert sum(line.strip().startswith("std") for line in lines) == len(lines) // 5
+
+
+@pytest.mark.skipif(not hasattr(common, "main_report"), reason="for the code in common.py")
+def test_program_needs_no_torch(tmp_path):
+    """python common.py FOLDER, and its exit status."""
+    write_runs(tmp_path / "runs", 2, ["rte"])
+    for place, status, said in (("runs", 0, ""), ("none", 2, "must be a folder")):
+        script = ("import runpy, sys; sys.modules['torch'] = None; "
+                  f"sys.argv = ['common.py', {str(tmp_path / place)!r}]; "
+                  "runpy.run_path('common.py', run_name='__main__')")
+        done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True,
+                              text=True)
+        assert done.returncode == status
+        assert said in done.stderr and done.stderr.count("\n") == bool(status)
+
+
+# ------------------------------------------------------------------------------------------ t-SNE
+
+
+def test_affinities_have_the_entropy():
+    """Rows sum to 1, and their entropy is log(perplexity), of near and far points alike."""
+    x = np.random.default_rng(0).normal(size=(120, 8))
+    x[:40] *= 0.01
+    x[100:] = 50 + 10 * x[100:]
+    p = common.affinities(x, 20.0)
+    assert p.sum(1) == pytest.approx(np.ones(120))
+    assert not p.diagonal().any()
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(1)
+    assert entropy == pytest.approx(np.full(120, math.log(20)), abs=1e-6)
+
+
+def test_tsne_keeps_two_blobs_apart():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(120, 20))
+    x[60:, 0] += 4
+    x[60:, 1:] *= 0.9
+    y = common.tsne(x)
+    assert y.shape == (120, 2) and np.isfinite(y).all()
+    distances = common.square_distances(np.float64(y))
+    np.fill_diagonal(distances, np.inf)
+    nearest = distances.argmin(1)
+    assert np.mean((nearest >= 60) == (np.arange(120) >= 60)) > 0.9
+
+
+def test_tsne_is_the_same_twice():
+    x = np.random.default_rng(0).normal(size=(100, 5))
+    first = common.tsne(x, steps=60)
+    assert np.array_equal(first, common.tsne(x.copy(), steps=60))
+    assert not np.array_equal(first, common.tsne(x, steps=61))
+
+
+def test_tsne_refuses_too_few_points():
+    x = np.random.default_rng(0).normal(size=(90, 5))
+    with pytest.raises(ValueError, match="less than a third of the 90 points"):
+        common.tsne(x)
+    common.tsne(x, perplexity=29.9, steps=1)
+    with pytest.raises(ValueError, match="all the same"):
+        common.tsne(np.ones((100, 3)))
