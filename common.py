@@ -124,6 +124,8 @@ def add_data_flags(g):
                    help="one or two columns of your files (found by name)")
     g.add_argument("--label_column", default="label", metavar="NAME",
                    help="of your files; numbers with a point: regression")
+    g.add_argument("--target_column", metavar="NAME",
+                   help="of your files, in place of labels: the text to write (a summary)")
     g.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
                    help="the file of a task without a hub id")
     g.add_argument("--train_samples", type=number(int, 1), metavar="N",
@@ -132,12 +134,16 @@ def add_data_flags(g):
                    help="that many training rows are held out, to choose the best state by")
     g.add_argument("--choosing", action="store_true",
                    help="score the held-out rows alone, as --grid does before it has chosen")
+    g.add_argument("--eval_samples", type=number(int, 1), metavar="N",
+                   help="during training score N seeded rows of a set (all); at the end all")
     g.add_argument("--eval_tasks", nargs="+", metavar="NAME",
                    help="also test on these tasks (NAME or NAME:SPLIT)")
     g.add_argument("--predict", nargs="+", default=[], metavar="SPLIT",
-                   help="write predictions-SPLIT.tsv, as GLUE wants it")
+                   help="write predictions-SPLIT.tsv, as GLUE wants it; texts: .jsonl")
     g.add_argument("--max_length", type=number(int, 4), metavar="N",
                    help="tokens a row (512, or the model's limit)")
+    g.add_argument("--max_target_length", type=number(int, 4), metavar="N",
+                   help="tokens of a text to write, in training (the task's)")
     g.add_argument("--batching", nargs="+", default=["length"], metavar="ORDER",
                    choices=["length", "random", "padded"],
                    help="length, random or padded; several: --profile compares")
@@ -161,8 +167,11 @@ def add_training_flags(g, methods, default_methods):
                    help="several: all run, one table")
     g.add_argument("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], metavar="N",
                    help="one run each")
-    g.add_argument("--batch_size", type=number(int, 1), default=32, metavar="N",
-                   help="rows a step, over all processes")
+    size = g.add_mutually_exclusive_group()
+    size.add_argument("--batch_size", type=number(int, 1), default=32, metavar="N",
+                      help="rows a step, over all processes")
+    size.add_argument("--batch_tokens", type=number(int, 1), metavar="N",
+                      help="instead: real tokens a step, also of texts to write, to within a row")
     g.add_argument("--micro_batch_size", type=number(int, 1), metavar="N",
                    help="most rows of one process in one pass (all)")
     length = g.add_mutually_exclusive_group()
@@ -239,6 +248,7 @@ def parse(p, argv, recipe):
     args.seeds = [*dict.fromkeys(args.seeds)]
     args.method = [*dict.fromkeys(args.method)]
     settle_length(args)
+    settle_batch(args)
     if args.eval_tasks is None:
         args.eval_tasks = [] if own_files else data.TASKS[task].further.split()
     check_flags(args)
@@ -274,6 +284,14 @@ def settle_length(args):
         args.epochs = None
 
 
+def settle_batch(args):
+    """Of --batch_size and --batch_tokens the one that holds."""
+    if "batch_size" in args.by_hand:
+        args.batch_tokens = None
+    if args.batch_tokens:
+        args.batch_size = None
+
+
 def check_flags(args):
     if len(args.batching) > 1 and not args.profile:
         given = " ".join(args.batching)
@@ -283,7 +301,10 @@ def check_flags(args):
     if (args.grid or args.choosing) and not args.dev_samples:
         flag = "--grid" if args.grid else "--choosing"
         raise UserError(f"{flag}: needs --dev_samples, the training rows to choose by")
-    if args.train_samples and args.train_samples < args.batch_size:
+    if args.target_column and not args.own_files:
+        raise UserError(f"--target_column {args.target_column}: is for your own files; "
+                        f"{args.task} has its own")
+    if args.train_samples and args.train_samples < (args.batch_size or 1):
         raise UserError(f"--train_samples {args.train_samples}: must be at least --batch_size, "
                         f"{args.batch_size}")
 
@@ -341,7 +362,7 @@ class World:
     def __init__(self, args):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        if args.batch_size % self.size:
+        if args.batch_size and args.batch_size % self.size:
             raise UserError(f"--batch_size {args.batch_size}: must be divisible by the {self.size} "
                             "processes")
         self.gpu = torch.cuda.is_available()
@@ -585,15 +606,21 @@ class Setup:
     further: dict                  # {name: (task, Split)}, of --eval_tasks
     unscored: dict                 # {split: Split}, to predict
     held_out: dict                 # {"held-out": (task, Split)}, of --dev_samples
+    sample: int | None = None      # --eval_samples: so many rows of a set are scored in training
 
     @property
     def kind(self):
         return data.KINDS[self.task.kind]
 
-    @property
+    @functools.cached_property
     def choose_by(self):
-        """The sets by which the best state is chosen."""
-        return self.held_out or self.own
+        """The sets by which the best state is chosen, or --eval_samples of each."""
+        sets = {}
+        for name, (task, split) in (self.held_out or self.own).items():
+            if self.sample and self.sample < len(split):
+                split = split.take(data.subset(split, self.sample, 0))
+            sets[name] = task, split
+        return sets
 
     @property
     def scored(self):
@@ -610,7 +637,13 @@ def prepare(args, world, check=None, **how):
         rows = data.load(args)
     if check:
         check(rows.task)
-    tokenizer = load_tokenizer(args, world)
+    kind = data.KINDS[rows.task.kind]
+    if args.batch_tokens and not kind.decodes:
+        raise UserError(f"--batch_tokens {args.batch_tokens}: is for texts that are written; "
+                        f"{args.task} needs --batch_size")
+    tokenizer = load_tokenizer(args, world, rows.task)
+    if kind.decodes:
+        how["max_target_length"] = args.max_target_length
     to_train = how
     to_evaluate = {name: value for name, value in how.items() if name != "perturb"}
 
@@ -627,7 +660,7 @@ def prepare(args, world, check=None, **how):
         for name, (its_task, part) in rows.further.items():
             further[name] = its_task, encode(part, its_task, to_evaluate)
         unscored = {name: encode(part, task, to_evaluate) for name, part in rows.unscored.items()}
-    setup = Setup(task, tokenizer, train, own, further, unscored, {})
+    setup = Setup(task, tokenizer, train, own, further, unscored, {}, args.eval_samples)
     hold_out(args, setup)
     tell_settings(args, setup, world)
     return setup
@@ -639,7 +672,7 @@ def hold_out(args, setup):
     if not n:
         return
     left = len(setup.train) - n
-    if left < max(args.batch_size, args.train_samples or 0):
+    if left < max(args.batch_size or 1, args.train_samples or 0):
         raise UserError(f"--dev_samples {n}: of the {len(setup.train)} training rows {left} would "
                         "be left, fewer than --train_samples or --batch_size")
     chosen = data.subset(setup.train, n, 0)
@@ -673,23 +706,37 @@ def tell_settings(args, setup, world):
     world.say(f"{args.task}, {args.model}")
     world.say(f"  recipe      {args.recipe_name}: {listed(by_recipe)}")
     world.say(f"  set by you  {listed(args.by_hand)}")
-    world.say(f"  labels      {labels or 'a number'}")
+    world.say(f"  labels      {labels or setup.kind.answer}")
     world.say(f"  rows        {', '.join(f'{name} {size}' for name, size in sizes.items())}")
-    world.say(f"  max_length  {args.max_length} tokens; cut rows: {', '.join(cut) or 'none'}")
+    lengths = f"{args.max_length} tokens"
+    if args.max_target_length:
+        lengths += f", of a text to write {args.max_target_length}"
+    world.say(f"  max_length  {lengths}; cut rows: {', '.join(cut) or 'none'}")
     world.say(f"  running on  {world}, {world.precision}")
 
 
-def load_tokenizer(args, world):
-    """The tokenizer of --model, checked before any weights are read. Sets args.path, max_length."""
+def load_tokenizer(args, world, task=None):
+    """The tokenizer of --model, checked before any weights are read. Sets args.path, max_length.
+
+    task: what the model is for, if it matters; then also max_target_length.
+    """
     from transformers import AutoConfig, AutoTokenizer
     if args.model == "toy":
         with world.first():
             args.path = toy_model(world)
+    if args.model == "toy-sum":
+        with world.first():
+            args.path = toy_writer(world)
     try:
         config = AutoConfig.from_pretrained(args.path)
         tokenizer = AutoTokenizer.from_pretrained(args.path)
     except Exception as error:
         raise UserError(f"--model {args.model}: {first_line(error)}") from error
+    writes = task is not None and data.KINDS[task.kind].decodes
+    if writes and not config.is_encoder_decoder:
+        raise UserError(f"--model {args.model}: a {config.model_type} has no decoder, which "
+                        f"{args.task} needs to write texts; must be a model such as "
+                        "facebook/bart-large")
     if os.path.isdir(args.path):
         files = [name for name in os.listdir(args.path) if "token" in name or "vocab" in name
                  or name.endswith(".model")]
@@ -704,11 +751,19 @@ def load_tokenizer(args, world):
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         limit -= 2                                     # their positions start after the padding's
     limit = min(limit, tokenizer.model_max_length)
-    if args.max_length and args.max_length > limit:
-        raise UserError(f"--max_length {args.max_length}: must be from 4 to {limit}, the limit of "
-                        f"{args.model}")
-    args.max_length = args.max_length or min(512, limit)
+    args.max_length = settle_limit(args, "max_length", 512, limit)
+    if writes:
+        args.max_target_length = settle_limit(args, "max_target_length", task.target_length, limit)
     return tokenizer
+
+
+def settle_limit(args, flag, usual, limit):
+    """A length: that of the flag, or of the recipe or the usual one as far as the model can."""
+    given = getattr(args, flag)
+    by_recipe = flag in args.recipe and flag not in args.by_hand
+    if given and given > limit and not by_recipe:
+        raise UserError(f"--{flag} {given}: must be from 4 to {limit}, the limit of {args.model}")
+    return min(given or usual, limit)
 
 
 def load_model(args, setup, seed, world, path=None):
@@ -728,7 +783,7 @@ def load_model(args, setup, seed, world, path=None):
                         f"{setup.kind.auto_class}: {first_line(error)}") from error
 
     body = model.base_model_prefix + "."
-    fresh = args.init_from and not path
+    fresh = args.init_from and not path and not setup.kind.decodes      # which has no head
     if fresh:
         for name, module in model.named_modules():
             if name and not f"{name}.".startswith(body):
@@ -774,7 +829,8 @@ def training_rows(setup, args, seed):
 def build_batches(setup, args, seed, world, batching=None):
     return data.Batches(
         training_rows(setup, args, seed), args.batch_size, seed, world.rank, world.size,
-        args.micro_batch_size, batching or args.batching[0], args.max_length)
+        args.micro_batch_size, batching or args.batching[0], args.max_length,
+        args.batch_tokens, args.max_target_length)
 
 
 def seeds_and_methods(args):
@@ -841,7 +897,8 @@ def predict(forward, module, split, setup, world, name="predicting"):
     mine = len(range(world.rank, len(split), world.size))
     progress = Progress(world, name, mine, unit="row")
     with torch.inference_mode(), world.autocast(), progress:
-        for rows, inputs in data.eval_batches(split, world.rank, world.size):
+        size = setup.kind.eval_size(setup.task)
+        for rows, inputs in data.eval_batches(split, world.rank, world.size, **size):
             labels = inputs.pop("labels")
             outputs = forward(**world.put(inputs))
             for row, output in zip(rows, setup.kind.collect(outputs, labels, setup.tokenizer)):
@@ -851,17 +908,19 @@ def predict(forward, module, split, setup, world, name="predicting"):
     return world.gather(kept)
 
 
-def evaluate(forward, module, sets, setup, world, final=False):
+def evaluate(forward, module, sets, setup, world, final=False, run=None):
     """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
 
     The first metric of the first set is the main one. final: warns of a model that says the same of
-    all rows.
+    all rows. run: writes what a decoder wrote.
     """
     started = time.monotonic()
     scores = {}
     for name, (task, split) in sets.items():
         kept = predict(forward, module, split, setup, world, f"evaluating {name}")
         scores[name] = setup.kind.score(task, setup.task, kept, split)
+        if run and setup.kind.decodes:
+            run.write_predictions(name.replace("/", "-"), kept, split, setup)
         if final:
             texts = {setup.kind.text(setup.task, output) for output in kept}
             if len(texts) == 1 and len(kept) > 1:
@@ -1092,12 +1151,16 @@ class Run:
 
         before, seconds_before = self.flushed
         seconds = max(1e-9, self.seconds - seconds_before)
-        rate = self.args.batch_size * (self.step - before) / seconds
+        rate = self.rows_a_step() * (self.step - before) / seconds
         self.flushed = self.step, self.seconds
         means = dict(zip(names, values.mean(0).tolist()))
         plain = pending[-1][2]
         self.write_line(self.step, {**means, **plain, "examples_per_second": round(rate, 1)})
         return means["loss"]
+
+    def rows_a_step(self):
+        """On average, where --batch_tokens makes batches."""
+        return self.args.batch_size or self.batches.mean_rows
 
     def write_line(self, step, terms):
         """One line of log.jsonl."""
@@ -1186,10 +1249,13 @@ class Run:
         """Writes the predictions for every split that --predict and --test_file name."""
         for name, split in setup.unscored.items():
             kept = predict(forward, module, split, setup, self.world, f"predicting {name}")
-            if self.world.rank == 0:
-                with self.guard(f"{self.folder}/predictions-{name}"):
-                    path = setup.kind.write(self.folder, name, setup.task, kept, split)
-                self.world.say(f"wrote {path}")
+            self.write_predictions(name, kept, split, setup)
+
+    def write_predictions(self, name, kept, split, setup):
+        if self.world.rank == 0:
+            with self.guard(f"{self.folder}/predictions-{name}"):
+                path = setup.kind.write(self.folder, name, setup.task, kept, split)
+            self.world.say(f"wrote {path}")
 
     def finish(self, metrics, batches, tokenizer, write_model):
         """Writes model/, by write_model(folder), and last of all results.json.
@@ -1218,7 +1284,7 @@ class Run:
     def collect_results(self, metrics, padding_efficiency):
         """All of results.json."""
         import transformers
-        rate = self.step * self.args.batch_size / max(self.seconds, 1e-9)
+        rate = self.step * self.rows_a_step() / max(self.seconds, 1e-9)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                     "transformers": transformers.__version__, "device": str(self.world),
                     "commit": commit_of_code()}
@@ -1619,8 +1685,9 @@ def profile_steps(args, world, rows):
             for i in chosen[name]:                     # this also warms up
                 batch = batches[i]
                 flops += count_flops(lambda: step(batch))
+        rows_of_all = sum(len(batches.rows(i)) for i in chosen[name])
         counted[name] = {"flops": flops / args.profile, "memory": world.peak_memory(),
-                         **batches.state_dict()}
+                         "rows": rows_of_all / args.profile, **batches.state_dict()}
 
     seconds = np.zeros((3, args.profile, len(rows)))
     for turn in range(3):
@@ -1651,7 +1718,8 @@ def print_profile(args, world, counted, seconds):
     fastest = min(time_call(world, lambda: matrix @ matrix) for _ in range(8))
     peak = 2 * n**3 / fastest                          # FLOP/s
 
-    world.say(f"\n{args.task}, {args.model}, batch {args.batch_size}, {args.profile} steps, "
+    batch = args.batch_size or f"of {args.batch_tokens} tokens"
+    world.say(f"\n{args.task}, {args.model}, batch {batch}, {args.profile} steps, "
               f"{world}, {world.precision}; matrix product of {n}: {peak / 1e9:.0f} GFLOP/s")
     memory = f" {'MB':>6}" if world.gpu else ""        # a CPU's peak never falls: no column
     world.say(f"{'':<22} {'ms/step':>8} {'examples/s':>10} {'tokens/s':>9} {'real':>6} "
@@ -1661,7 +1729,7 @@ def print_profile(args, world, counted, seconds):
         tokens = counts["real"] * world.size / args.profile
         rate = counts["flops"] / t
         memory = f" {counts['memory']:6.0f}" if world.gpu else ""
-        world.say(f"{name:<22} {1e3 * t:8.1f} {args.batch_size / t:10.1f} {tokens / t:9.0f} "
+        world.say(f"{name:<22} {1e3 * t:8.1f} {counts['rows'] / t:10.1f} {tokens / t:9.0f} "
                   f"{real:6.1%} {rate / 1e9:8.1f} {rate / peak:8.1%}{memory} {t / seconds[0]:6.2f}")
 
 
@@ -2931,12 +2999,10 @@ def write_report(args, tables, left_out):
 
 def toy_model(world):
     """Folder of a 2-layer BERT, pre-trained once on the toy corpus, which covers both domains."""
-    from huggingface_hub.constants import HF_HOME
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
     corpus = data.toy_corpus()
     words = data.toy_vocabulary()
-    key = hashlib.sha256("\n".join(words + corpus).encode()).hexdigest()[:12]
-    folder = os.path.join(HF_HOME, "toy-bert", key)
+    folder = toy_folder("toy-bert", words + corpus)
     if os.path.exists(os.path.join(folder, "config.json")):
         return folder
 
@@ -2950,7 +3016,17 @@ def toy_model(world):
     model = BertForMaskedLM(config).to(world.device).eval()              # eval: no dropout here
     ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"]
     learn_masked_words(model, ids.to(world.device))
+    return save_toy(model, tokenizer, folder)
 
+
+def toy_folder(name, made_of):
+    """Where a toy model lies that is made of these words and texts."""
+    from huggingface_hub.constants import HF_HOME
+    key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
+    return os.path.join(HF_HOME, name, key)
+
+
+def save_toy(model, tokenizer, folder):
     model.save_pretrained(folder + ".tmp")
     tokenizer.save_pretrained(folder + ".tmp")
     shutil.rmtree(folder, ignore_errors=True)
@@ -2973,6 +3049,70 @@ def learn_masked_words(model, ids, steps=1800, lr=2e-3):
         m_x = torch.where(masked, 4, x)
         states = model.bert(m_x, (x != 0).long()).last_hidden_state[masked]
         torch.nn.functional.cross_entropy(model.cls(states), x[masked]).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model
+
+
+def toy_writer(world):
+    """Folder of a BART of 2 + 2 layers, pre-trained once to restore what was damaged of the toy
+    corpus, which covers both domains."""
+    from transformers import BartConfig, BartForConditionalGeneration
+    corpus = data.toy_corpus()
+    words = [*data.toy_vocabulary(), "\n"]
+    folder = toy_folder("toy-bart", words + corpus)
+    if os.path.exists(os.path.join(folder, "config.json")):
+        return folder
+
+    world.say("pre-training the toy model that writes, once (about 30 s) ...")
+    torch.manual_seed(0)
+    tokenizer = toy_tokenizer(words)
+    pad, _, begin, end = range(4)
+    config = BartConfig(
+        vocab_size=len(words), d_model=64, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=256,
+        decoder_ffn_dim=256, max_position_embeddings=64, init_std=0.1, pad_token_id=pad,
+        bos_token_id=begin, eos_token_id=end, decoder_start_token_id=end,
+        forced_eos_token_id=end)
+    model = BartForConditionalGeneration(config).to(world.device).eval() # eval: no dropout here
+    ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"]
+    learn_to_restore(model, ids.to(world.device))
+    return save_toy(model, tokenizer, folder)
+
+
+def toy_tokenizer(words):
+    """One word a token, the end of a line a word like others; the first five are special."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    pad, unknown, begin, end, mask = words[:5]
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unknown))
+    plain.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(" ", "removed"),
+        pre_tokenizers.Split("\n", "isolated")])
+    plain.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}", pair=f"{begin} $A {end} $B {end}",
+        special_tokens=[(begin, 2), (end, 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, model_max_length=64, pad_token=pad, unk_token=unknown,
+        cls_token=begin, sep_token=end, bos_token=begin, eos_token=end, mask_token=mask)
+
+
+def learn_to_restore(model, ids, steps=600, lr=3e-3):
+    """Denoising of a toy BART: -E log P(x | m(x)), m masks a third of the words.
+
+    ids (rows, n), padded with 0; words are above 4, the special tokens' ids, [MASK] is 4.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        x = ids[torch.randint(len(ids), (64,), device=ids.device)]
+        x = x[:, :int((x != 0).sum(1).max())]                            # (64, n)
+        masked = (torch.rand(x.shape, device=ids.device) < 0.33) & (x > 4)
+        m_x = torch.where(masked, 4, x)
+        labels = x.masked_fill(x == 0, -100)
+        model(input_ids=m_x, attention_mask=(x != 0).long(), labels=labels).loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

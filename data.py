@@ -6,12 +6,13 @@
     2  reading                     load, own_files, read_file, general_text
     3  encoding, by kind           encode, tokenise_texts
     4  batches                     Field, Split, Batches, eval_batches, subset
-    5  metrics                     METRICS, score_classes, write_classes, KINDS
-    6  the toy language            toy_rows, toy_corpus
+    5  metrics                     METRICS, rouge, score_classes, write_classes, KINDS
+    6  the toy language            toy_rows, toy_summaries, toy_corpus
 
 A further task is one row of TASKS. A further kind of task is one group of functions and one line of
 KINDS, which stands at the end of section 5. Nothing here knows how a model is trained.
 """
+import collections
 import csv
 import difflib
 import functools
@@ -50,6 +51,9 @@ class Kind:
     score         (task, trained, kept, split) -> {metric: value}
     text          (task, kept of one row) -> its prediction in words
     write         (folder, name, task, kept, split) -> path of the file of predictions
+    answer        what a label is where labels have no names
+    eval_size     (task) -> how large the batches of an evaluation are, see `slices`
+    decodes       the model must have a decoder; what it writes is kept for all sets that are scored
     """
     auto_class: str
     settings: Callable
@@ -62,6 +66,22 @@ class Kind:
     score: Callable
     text: Callable
     write: Callable
+    answer: str
+    eval_size: Callable
+    decodes: bool = False
+
+
+class Decoding(NamedTuple):
+    """How a text is searched for: by beams, whose scores are log P / length^penalty.
+
+    shortest, longest: words of the model's vocabulary, without those that begin and end a text.
+    no_repeat: no sequence of that many words comes twice; 0: all may.
+    """
+    beams: int = 4
+    penalty: float = 1.0
+    shortest: int = 0
+    longest: int = 128
+    no_repeat: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,8 @@ class Task:
                     none: the label is a number
     metrics         the first is the main one
     train, validation, test    splits: to train on, to score, to predict
-    label           the column of the label
+    slices          {split: the part of the repository's splits that it is}
+    label           the column of the label, or of the text to write
     kind            a line of KINDS
     script          the repository holds only a loading script, which is never run: its parquet
                     export is read
@@ -83,6 +104,8 @@ class Task:
     perturb         the one text column whose words may be perturbed
     names           the leaderboard's files hold label names, not ids
     further         the sets out of its domain that go with it, unless --eval_tasks names others
+    target_length   tokens at which the text to write is cut in training
+    decoding        how one is written
     """
     path: str
     config: str = ""
@@ -92,6 +115,7 @@ class Task:
     train: str = "train"
     validation: str = "validation"
     test: str = "test"
+    slices: dict | None = None
     label: str = "label"
     kind: str = "classify"
     script: bool = False
@@ -100,6 +124,8 @@ class Task:
     names: bool = False
     further: str = ""
     where: str = ""
+    target_length: int = 0
+    decoding: Decoding = Decoding()
 
     @property
     def columns(self):
@@ -125,6 +151,11 @@ PAWS_X = "google-research-datasets/paws-x"
 SICK = "RobZamp/sick"
 NLI = "entailment neutral contradiction"
 TNEWS = "100 101 102 103 104 106 107 108 109 110 112 113 114 115 116"
+TIFU = "ctr4si/reddit_tifu"
+ROUGE = "rouge1 rouge2 rougeLsum"
+
+# Reddit TIFU has no splits: the shares that PEGASUS took of it, on its own order of the rows.
+TIFU_SPLITS = {"train": "train[:80%]", "validation": "train[80%:90%]", "test": "train[90%:]"}
 
 # Languages in the order of the papers' tables.
 XNLI_LANGUAGES = "en fr es de el bg ru tr ar vi th zh hi sw ur".split()
@@ -168,6 +199,26 @@ TASKS = {
     "mnli-mm":  Task(GLUE, "mnli", "premise hypothesis", NLI, validation="validation_mismatched"),
     "bustm":    Task("", "", labels="0 1",
                      where="test_public.json of FewCLUE (github.com/CLUEbenchmark/FewCLUE)"),
+    # summaries, decoded as BART decodes them; for Gigaword nobody says how
+    "toy-sum":  Task("toy-sum", "film", "text", label="summary", kind="generate", metrics=ROUGE,
+                     further="toy-sum-food", target_length=32, decoding=Decoding(2, longest=24)),
+    "toy-sum-food": Task("toy-sum", "food", "text", label="summary", kind="generate", metrics=ROUGE,
+                         target_length=32, decoding=Decoding(2, longest=24)),
+    "cnndm":    Task("abisee/cnn_dailymail", "3.0.0", "article", label="highlights",
+                     kind="generate", metrics=ROUGE, further="cnndm:test", target_length=256,
+                     decoding=Decoding(4, 2.0, 55, 140, no_repeat=3)),
+    "gigaword": Task("Harvard/gigaword", "default", "document", label="summary", script=True,
+                     kind="generate", metrics=ROUGE, further="gigaword:test", target_length=64,
+                     decoding=Decoding(4, 1.0, 5, 32)),
+    "tifu-long": Task(TIFU, "long", "documents", label="tldr", script=True, slices=TIFU_SPLITS,
+                      kind="generate", metrics=ROUGE, further="tifu-long:test", target_length=128,
+                      decoding=Decoding(6, 1.0, 10, 60, no_repeat=3)),
+    "tifu-short": Task(TIFU, "short", "documents", label="title", script=True, slices=TIFU_SPLITS,
+                       kind="generate", metrics=ROUGE, further="tifu-short:test", target_length=128,
+                       decoding=Decoding(6, 1.0, 10, 60, no_repeat=3)),
+    "xsum":     Task("EdinburghNLP/xsum", "default", "document", label="summary",
+                     kind="generate", metrics=ROUGE, further="xsum:test", target_length=128,
+                     decoding=Decoding(6, 1.0, 10, 60, no_repeat=3)),
 }
 for language in XNLI_LANGUAGES:
     TASKS[f"xnli-{language}"] = Task(XNLI, language, "premise hypothesis", NLI, validation="test")
@@ -250,7 +301,7 @@ def load(args):
 
     train = splits.pop(task.train)
     for flag in ("batch_size", "train_samples"):
-        value = getattr(args, flag) or 0
+        value = getattr(args, flag) or 0               # a batch of so many tokens has no size
         if value > len(train):
             raise UserError(f"--{flag} {value}: must be at most the {len(train)} training rows")
 
@@ -311,8 +362,8 @@ def refuse_hidden(task, rows, where):
     """Rows that are scored must have labels."""
     row = KINDS[task.kind].hidden(rows["label"])
     if row is not None:
-        raise UserError(f"{where}: row {row + 1} has a hidden label (-1, or no column "
-                        f"{task.label!r}): it can only be predicted")
+        raise UserError(f"{where}: row {row + 1} has a hidden label (-1, an empty text, or no "
+                        f"column {task.label!r}): it can only be predicted")
 
 
 def read(task, split, name, args):
@@ -325,11 +376,11 @@ def read(task, split, name, args):
     if not task.path:
         raise UserError(f"--task {name}: has no hub id; give its file as "
                         f"--local_file {name}=FILE ({task.where})")
-    if task.path == "toy":
+    if task.path in TOYS:
         if split not in ("train", "validation", "test"):
             raise UserError(f"--task {name}: has no split {split}; "
                             "must be train, validation or test")
-        return toy_rows(task.config, split)
+        return TOYS[task.path](task.config, split)
     return kind.read(read_hub(task, split, name), task, f"{task.path} {task.config} {split}")
 
 
@@ -351,14 +402,16 @@ def read_hub(task, split, name):
     Returns a Dataset.
     """
     import datasets
+    part = (task.slices or {}).get(split, split)
     try:
         if task.script:
-            files = {split: f"{task.config}/{split}/*.parquet"}
+            whole = part.partition("[")[0]
+            files = {whole: f"{task.config}/{whole}/*.parquet"}
             return datasets.load_dataset(
-                task.path, revision="refs/convert/parquet", data_files=files, split=split)
-        return datasets.load_dataset(task.path, task.config, split=split)
+                task.path, revision="refs/convert/parquet", data_files=files, split=part)
+        return datasets.load_dataset(task.path, task.config, split=part)
     except Exception as error:
-        where = f"split {split} of {task.path} {task.config}"
+        where = f"split {part} of {task.path} {task.config}"
         raise UserError(f"--task {name}: cannot load {where} from the hub: "
                         f"{first_line(error)}") from error
 
@@ -377,7 +430,10 @@ def own_files(args):
     for path, table in tables.items():
         for column in columns:
             check_column(column, "--text_columns", table, path)
-        check_column(args.label_column, "--label_column", table, path)
+        if args.target_column:
+            check_column(args.target_column, "--target_column", table, path)
+        else:
+            check_column(args.label_column, "--label_column", table, path)
 
     task = own_task(args, columns, tables)
     splits = {}
@@ -405,8 +461,14 @@ def check_column(name, flag, table, path):
 def own_task(args, columns, tables):
     """The Task of one's own files. What kind of task it is, its labels tell.
 
-    Words and whole numbers are classes, numbers with a point are to be predicted.
+    Words and whole numbers are classes, numbers with a point are to be predicted. A --target_column
+    holds texts to write.
     """
+    if args.target_column:
+        length = args.max_target_length or Decoding().longest
+        return Task(path="custom", text=tuple(columns), label=args.target_column, kind="generate",
+                    metrics=ROUGE, target_length=length, decoding=Decoding(longest=length))
+
     labels = {}
     for path, table in tables.items():
         labels[path] = [label_of(cell) for cell in table[args.label_column]]
@@ -557,20 +619,23 @@ def read_texts(table, task, where):
             raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
         texts = []
         for row, cell in enumerate(table[column], 1):
-            if isinstance(cell, list) and all(isinstance(word, str) for word in cell):
-                cell = " ".join(cell)
             if cell is None:
                 raise UserError(f"{where}: row {row}: no text in column {column!r}")
-            if not isinstance(cell, (str, int, float)):
-                raise UserError(f"{where}: row {row}: column {column!r} must hold texts, "
-                                f"has {cell!r:.40}")
-            text = str(cell)
-            if SURROGATE.search(text):
-                raise UserError(f"{where}: row {row}: column {column!r} holds half a character: "
-                                f"{text!a:.40}")
-            texts.append(text)
+            texts.append(text_of(cell, row, column, where))
         found[column] = texts
     return found
+
+
+def text_of(cell, row, column, where):
+    if isinstance(cell, list) and all(isinstance(word, str) for word in cell):
+        cell = " ".join(cell)
+    if not isinstance(cell, (str, int, float)):
+        raise UserError(f"{where}: row {row}: column {column!r} must hold texts, has {cell!r:.40}")
+    text = str(cell)
+    if SURROGATE.search(text):
+        raise UserError(f"{where}: row {row}: column {column!r} holds half a character: "
+                        f"{text!a:.40}")
+    return text
 
 
 def column_names(table):
@@ -649,6 +714,20 @@ def read_regress(table, task, where):
     return make_rows(texts, labels, "float32", table)
 
 
+def read_generate(table, task, where):
+    """Rows with the text columns as strings and "label", the text to write.
+
+    It is "" where it is not given.
+    """
+    texts = read_texts(table, task, where)
+    targets = [""] * len(texts[task.columns[0]])
+    if task.label in column_names(table):
+        for row, cell in enumerate(table[task.label]):
+            if cell is not None:
+                targets[row] = text_of(cell, row + 1, task.label, where).strip()
+    return make_rows(texts, targets, "string", table)
+
+
 def make_rows(texts, labels, kind, table):
     """A Dataset of strings and labels, and of the rows' own names if there is a column `id`."""
     import datasets
@@ -669,6 +748,11 @@ def hidden_class(labels):
 def hidden_number(labels):
     """-1 is a number like others, but not if all are."""
     return 0 if set(labels) == {-1.0} else None
+
+
+def hidden_text(labels):
+    """The first empty one."""
+    return next((row for row, label in enumerate(labels) if not label), None)
 
 
 def general_text(where, n):
@@ -806,6 +890,20 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
     return found
 
 
+def tokenise_generate(rows, task, tokenizer, max_length, max_target_length):
+    """One or two text columns as the model's inputs; as labels the tokens of the text to write.
+
+    `cut` is 1 where either was truncated.
+    """
+    found = tokenise_texts(rows, task, tokenizer, max_length)
+    targets = tokenizer(text_target=rows["label"], truncation=True, max_length=max_target_length)
+    found["labels"] = targets["input_ids"]
+    if targets.is_fast:
+        overflows = [bool(encoding.overflowing) for encoding in targets.encodings]
+        found["cut"] = [int(source or now) for source, now in zip(found["cut"], overflows)]
+    return found
+
+
 # --------------------------------------------------------------------------------------- 4  batches
 
 class Field(NamedTuple):
@@ -823,6 +921,7 @@ class Split:
 
     cut: how many rows were truncated. left: whether the model wants its padding there (XLNet).
     rows: the Dataset that they were made of, or None. lengths (n,): tokens of each row.
+    target_lengths (n,): labels of each row that has a list of them, else 0.
     """
 
     def __init__(self, fields, cut=0, left=False, rows=None):
@@ -832,6 +931,14 @@ class Split:
         self.rows = rows
         inputs = [field for name, field in fields.items() if name.startswith("input_ids")]
         self.lengths = sum(np.diff(field.offsets) for field in inputs)
+        self.target_lengths = np.zeros_like(self.lengths)
+        if self.has_targets:
+            self.target_lengths = np.diff(fields["labels"].offsets)
+
+    @property
+    def has_targets(self):
+        """Whether a row has a list of labels, and not one."""
+        return "labels" in self.fields and self.fields["labels"].offsets is not None
 
     def __len__(self):
         return len(self.lengths)
@@ -875,13 +982,18 @@ class Split:
                 fields[name] = Field(np.concatenate([values, more]), joined, fill)
         return Split(fields, self.cut, self.left)
 
-    def collate(self, rows, width=0):
-        """Tensors of the given rows: (B, n), padded to their longest or to `width`; labels (B,)."""
+    def collate(self, rows, width=0, target_width=0):
+        """Tensors of the given rows: (B, n), padded to their longest or to `width`; labels (B,).
+
+        Lists of labels are (B, m), padded to their longest, to `target_width` or to `width`.
+        """
         import torch
         batch = {}
         for name, field in self.fields.items():
             if field.offsets is None:
                 values = field.values[rows]                             # (B,)
+            elif name == "labels":
+                values = self.pad(field, rows, target_width or width)   # (B, m)
             else:
                 values = self.pad(field, rows, width)                   # (B, n)
             kind = np.float32 if values.dtype.kind == "f" else np.int64
@@ -911,34 +1023,55 @@ class Batches:
     the last one is topped up with the epoch's first rows. Process `rank` takes rows[rank::world] of
     each batch.
 
-    batching: "length" is that; "random" leaves the shuffled order; "padded" also pads to `width`.
-    The last two are what other scripts do, kept for --profile to compare with.
+    tokens: a batch is not `batch_size` rows but about that many tokens, labels that are lists
+    counted in: ceil(all tokens / tokens) batches an epoch, of equal size to within a row, with each
+    row once.
 
-    real, computed: tokens handed out so far, without and with their padding.
+    batching: "length" is that; "random" leaves the shuffled order; "padded" also pads to `width`
+    and `target_width`. The last two are what other scripts do, kept for --profile to compare with.
+
+    real, computed: tokens handed out so far, without and with their padding, on both sides.
     """
-    # Batches that are sorted together.
+    # Batches that are sorted together, by one length or by two.
     CHUNK = 256
+    CHUNK_OF_TWO = 4096
 
     # Lengths are blurred by 2%, so that no two epochs are alike.
     JITTER = 0.02
 
     def __init__(self, split, batch_size, seed, rank=0, world=1, micro=0, batching="length",
-                 width=0):
+                 width=0, tokens=0, target_width=0):
         self.split = split
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world = world
-        self.micro = micro or batch_size
+        self.micro = micro or batch_size or len(split)
         self.batching = batching
-        self.width = width if batching == "padded" else 0
-        self.per_epoch = -(-len(split) // batch_size)
+        self.widths = (width, target_width) if batching == "padded" else (0, 0)
+        self.tokens = tokens
+        self.per_epoch = self.count_by_tokens() if tokens else -(-len(split) // batch_size)
         self.real = 0
         self.computed = 0
 
-        # The last epoch that was asked for, and its order.
+        # The last epoch that was asked for, and its batches.
         self.epoch = None
         self.order = None
+
+    def count_by_tokens(self):
+        total = int((self.split.lengths + self.split.target_lengths).sum())
+        count = -(-total // self.tokens)
+        most = len(self.split) // self.world
+        if count > most:
+            raise UserError(f"--batch_tokens {self.tokens}: the rows have "
+                            f"{total / len(self.split):.0f} tokens on average; must be at least "
+                            f"{-(-total // most)}, a row for each of {self.world} processes")
+        return count
+
+    @property
+    def mean_rows(self):
+        """Rows of a batch, on average."""
+        return len(self.split) / self.per_epoch if self.tokens else self.batch_size
 
     def rows(self, step):
         """The rows of the whole batch at `step`, over all processes: (batch_size,)."""
@@ -946,21 +1079,63 @@ class Batches:
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = self.order_of(epoch)
-        return self.order[at * self.batch_size:(at + 1) * self.batch_size]
+        return self.order[at]
 
     def order_of(self, epoch):
-        """All rows in the order of an epoch: (per_epoch * batch_size,)."""
+        """The rows of each batch of an epoch: per_epoch arrays."""
         rng = np.random.default_rng([self.seed, epoch])
-        shuffled = np.resize(rng.permutation(len(self.split)), self.per_epoch * self.batch_size)
+        rows = rng.permutation(len(self.split))
+        if not self.tokens:
+            rows = np.resize(rows, self.per_epoch * self.batch_size)
         if self.batching != "length":
-            return shuffled
+            return self.cut(rows)
 
-        blur = rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(shuffled))
-        lengths = self.split.lengths[shuffled] * blur
-        chunks = np.array_split(np.arange(len(shuffled)), -(-self.per_epoch // self.CHUNK))
+        blur = rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(rows))
+        if self.split.has_targets:
+            rows = self.sort_by_both(rows, blur)
+        else:
+            rows = self.sort(rows, blur)
+        batches = self.cut(rows)
+        return [batches[i] for i in rng.permutation(self.per_epoch)]
+
+    def sort(self, rows, blur):
+        """The rows in chunks, each sorted by length."""
+        lengths = self.split.lengths[rows] * blur
+        chunks = np.array_split(np.arange(len(rows)), -(-self.per_epoch // self.CHUNK))
         by_length = [chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks]
-        batches = shuffled[np.concatenate(by_length)].reshape(-1, self.batch_size)
-        return batches[rng.permutation(self.per_epoch)].reshape(-1)
+        return rows[np.concatenate(by_length)]
+
+    def sort_by_both(self, rows, blur):
+        """The rows in chunks, each sorted by length, and groups of it by their targets' length.
+
+        Of k batches there are sqrt(k) groups. Every second one is sorted backwards, so that the
+        rows where two of them meet are alike.
+        """
+        lengths = self.split.lengths[rows] * blur
+        target_lengths = self.split.target_lengths[rows] * blur
+        chunks = -(-self.per_epoch // self.CHUNK_OF_TWO)
+        groups = max(1, round((self.per_epoch / chunks)**0.5))
+        order = []
+        for chunk in np.array_split(np.arange(len(rows)), chunks):
+            chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+            for number, group in enumerate(np.array_split(chunk, groups)):
+                group = group[np.argsort(target_lengths[group], kind="stable")]
+                order.append(group[::-1] if number % 2 else group)
+        return rows[np.concatenate(order)]
+
+    def cut(self, rows):
+        """Rows in order as batches: by number, or by tokens, then with a row for each process."""
+        if not self.tokens:
+            return rows.reshape(-1, self.batch_size)
+        sizes = self.split.lengths[rows] + self.split.target_lengths[rows]
+        middles = np.cumsum(sizes) - sizes / 2
+        numbers = np.arange(1, self.per_epoch)
+        ends = np.searchsorted(middles, numbers * (sizes.sum() / self.per_epoch))
+
+        fewest = numbers * self.world                                   # rows up to each end
+        ends = np.maximum.accumulate(np.maximum(ends - fewest, 0)) + fewest
+        ends = np.minimum(ends, len(rows) - fewest[::-1])
+        return np.split(rows, ends)
 
     def state_dict(self):
         return {"real": self.real, "computed": self.computed}
@@ -974,11 +1149,15 @@ class Batches:
         mine = mine[np.argsort(self.split.lengths[mine], kind="stable")]
         batch = []
         for start in range(0, len(mine), self.micro):
-            inputs = self.split.collate(mine[start:start + self.micro], self.width)
+            rows = mine[start:start + self.micro]
+            inputs = self.split.collate(rows, *self.widths)
             for name, mask in inputs.items():
                 if name.startswith("attention_mask"):
                     self.real += int(mask.sum())
                     self.computed += mask.numel()
+            if self.split.has_targets:
+                self.real += int(self.split.target_lengths[rows].sum())
+                self.computed += inputs["labels"].numel()
             batch.append(inputs)
         return batch
 
@@ -1009,8 +1188,8 @@ def subset(split, n, seed):
     """
     labels = split.labels
     rng = np.random.default_rng([seed, n])
-    if labels.dtype.kind == "f":
-        return np.sort(rng.permutation(len(labels))[:n])
+    if labels.dtype.kind == "f" or split.has_targets:
+        return np.sort(rng.permutation(len(split))[:n])
 
     classes = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
     exact = np.array([len(rows) for rows in classes]) * n / len(labels)
@@ -1053,10 +1232,99 @@ def spearman(predictions, labels):
 METRICS = {"accuracy": accuracy, "f1": f1, "mcc": pearson, "pearson": pearson, "spearman": spearman}
 
 
+def rouge(prediction, reference):
+    """{"rouge1", "rouge2", "rougeLsum"}: F1 from 0 to 1, without a stemmer. Sentences are lines.
+
+    Lin, ROUGE, 2004. rougeLsum is the ROUGE-L of the summarisation papers: for each sentence of the
+    reference the words that it has in common, in order, with any predicted sentence. A word counts
+    no more often than it stands in either text.
+    """
+    predicted = words_of(prediction)
+    wanted = words_of(reference)
+    scores = {}
+    for n in (1, 2):
+        p = collections.Counter(zip(*[predicted[i:] for i in range(n)]))
+        r = collections.Counter(zip(*[wanted[i:] for i in range(n)]))
+        scores[f"rouge{n}"] = f1_of_counts((p & r).total(), p.total(), r.total())
+
+    left_p = collections.Counter(predicted)
+    left_r = collections.Counter(wanted)
+    hits = 0
+    sentences = [words_of(line) for line in prediction.split("\n")]
+    for line in reference.split("\n"):
+        sentence = words_of(line)
+        found = set()
+        for other in sentences:
+            found |= common_in_order(sentence, other)
+        for i in sorted(found):
+            word = sentence[i]
+            if left_p[word] > 0 and left_r[word] > 0:
+                hits += 1
+                left_p[word] -= 1
+                left_r[word] -= 1
+    scores["rougeLsum"] = f1_of_counts(hits, len(predicted), len(wanted))
+    return scores
+
+
+def words_of(text):
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def f1_of_counts(hits, predicted, wanted):
+    return 2 * hits / (predicted + wanted) if hits else 0.0
+
+
+def common_in_order(a, b):
+    """A longest common subsequence of two lists of words, as the set of its places in `a`."""
+    # longest[i][j]: its length in the first i words of a and the first j of b
+    longest = [[0] * (len(b) + 1)]
+    there = set(b)
+    for word in a:
+        above = longest[-1]
+        if word not in there:
+            longest.append(above)
+            continue
+        row = [0]
+        for j, other in enumerate(b):
+            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
+        longest.append(row)
+
+    places = set()
+    i = len(a)
+    j = len(b)
+    while i > 0 and j > 0:
+        if a[i - 1] == b[j - 1]:
+            i -= 1
+            j -= 1
+            places.add(i)
+        elif longest[i][j - 1] > longest[i - 1][j]:
+            j -= 1
+        else:
+            i -= 1
+    return places
+
+
 def logits_of(model, task):
     """forward(**inputs) -> logits (B, C) of a Hugging Face classifier."""
     def forward(**inputs):
         return model(**inputs).logits
+
+    return forward
+
+
+def decoded(model, task):
+    """forward(**inputs) -> the tokens of a text for each row (B, m), by beam search.
+
+    Two more are allowed than the task's longest text has, for those that begin and end it.
+    """
+    how = task.decoding
+    limit = getattr(model.config, "max_position_embeddings", None) or how.longest + 2
+
+    def forward(**inputs):
+        return model.generate(
+            **inputs, num_beams=how.beams, length_penalty=how.penalty, do_sample=False,
+            early_stopping=True, no_repeat_ngram_size=how.no_repeat,
+            min_length=min(how.shortest + 1, limit), max_length=min(how.longest + 2, limit))
 
     return forward
 
@@ -1068,9 +1336,21 @@ def head_settings(task):
             "label2id": {name: i for i, name in enumerate(names)}}
 
 
+def no_settings(task):
+    """A model that writes has no head of the task's own."""
+    return {}
+
+
 def collect_logits(outputs, labels, tokenizer):
     """Logits (B, C) as B arrays (C,), in fp32."""
     return list(outputs.float().cpu().numpy())
+
+
+def collect_texts(outputs, labels, tokenizer):
+    """Tokens (B, m) as B texts, without the spaces around their lines."""
+    texts = tokenizer.batch_decode(
+        outputs, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return ["\n".join(line.strip() for line in text.strip().split("\n")) for text in texts]
 
 
 def same_labels(task, trained):
@@ -1080,6 +1360,19 @@ def same_labels(task, trained):
 
 def any_numbers(task, trained):
     """Correlations need no common scale."""
+
+
+def any_texts(task, trained):
+    """What is written can be compared with any reference."""
+
+
+def usual_size(task):
+    return {}
+
+
+def size_for_beams(task):
+    """Each row is searched for by so many beams at once."""
+    return {"tokens": 32768 // task.decoding.beams, "most": 256 // task.decoding.beams}
 
 
 def score_classes(task, trained, kept, split):
@@ -1095,6 +1388,13 @@ def score_numbers(task, trained, kept, split):
     return {name: METRICS[name](predictions, split.labels) for name in task.metrics.split()}
 
 
+def score_texts(task, trained, kept, split):
+    """{metric: mean over all rows}. A text without words has 0."""
+    scores = [rouge(text, reference) for text, reference in zip(kept, split.column("label"))]
+    return {name: float(np.mean([score[name] for score in scores]))
+            for name in task.metrics.split()}
+
+
 def class_text(task, logits):
     return task.label_names[int(logits.argmax())]
 
@@ -1104,6 +1404,10 @@ def number_text(task, output):
     if task.path == GLUE:                              # STS-B's go from 0 to 5
         value = min(max(value, 0.0), 5.0)
     return f"{value:.3f}"
+
+
+def same_text(task, text):
+    return text
 
 
 def write_classes(folder, name, task, kept, split):
@@ -1131,6 +1435,17 @@ def write_numbers(folder, name, task, kept, split):
     return write_table(folder, name, ["prediction"], [values], names)
 
 
+def write_texts(folder, name, task, kept, split):
+    """A json object a line: the row's own id, or its index; what was written; what was wanted."""
+    path = os.path.join(folder, f"predictions-{name}.jsonl")
+    names = split.column("id") or range(len(kept))
+    with open(path, "w", encoding="utf-8") as file:
+        for row, text, reference in zip(names, kept, split.column("label")):
+            line = {"id": row, "prediction": text, "reference": reference or None}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return path
+
+
 def write_table(folder, name, header, columns, names=None):
     """A tsv: the row's index, its own id where it has one, and the columns. Returns its path."""
     path = os.path.join(folder, f"predictions-{name}.tsv")
@@ -1150,12 +1465,17 @@ KINDS = {
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
         forward=logits_of, collect=collect_logits, score=score_classes, text=class_text,
-        write=write_classes),
+        write=write_classes, answer="a class", eval_size=usual_size),
     "regress": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_regress, hidden=hidden_number, comparable=any_numbers, tokenise=tokenise_texts,
         forward=logits_of, collect=collect_logits, score=score_numbers, text=number_text,
-        write=write_numbers),
+        write=write_numbers, answer="a number", eval_size=usual_size),
+    "generate": Kind(
+        auto_class="AutoModelForSeq2SeqLM", settings=no_settings,
+        read=read_generate, hidden=hidden_text, comparable=any_texts, tokenise=tokenise_generate,
+        forward=decoded, collect=collect_texts, score=score_texts, text=same_text,
+        write=write_texts, answer="a text", eval_size=size_for_beams, decodes=True),
 }
 
 
@@ -1199,12 +1519,21 @@ def toy_review(domain, rng, labelled):
     of the labelled film reviewers ("really" in praise, "rather" in blame) that holds in 4 of 5
     cases there, and in 1 of 3 in the food reviews.
     """
+    phrases, _, positive = toy_opinions(domain, rng, labelled)
+    return " , ".join(phrases) + " .", int(positive)
+
+
+def toy_opinions(domain, rng, labelled):
+    """The phrases of a review, of each (whether it praises, its noun), and whether all in all it
+    does."""
     positive = rng.random() < 0.5
     phrases = []
+    opinions = []
     habit = {"film": 0.8, "food": 0.35}[domain] if labelled else 0.5
     for _ in range(rng.randint(2, 5)):
         agrees = rng.random() < (0.85 if labelled else 0.96)
         good = positive if agrees else not positive
+        praises = good
         phrase = []
         if rng.random() < 0.4:
             phrase.append(TOY_HABIT[(rng.random() < habit) != positive])
@@ -1217,7 +1546,18 @@ def toy_review(domain, rng, labelled):
         phrase.append(rng.choice(TOY_WORDS[adjectives][not good]))
         phrase.append(rng.choice(TOY_NOUNS[domain]))
         phrases.append(" ".join(phrase))
-    return " , ".join(phrases) + " .", int(positive)
+        opinions.append((praises, phrase[-1]))
+    return phrases, opinions, positive
+
+
+def toy_summary(opinions):
+    """A line of what is praised, a line of what is blamed: "good cast , plot .\nbad ending ."."""
+    lines = []
+    for praises, word in ((True, "good"), (False, "bad")):
+        nouns = [noun for praised, noun in opinions if praised == praises]
+        if nouns:
+            lines.append(f"{word} " + " , ".join(nouns) + " .")
+    return "\n".join(lines)
 
 
 def toy_rows(domain, split):
@@ -1228,6 +1568,22 @@ def toy_rows(domain, split):
     reviews = [toy_review(domain, rng, labelled=True) for _ in range(size)]
     texts, labels = zip(*reviews)
     return datasets.Dataset.from_dict({"text": texts, "label": labels})
+
+
+def toy_summaries(domain, split):
+    """Toy reviews and their summaries as a Dataset: 320 to train on, 500 to validate or test."""
+    import datasets
+    rng = random.Random(f"{domain} summaries {split}")
+    texts = []
+    summaries = []
+    for _ in range(320 if split == "train" else 500):
+        phrases, opinions, _ = toy_opinions(domain, rng, labelled=True)
+        texts.append(" , ".join(phrases) + " .")
+        summaries.append(toy_summary(opinions))
+    return datasets.Dataset.from_dict({"text": texts, "label": summaries})
+
+
+TOYS = {"toy": toy_rows, "toy-sum": toy_summaries}
 
 
 def toy_corpus(n=10000):
@@ -1266,7 +1622,8 @@ def describe(task, split, rows, count, unit):
         label = row["label"]
         if task.label_names and label >= 0:
             label = task.label_names[label]
-        print(f"    {label}: " + " | ".join(row[column][:160] for column in task.columns))
+        shown = [str(label)[:160], " | ".join(row[column][:160] for column in task.columns)]
+        print("    " + ": ".join(shown).replace("\n", " / "))
 
 
 def main(argv=None):
@@ -1296,7 +1653,7 @@ def main(argv=None):
 
     print(f"{args.task}: {task.path or 'a local file'} {task.config}")
     print(f"  columns  {', '.join(task.columns)}; label {task.label}")
-    print(f"  labels   {', '.join(task.label_names) or 'a number'}")
+    print(f"  labels   {', '.join(task.label_names) or KINDS[task.kind].answer}")
     print(f"  metrics  {task.metrics}")
     splits = [task.train, *task.validation.split(), *task.test.split()]
     for split in dict.fromkeys(splits):
