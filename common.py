@@ -1451,6 +1451,7 @@ class CachedSplit:
         self.states = states                           # (tokens, H), in the file
         self.per_row = len(sizes) // len(split)        # 1, or 2 of pairs that were encoded apart
         self.lengths = split.lengths
+        self.has_targets = False                       # a frozen encoder has no decoder
 
     @classmethod
     def build(cls, split, encode, width, folder, model_digest, world):
