@@ -662,6 +662,8 @@ def prepare(args, world, check=None, **how):
         unscored = {name: encode(part, task, to_evaluate) for name, part in rows.unscored.items()}
     setup = Setup(task, tokenizer, train, own, further, unscored, {}, args.eval_samples)
     hold_out(args, setup)
+    if args.batch_tokens:
+        build_batches(setup, args, args.seeds[0], world)                 # refuses too few
     tell_settings(args, setup, world)
     return setup
 
@@ -787,6 +789,8 @@ def load_model(args, setup, seed, world, path=None):
     if fresh:
         for name, module in model.named_modules():
             if name and not f"{name}.".startswith(body):
+                for weight in module.parameters(recurse=False):
+                    weight._is_hf_initialized = False  # with that mark it would stay as it is
                 model._init_weights(module)
     if fresh or info["mismatched_keys"]:
         world.say(f"{args.model}: its head is not used; a fresh one of {setup.task.outputs}")
@@ -861,13 +865,20 @@ def build_optimizer(module, args, steps):
     return optimizer, schedule
 
 
+def count_labels(labels):
+    """How many labels there are: (B,) all, but a class -100 stands for none; (B, n) likewise."""
+    if labels.is_floating_point():
+        return len(labels)
+    return int((labels != -100).sum())
+
+
 def backward(module, batch, world, **more):
     """Adds the gradient of the batch's mean loss, micro-batch by micro-batch.
 
     more: for the module's forward. Returns (loss, stats), means over the batch: over its labels, be
     there one a row or, with -100 where there is none, one a token.
     """
-    labels = [int((inputs["labels"] != -100).sum()) for inputs in batch]
+    labels = [count_labels(inputs["labels"]) for inputs in batch]
     mean = world.total(np.array([sum(labels)]))[0] / world.size          # of a process
     total = {}
     for i, inputs in enumerate(batch):
@@ -1043,7 +1054,8 @@ class Run:
                                 "another folder")
         other = []
         for name, value in self.identity.items():
-            if saved["args"].get(name) != value:
+            was_off = name not in saved["args"] and not value            # of a script without it
+            if saved["args"].get(name) != value and not was_off:
                 other.append(f"--{name} {saved['args'].get(name)} (now {value})")
         if other:
             raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with "
@@ -1082,6 +1094,8 @@ class Run:
         Each step has a random seed of its own, so that any can be the first one again. first: where
         this phase of the run began; the bar counts from there.
         """
+        if self.step >= until:
+            return
         self.batches = batches
         self.shift = shift
         name = f"{self.name} {phase}".strip()
@@ -1265,6 +1279,7 @@ class Run:
         """
         if self.best is None:
             self.log_scores(metrics, self.step)
+        self.batches = batches
         real, computed = self.world.total(np.array([batches.real, batches.computed]))
         self.results = self.collect_results(metrics, float(real / computed))
         if self.world.rank == 0:
@@ -1361,13 +1376,15 @@ def search(main, flags, recipe, methods, argv):
 
     results = []
     for method, cells in plans.items():
-        scores = []
-        for cell in cells:
-            result, = main(cell_flags(argv, method, args, cell))
-            best = result["best"]
-            scores.append(best["value"] if best else main_value(result["metrics"]))
-        chosen = cells[int(np.argmax(scores))]
-        write_search(args, method, cells, scores, chosen)
+        chosen = cells[0]
+        if len(cells) > 1:
+            scores = []
+            for cell in cells:
+                result, = main(cell_flags(argv, method, args, cell))
+                best = result["best"]
+                scores.append(best["value"] if best else main_value(result["metrics"]))
+            chosen = cells[int(np.argmax(scores))]
+            write_search(args, method, cells, scores, chosen)
         found = main([*argv, "--grid", "--method", method, *chosen])
         note_search(args, found, {flag: values for flag, values in grid.items()
                                   if any(cell.startswith(f"--{flag}=") for cell in chosen)})
@@ -1403,7 +1420,7 @@ def combinations(method, args, grid, methods):
 
 def cell_flags(argv, method, args, cell):
     """The flags of one run of the search: those given, then those that override them."""
-    name = ",".join(flag.removeprefix("--") for flag in cell) or "one"
+    name = ",".join(flag.removeprefix("--") for flag in cell)
     folder = os.path.join(args.output_dir, "grid", name)
     return [*argv, "--grid", "--method", method, "--seeds", str(args.seeds[0]), "--choosing",
             "--output_dir", folder, *cell]
@@ -1452,6 +1469,7 @@ class CachedSplit:
         self.per_row = len(sizes) // len(split)        # 1, or 2 of pairs that were encoded apart
         self.lengths = split.lengths
         self.has_targets = False                       # a frozen encoder has no decoder
+        self.labels = split.labels
 
     @classmethod
     def build(cls, split, encode, width, folder, model_digest, world):
@@ -1514,7 +1532,7 @@ class CachedSplit:
         texts = self.sentences_of
         return CachedSplit(texts, texts, self.sizes, self.starts, self.states)
 
-    def collate(self, rows, width=0):
+    def collate(self, rows, width=0, target_width=0):
         """states (B, n, H), attention_mask (B, n), with _2 the second sentence's; labels (B,)."""
         labels = self.split.labels[rows]
         is_float = labels.dtype.kind == "f"
@@ -3084,7 +3102,7 @@ def toy_writer(world):
 
 def toy_tokenizer(words):
     """One word a token, the end of a line a word like others; the first five are special."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     pad, unknown, begin, end, mask = words[:5]
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unknown))

@@ -343,7 +343,12 @@ def load_further(args, trained):
             if 0 < task.sample < len(rows):
                 chosen = np.random.default_rng(0).permutation(len(rows))[:task.sample]
                 rows = rows.select(np.sort(chosen))
-            further[name if len(splits) == 1 else f"{name}/{part}"] = (task, rows)
+            if split and name == args.task:            # another split of the trained task
+                further[part] = task, rows
+            elif len(splits) == 1:
+                further[name] = task, rows
+            else:
+                further[f"{name}/{part}"] = task, rows
     return further
 
 

@@ -514,10 +514,8 @@ class Texts:
         if self.model_digest is None:
             self.model_digest = common.digest_weights(f.plm)
         if split not in self.cached:
-            cached = common.CachedSplit.build(
+            self.cached[split] = common.CachedSplit.build(
                 split, f.encode, f.config.hidden_size, self.folder, self.model_digest, self.world)
-            cached.labels = split.labels               # for the scores
-            self.cached[split] = cached
         return self.cached[split]
 
     def sets_with_states(self, f, sets):

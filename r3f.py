@@ -48,6 +48,10 @@ Choices, where the paper is silent or the authors' release does otherwise:
     mode the plain loss has it too. torch's own label_smoothing also puts e / V on y_t, so it is
     called with e * V / (V - 1).
  9. The rivals of Table 2 and of TDT's Table 5 stand below the method, each with choices of its own.
+10. Summaries: the paper is silent on label smoothing and on decoding. Both are those of BART's
+    scripts: smoothing 0.1; beams, lengths and penalties as in data.py's table. lam is 0.01, by
+    position. --batch_tokens is Table 7's "max tokens" of the whole batch, real ones of both sides;
+    on how many GPUs and with what accumulation the authors had theirs is unknown.
 """
 import contextlib
 import copy

@@ -10,6 +10,7 @@ import collections
 import csv
 import dataclasses
 import fcntl
+import functools
 import glob
 import gzip
 import io
@@ -1840,9 +1841,10 @@ def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path, cache
 
 def test_plain_fine_tuning_by_one_recipe_is_one_run_for_all_scripts(tiny_folder, tmp_path, cache,
                                                                     capsys):
-    first = run("r3f", tiny_folder, tmp_path, "--method", "std")
-    second = run("tdt", tiny_folder, tmp_path, "--method", "std", "--alpha", 3)
-    assert second == first and "finished before" in capsys.readouterr().out
+    for one, other in (("r3f", "tdt"), ("tdt", "r3f")):
+        first = run(one, tiny_folder, tmp_path / one, "--method", "std")
+        second = run(other, tiny_folder, tmp_path / one, "--method", "std", "--alpha", 3)
+        assert second == first and "finished before" in capsys.readouterr().out
 
 
 def test_plain_fine_tuning_by_two_recipes_is_two_runs(tiny_folder, tmp_path, cache):
@@ -3991,9 +3993,24 @@ def test_an_untrained_layer_with_the_trained_weights_gives_the_same_curves(copie
     assert drop["values"]["tdt, highest"] == drop["values"]["tdt, lowest, untrained"]
 
 
+def test_the_models_see_what_was_dropped(copied, monkeypatch):
+    """All rows whole once, then all words [MASK], by each of the four ways to choose them."""
+    forward = transformers.BertForSequenceClassification.forward
+    seen = []
+
+    def note(self, input_ids, **inputs):
+        words = input_ids[input_ids > 3]               # [PAD], [UNK], [CLS] and [SEP] are below
+        seen.append((words == 4).float().mean().item())
+        return forward(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "forward", note)
+    tdt.main(["--run", str(copied), "--drop", "--rates", "1"])
+    assert seen == [0, 0, 0, 1, 1, 1, 1]               # the first two are for the confidences
+
+
 def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys):
     folder, argv, _ = toy
-    tdt.main([*argv, "--perturb", "--draws", "3", "--rates", "0.5"])
+    tdt.main([*argv, "--perturb", "--draws", "3", "--rates", "0", "0.5"])
     values = load(run_of(folder) / "perturb.json")["values"]
     assert len(values["tdt, [MASK]"]["0.5"]) == 3 and len(values["tdt, [MASK]"]["0.0"]) == 1
     assert "cutoff, other word" in values
@@ -4089,6 +4106,30 @@ def test_a_finished_run_brings_its_own_flags(toy, copied):
     assert args.threads == 2 and args.max_length == 9
 
 
+def test_a_module_in_train_mode_is_read_without_its_dropout(copied):
+    """As evaluations leave it."""
+    world = types.SimpleNamespace(device="cpu", rank=0, size=1, put=dict, total=np.asarray,
+                                  say=print, progress=None)
+    module = tdt.load_run(str(copied), "tdt", world)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(copied / "model")
+    evaluation, _ = two_rows()
+    offsets = np.array([0, 6, 10])
+    ones = np.ones(10, int)
+    evaluation.world = world
+    evaluation.split = data.Split({
+        "input_ids": data.Field(evaluation.ids, offsets, 0),
+        "attention_mask": data.Field(ones, offsets, 0),
+        "labels": data.Field(np.zeros(2, int), None, 0)})
+
+    explanation = tdt.explain(module, tokenizer, "great cast", 32, world)
+    c = tdt.confidences_of(module, evaluation, "bar")
+    module.train()
+    assert tdt.explain(module, tokenizer, "great cast", 32, world) == explanation
+    module.train()
+    assert (tdt.confidences_of(module, evaluation, "bar") == c).all()
+    assert len(set(c.tolist())) > 5
+
+
 def test_a_run_trained_on_a_gpu_is_read_without_one(copied, monkeypatch):
     read, given = torch.load, []
 
@@ -4115,8 +4156,6 @@ def folders(copied, tmp_path, monkeypatch):
         "LIST": "[1]",
         "TORN": '{"method": ',
         "NOTHING": "{}",
-        "STD": json.dumps({**results, "method": "std"}),
-        "TOY": json.dumps({**results, "task": "toy"}),
         "NOMODEL": json.dumps(results),
     }
     for name, text in texts.items():
@@ -4124,8 +4163,13 @@ def folders(copied, tmp_path, monkeypatch):
         (tmp_path / name / "results.json").write_text(text)
     shutil.copytree(copied, tmp_path / "TDT")
     shutil.copytree(copied, tmp_path / "AGAIN")
-    shutil.copytree(copied, tmp_path / "NOSTART")
-    os.remove(tmp_path / "NOSTART/model/confidence-start.pt")
+    shutil.copytree(copied, tmp_path / "TOY")
+    (tmp_path / "TOY/results.json").write_text(json.dumps({**results, "task": "toy"}))
+    shutil.copytree(copied, tmp_path / "STD")
+    (tmp_path / "STD/results.json").write_text(json.dumps({**results, "method": "std"}))
+    for name, missing in (("NOSTART", "confidence-start.pt"), ("NOWEIGHTS", "model.safetensors")):
+        shutil.copytree(copied, tmp_path / name)
+        os.remove(tmp_path / name / "model" / missing)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -4140,8 +4184,8 @@ BAD = [
     (["--run", "TORN", "--drop"], f"--run TORN: {WANTED}TORN/results.json: is damaged"),
     (["--run", "NOTHING", "--drop"], f"--run NOTHING: {WANTED}"),
     (["--run", "nowhere", "--drop"], f"--run nowhere: {WANTED}"),
-    (["--run", "NOMODEL", "--drop"], "NOMODEL/model"),
-    (["--run", "NOMODEL", "--explain", "great cast"], "NOMODEL/model"),
+    (["--run", "NOMODEL", "--drop"], f"--run NOMODEL: {WANTED}it has no model"),
+    (["--run", "NOWEIGHTS", "--explain", "great cast"], "NOWEIGHTS: its model cannot be loaded"),
     (["--run", "NOSTART", "--drop", "--rates", "0.5"], "NOSTART: its model cannot be loaded"),
     (["--run", "TDT", "--task", "toy-food", "--drop"],
      "--run TDT: is a run of custom; must be of toy-food"),
@@ -4247,10 +4291,14 @@ def small_pairs(tmp_path_factory):
 
 
 def tune(folder, out, *more):
-    """gtuning.py in this process: 12 steps of 16 rows, the only seed 0."""
+    """gtuning.py in this process: 12 steps of 16 rows. The last state counts, not the best one."""
+    return gtuning.main(command_line(folder, out, *more))
+
+
+def command_line(folder, out, *more):
     argv = ["--model", folder, "--output_dir", out, "--seeds", 0, "--max_steps", 12,
-            "--batch_size", 16, "--precision", "fp32", *more]
-    return gtuning.main([str(word) for word in argv])
+            "--batch_size", 16, "--eval_every", 99, "--precision", "fp32", *more]
+    return [str(word) for word in argv]
 
 
 def learned(folder):
@@ -4729,7 +4777,7 @@ def test_the_bar_says_the_phase_and_counts_its_steps(tiny_folder, small, tmp_pat
 def test_a_run_killed_in_any_phase_and_resumed_ends_with_the_same_bits(tiny_folder, small,
                                                                        tmp_path, cache,
                                                                        monkeypatch):
-    more = [*small, "--save_every", 3, "--eval_every", 4, "--log_every", 2]
+    more = [*small, "--save_every", 2, "--eval_every", 4, "--log_every", 2]
     whole, = tune(tiny_folder, tmp_path / "whole", *more)
     steps = [4, 10, 16]                                # one in each phase
     log = common.Run.log
@@ -4746,6 +4794,12 @@ def test_a_run_killed_in_any_phase_and_resumed_ends_with_the_same_bits(tiny_fold
             tune(tiny_folder, tmp_path / "parts", *more, "--resume")
     parts, = tune(tiny_folder, tmp_path / "parts", *more, "--resume")
     assert parts["metrics"] == whole["metrics"]
+    logs = []
+    for out in ("whole", "parts"):
+        logs.append(log_of(tmp_path / f"{out}/custom/gtuning-0"))
+        for line in logs[-1]:
+            line.pop("examples_per_second")
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(2, 19, 2))
     assert_same_state(learned(tmp_path / "whole/custom/gtuning-0"),
                         learned(tmp_path / "parts/custom/gtuning-0"))
 
@@ -4942,7 +4996,7 @@ import gtuning
 save_pretrained = gtuning.GTuning.save_pretrained
 
 def slow(self, folder):
-    time.sleep(3)
+    time.sleep(2)
     save_pretrained(self, folder)
 
 gtuning.GTuning.save_pretrained = slow
@@ -4955,13 +5009,11 @@ def test_two_processes_end_like_one_and_wait_for_the_model_of_rank_0(still_folde
     """Rank 0 takes its time to write model/, which --embed and --predict read on all ranks."""
     script = write(tmp_path / "slow.py", SLOW_RANK_0.format(here=HERE))
     test_file = small[1]
-    flags = [*small, "--test_file", test_file, "--embed", "--eval_tasks", "toy-food", "--lr", "1e-2",
-             "--adam_eps", "1e-2", "--d_lr", "1e-2", "--beta", "5", "--eval_every", "99"]
+    flags = [*small, "--test_file", test_file, "--embed", "--eval_tasks", "toy-food",
+             "--lr", "1e-2", "--adam_eps", "1e-2", "--d_lr", "1e-2", "--beta", "5"]
     port = random.randint(20000, 60000)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               f"--master_port={port}", script, "--model", still_folder, "--seeds", "0",
-               "--max_steps", "12", "--batch_size", "16", "--precision", "fp32", "--output_dir",
-               str(tmp_path / "2"), *flags]
+               f"--master_port={port}", script, *command_line(still_folder, tmp_path / "2", *flags)]
     two = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     one, = tune(still_folder, tmp_path / "1", *flags)
     told = two.communicate()[0]
@@ -5223,7 +5275,7 @@ def printed(capsys, *argv):
     return "\n".join(lines).strip(), out.err
 
 
-def refused(*argv):
+def report_refused(*argv):
     """The one line that main_report ends with."""
     with pytest.raises(UserError) as error:
         common.main_report([*map(str, argv)])
@@ -5316,9 +5368,9 @@ def test_no_difference_and_worse():
     assert worse.verdict(1.0) == "no difference shown"
 
     # It takes both: the test, and an interval without 0.
-    both = report.Difference(8, 1.0, 1.0, -0.1, 2.1, 0.04, 7, 1)
+    both = common.Difference(8, 1.0, 1.0, -0.1, 2.1, 0.04, 7, 1)
     assert both.verdict(0.04) == "no difference shown"
-    interval = report.Difference(8, 1.0, 1.0, 0.1, 1.9, 0.06, 7, 1)
+    interval = common.Difference(8, 1.0, 1.0, 0.1, 1.9, 0.06, 7, 1)
     assert interval.verdict(0.06) == "no difference shown"
     alone = common.summarise_differences([1.0], "t")
     assert math.isnan(alone.std) and alone.p == 1
@@ -5330,7 +5382,7 @@ def test_without_the_baseline(tmp_path, capsys):
     out, _ = printed(capsys, folder)
     assert "no run of the baseline" in out
     assert "60.00" in out and "Difference" not in out
-    assert "must be one of more" in refused(folder, "--baseline", "less")
+    assert "must be one of more" in report_refused(folder, "--baseline", "less")
     assert "Difference to more" not in printed(capsys, folder, "--baseline", "more")[0]
 
 
@@ -5342,7 +5394,7 @@ def test_flags_that_are_the_method(tmp_path, capsys):
         write_run(tmp_path / "runs" / "noise", results)
         results = results_of("rte", "more", seed, 70, lam=5.0)
         write_run(tmp_path / "runs" / "other", results)
-    assert "--lam is not the same for the runs of more on rte" in refused(folder)
+    assert "--lam is not the same for the runs of more on rte" in report_refused(folder)
     table, = common.main_report([str(folder), "--by", "weight_noise", "lam"])
     assert table.columns == ["std", "more lam=1.0", "more lam=5.0", "std weight_noise=0.15"]
 
@@ -5387,8 +5439,8 @@ def test_each_file_of_lines_is_a_table(tmp_path, capsys):
     full = write_runs(tmp_path / "full", tasks=["rte"], train_samples=None)
     printed(capsys, small, "--keep", tmp_path / "kept" / "small.jsonl")
     printed(capsys, full, "--keep", tmp_path / "kept" / "full.jsonl")
-    assert "--train_samples" in refused(small, full)
-    assert "--train_samples" in refused(full, "--keep", tmp_path / "kept" / "small.jsonl")
+    assert "--train_samples" in report_refused(small, full)
+    assert "--train_samples" in report_refused(full, "--keep", tmp_path / "kept" / "small.jsonl")
     tables = common.main_report([str(tmp_path / "kept")])
     assert [table.title for table in tables] == ["full", "small"]
     assert tables[0].rows == common.main_report([str(full)])[0].rows
@@ -5402,16 +5454,16 @@ def test_each_file_of_lines_is_a_table(tmp_path, capsys):
 def test_unlike_flags_are_refused(tmp_path):
     folder = write_runs(tmp_path / "runs", 2, ["rte"])
     write_run(folder, results_of("rte", "std", 2, 60, lr=1e-5))
-    said = refused(folder)
+    said = report_refused(folder)
     assert said.startswith("--lr is not the same for the runs of std on rte: ")
     assert "5e-05 in" in said and "1e-05 in" in said
     assert str(folder / "rte" / "std-0") in said and str(folder / "rte" / "std-2") in said
 
     other = write_runs(tmp_path / "other", 2, ["rte"])
     write_run(other, results_of("rte", "most", 0, 60, batch_size=16))
-    assert "--batch_size is not the same for the methods on rte: " in refused(other)
+    assert "--batch_size is not the same for the methods on rte: " in report_refused(other)
     common.main_report([str(other), "--differ", "batch_size"])
-    assert "--differ size: must be a flag" in refused(other, "--differ", "size")
+    assert "--differ size: must be a flag" in report_refused(other, "--differ", "size")
 
     # Another task may have a recipe of its own; what is only looked at or logged does not count.
     fine = write_runs(tmp_path / "fine", 2, ["rte"])
@@ -5432,7 +5484,7 @@ def test_what_all_searched_may_differ(tmp_path, capsys):
 
     results = {**results_of("rte", "most", 0, 60, lr=3), "searched": {"lr": [1, 2, 3]}}
     write_run(folder, results)
-    assert "--lr is not the same for the methods on rte" in refused(folder)
+    assert "--lr is not the same for the methods on rte" in report_refused(folder)
 
 
 def test_one_run_twice(tmp_path):
@@ -5441,26 +5493,26 @@ def test_one_run_twice(tmp_path):
     table, = common.main_report([str(folder), str(folder), str(tmp_path / "b")])
     assert len(table.runs) == 4
     write_run(tmp_path / "c", results_of("rte", "std", 0, 59))
-    said = refused(folder, tmp_path / "c")
+    said = report_refused(folder, tmp_path / "c")
     assert "rte std, seed 0: is in" in said and "report them apart" in said
 
 
 def test_wrong_places(tmp_path):
-    assert "nowhere: must be a folder" in refused(tmp_path / "nowhere")
-    assert "must hold a finished run" in refused(tmp_path)
+    assert "nowhere: must be a folder" in report_refused(tmp_path / "nowhere")
+    assert "must hold a finished run" in report_refused(tmp_path)
     good = write_runs(tmp_path / "good", 2, ["rte"])
     (tmp_path / "empty").mkdir()
-    assert "empty: must hold" in refused(good, tmp_path / "empty")
+    assert "empty: must hold" in report_refused(good, tmp_path / "empty")
     (tmp_path / "log.jsonl").write_text("{}\n")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "results.json").write_text('{"task": ')
-    assert "is damaged" in refused(tmp_path / "bad")
+    assert "is damaged" in report_refused(tmp_path / "bad")
     (tmp_path / "rows.jsonl").write_text('{"text": "good", "label": 1}\n')
-    assert "holds no line of a run" in refused(tmp_path / "rows.jsonl")
+    assert "holds no line of a run" in report_refused(tmp_path / "rows.jsonl")
     (tmp_path / "file").write_text("")
-    assert "--out" in refused(good, "--out", tmp_path / "file" / "out")
-    assert "--keep" in refused(good, "--keep", tmp_path / "rows.jsonl")
-    assert "--interval" in refused(good, "--interval", "normal")
+    assert "--out" in report_refused(good, "--out", tmp_path / "file" / "out")
+    assert "--keep" in report_refused(good, "--keep", tmp_path / "rows.jsonl")
+    assert "--interval" in report_refused(good, "--interval", "normal")
 
 
 DAMAGE = {
@@ -5502,7 +5554,7 @@ def test_half_written_logs_and_lines(tmp_path, capsys):
     kept.write_text("\n".join([*lines[:3], lines[3][:40], *lines[4:]]))
     _, said = printed(capsys, kept)
     assert said.startswith(f"left out: {kept}:4: is damaged") and said.count("\n") == 1
-    assert "is damaged" in refused(folder, "--keep", kept)
+    assert "is damaged" in report_refused(folder, "--keep", kept)
     assert len(kept.read_text().splitlines()) == 16    # and nothing is lost
 
 
@@ -5651,3 +5703,720 @@ def test_tsne_refuses_too_few_points():
     common.tsne(x, perplexity=29.9, steps=1)
     with pytest.raises(ValueError, match="all the same"):
         common.tsne(np.ones((100, 3)))
+
+
+# =======================================================================================  summaries
+
+# ------------------------------------------------------------------------------------------ helpers
+
+SUMMARIES = ["toy-sum", "toy-sum-food", "cnndm", "gigaword", "tifu-long", "tifu-short", "xsum"]
+
+
+@pytest.fixture(scope="session")
+def summary_cache(tmp_path_factory):
+    """Hub caches of the tests alone."""
+    import huggingface_hub.constants
+    folder = str(tmp_path_factory.mktemp("hf"))
+    os.environ["HF_HOME"] = folder
+    huggingface_hub.constants.HF_HOME = folder
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bart(tmp_path_factory):
+    """A random BART of 1 + 1 layers without dropout that knows the toy language, as a folder."""
+    folder = str(tmp_path_factory.mktemp("models") / "tiny-bart")
+    words = [*data.toy_vocabulary(), "\n"]
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=len(words), d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.0, pad_token_id=0, bos_token_id=2,
+        eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=3)
+    transformers.BartForConditionalGeneration(config).save_pretrained(folder)
+    common.toy_tokenizer(words).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """A random BERT: it has no decoder."""
+    folder = str(tmp_path_factory.mktemp("models") / "tiny-bert")
+    words = data.toy_vocabulary()
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64)
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(words)}
+    transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """60 rows to train on and 20 to validate, of the toy language: flags that name them."""
+    folder = tmp_path_factory.mktemp("files")
+    flags = ["--text_columns", "document", "--target_column", "summary", "--name", "own"]
+    for flag, split, n in (("--train_file", "train", 60), ("--validation_file", "test", 20)):
+        rows = data.toy_summaries("film", split).select(range(n))
+        lines = []
+        for i, row in enumerate(rows):
+            lines.append({"id": f"{split} {i}", "document": row["text"], "summary": row["label"]})
+        flags += [flag, summary_write_rows(folder / f"{split}.jsonl", lines)]
+    return flags
+
+
+def summary_write_rows(path, rows):
+    """A jsonl file of dicts."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def summary_settings(**given):
+    """The flags that data.py reads, as they are when none is given but these."""
+    flags = {
+        "task": "toy-sum", "own_files": "", "train_file": None, "validation_file": None,
+        "test_file": None, "text_columns": None, "label_column": "label", "target_column": None,
+        "max_target_length": None, "local_file": [], "predict": [], "eval_tasks": [],
+        "batch_size": None, "train_samples": None,
+    }
+    return argparse.Namespace(**{**flags, **given})
+
+
+def summary_own(train, validation=None, **given):
+    """The flags of a run on one's own files; without a second file the first is validated on."""
+    names = {"own_files": train, "train_file": train, "validation_file": validation or train}
+    columns = {"text_columns": ["document"], "target_column": "summary"}
+    return summary_settings(task="custom", **{**names, **columns, **given})
+
+
+def summary_run(model, out, *more):
+    """r3f.py in this process. Returns the results."""
+    argv = ["--model", model, "--output_dir", out, "--precision", "fp32", "--seeds", 0, *more]
+    return r3f.main([str(word) for word in argv])
+
+
+def summary_refusal(call, *arguments):
+    """What a call says when it refuses wrong input: one line."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def summary_split_of(lengths, target_lengths):
+    """A Split of rows of these lengths; all tokens of row r are r + 5."""
+    fields = {}
+    for name, sizes, fill in (("input_ids", lengths, 1), ("attention_mask", lengths, 0),
+                              ("labels", target_lengths, -100)):
+        sizes = np.asarray(sizes)
+        values = np.repeat(np.arange(len(sizes)) + 5, sizes).astype(np.int32)
+        if name == "attention_mask":
+            values = np.ones_like(values)
+        fields[name] = data.Field(values, np.concatenate([[0], np.cumsum(sizes)]), fill)
+    return data.Split(fields)
+
+
+def random_split(n, seed=0, low=5, high=40):
+    rng = np.random.default_rng(seed)
+    return summary_split_of(rng.integers(low, high, n), rng.integers(2, 12, n))
+
+
+def summary_weights(folder):
+    """{file: {name: tensor}} of all saved models below a folder."""
+    from safetensors.torch import load_file
+    found = {}
+    for path in sorted(glob.glob(f"{folder}/**/model/*.safetensors", recursive=True)):
+        found[os.path.relpath(path, folder)] = load_file(path)
+    return found
+
+
+def predictions_of(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+# -------------------------------------------------------------------------------------------- ROUGE
+
+@pytest.mark.parametrize("prediction, reference, rouge1, rouge2, rouge_l_sum", [
+    ("the cat sat on the mat", "the cat was on the mat", .8333, .6, .8333),
+    ("police killed the gunman", "the gunman was killed by police", .8, .25, .4),
+    ("He runs daily.\nShe was running.", "She runs.\nHe was running daily.", 1, .2, 1),
+    ("a b c d\na c e", "a b c\nc e d", .9231, .5455, .9231),
+    ("U.S. state-of-the-art, 3.5%", "us state of the art 3.5", .8, .7692, .8),
+    ("", "a reference", 0, 0, 0),
+    ("...", "a reference", 0, 0, 0),
+    ("one", "one", 1, 0, 1),
+])
+def test_rouge_by_hand(prediction, reference, rouge1, rouge2, rouge_l_sum):
+    """Without a stemmer: "running" is not "runs". Values by hand and by the rouge-score package."""
+    scores = data.rouge(prediction, reference)
+    assert list(scores) == ["rouge1", "rouge2", "rougeLsum"]
+    assert list(scores.values()) == pytest.approx([rouge1, rouge2, rouge_l_sum], abs=5e-5)
+
+
+def test_lines_are_sentences_of_rouge_l():
+    """Two sentences in the other order: as lines all their words are found, as one line half."""
+    reference = "a b c d\ne f g h"
+    assert data.rouge("e f g h\na b c d", reference)["rougeLsum"] == 1
+    assert data.rouge("e f g h a b c d", "a b c d e f g h")["rougeLsum"] == 0.5
+
+
+def test_a_word_counts_no_more_often_than_it_stands_in_either_text():
+    """Both predicted lines hit "a b", but there is one of them in the reference."""
+    assert data.rouge("a b\na b", "a b")["rougeLsum"] == pytest.approx(2 * 2 / 6)
+    assert data.rouge("a b", "a b\na b")["rougeLsum"] == pytest.approx(2 * 2 / 6)
+
+
+def test_common_in_order_is_a_longest_common_subsequence():
+    rng = random.Random(0)
+    for _ in range(200):
+        a = [rng.choice("abcd") for _ in range(rng.randint(0, 9))]
+        b = [rng.choice("abcd") for _ in range(rng.randint(0, 9))]
+
+        @functools.cache
+        def longest(i, j):
+            if i == len(a) or j == len(b):
+                return 0
+            if a[i] == b[j]:
+                return 1 + longest(i + 1, j + 1)
+            return max(longest(i + 1, j), longest(i, j + 1))
+
+        places = sorted(data.common_in_order(a, b))
+        assert len(places) == longest(0, 0)
+        rest = iter(b)
+        assert all(a[i] in rest for i in places)       # in the order of b
+
+
+def test_scores_are_means_over_all_rows_the_empty_ones_too():
+    rows = datasets.Dataset.from_dict({"label": ["a b", "c d"]})
+    split = argparse.Namespace(column=lambda name: list(rows[name]))
+    scores = data.score_texts(data.TASKS["xsum"], None, ["a b", ""], split)
+    assert scores == {"rouge1": 0.5, "rouge2": 0.5, "rougeLsum": 0.5}
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_a_summary_task_has_what_decoding_needs(name):
+    task = data.TASKS[name]
+    assert task.kind == "generate" and task.metrics == data.ROUGE
+    assert 0 < task.decoding.longest < task.target_length
+    assert task.decoding.shortest < task.decoding.longest
+    if not name.startswith("toy"):
+        assert task.further == f"{name}:test"
+
+
+def test_rows_are_source_and_summary(monkeypatch):
+    table = datasets.Dataset.from_dict(
+        {"article": ["a\nb", "c"], "highlights": [" one .\ntwo .\n", None], "id": ["x", "y"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: table)
+    rows = data.read(data.TASKS["cnndm"], "train", "cnndm", summary_settings())
+    assert rows[:] == {"article": ["a\nb", "c"], "label": ["one .\ntwo .", ""], "id": ["x", "y"]}
+
+
+def test_tifu_is_read_in_slices_of_its_parquet_export(monkeypatch):
+    calls = []
+
+    def load_dataset(path, **more):
+        calls.append({"path": path, **more})
+        return datasets.Dataset.from_dict({"documents": ["a"], "tldr": ["b"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    args = summary_settings(task="tifu-long", eval_tasks=["tifu-long:test"])
+    rows = data.load(args)
+    assert list(rows.own) == ["validation"] and list(rows.further) == ["test"]
+    for call, part in zip(calls, ["train[:80%]", "train[80%:90%]", "train[90%:]"]):
+        assert call == {"path": "ctr4si/reddit_tifu", "revision": "refs/convert/parquet",
+                        "data_files": {"train": "long/train/*.parquet"}, "split": part}
+
+
+def test_own_files_have_a_target_column(tmp_path):
+    path = summary_write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": "b"}] * 3)
+    rows = data.load(summary_own(path, max_target_length=20))
+    assert rows.task.kind == "generate" and rows.train["label"][:] == ["b"] * 3
+    assert rows.task.target_length == rows.task.decoding.longest == 20
+    assert data.load(summary_own(path)).task.target_length == 128
+
+
+def test_a_target_column_that_is_missing_is_refused(tmp_path):
+    path = summary_write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": "b"}] * 3)
+    message = summary_refusal(data.load, summary_own(path, target_column="tldr"))
+    assert message == (f"--target_column tldr: no column 'tldr' (--target_column) in {path}, which "
+                       "has ['document', 'summary']")
+
+
+@pytest.mark.parametrize("empty", ["", " \n ", None])
+def test_an_empty_summary_is_refused_with_its_row_but_for_prediction(empty, tmp_path):
+    good = summary_write_rows(tmp_path / "good.jsonl", [{"document": "a", "summary": "b"}] * 3)
+    rows = [{"document": "a", "summary": "b"}, {"document": "a", "summary": empty}]
+    bad = summary_write_rows(tmp_path / "bad.jsonl", rows)
+    words = "row 2 has a hidden label (-1, an empty text, or no column 'summary')"
+    assert summary_refusal(data.load, summary_own(bad, good)).startswith(f"{bad}: {words}")
+    assert summary_refusal(data.load, summary_own(good, bad)).startswith(f"{bad}: {words}")
+    given = summary_settings(eval_tasks=["xsum"], local_file=[f"xsum={bad}"])
+    message = summary_refusal(data.load_further, given, data.TASKS["toy-sum"])
+    assert message.startswith(f"--eval_tasks xsum: split validation: {words}")
+    assert data.load(summary_own(good, test_file=bad)).unscored["test"]["label"][:] == ["b", ""]
+
+
+def test_a_summary_that_is_no_text_is_refused(tmp_path):
+    path = summary_write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": {"b": 1}}])
+    message = summary_refusal(data.load, summary_own(path))
+    assert message == f"{path}: row 1: column 'summary' must hold texts, has {{'b': 1}}"
+
+
+# --------------------------------------------------------------------------- encoding and the batch
+
+def test_sources_and_targets_are_cut_each_at_its_length(tiny_bart, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bart)
+    sources = ["good plot .", "bad cast , bad plot , bad scene .", "witty script ."]
+    targets = ["good plot .", "bad cast .", "good script .\ngood script ."]
+    rows = datasets.Dataset.from_dict({"text": sources, "label": targets})
+    split = data.encode(rows, data.TASKS["toy-sum"], tokenizer, 8, max_target_length=6)
+    batch = split.collate(np.arange(3))
+
+    word = tokenizer.get_vocab()
+    begin, end = word["[CLS]"], word["[SEP]"]
+    good = [word[name] for name in "good plot .".split()]
+    assert split.cut == 2
+    assert split.lengths.tolist() == [5, 8, 5]
+    assert split.target_lengths.tolist() == [5, 5, 6]
+    assert batch["input_ids"][0].tolist() == [begin, *good, end, 0, 0, 0]
+    assert batch["labels"][0].tolist() == [begin, *good, end, -100]
+    assert batch["labels"][2].tolist() == [
+        begin, word["good"], word["script"], word["."], word["\n"], end]
+    assert batch["attention_mask"].sum(1).tolist() == [5, 8, 5]
+
+
+def test_a_line_break_is_a_word_of_the_toy_language(tiny_bart):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bart)
+    text = "good cast , plot .\nbad ending ."
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    assert tokenizer.unk_token_id not in ids
+    assert data.collect_texts(ids, None, tokenizer) == [text]
+
+
+def test_padded_batches_are_as_wide_as_they_can_be(summary_cache):
+    split = random_split(40)
+    batches = data.Batches(split, 8, 0, batching="padded", width=50, target_width=20)
+    inputs, = batches[0]
+    assert inputs["input_ids"].shape == (8, 50) and inputs["labels"].shape == (8, 20)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("batching", ["length", "random"])
+def test_batches_by_tokens_hold_every_row_once_and_keep_the_budget(world, batching):
+    split = random_split(500)
+    sizes = split.lengths + split.target_lengths
+    parts = [data.Batches(split, None, 7, rank, world, tokens=300, batching=batching)
+             for rank in range(world)]
+    per_epoch = parts[0].per_epoch
+    assert per_epoch == -(-sizes.sum() // 300)
+    for epoch in range(2):
+        seen = collections.Counter()
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            rows = parts[0].rows(step)
+            assert abs(sizes[rows].sum() - sizes.sum() / per_epoch) <= sizes.max()
+            mine = []
+            for part in parts:
+                inputs, = part[step]
+                mine += (inputs["input_ids"][:, 0] - 5).tolist()
+            assert sorted(mine) == sorted(rows.tolist())
+            seen.update(mine)
+        assert sorted(seen) == list(range(500)) and set(seen.values()) == {1}
+
+
+def test_the_order_of_batches_by_tokens_is_a_function_of_seed_and_epoch():
+    def order(seed, step, world=1):
+        batches = data.Batches(random_split(200), None, seed, 0, world, tokens=300)
+        return batches.rows(step).tolist()
+
+    per_epoch = data.Batches(random_split(200), None, 0, tokens=300).per_epoch
+    assert order(0, 5) == order(0, 5) == order(0, 5, world=2)
+    assert order(0, 5) != order(1, 5) and order(0, 5) != order(0, 5 + per_epoch)
+
+
+def test_every_process_has_a_row_in_every_batch_or_it_is_refused():
+    split = summary_split_of([90] * 30 + [5] * 30, [10] * 60)                    # 3450 tokens
+    message = summary_refusal(lambda: data.Batches(split, None, 0, 0, 4, tokens=200))
+    assert message == ("--batch_tokens 200: the rows have 58 tokens on average; must be at least "
+                       "230, a row for each of 4 processes")
+    batches = data.Batches(split, None, 0, 0, 4, tokens=230)
+    sizes = [len(batches.rows(step)) for step in range(batches.per_epoch)]
+    assert batches.per_epoch == 15 and min(sizes) >= 4 and sum(sizes) == 60
+
+
+def test_a_row_that_is_longer_than_two_batches_leaves_none_empty():
+    split = summary_split_of([90] + [5] * 40, [5] * 41)
+    for seed in range(5):
+        batches = data.Batches(split, None, seed, tokens=30, batching="random")
+        sizes = [len(batches.rows(step)) for step in range(batches.per_epoch)]
+        assert min(sizes) == 1 and sum(sizes) == 41
+
+
+def real_share(batches):
+    """Real tokens of all that are computed in the first epoch, on either side."""
+    split = batches.split
+    computed = np.zeros(2)
+    for step in range(batches.per_epoch):
+        rows = batches.rows(step)[batches.rank::batches.world]
+        computed[0] += len(rows) * split.lengths[rows].max()
+        computed[1] += len(rows) * split.target_lengths[rows].max()
+    return split.lengths.sum() / computed[0], split.target_lengths.sum() / computed[1]
+
+
+@pytest.mark.parametrize("name, source, spread, target, target_spread, n", [
+    ("gigaword", 38, 12, 13, 4.4, 200000),
+    ("xsum", 480, 290, 29, 7.3, 1000),
+])
+def test_95_of_100_computed_tokens_are_real_on_both_sides(name, source, spread, target,
+                                                          target_spread, n):
+    """Means and deviations of real texts, in a BPE of 16000 words; 2048 tokens a batch."""
+    rng = np.random.default_rng(0)
+    shape = (source / spread)**2
+    lengths = rng.gamma(shape, source / shape, n).round().clip(6, 1024).astype(int)
+    targets = rng.normal(target, target_spread, n).round().clip(4, 64).astype(int)
+    fields = {
+        "input_ids": data.Field(None, np.concatenate([[0], np.cumsum(lengths)]), 1),
+        "labels": data.Field(None, np.concatenate([[0], np.cumsum(targets)]), -100)}
+    batches = data.Batches(data.Split(fields), None, 0, tokens=2048)
+    on_source, on_target = real_share(batches)
+    assert on_source > 0.95 and on_target > 0.95
+
+
+def test_rows_of_a_fixed_number_are_sorted_on_both_sides_too():
+    split = random_split(4000)
+    by_length = real_share(data.Batches(split, 8, 0))
+    at_random = real_share(data.Batches(split, 8, 0, batching="random"))
+    assert min(by_length) > 0.9 and max(at_random) < 0.7
+
+
+def test_real_and_computed_tokens_count_both_sides():
+    split = summary_split_of([5, 9], [2, 4])
+    batches = data.Batches(split, 2, 0)
+    batches[0]
+    assert (batches.real, batches.computed) == (5 + 9 + 2 + 4, 2 * 9 + 2 * 4)
+
+
+def test_a_sample_of_texts_is_seeded():
+    split = random_split(100)
+    chosen = data.subset(split, 10, 0)
+    assert len(set(chosen)) == 10 and chosen.tolist() == sorted(chosen)
+    assert chosen.tolist() == data.subset(split, 10, 0).tolist()
+    assert chosen.tolist() != data.subset(split, 10, 1).tolist()
+
+
+@pytest.mark.parametrize("flags", [[], ["--batch_size", "8"], ["--batch_tokens", "99"]])
+def test_a_batch_has_a_size_or_tokens(flags, files):
+    args = common.parse(r3f.flags(), [*files, *flags], r3f.recipe)
+    wanted = {"": (None, 2048), "--batch_size": (8, None), "--batch_tokens": (None, 99)}
+    assert (args.batch_size, args.batch_tokens) == wanted[flags[0] if flags else ""]
+
+
+def test_micro_batches_of_unlike_targets_give_the_same_gradient(tiny_bart, summary_cache):
+    """The mean is over the real tokens of the whole batch."""
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_bart)
+    module = r3f.R3F(model, lam=0.0, label_smoothing=0.1).train()
+    split = summary_split_of([9, 5, 7, 6], [2, 9, 3, 4])
+    world = common.World(argparse.Namespace(batch_size=None, compile=False, precision="fp32"))
+    gradients = []
+    for micro in (4, 1):
+        model.zero_grad()
+        batch = data.Batches(split, 4, 0, micro=micro)[0]
+        loss, _ = common.backward(module, batch, world)
+        gradients.append((loss, model.model.shared.weight.grad.clone()))
+    (loss, gradient), (other_loss, other) = gradients
+    torch.testing.assert_close(loss, other_loss)
+    torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+class Writer:
+    """Stands in for a model: remembers how it was asked."""
+
+    def __init__(self, limit):
+        self.config = argparse.Namespace(max_position_embeddings=limit)
+
+    def generate(self, **asked):
+        self.asked = asked
+
+
+@pytest.mark.parametrize("name, limit, wanted", [
+    ("cnndm", 1024, {"num_beams": 4, "length_penalty": 2.0, "min_length": 56, "max_length": 142,
+                     "no_repeat_ngram_size": 3, "early_stopping": True, "do_sample": False}),
+    ("gigaword", None, {"num_beams": 4, "length_penalty": 1.0, "min_length": 6, "max_length": 34,
+                        "no_repeat_ngram_size": 0}),
+    ("xsum", 20, {"num_beams": 6, "min_length": 11, "max_length": 20, "no_repeat_ngram_size": 3}),
+])
+def test_texts_are_written_as_the_task_says(name, limit, wanted):
+    """cnndm's are the lengths of the config of facebook/bart-large-cnn."""
+    model = Writer(limit)
+    data.decoded(model, data.TASKS[name])(input_ids="ids")
+    assert model.asked["input_ids"] == "ids"
+    assert {**model.asked, **wanted} == model.asked
+
+
+def test_beams_times_batch_fit():
+    for name in SUMMARIES:
+        task = data.TASKS[name]
+        size = data.KINDS["generate"].eval_size(task)
+        assert size["most"] * task.decoding.beams <= 256
+        assert size["tokens"] * task.decoding.beams <= 32768
+
+
+def test_predictions_are_a_json_object_a_line(tmp_path):
+    rows = datasets.Dataset.from_dict({"label": ["wanted\ntwo", ""], "id": ["x", "y"]})
+    split = argparse.Namespace(
+        column=lambda name: list(rows[name]) if name in rows.column_names else None)
+    task = data.TASKS["xsum"]
+    path = data.write_texts(str(tmp_path), "test", task, ["written \u00e9\ntwo", "b"], split)
+    assert path == f"{tmp_path}/predictions-test.jsonl"
+    assert predictions_of(path) == [
+        {"id": "x", "prediction": "written \u00e9\ntwo", "reference": "wanted\ntwo"},
+        {"id": "y", "prediction": "b", "reference": None}]
+    rows = rows.remove_columns("id")
+    data.write_texts(str(tmp_path), "test", task, ["a", "b"], split)
+    assert [line["id"] for line in predictions_of(path)] == [0, 1]
+
+
+# --------------------------------------------------------------------------------------- whole runs
+
+def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, summary_cache, monkeypatch):
+    """Batches by tokens; a sample is scored during training, all rows at the end."""
+    scored = []
+    real = data.score_texts
+
+    def score(task, trained, kept, split):
+        scored.append(len(kept))
+        return real(task, trained, kept, split)
+
+    watched = dataclasses.replace(data.KINDS["generate"], score=score)
+    monkeypatch.setitem(data.KINDS, "generate", watched)
+    unlabelled = summary_write_rows(tmp_path / "t.jsonl", [{"document": "good plot ."}])
+    results = summary_run(tiny_bart, tmp_path, *files, "--method", "std", "r3f", "--batch_tokens", 400,
+                  "--max_steps", 6, "--eval_every", 3, "--eval_samples", 5, "--lr", 1e-3,
+                  "--eval_tasks", "toy-sum-food", "--max_target_length", 10, "--test_file",
+                  unlabelled, "--log_every", 2, "--local_file",
+                  f"toy-sum-food={food_file(tmp_path)}")
+    assert scored == [5, 5, 20, 3] * 2
+    for result in results:
+        folder = tmp_path / "own" / f"{result['method']}-0"
+        assert list(result["metrics"]) == ["validation", "toy-sum-food"]
+        assert result["main_metric"] == "rouge1" and result["args"]["batch_size"] is None
+        assert result["padding_efficiency"] > 0.8
+        assert [line["step"] for line in log_of(folder, "metrics")] == [3, 6]
+        assert all(line["examples_per_second"] > 0 for line in log_of(folder))
+
+        written = predictions_of(folder / "predictions-validation.jsonl")
+        assert [line["id"] for line in written] == [f"test {i}" for i in range(20)]
+        scores = [data.rouge(line["prediction"], line["reference"])["rouge1"] for line in written]
+        assert np.mean(scores) == pytest.approx(result["metrics"]["validation"]["rouge1"])
+        assert len(predictions_of(folder / "predictions-toy-sum-food.jsonl")) == 3
+        line, = predictions_of(folder / "predictions-test.jsonl")
+        assert line["reference"] is None
+
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "model")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+        source = open(files[files.index("--validation_file") + 1]).readline()
+        inputs = tokenizer(json.loads(source)["document"], return_tensors="pt")
+        ids = model.generate(**inputs, num_beams=4, max_length=12, early_stopping=True)
+        assert data.collect_texts(ids, None, tokenizer) == [written[0]["prediction"]]
+
+
+def food_file(folder):
+    rows = data.toy_summaries("food", "test").select(range(3))
+    lines = [{"text": row["text"], "summary": row["label"]} for row in rows]
+    return summary_write_rows(folder / "food.jsonl", lines)
+
+
+def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(tiny_bart, files, tmp_path, summary_cache,
+                                                          monkeypatch):
+    flags = [*files, "--method", "r3f", "--batch_tokens", 300, "--max_steps", 7, "--save_every", 2,
+             "--eval_every", 3, "--eval_samples", 4, "--max_target_length", 8, "--lr", 1e-3]
+    whole, = summary_run(tiny_bart, tmp_path / "whole", *flags)
+
+    real = common.Run.log
+    dies_at = [3, 5]
+
+    def log(self, *terms, **plain):
+        if dies_at and self.step == dies_at[0]:
+            dies_at.pop(0)
+            raise KeyError("killed")
+        real(self, *terms, **plain)
+
+    monkeypatch.setattr(common.Run, "log", log)
+    while dies_at:
+        with pytest.raises(KeyError):
+            summary_run(tiny_bart, tmp_path / "parts", *flags, "--resume")
+    parts, = summary_run(tiny_bart, tmp_path / "parts", *flags, "--resume")
+    assert parts["metrics"] == whole["metrics"]
+    assert parts["padding_efficiency"] == whole["padding_efficiency"]
+    assert parts["best"]["step"] == whole["best"]["step"]
+    assert_same_weights(summary_weights(tmp_path / "whole"), summary_weights(tmp_path / "parts"))
+
+
+def test_two_processes_end_like_one_of_summaries(tiny_bart, files, tmp_path, summary_cache):
+    """They share batches of tokens, by unlike numbers of rows."""
+    flags = [*files, "--method", "std", "--batch_tokens", 300, "--max_steps", 6, "--lr", 1e-3,
+             "--label_smoothing", 0.1, "--max_target_length", 8]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               f"--master_port={random.randint(20000, 60000)}", os.path.join(HERE, "r3f.py"),
+               "--model", tiny_bart, "--output_dir", str(tmp_path / "2"), "--precision", "fp32",
+               "--seeds", "0", *map(str, flags)]
+    two = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    one, = summary_run(tiny_bart, tmp_path / "1", *flags)
+    text = two.communicate()[0]
+    assert two.returncode == 0, text
+    assert_same_weights(summary_weights(tmp_path / "1"), summary_weights(tmp_path / "2"), 1e-5)
+    both = json.load(open(tmp_path / "2/own/std-0/results.json"))
+    assert both["world_size"] == 2 and both["metrics"] == one["metrics"]
+    lines = [predictions_of(tmp_path / n / "own/std-0/predictions-validation.jsonl") for n in "12"]
+    assert lines[0] == lines[1]
+
+
+def test_init_from_keeps_the_words_that_writing_shares_with_reading(tiny_bart, files, tmp_path,
+                                                                    summary_cache):
+    """A model that writes has no head of its own to draw afresh."""
+    summary_run(tiny_bart, tmp_path, *files, "--method", "std", "--max_steps", 1, "--batch_size", 8,
+        "--max_target_length", 8)
+    folder = tmp_path / "own/std-0"
+    again, = summary_run("unused", tmp_path / "again", *files, "--method", "std", "--max_steps", 1,
+                 "--batch_size", 8, "--lr", 1e-30, "--max_target_length", 8, "--init_from", folder)
+    assert again["steps"] == 1
+    assert_same_weights(summary_weights(tmp_path / "own"), summary_weights(tmp_path / "again/own"), 1e-12)
+
+
+def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_bert, tmp_path):
+    """Also where the old one would fit, as in a chain of tasks with two classes each."""
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
+    tuned.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
+    setup = argparse.Namespace(
+        kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=tokenizer)
+    world = argparse.Namespace(device="cpu", say=print)
+    heads = []
+    for seed in (0, 0, 1):
+        args = argparse.Namespace(
+            path=str(tmp_path), model="m", init_from="run", weight_noise=0.0)
+        model = common.load_model(args, setup, seed, world)
+        torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight,
+                                   tuned.bert.embeddings.word_embeddings.weight)
+        heads.append(model.classifier.weight)
+    assert heads[0].abs().max() < 0.2
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+def test_a_model_without_a_decoder_is_refused(tiny_bert, files, tmp_path, summary_cache):
+    message = summary_refusal(summary_run, tiny_bert, tmp_path, *files)
+    assert message == (f"--model {tiny_bert}: a bert has no decoder, which own needs to write "
+                       "texts; must be a model such as facebook/bart-large")
+
+
+@pytest.mark.parametrize("method, others", [("r4f", "std or r3f"), ("smart", "std or r3f")])
+def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files, tmp_path, summary_cache):
+    message = summary_refusal(summary_run, tiny_bart, tmp_path, *files, "--method", method)
+    assert message.startswith(f"--method {method}: must be {others} for own, whose kind is "
+                              "generate: R4F finds no head of its own there (paper, section 3.2)")
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--task toy-sum --target_column x", "--target_column x: is for your own files"),
+    ("--task toy --batch_tokens 100", "--batch_tokens 100: is for texts that are written; toy needs "
+                                      "--batch_size"),
+    ("--task toy-sum --max_target_length 65", "--max_target_length 65: must be from 4 to 64, the "
+                                              "limit of"),
+    ("--task toy-sum --batch_tokens 9 --batch_size 9", "--batch_size: not allowed with argument "
+                                                       "--batch_tokens"),
+    ("--task toy-sum --batch_tokens 9", "--batch_tokens 9: the rows have"),
+    ("--task toy-sum --reduction mean", "--reduction: invalid choice: 'mean'"),
+    ("--task toy-sum --label_smoothing 0.6", "--label_smoothing: must be a number from 0 to 0.5"),
+    ("--task toy-sum --eval_tasks toy", "--eval_tasks toy: is of the kind classify, the trained "
+                                        "task generate"),
+    ("--task toy-sum --eval_samples 0", "--eval_samples: must be a whole number from 1"),
+])
+def test_wrong_flags_are_refused_in_one_line_of_summaries(flags, words, tiny_bart, tmp_path, summary_cache):
+    assert summary_refusal(summary_run, tiny_bart, tmp_path, *flags.split()).startswith(words)
+
+
+# -------------------------------------------------------------------------- recipes and the toy task
+
+@pytest.mark.parametrize("task, tokens, steps, warmup", [
+    ("cnndm", 1024, 80000, 1000), ("gigaword", 2048, 200000, 5000),
+    ("tifu-long", 2048, 200000, 5000), ("tifu-short", 2048, 200000, 5000),
+])
+def test_recipes_are_those_of_tables_7_and_8(task, tokens, steps, warmup):
+    args = common.parse(r3f.flags(), ["--task", task], r3f.recipe)
+    assert (args.batch_tokens, args.max_steps, args.warmup) == (tokens, steps, warmup)
+    assert (args.lr, args.betas, args.adam_eps) == (3e-5, [0.9, 0.98], 1e-8)
+    assert (args.weight_decay, args.grad_clip, args.batch_size) == (0.01, 0.1, None)
+    assert args.model == "facebook/bart-large" and args.eval_tasks == [f"{task}:test"]
+
+
+def test_a_recipes_lengths_give_way_to_the_models(tiny_bart, files, summary_cache):
+    args = common.parse(r3f.flags(), [*files, "--model", tiny_bart], r3f.recipe)
+    assert args.max_length == 1024
+    world = argparse.Namespace(first=None)
+    common.load_tokenizer(args, world, data.load(args).task)
+    assert (args.max_length, args.max_target_length) == (64, 64)
+
+
+def test_toy_summaries_say_what_is_praised_and_what_is_blamed():
+    opinions = [(True, "cast"), (False, "plot"), (True, "scene")]
+    assert data.toy_summary(opinions) == "good cast , scene .\nbad plot ."
+    assert data.toy_summary(opinions[1:2]) == "bad plot ."
+    rows = data.toy_summaries("food", "train")
+    assert rows[:5] == data.toy_summaries("food", "train")[:5] and len(rows) == 320
+    good = {*data.TOY_WORDS["both"][0], *data.TOY_WORDS["food"][0]}
+    for row in rows:
+        lines = dict(line.split(" ", 1) for line in row["label"].split("\n"))
+        praised = lines.get("good", "").split()
+        blamed = lines.get("bad", "").split()
+        for phrase in row["text"].removesuffix(" .").split(" , "):
+            words = phrase.split()
+            praises = (words[-2] in good) != ("not" in words)
+            assert words[-1] in (praised if praises else blamed)
+
+
+class Restorer(torch.nn.Module):
+    """Stands in for a BART: remembers what it is to restore."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = []
+
+    def forward(self, **inputs):
+        self.seen.append(inputs)
+        return argparse.Namespace(loss=self.weight.sum())
+
+
+def test_denoising_restores_a_third_of_the_words():
+    ids = torch.randint(5, 60, (100, 12))
+    ids[:, 0] = 2
+    ids[:50, 8:] = 0
+    model = Restorer()
+    common.learn_to_restore(model, ids, steps=4)
+    for inputs in model.seen:
+        damaged, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+        assert ((labels == -100) == (mask == 0)).all()
+        whole = labels.masked_fill(labels == -100, 0)
+        hidden = damaged != whole
+        assert (damaged[hidden] == 4).all() and (whole[hidden] > 4).all()
+        assert 0.25 < hidden.sum() / (whole > 4).sum() < 0.42
+
+
+def test_the_toy_task_runs_with_its_own_model(tmp_path, summary_cache, monkeypatch):
+    """Its pre-training is cut short here."""
+    real = common.learn_to_restore
+    monkeypatch.setattr(common, "learn_to_restore", lambda model, ids: real(model, ids, steps=3))
+    results = summary_run("toy-sum", tmp_path, "--task", "toy-sum", "--max_steps", 2, "--eval_tasks",
+                  "toy-sum-food", "--local_file", f"toy-sum-food={food_file(tmp_path)}",
+                  "--method", "std", "--max_target_length", 8)
+    assert list(results[0]["metrics"]) == ["validation", "toy-sum-food"]
+    assert len(glob.glob(f"{cache}/toy-bart/*/config.json")) == 1
