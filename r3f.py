@@ -16,6 +16,7 @@ cross entropy with the weight 1 - e on y_t and e / (V - 1) on each of the other 
         R = 1/N sum_real KL_S(p_t, q_t) "token" | 1/B sum_real "sentence" | 1/B sum_all "released"
 
     python r3f.py                               the toy task, std against r3f, on a CPU
+    python r3f.py --task toy-sum                the same for summaries
     python r3f.py --task rte                    the paper's recipe (Tables 5 and 6)
     torchrun --nproc_per_node=8 r3f.py --task sst2 --method r4f --seeds 0 1 2
     cp r3f.py elsewhere/                        the core needs torch and a Hugging Face model
@@ -43,15 +44,18 @@ Choices, where the paper is silent or the authors' release does otherwise:
  7. Generation: z goes to the encoder's word embeddings alone, as in the release. R is a mean over
     real positions, "token". The paper's lam (0.001 to 0.1) belongs to the release's unit, a sum
     over the sentence that counts the padding too: "released". "sentence" leaves the padding out;
-    the same strength is then lam_token = lam * N / B.
+    the same strength is then lam_token = lam * N / B. Of micro-batches and processes these two are
+    means that count their real words, as CE does.
  8. Label smoothing is in CE alone: KL_S is of the predictions as they are (section 3.2). In eval
     mode the plain loss has it too. torch's own label_smoothing also puts e / V on y_t, so it is
     called with e * V / (V - 1).
  9. The rivals of Table 2 and of TDT's Table 5 stand below the method, each with choices of its own.
-10. Summaries: the paper is silent on label smoothing and on decoding. Both are those of BART's
-    scripts: smoothing 0.1; beams, lengths and penalties as in data.py's table. lam is 0.01, by
-    position. --batch_tokens is Table 7's "max tokens" of the whole batch, real ones of both sides;
-    on how many GPUs and with what accumulation the authors had theirs is unknown.
+10. Summaries: the paper is silent on label smoothing (0.1), on where sources are cut (1024) and on
+    decoding (data.py's table): all as in BART's scripts, TIFU like XSum; of Gigaword they say
+    nothing. --batch_tokens is Table 7's "max tokens", of the whole batch and real ones of both
+    sides; on how many GPUs and with what accumulation the authors had theirs is unknown. lam is
+    0.01, by position: on the toy summaries lam 0 (std), 0.01, 0.1 and 1 have a rouge1 of 57, 54, 50
+    and 40 on food, and all of 92 on films. XSum is not in the paper, and is trained like TIFU.
 """
 import contextlib
 import copy
