@@ -55,7 +55,7 @@ import signal
 import sys
 from dataclasses import dataclass, replace
 
-OWN = "alpha beta gamma margin variant keep_special"
+OWN = "alpha beta gamma margin variant keep_special c_lr c_start"
 METHODS = {                                            # the kinds of task it can train, its flags
     "std": ("classify regress", ""),
     "tdt": ("classify regress", f"{OWN} mu0"),
@@ -81,6 +81,9 @@ def flags():
     g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"], help="mu_0, Eq. 3")
     g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0,
                    help="temperature of tdt-hard, Eq. 9")
+    g.add_argument("--c_lr", type=weight, default=0.0, metavar="LR",
+                   help="x")
+    g.add_argument("--c_start", default="drawn", choices=["drawn", "zero"], help="y")
     g.add_argument("--variant", default="paper", choices=["paper", "released"],
                    help="choice 4; what the authors ran is released with --batching padded "
                         "--max_length 256, as their mu_0 counts the padding to 256")
@@ -1049,6 +1052,8 @@ def recipe(args):
     if args.task in table:
         batch_size, max_steps, warmup, lr = table[args.task]
         values.update(batch_size=batch_size, max_steps=max_steps, warmup=warmup, lr=lr)
+    if args.task == "stsb":
+        values["main_metric"] = "spearman"             # Table 6; elsewhere it is Pearson
     return "tdt: Table 7", values
 
 
@@ -1141,9 +1146,12 @@ def main(argv=None):
                 module = build(method, seed)
                 model = module.model
                 untrained = copy_confidences(module)
+                if args.c_start == "zero" and method in CONFIDENT:
+                    torch.nn.init.zeros_(module.confidence_layer.weight)
                 batches = common.build_batches(setup_for(method, setup, marks), args, seed, world)
                 total = common.count_steps(args, batches.per_epoch)
-                optimizer, schedule = common.build_optimizer(module, args, total)
+                optimizer, schedule = common.build_optimizer(
+                    module, args, total, getattr(module, "confidence_layer", None), args.c_lr)
                 run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
                           schedule=schedule, batches=batches)
                 ddp = world.ddp(module)
