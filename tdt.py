@@ -1138,13 +1138,13 @@ def cloud_map(points, filled):
     low = points.min((0, 1))
     high = points.max((0, 1))
     scale = 460 / (high - low).max()
-    centre = (low + high) / 2
+    width, height = (high - low) * scale + 20
     shapes = []
     for name, cloud in zip(MARKS, points):
-        for (x, y), share in zip(((cloud - centre) * scale).tolist(), filled):
-            shapes.append(mark_at(name, 240 + x, 240 - y, share))
-    return ('<svg viewBox="0 0 480 480" role="img" aria-label="a map of the three clouds">'
-            f'{"".join(shapes)}</svg>')
+        for (x, y), share in zip(((cloud - low) * scale).tolist(), filled):
+            shapes.append(mark_at(name, 10 + x, height - 10 - y, share))
+    return (f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+            f'aria-label="a map of the three clouds">{"".join(shapes)}</svg>')
 
 
 def clouds_body(maps, numbers, labels, names, chosen_by):
@@ -1160,7 +1160,8 @@ def clouds_body(maps, numbers, labels, names, chosen_by):
         mark = f'<svg viewBox="-4 -4 8 8">{mark_at(name, 0, 0, 1)}</svg>'
         legend.append(f"<span>{mark} {name}, {symbol}</span>")
     between = f", in between the {last - 1} others" if last > 1 else ""
-    legend.append(f"<span>hollow: {escape(names[0])}; filled: {escape(names[-1])}{between}</span>")
+    legend.append(f"<span>hollow: of the label {escape(names[0])}; filled: {escape(names[-1])}"
+                  f"{between}</span>")
 
     figures = []
     for method, points in maps.items():
