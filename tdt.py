@@ -56,7 +56,7 @@ import signal
 import sys
 from dataclasses import dataclass, replace
 
-OWN = "alpha beta gamma margin variant keep_special c_lr c_start"
+OWN = "alpha beta gamma margin variant keep_special c_lr"
 METHODS = {                                            # the kinds of task it can train, its flags
     "std": ("classify regress", ""),
     "tdt": ("classify regress", f"{OWN} mu0"),
@@ -84,7 +84,6 @@ def flags():
                    help="temperature of tdt-hard, Eq. 9")
     g.add_argument("--c_lr", type=weight, default=0.0, metavar="LR",
                    help="x")
-    g.add_argument("--c_start", default="drawn", choices=["drawn", "zero"], help="y")
     g.add_argument("--variant", default="paper", choices=["paper", "released"],
                    help="choice 4; what the authors ran is released with --batching padded "
                         "--max_length 256, as their mu_0 counts the padding to 256")
@@ -1341,6 +1340,13 @@ def wrap(method, model, args, mask_token_id):
         raise common.UserError(f"--method {method}, --model {args.model}: {error}") from error
 
 
+def build_optimizer(method, module, args, steps):
+    """As in all scripts, but for the confidence layer, which learns at --c_lr."""
+    import common
+    apart = module.confidence_layer if method in CONFIDENT else None
+    return common.build_optimizer(module, args, steps, apart, args.c_lr)
+
+
 def copy_confidences(module):
     """The weights of a confidence layer as they are now; none of a method without one."""
     layer = getattr(module, "confidence_layer", None)
@@ -1415,12 +1421,9 @@ def main(argv=None):
                 module = build(method, seed)
                 model = module.model
                 untrained = copy_confidences(module)
-                if args.c_start == "zero" and method in CONFIDENT:
-                    torch.nn.init.zeros_(module.confidence_layer.weight)
                 batches = common.build_batches(setup_for(method, setup, marks), args, seed, world)
                 total = common.count_steps(args, batches.per_epoch)
-                optimizer, schedule = common.build_optimizer(
-                    module, args, total, getattr(module, "confidence_layer", None), args.c_lr)
+                optimizer, schedule = build_optimizer(method, module, args, total)
                 run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
                           schedule=schedule, batches=batches)
                 ddp = world.ddp(module)
