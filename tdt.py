@@ -46,6 +46,15 @@ Choices, where the paper is silent or the authors' release does otherwise:
     replacement, special tokens never fall, CE(x) is part of the loss, and JS is the mean of
     KL(p_i || their mean). Its release draws with replacement, lets [CLS] fall, leaves CE(x) out,
     and turns the KL round. As there, tokens fall after LayerNorm and dropout.
+ 9. The confidence layer starts at random (std 0.02, bias 0) and learns at a rate of its own,
+    --c_lr, of which the paper says nothing. At the encoder's its weights hardly leave that start,
+    and so the order of the words is the random one. SST-2, 3,000 rows, MiniLM, 188 steps of 32
+    rows, encoder at 1e-4, one seed; in brackets by an untrained layer:
+
+        --c_lr    rank correlation    accuracy without 30% of the words, those of
+                  with the start      highest c      lowest c
+        0         0.97                74.1 (75.6)    69.4 (68.0)
+        0.01      0.35                55.9 (75.2)    79.5 (78.1)
 """
 import contextlib
 import copy
@@ -82,8 +91,8 @@ def flags():
     g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"], help="mu_0, Eq. 3")
     g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0,
                    help="temperature of tdt-hard, Eq. 9")
-    g.add_argument("--c_lr", type=weight, default=0.0, metavar="LR",
-                   help="x")
+    g.add_argument("--c_lr", type=weight, default=1e-2, metavar="LR",
+                   help="peak learning rate of the confidence layer; 0: the encoder's; choice 9")
     g.add_argument("--variant", default="paper", choices=["paper", "released"],
                    help="choice 4; what the authors ran is released with --batching padded "
                         "--max_length 256, as their mu_0 counts the padding to 256")
@@ -227,6 +236,7 @@ class TDT(torch.nn.Module):
     alpha, beta: weights of L_C and L_R; both 0 is plain fine-tuning. margin: m. mu0: "mean", "zero"
     or "noise". hard: TDT-hard, with temperature tau; it needs mask_token_id. variant: "paper" or
     "released" (choice 4). In eval mode nothing is perturbed: one pass, the plain loss.
+    confidence_layer wants a higher learning rate than the model (choice 9).
     Source: Eq. 1-9; defaults from the grid of section 3.2.
     """
 
