@@ -10,7 +10,7 @@
     6  states of a frozen encoder      CachedSplit, the feature cache
     7  tables, pages, --profile        print_table, html_page, profile_methods, tsne
        the report                      main_report
-    8  masked language modelling       toy_model
+    8  masked language modelling       toy_model, post_trained
 """
 import argparse
 import contextlib
@@ -31,7 +31,7 @@ import sys
 import textwrap
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -140,6 +140,8 @@ def add_data_flags(g):
                    help="also test on these tasks (NAME or NAME:SPLIT)")
     g.add_argument("--predict", nargs="+", default=[], metavar="SPLIT",
                    help="write predictions-SPLIT.tsv, as GLUE wants it; texts: .jsonl")
+    g.add_argument("--main_metric", metavar="NAME",
+                   help="the task's metric that comes first and is chosen by (the task's first)")
     g.add_argument("--max_length", type=number(int, 4), metavar="N",
                    help="tokens a row (512, or the model's limit)")
     g.add_argument("--max_target_length", type=number(int, 4), metavar="N",
@@ -157,6 +159,9 @@ def add_model_flags(g):
                    help="of the passes; weights are fp32; auto: bf16 where the machine has it")
     g.add_argument("--weight_noise", type=number(float, 0), default=0.0, metavar="L",
                    help="NoisyTune: before training W := W + U(-L/2, L/2) std(W); its paper: 0.15")
+    g.add_argument("--post_train", type=number(float, 0, above=True), metavar="E",
+                   help="first E epochs of masked language modelling on the rows that are trained "
+                        "on, without their labels (none)")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile of the model's layers; slower on CPUs")
 
@@ -650,7 +655,7 @@ def prepare(args, world, check=None, **how):
     def encode(rows, task, how):
         return data.encode(rows, task, tokenizer, args.max_length, **how)
 
-    task = rows.task
+    task = with_main_metric(rows.task, args.main_metric)
     with world.first():
         train = encode(rows.train, task, to_train)
         own = {}
@@ -666,6 +671,17 @@ def prepare(args, world, check=None, **how):
         build_batches(setup, args, args.seeds[0], world)                 # refuses too few
     tell_settings(args, setup, world)
     return setup
+
+
+def with_main_metric(task, name):
+    """The task with this of its metrics as the first; None: as it is."""
+    names = task.metrics.split()
+    if name is None:
+        return task
+    if name not in names:
+        raise UserError(f"--main_metric {name}: must be {' or '.join(names)}")
+    names.remove(name)
+    return replace(task, metrics=" ".join([name, *names]))
 
 
 def hold_out(args, setup):
@@ -775,10 +791,14 @@ def load_model(args, setup, seed, world, path=None):
     """
     import transformers
     loader = getattr(transformers, setup.kind.auto_class)
+    start = path or args.path
+    if args.post_train and not path:
+        with world.first():
+            start = post_trained(args, setup, seed, world)
     torch.manual_seed(seed)
     try:
         model, info = loader.from_pretrained(
-            path or args.path, **setup.kind.settings(setup.task), dtype=torch.float32,
+            start, **setup.kind.settings(setup.task), dtype=torch.float32,
             ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception as error:
         raise UserError(f"--model {path or args.model}: cannot be loaded by "
@@ -846,18 +866,23 @@ def count_steps(args, per_epoch):
     return args.max_steps or max(1, round(args.epochs * per_epoch))
 
 
-def build_optimizer(module, args, steps):
-    """(AdamW, its schedule: warm-up, then linear decay to 0). Weight decay on matrices only."""
+def build_optimizer(module, args, steps, own=None, own_lr=0.0):
+    """(AdamW, its schedule: warm-up, then linear decay to 0). Weight decay on matrices only.
+
+    own: a part of the module that learns at its own rate own_lr, by the same schedule; None, or at
+    0: all of it at --lr.
+    """
     from transformers import get_polynomial_decay_schedule_with_warmup
     warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
     if warmup and warmup >= steps:
         raise UserError(f"--warmup {args.warmup:g}: must be less than the {steps} steps")
 
+    apart = []
+    if own is not None and own_lr:
+        apart = [*own.parameters()]
     learning = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in learning if p.dim() > 1]
-    vectors = [p for p in learning if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
+    usual = [p for p in learning if not any(p is one for one in apart)]
+    groups = [*decay_groups(usual, args), *decay_groups(apart, args, own_lr)]
     optimizer = torch.optim.AdamW(
         groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
     schedule = get_polynomial_decay_schedule_with_warmup(
@@ -870,6 +895,17 @@ def count_labels(labels):
     if labels.is_floating_point():
         return len(labels)
     return int((labels != -100).sum())
+
+
+def decay_groups(parameters, args, lr=None):
+    """The optimizer's groups for these parameters: matrices, then vectors. lr: None: --lr."""
+    if not parameters:
+        return []
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]
+    lr = lr or args.lr
+    return [{"params": matrices, "weight_decay": args.weight_decay, "lr": lr},
+            {"params": vectors, "weight_decay": 0.0, "lr": lr}]
 
 
 def backward(module, batch, world, **more):
@@ -3034,18 +3070,32 @@ def toy_model(world):
         intermediate_size=256, max_position_embeddings=64, initializer_range=0.1)
     model = BertForMaskedLM(config).to(world.device).eval()              # eval: no dropout here
     ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"]
-    learn_masked_words(model, ids.to(world.device))
-    return save_toy(model, tokenizer, folder)
+    steps = 1800
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    hide = functools.partial(hide_words, share=0.25, special=torch.arange(5), mask=4)
+    batches = toy_batches(ids.to(world.device), steps)
+    learn_masked_words(model, batches, hide, optimizer, schedule)
+    return save_made(model, tokenizer, folder)
 
 
 def toy_folder(name, made_of):
     """Where a toy model lies that is made of these words and texts."""
+    return made_folder(name, "\n".join(made_of).encode())
+
+
+def made_folder(name, *made_of):
+    """Where a model lies that was made here of these bytes."""
     from huggingface_hub.constants import HF_HOME
-    key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
-    return os.path.join(HF_HOME, name, key)
+    key = hashlib.sha256()
+    for part in made_of:
+        key.update(part)
+    return os.path.join(HF_HOME, name, key.hexdigest()[:12])
 
 
-def save_toy(model, tokenizer, folder):
+def save_made(model, tokenizer, folder):
+    """Saves them into the folder, which is there whole or not at all."""
     model.save_pretrained(folder + ".tmp")
     tokenizer.save_pretrained(folder + ".tmp")
     shutil.rmtree(folder, ignore_errors=True)
@@ -3053,25 +3103,146 @@ def save_toy(model, tokenizer, folder):
     return folder
 
 
-def learn_masked_words(model, ids, steps=1800, lr=2e-3):
-    """Masked language modelling of a toy BERT: -E log P(x | m(x)), m masks a quarter of the words.
-
-    ids (rows, n), padded with 0; words are above 4, the special tokens' ids, [MASK] is 4.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=0.1)
+def toy_batches(ids, steps):
+    """Batches of 64 rows of ids (rows, n), padded with 0."""
     for _ in range(steps):
         x = ids[torch.randint(len(ids), (64,), device=ids.device)]
         x = x[:, :int((x != 0).sum(1).max())]                            # (64, n)
-        masked = (torch.rand(x.shape, device=ids.device) < 0.25) & (x > 4)
-        m_x = torch.where(masked, 4, x)
-        states = model.bert(m_x, (x != 0).long()).last_hidden_state[masked]
-        torch.nn.functional.cross_entropy(model.cls(states), x[masked]).backward()
+        yield {"input_ids": x, "attention_mask": (x != 0).long()}
+
+
+def hide_words(x, share, special, mask, others=0):
+    """(m(x), the places that are to be predicted): x (B, n) -> (B, n), (B, n), bool.
+
+    That share of the words is drawn; `special` tokens never are. All of them become the token
+    `mask`; or, if `others` is the size of the vocabulary, 80% of them, while 10% become a random
+    token and 10% stay, as in BERT.
+    """
+    drawn = torch.rand(x.shape, device=x.device) < share
+    drawn &= ~torch.isin(x, special.to(x.device))
+    m_x = torch.where(drawn, mask, x)
+    if others:
+        fate = torch.rand(x.shape, device=x.device)
+        random_token = torch.randint(others, x.shape, device=x.device)
+        m_x = torch.where(drawn & (fate < 0.2), random_token, m_x)
+        m_x = torch.where(drawn & (fate < 0.1), x, m_x)
+    return m_x, drawn
+
+
+def logits_at(places, model, inputs):
+    """A masked language model's logits at these places (B, n) alone: (places, V).
+
+    Its head, which is as wide as the vocabulary, reads nothing else.
+    """
+    def choose(module, args, outputs):
+        outputs["last_hidden_state"] = outputs["last_hidden_state"][places][None]
+        return outputs
+
+    handle = model.base_model.register_forward_hook(choose)
+    try:
+        return model(**inputs).logits[0]
+    finally:
+        handle.remove()
+
+
+def learn_masked_words(model, batches, hide, optimizer, schedule, autocast=contextlib.nullcontext):
+    """Masked language modelling: -E log P(x | m(x)), of the words that m hides. Returns the losses.
+
+    batches: the inputs of each step. hide(x): see `hide_words`.
+    """
+    losses = []
+    for inputs in batches:
+        x = inputs["input_ids"]                                          # (B, n)
+        m_x, places = hide(x)
+        if not places.any():                           # a few short rows
+            continue
+        with autocast():
+            logits = logits_at(places, model, {**inputs, "input_ids": m_x})
+        loss = torch.nn.functional.cross_entropy(logits.float(), x[places])
+        loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return model
+        losses.append(loss.detach())
+    return losses
+
+
+POST_TRAINING = {"share": 0.15, "lr": 5e-5, "batch_size": 32, "warmup": 0.06}
+
+
+def post_trained(args, setup, seed, world):
+    """--post_train E: the folder of --model after E epochs on the text it is then trained on.
+
+    Gururangan et al., Don't Stop Pretraining, ACL 2020; a baseline of TDT's Table 5. 15% of the
+    words, drawn anew each time, BERT's 80/10/10 of them, batches of 32 rows, both sentences of a
+    pair in one; AdamW at 5e-5 after a warm-up of 6%, with linear decay. The paper gives none of
+    these. The same model, text and settings are found again, whatever script or run wants them.
+    One process makes it: for a large text start the run with one first.
+    """
+    import transformers
+    how = f"--post_train {args.post_train:g}: {args.model}"
+    tokenizer = setup.tokenizer
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"{how} must have a mask token")
+    torch.manual_seed(0)                               # a head that it lacks begins at random
+    try:
+        model, info = transformers.AutoModelForMaskedLM.from_pretrained(
+            args.path, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:
+        raise UserError(f"{how} must be a model that predicts masked words: "
+                        f"{first_line(error)}") from error
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{how} must be an encoder; it has a decoder")
+
+    rows = training_rows(setup, args, seed).rows
+    split = data.encode(rows, setup.task, tokenizer, args.max_length)
+    for name in ("labels", "perturbable"):
+        split.fields.pop(name, None)
+    folder = made_folder(
+        "post-trained", digest_weights(model).encode(), split.fields["input_ids"].values.tobytes(),
+        split.lengths.tobytes(), f"{args.post_train:g} {world.precision} {POST_TRAINING}".encode())
+    if os.path.exists(os.path.join(folder, "config.json")):
+        return folder
+    if any(not name.startswith(model.base_model_prefix) for name in info["missing_keys"]):
+        world.say(f"warning: {args.model} comes without a head for masked words; one starts at "
+                  "random")
+    post_train(model.to(world.device), split, args.post_train, tokenizer, world)
+    return save_made(model, tokenizer, folder)
+
+
+def post_train(model, split, epochs, tokenizer, world):
+    """Masked language modelling of all the split's rows, in place."""
+    from transformers import get_linear_schedule_with_warmup
+    batches = data.Batches(split, POST_TRAINING["batch_size"], 0)
+    steps = max(1, round(epochs * batches.per_epoch))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=POST_TRAINING["lr"], fused=True)
+    schedule = get_linear_schedule_with_warmup(
+        optimizer, int(POST_TRAINING["warmup"] * steps), steps)
+
+    # A word that the tokenizer does not know is a word, though its token is special.
+    special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
+    hide = functools.partial(
+        hide_words, share=POST_TRAINING["share"], special=torch.tensor(special),
+        mask=tokenizer.mask_token_id, others=len(tokenizer))
+
+    def inputs_of_steps():
+        with Progress(world, "post-training", steps) as progress:
+            for step in range(steps):
+                inputs, = batches[step]
+                yield world.put(inputs)
+                progress.update()
+
+    torch.manual_seed(0)
+    losses = learn_masked_words(
+        model.train(), inputs_of_steps(), hide, optimizer, schedule, world.autocast)
+    if not losses:
+        raise UserError("--post_train: the training rows have no words to hide")
+    losses = torch.stack(losses)
+    if not losses.isfinite().all():
+        raise RunError("--post_train: the loss is not finite")
+    tenth = max(1, len(losses) // 10)
+    world.say(f"post-training: {steps} steps, loss {losses[:tenth].mean():.2f}, at the end "
+              f"{losses[-tenth:].mean():.2f}")
 
 
 def toy_writer(world):
@@ -3097,7 +3268,7 @@ def toy_writer(world):
     model = BartForConditionalGeneration(config).to(world.device).eval() # eval: no dropout here
     ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"]
     learn_to_restore(model, ids.to(world.device))
-    return save_toy(model, tokenizer, folder)
+    return save_made(model, tokenizer, folder)
 
 
 def toy_tokenizer(words):

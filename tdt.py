@@ -16,8 +16,8 @@ Below it TokenCutoff, a baseline of Table 5, and what section 4 looks at in trai
 
     python tdt.py                       the toy task, std against tdt, on a CPU
     torchrun --nproc_per_node=8 tdt.py --task cola --method std tdt    the recipe of Table 7
-    python tdt.py --task cola --method std tdt --drop --perturb --confidences
-                                        Figures 6, 5 and 4; trains what is missing
+    python tdt.py --task cola --method std tdt --drop --perturb --confidences --tsne
+                                        Figures 6, 5, 4 and 3; trains what is missing
     python tdt.py --run runs/cola/tdt-0 --explain "Jobs founded apple in 1976"
                                         each word and its confidence
     cp tdt.py elsewhere/                the core needs torch and a Hugging Face model
@@ -46,16 +46,28 @@ Choices, where the paper is silent or the authors' release does otherwise:
     replacement, special tokens never fall, CE(x) is part of the loss, and JS is the mean of
     KL(p_i || their mean). Its release draws with replacement, lets [CLS] fall, leaves CE(x) out,
     and turns the KL round. As there, tokens fall after LayerNorm and dropout.
+ 9. The confidence layer starts at random (std 0.02, bias 0) and learns at a rate of its own,
+    --c_lr, of which the paper says nothing. At the encoder's its weights hardly leave that start,
+    and so the order of the words is the random one. SST-2, 3,000 rows, MiniLM, 188 steps of 32
+    rows, encoder at 1e-4, one seed; in brackets by an untrained layer:
+
+        --c_lr    rank correlation    accuracy without 30% of the words, those of
+                  with the start      highest c      lowest c
+        0         0.97                74.1 (75.6)    69.4 (68.0)
+        0.01      0.35                55.9 (75.2)    79.5 (78.1)
+
+    At 0.001 from zero weights it was 65.5 (71.3) and 75.3 (72.0): a start of zeros is not needed.
 """
 import contextlib
 import copy
+import functools
 import json
 import os
 import signal
 import sys
 from dataclasses import dataclass, replace
 
-OWN = "alpha beta gamma margin variant keep_special"
+OWN = "alpha beta gamma margin variant keep_special c_lr"
 METHODS = {                                            # the kinds of task it can train, its flags
     "std": ("classify regress", ""),
     "tdt": ("classify regress", f"{OWN} mu0"),
@@ -81,6 +93,8 @@ def flags():
     g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"], help="mu_0, Eq. 3")
     g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0,
                    help="temperature of tdt-hard, Eq. 9")
+    g.add_argument("--c_lr", type=weight, default=1e-2, metavar="LR",
+                   help="peak learning rate of the confidence layer; 0: the encoder's; choice 9")
     g.add_argument("--variant", default="paper", choices=["paper", "released"],
                    help="choice 4; what the authors ran is released with --batching padded "
                         "--max_length 256, as their mu_0 counts the padding to 256")
@@ -103,6 +117,9 @@ def flags():
     g.add_argument("--explain_file", default="", metavar="FILE", help="texts, one a line")
     g.add_argument("--confidences", action="store_true",
                    help="Figure 4: their distribution on the evaluation set")
+    g.add_argument("--tsne", type=common.number(int, 1), nargs="?", const=300, metavar="N",
+                   help="Figure 3: a map of H, H+ and H- of N rows (300), and numbers beside it "
+                        "(none)")
     g.add_argument("--perturb", action="store_true",
                    help="Figure 5: accuracy when random words become [MASK] or another word")
     g.add_argument("--drop", action="store_true",
@@ -221,6 +238,7 @@ class TDT(torch.nn.Module):
     alpha, beta: weights of L_C and L_R; both 0 is plain fine-tuning. margin: m. mu0: "mean", "zero"
     or "noise". hard: TDT-hard, with temperature tau; it needs mask_token_id. variant: "paper" or
     "released" (choice 4). In eval mode nothing is perturbed: one pass, the plain loss.
+    confidence_layer wants a higher learning rate than the model (choice 9).
     Source: Eq. 1-9; defaults from the grid of section 3.2.
     """
 
@@ -291,11 +309,12 @@ class TDT(torch.nn.Module):
             self.model(**inputs)
         return c * real_tokens(inputs)
 
-    def passes(self, views, perturbable=None, **inputs):
+    def passes(self, views, perturbable=None, given=None, **inputs):
         """The first `views` of H, H+ and H- in one stacked pass.
 
-        Returns their logits, (B, C) each; c, 0 at padding, and its probabilities p, (B, n) each;
-        and the tokens that may be perturbed (B, n).
+        given (B, n): another model's c, in place of its own. Returns their logits, (B, C) each; c,
+        0 at padding, and its probabilities p, (B, n) each; and the tokens that may be perturbed
+        (B, n).
         """
         ids = inputs["input_ids"]                                        # (B, n)
         real = real_tokens(inputs)
@@ -312,8 +331,8 @@ class TDT(torch.nn.Module):
             e, masks = x.chunk(views)[:2]
             z = self.score(e)                                            # (B, n)
             p = z.sigmoid()                                              # Eq. 2
-            c = p
-            if self.hard:
+            c = p if given is None else given
+            if self.hard and given is None:
                 two = torch.stack([z, 0 * z], -1)                        # (B, n, 2)
                 c = F.gumbel_softmax(two, self.tau, hard=True)[..., 0]   # Eq. 8, 9
             c = c.masked_fill(~may, 1.0)
@@ -432,6 +451,7 @@ class Analyses:
     runs: dict                     # {seed: {method: folder}}, finished
     texts: list                    # to explain; of a pair both sentences, with ||| between them
     confidences: bool
+    tsne: int | None               # rows
     perturb: bool
     drop: bool
     rates: list
@@ -439,7 +459,7 @@ class Analyses:
 
     @property
     def figures(self):
-        return self.confidences or self.perturb or self.drop
+        return bool(self.confidences or self.tsne or self.perturb or self.drop)
 
     @property
     def any(self):
@@ -454,24 +474,24 @@ def read_analyses(args):
     import common
     rates = [rate for rate in dict.fromkeys(args.rates) if rate > 0]
     asked = Analyses(runs={}, texts=read_texts(args.explain, args.explain_file),
-                     confidences=args.confidences, perturb=args.perturb, drop=args.drop,
-                     rates=rates, draws=args.draws)
+                     confidences=args.confidences, tsne=args.tsne, perturb=args.perturb,
+                     drop=args.drop, rates=rates, draws=args.draws)
     if args.grid and (args.run or asked.any):
         raise common.UserError("--grid: must go without analyses; afterwards --run FOLDER makes "
                                "them")
     if args.run and not asked.any:
         raise common.UserError(f"--run {' '.join(args.run)}: must go together with --explain, "
-                               "--confidences, --perturb or --drop")
+                               "--confidences, --tsne, --perturb or --drop")
     for folder in args.run:
         add_run(folder, asked.runs, args)
 
     methods = [set(folders) for folders in asked.runs.values()] or [set(args.method)]
-    if asked.drop or asked.confidences or asked.texts:
+    if asked.drop or asked.confidences or asked.texts or asked.tsne:
         for found in methods:
             if not found & set(CONFIDENT):
                 raise common.UserError(
-                    "--explain, --confidences, --drop: need a run of tdt or tdt-hard of each seed, "
-                    f"{' and '.join(sorted(found))} alone has no confidences")
+                    "--explain, --confidences, --tsne, --drop: need a run of tdt or tdt-hard of "
+                    f"each seed, {' and '.join(sorted(found))} alone has no confidences")
     return asked
 
 
@@ -532,6 +552,7 @@ def add_run(folder, runs, args):
 
     # Only validation rows are looked at.
     args.init_from = args.test_file = ""
+    args.post_train = None
     args.eval_tasks = []
     args.choosing = False
 
@@ -926,7 +947,263 @@ def print_curves(found, title, rates, world):
         world.say(f"{name:<{wide}}" + "".join(cells))
 
 
+# ------------------------------------------------------------------------------  analyses: Figure 3
+
+@dataclass
+class Clouds:
+    """H, H+ and H- of some sentences: the state of [CLS] after the last layer, in eval mode."""
+    states: object                                                       # (3, rows, H)
+    logits: object                                                       # (3, rows, C)
+    c: list                        # of each batch, (B, n)
+
+
+def clouds_of(module, split, cls_token, world, name, given=None):
+    """The Clouds of a split. given: the c of another model's Clouds, see `TDT.passes`."""
+    import common
+    import data
+    import numpy as np
+    kept = [None] * len(split)
+    used = []
+    last = []
+
+    def keep(module, args, outputs):
+        last.append(outputs[0])                                          # (3B, n, H)
+
+    mine = len(range(world.rank, len(split), world.size))
+    handle = module.model.base_model.register_forward_hook(keep)
+    torch.manual_seed(0)                               # TDT-hard and mu_0 of noise draw
+    with torch.inference_mode(), common.Progress(world, name, mine, unit="row") as progress:
+        for rows, inputs in data.eval_batches(split, world.rank, world.size):
+            inputs.pop("labels")
+            at = (inputs["input_ids"] == cls_token).int().argmax(1)      # (B,)
+            inputs = world.put(inputs)
+            perturbable = inputs.pop("perturbable", None)
+            theirs = given[len(used)] if given else None
+            logits, c, _, _ = module.passes(3, perturbable, theirs, **inputs)
+            used.append(c)
+            states = torch.stack(last.pop().chunk(3))                    # (3, B, n, H)
+            states = states[:, torch.arange(len(rows)), at].float().cpu().numpy()
+            logits = torch.stack(logits).float().cpu().numpy()           # (3, B, C)
+            for i, row in enumerate(rows):
+                kept[row] = states[:, i], logits[:, i]
+            progress.update(len(rows))
+    handle.remove()
+    kept = world.gather(kept)
+    states = np.stack([state for state, _ in kept], 1)
+    return Clouds(states, np.stack([logits for _, logits in kept], 1), used)
+
+
+def perturb_as_trained(module, folder, mask_token_id):
+    """Makes a loaded run's variants what they were in its training."""
+    import common
+    results = common.read_results(os.path.join(folder, "results.json"))
+    settings = results["args"]
+    module.mu0 = settings.get("mu0", "mean")
+    module.variant = settings.get("variant", "paper")
+    module.tau = settings.get("tau", 1.0)
+    module.hard = results["method"] == "tdt-hard"
+    module.mask_token_id = mask_token_id
+
+
+def separation(a, b):
+    """How far two clouds (n, H) lie apart: the distance of their means over their spread.
+
+    The spread is the root of the mean squared distance of a point to its own cloud's mean.
+    """
+    import numpy as np
+    spread_a = np.square(a - a.mean(0)).sum(1).mean()
+    spread_b = np.square(b - b.mean(0)).sum(1).mean()
+    return float(np.linalg.norm(a.mean(0) - b.mean(0)) / np.sqrt((spread_a + spread_b) / 2))
+
+
+def nearest_has_class(x, originals, classes):
+    """Share of the points whose nearest original is of their class: (n, H), (n, H), (n,).
+
+    Point i was made of original i, which does not count: it lies near by making.
+    """
+    import common
+    import numpy as np
+    n = len(x)
+    distances = common.square_distances(np.concatenate([x, originals]))[:n, n:]
+    np.fill_diagonal(distances, np.inf)
+    return float((classes[distances.argmin(1)] == classes).mean())
+
+
+def cloud_numbers(clouds, classes, labels, metric):
+    """What Figure 3 is to show, computed on the vectors themselves.
+
+    classes (rows,): the model's indices of the labels.
+    """
+    import data
+    import numpy as np
+    names = ["original", "positive", "negative"]
+    states = clouds.states.astype(np.float64)
+    found = {}
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        key = f"separation of {names[a]} and {names[b]}"
+        found[key] = separation(states[a], states[b])
+    for name, x in zip(names, states):
+        found[f"nearest original of the same class, {name}"] = nearest_has_class(
+            x, states[0], classes)
+    for name, logits in zip(names, clouds.logits):
+        found[f"{metric}, {name}"] = data.METRICS[metric](logits.argmax(1), labels)
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def show_clouds(modules, folders, chosen_by, n, args, evaluation):
+    """Figure 3 of one seed: tsne.html and tsne.json in the folder of the run `chosen_by`.
+
+    A model without confidences, such as that of std, has no H+ and H- of its own: they are made of
+    its embeddings with the c that chosen_by gives the same tokens.
+    """
+    import common
+    import data
+    setup, world = evaluation.setup, evaluation.world
+    tokenizer = setup.tokenizer
+    if n < len(evaluation.split):
+        rows = data.subset(evaluation.split, n, 0)
+        chosen = evaluation.split.take(rows).rows
+    else:
+        chosen = evaluation.split.rows
+    split = data.encode(
+        chosen, evaluation.task, tokenizer, args.max_length, perturb=marks_of(args))
+    metric = evaluation.task.metrics.split()[0]
+
+    first = None
+    numbers = {}
+    maps = {}
+    others = [method for method in modules if method != chosen_by]
+    for method in [chosen_by, *others]:                # its c are needed first
+        given = None if method in CONFIDENT else first.c
+        like = folders[method if method in CONFIDENT else chosen_by]
+        perturb_as_trained(modules[method], like, tokenizer.mask_token_id)
+        clouds = clouds_of(modules[method], split, tokenizer.cls_token_id, world,
+                           f"{folders[method]}: H, H+, H-", given)
+        first = first or clouds
+        numbers[method] = cloud_numbers(clouds, split.labels, split.labels, metric)
+        if world.rank == 0:
+            try:
+                points = common.tsne(clouds.states.reshape(3 * len(split), -1))
+            except ValueError as error:
+                raise common.UserError(f"--tsne {n}: {error}") from None
+            maps[method] = points.reshape(3, len(split), 2)
+
+    print_numbers(numbers, f"{folders[chosen_by]}: H, H+ and H- of {len(split)} rows of "
+                           f"{evaluation.name}", world)
+    content = {"set": evaluation.name, "rows": len(split), "confidences": folders[chosen_by],
+               "values": numbers}
+    path = os.path.join(folders[chosen_by], "tsne")
+    write_file(f"{path}.json", json.dumps(content, indent=1), world)
+    title = f"H, H+ and H- of {len(split)} rows of {args.task} {evaluation.name}"
+    names = setup.task.label_names
+    body = clouds_body(maps, numbers, split.labels, names, folders[chosen_by])
+    write_file(f"{path}.html", common.html_page(title, CLOUDS_STYLE, body), world)
+
+
+def print_numbers(numbers, title, world):
+    """A table: a row for each number, a column for each method."""
+    rows = [*next(iter(numbers.values()))]
+    wide = max(map(len, rows))
+    world.say(f"\n{title}\n{'':<{wide}}" + "".join(f"{method:>10}" for method in numbers))
+    for row in rows:
+        cells = [f"{found[row]:10.3f}" for found in numbers.values()]
+        world.say(f"{row:<{wide}}" + "".join(cells))
+
+
+CLOUDS_STYLE = """:root { --original: #db2777; --positive: #7c3aed; --negative: #1e293b }
+@media (prefers-color-scheme: dark) {
+  :root { --original: #f9a8d4; --positive: #a78bfa; --negative: #cbd5e1 } }
+.panels { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
+figure { margin: 0 }
+figure svg { display: block; width: 100%; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px }
+.original { stroke: var(--original); fill: var(--original) }
+.positive { stroke: var(--positive); fill: var(--positive) }
+.negative { stroke: var(--negative); fill: var(--negative) }
+.legend span { display: inline-block; margin-right: 1.5rem }
+.legend svg { width: 1em; height: 1em; vertical-align: -.1em }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
+th, td { padding: .1rem .6rem; text-align: right }
+th:first-child, td:first-child { text-align: left; padding-left: 0 }
+thead th { border-bottom: 1px solid var(--line) }
+"""
+
+# Marks around (0, 0), 7 wide.
+MARKS = {
+    "original": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
+    "positive": "M0 -3.5L3.5 3L-3.5 3z",
+    "negative": "M-2.8 -2.8H2.8V2.8H-2.8z",
+}
+
+
+def mark_at(name, x, y, filled):
+    """A mark of a cloud. filled: from 0, hollow, to 1."""
+    return (f'<path class="{name}" transform="translate({x:.1f} {y:.1f})" d="{MARKS[name]}" '
+            f'fill-opacity="{filled:.2g}"/>')
+
+
+def cloud_map(points, filled):
+    """The three clouds (3, rows, 2) as an svg. filled (rows,)."""
+    low = points.min((0, 1))
+    high = points.max((0, 1))
+    scale = 460 / (high - low).max()
+    width, height = (high - low) * scale + 20
+    shapes = []
+    for name, cloud in zip(MARKS, points):
+        for (x, y), share in zip(((cloud - low) * scale).tolist(), filled):
+            shapes.append(mark_at(name, 10 + x, height - 10 - y, share))
+    return (f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+            f'aria-label="a map of the three clouds">{"".join(shapes)}</svg>')
+
+
+def clouds_body(maps, numbers, labels, names, chosen_by):
+    """The html of Figure 3. maps {method: (3, rows, 2)}; numbers {method: {what: value}}.
+
+    labels (rows,), names of the classes; chosen_by: the run whose confidences c are used.
+    """
+    from html import escape
+    last = len(names) - 1
+    filled = [label / last for label in labels.tolist()]
+    legend = []
+    for name, symbol in zip(MARKS, ("H", "H+", "H-")):
+        mark = f'<svg viewBox="-4 -4 8 8">{mark_at(name, 0, 0, 1)}</svg>'
+        legend.append(f"<span>{mark} {name}, {symbol}</span>")
+    between = f", in between the {last - 1} others" if last > 1 else ""
+    legend.append(f"<span>hollow: of the label {escape(names[0])}; filled: {escape(names[-1])}"
+                  f"{between}</span>")
+
+    figures = []
+    for method, points in maps.items():
+        whose = "" if method in CONFIDENT else f", its H+ and H- with the c of {chosen_by}"
+        figures.append(f"<figure>{cloud_map(points, filled)}<figcaption>{escape(method + whose)}"
+                       "</figcaption></figure>")
+    rows = []
+    for what in next(iter(numbers.values())):
+        cells = "".join(f"<td>{found[what]:.3f}</td>" for found in numbers.values())
+        rows.append(f"<tr><td>{escape(what)}</td>{cells}</tr>")
+    heads = "".join(f"<th>{escape(method)}</th>" for method in numbers)
+    return f"""<p class="legend">{"".join(legend)}</p>
+<div class="panels">{"".join(figures)}</div>
+<p><small>Each map is t-SNE (perplexity 30) of the states of [CLS] after the last layer. It keeps
+neither distances nor densities; what follows is computed on the states themselves. Separation: the
+distance of the two means over the spread of the points around their own. Nearest original: of
+another sentence. After Figure 3 of Task-guided Disentangled Tuning (Findings of ACL 2022).</small>
+</p>
+<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead>
+<tbody>{"".join(rows)}</tbody></table></div>
+"""
+
+
 # ---------------------------------------------------------------------------  analyses: all of them
+
+def check_task(args, asked, task):
+    """UserError if something is asked for that the task has not."""
+    import common
+    if asked.tsne and task.outputs == 1:
+        raise common.UserError(f"--tsne: must be a task with classes; {args.task} has none")
+
 
 def check_tokenizer(args, tokenizer, methods, asked):
     """UserError if something is asked for that this tokenizer does not have."""
@@ -935,6 +1212,9 @@ def check_tokenizer(args, tokenizer, methods, asked):
     if wanted and tokenizer.mask_token_id is None:
         raise common.UserError(f"--model {args.model}: must have a mask token for tdt-hard, "
                                "--drop and --perturb")
+    if asked.tsne and tokenizer.cls_token_id is None:
+        raise common.UserError(f"--model {args.model}: must have a [CLS] for --tsne, whose state "
+                               "stands for the sentence")
     if asked.texts and not tokenizer.is_fast:
         raise common.UserError(f"--model {args.model}: must have a fast tokenizer for --explain, "
                                "which knows where its tokens lie")
@@ -945,7 +1225,7 @@ def analyse_finished(args, asked, world):
     import common
     setup = None
     if asked.figures:
-        setup = common.prepare(args, world)
+        setup = common.prepare(args, world, functools.partial(check_task, args, asked))
         tokenizer = setup.tokenizer
     else:
         tokenizer = common.load_tokenizer(args, world)
@@ -977,6 +1257,8 @@ def analyse(args, asked, setup, tokenizer, world):
             if asked.texts:
                 show_explanations(modules[method], folders[method], asked, tokenizer,
                                   args.max_length, scale, world)
+        if asked.tsne:
+            show_clouds(modules, folders, chosen_by, asked.tsne, args, evaluation)
         if asked.drop:
             dropped.append(drop_words(
                 modules, folders, chosen_by, c[chosen_by], asked.rates, evaluation))
@@ -1049,6 +1331,8 @@ def recipe(args):
     if args.task in table:
         batch_size, max_steps, warmup, lr = table[args.task]
         values.update(batch_size=batch_size, max_steps=max_steps, warmup=warmup, lr=lr)
+    if args.task == "stsb":
+        values["main_metric"] = "spearman"             # Table 6; elsewhere it is Pearson
     return "tdt: Table 7", values
 
 
@@ -1066,6 +1350,13 @@ def wrap(method, model, args, mask_token_id):
                    method == "tdt-hard", args.tau, args.variant, mask_token_id)
     except ValueError as error:
         raise common.UserError(f"--method {method}, --model {args.model}: {error}") from error
+
+
+def build_optimizer(method, module, args, steps):
+    """As in all scripts, but for the confidence layer, which learns at --c_lr."""
+    import common
+    apart = module.confidence_layer if method in CONFIDENT else None
+    return common.build_optimizer(module, args, steps, apart, args.c_lr)
 
 
 def copy_confidences(module):
@@ -1109,6 +1400,7 @@ def main(argv=None):
 
     def check(task):
         common.check_methods(args, task, METHODS, ": JS of a regression is undefined")
+        check_task(args, asked, task)
 
     with common.processes(args) as world:
         if asked.runs:
@@ -1143,7 +1435,7 @@ def main(argv=None):
                 untrained = copy_confidences(module)
                 batches = common.build_batches(setup_for(method, setup, marks), args, seed, world)
                 total = common.count_steps(args, batches.per_epoch)
-                optimizer, schedule = common.build_optimizer(module, args, total)
+                optimizer, schedule = build_optimizer(method, module, args, total)
                 run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
                           schedule=schedule, batches=batches)
                 ddp = world.ddp(module)
