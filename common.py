@@ -1385,6 +1385,8 @@ class CachedSplit:
         self.states = states                           # (tokens, H), in the file
         self.per_row = len(sizes) // len(split)        # 1, or 2 of pairs that were encoded apart
         self.lengths = split.lengths
+        self.rows = split.rows                         # for the scores, like the notes
+        self.note = split.note
 
     @classmethod
     def build(cls, split, encode, width, folder, model_digest, world):
@@ -1448,8 +1450,13 @@ class CachedSplit:
         return CachedSplit(texts, texts, self.sizes, self.starts, self.states)
 
     def collate(self, rows, width=0):
-        """states (B, n, H), attention_mask (B, n), with _2 the second sentence's; labels (B,)."""
-        labels = self.split.labels[rows]
+        """states (B, n, H), attention_mask (B, n), with _2 the second sentence's; labels (B,), or
+        (B, n) of tokens."""
+        field = self.split.fields["labels"]
+        if field.offsets is None:
+            labels = field.values[rows]                                  # (B,)
+        else:
+            labels = self.split.pad(field, rows, width)                  # (B, n)
         is_float = labels.dtype.kind == "f"
         batch = {"labels": torch.from_numpy(labels.astype(np.float32 if is_float else np.int64))}
         for second in range(self.per_row):
@@ -1470,7 +1477,8 @@ def states_key(sentences, model):
     key = hashlib.blake2b(f"{model} {sentences.left}".encode(), digest_size=12)
     for name in sorted(sentences.fields):
         values, offsets, _ = sentences.fields[name]
-        if offsets is not None:
+        is_input = name != "labels" and not name.startswith("note_")
+        if offsets is not None and is_input:
             key.update(values.tobytes() + offsets.tobytes())
     return key.hexdigest()
 

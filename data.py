@@ -174,10 +174,39 @@ for language in XNLI_LANGUAGES:
 for language in PAWS_X_LANGUAGES:
     TASKS[f"paws-x-{language}"] = Task(PAWS_X, language, labels="0 1", validation="test")
 
+# XTREME: trained on English, scored in each language (a row for every one, as above).
+XTREME = "google/xtreme"
+POS_TAGS = "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"
+NER_TAGS = "O B-PER I-PER B-ORG I-ORG B-LOC I-LOC"
+POS_LANGUAGES = {
+    "af": "Afrikaans", "ar": "Arabic", "eu": "Basque", "bg": "Bulgarian", "zh": "Chinese",
+    "nl": "Dutch", "en": "English", "et": "Estonian", "fi": "Finnish", "fr": "French",
+    "de": "German", "el": "Greek", "he": "Hebrew", "hi": "Hindi", "hu": "Hungarian",
+    "id": "Indonesian", "it": "Italian", "ja": "Japanese", "kk": "Kazakh", "ko": "Korean",
+    "mr": "Marathi", "fa": "Persian", "pt": "Portuguese", "ru": "Russian", "es": "Spanish",
+    "tl": "Tagalog", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tr": "Turkish", "ur": "Urdu",
+    "vi": "Vietnamese", "yo": "Yoruba",
+}
+NER_LANGUAGES = ("af ar bg bn de el en es et eu fa fi fr he hi hu id it ja jv ka kk ko ml mr ms my nl "
+                 "pt ru sw ta te th tl tr ur vi yo zh").split()
+
+TASKS["pos"] = Task(XTREME, "udpos.English", "tokens", POS_TAGS, "f1 accuracy", kind="tag",
+                    label="pos_tags", further="pos")
+TASKS["ner"] = Task(XTREME, "PAN-X.en", "tokens", NER_TAGS, "f1", kind="tag", label="ner_tags",
+                    further="ner")
+for code, language in POS_LANGUAGES.items():
+    TASKS[f"pos-{code}"] = Task(XTREME, f"udpos.{language}", "tokens", POS_TAGS, "f1 accuracy",
+                                kind="tag", label="pos_tags", validation="test")
+for code in NER_LANGUAGES:
+    TASKS[f"ner-{code}"] = Task(XTREME, f"PAN-X.{code}", "tokens", NER_TAGS, "f1", kind="tag",
+                                label="ner_tags", validation="test")
+
 # A name of --eval_tasks that stands for several; their average is given too.
 GROUPS = {
     "xnli": [f"xnli-{language}" for language in XNLI_LANGUAGES],
     "paws-x": [f"paws-x-{language}" for language in PAWS_X_LANGUAGES],
+    "pos": [f"pos-{code}" for code in POS_LANGUAGES],
+    "ner": [f"ner-{code}" for code in NER_LANGUAGES],
 }
 
 # A label of the trained task counts as one of these in a set that has no label of its own name, as
@@ -758,6 +787,9 @@ def encode(rows, task, tokenizer, max_length, **how):
     for name in table.column_names:
         if name != "cut":
             fields[name] = flat(table[name], fills.get(name.removesuffix("_2"), 0))
+    if "note_begins" in fields:
+        begins = fields.pop("note_begins").values
+        fields["note_row"] = Field(np.cumsum(begins) - 1, None, 0)
     return Split(fields, cut, tokenizer.padding_side == "left", rows)
 
 
@@ -823,6 +855,9 @@ class Split:
 
     cut: how many rows were truncated. left: whether the model wants its padding there (XLNet).
     rows: the Dataset that they were made of, or None. lengths (n,): tokens of each row.
+
+    A field note_NAME is for the scores, and no batch has it. note_row (n,): where one of `rows` was
+    split into several, the one that each is a part of.
     """
 
     def __init__(self, fields, cut=0, left=False, rows=None):
@@ -846,6 +881,11 @@ class Split:
             return None
         return list(self.rows[name])
 
+    def note(self, name, row):
+        """What a row has in the field note_NAME."""
+        values, offsets, _ = self.fields[f"note_{name}"]
+        return values[row] if offsets is None else values[offsets[row]:offsets[row + 1]]
+
     def take(self, rows):
         """These rows alone, as a Split."""
         fields = {}
@@ -856,6 +896,8 @@ class Split:
                 parts = [values[offsets[row]:offsets[row + 1]] for row in rows]
                 ends = np.cumsum([len(part) for part in parts])
                 fields[name] = Field(np.concatenate(parts), np.concatenate([[0], ends]), fill)
+        if "note_row" in self.fields:
+            return Split(fields, self.cut, self.left, self.rows)
         return Split(fields, self.cut, self.left, self.rows and self.rows.select(rows))
 
     def sentences(self):
@@ -880,6 +922,8 @@ class Split:
         import torch
         batch = {}
         for name, field in self.fields.items():
+            if name.startswith("note_"):
+                continue
             if field.offsets is None:
                 values = field.values[rows]                             # (B,)
             else:
@@ -1005,10 +1049,14 @@ def eval_batches(split, rank=0, world=1, **size):
 def subset(split, n, seed):
     """n seeded rows of a Split, each class in its share (largest remainder): (n,) indices.
 
-    They are the same for every method.
+    They are the same for every method. Of rows that were split, n whole ones are drawn.
     """
     labels = split.labels
     rng = np.random.default_rng([seed, n])
+    if "note_row" in split.fields:
+        part_of = split.fields["note_row"].values
+        chosen = rng.permutation(np.unique(part_of))[:n]
+        return np.flatnonzero(np.isin(part_of, chosen))
     if labels.dtype.kind == "f":
         return np.sort(rng.permutation(len(labels))[:n])
 
@@ -1145,6 +1193,263 @@ def write_table(folder, name, header, columns, names=None):
     return path
 
 
+# Tags: a label for each word of a sentence.
+
+def read_tags(table, task, where):
+    """Rows with the words, lists of strings, and "label": a list of indices of task.label_names.
+
+    They are -1 where they are hidden. A tag is a name, or an id of the table's own names.
+    """
+    import datasets
+    column = task.columns[0]
+    if column not in column_names(table):
+        raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
+    names = task.label_names
+    index = {name: i for i, name in enumerate(names)}
+    index.update((str(i), i) for i in range(-1, len(names)))
+    if isinstance(table, datasets.Dataset) and task.label in table.column_names:
+        own = getattr(getattr(table.features[task.label], "feature", None), "names", names)
+        mapped = map_labels(own, names).tolist()
+        index.update((str(i), label) for i, label in enumerate(mapped))
+
+    sentences = list(table[column])
+    given = [None] * len(sentences)
+    if task.label in column_names(table):
+        given = list(table[task.label])
+    labels = []
+    for row, (words, tags) in enumerate(zip(sentences, given), 1):
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise UserError(f"{where}: row {row}: column {column!r} must hold lists of words, "
+                            f"has {words!r:.40}")
+        if tags is None:
+            tags = [-1] * len(words)
+        if not isinstance(tags, list) or len(tags) != len(words):
+            raise UserError(f"{where}: row {row}: {len(words)} words need as many tags in column "
+                            f"{task.label!r}, which has {tags!r:.40}")
+        for tag in tags:
+            if label_of(tag) not in index:
+                raise UserError(f"{where}: row {row}: tag {tag!r} must be one of {names}")
+        labels.append([index[label_of(tag)] for tag in tags])
+    features = datasets.Features({column: datasets.List(datasets.Value("string")),
+                                  "label": datasets.List(datasets.Value("int64"))})
+    return datasets.Dataset.from_dict({column: sentences, "label": labels}, features=features)
+
+
+def hidden_tags(labels):
+    """The first row with a -1."""
+    return next((row for row, tags in enumerate(labels) if -1 in tags), None)
+
+
+def same_tags(task, trained):
+    """UserError unless both have the same tags."""
+    if task.label_names != trained.label_names:
+        raise UserError(f"its tags {task.label_names} are not those of the trained task, "
+                        f"{trained.label_names}")
+
+
+class Frame(NamedTuple):
+    """The special tokens around one text, or around two.
+
+    parts: lists of ids, before the first text, behind it, and so on. types: the same of
+    token_type_ids, and then those of each text.
+    """
+    parts: list
+    types: list
+    text_types: list
+
+    @property
+    def size(self):
+        return sum(len(part) for part in self.parts)
+
+
+def frame_of(tokenizer, texts):
+    """The Frame of so many texts, 1 or 2, as the tokenizer puts it around the word "a"."""
+    word = tokenizer("a", add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(*["a"] * texts, return_token_type_ids=True)
+    ids = encoded["input_ids"]
+    given = encoded["token_type_ids"]
+    parts = [[]]
+    types = [[]]
+    text_types = []
+    at = 0
+    while at < len(ids):
+        if len(text_types) < texts and ids[at:at + len(word)] == word:
+            text_types.append(given[at])
+            parts.append([])
+            types.append([])
+            at += len(word)
+        else:
+            parts[-1].append(ids[at])
+            types[-1].append(given[at])
+            at += 1
+    return Frame(parts, types, text_types)
+
+
+def framed(frame, texts, fill=None):
+    """The ids of texts, or with `fill` one list each of other things, between special tokens.
+
+    fill: what stands at each special token, in place of its id.
+    """
+    row = list(frame.parts[0]) if fill is None else [fill] * len(frame.parts[0])
+    for text, part in zip(texts, frame.parts[1:]):
+        row += text
+        row += part if fill is None else [fill] * len(part)
+    return row
+
+
+def framed_types(frame, sizes):
+    """The token_type_ids of texts of these sizes."""
+    row = list(frame.types[0])
+    for size, kind, part in zip(sizes, frame.text_types, frame.types[1:]):
+        row += [kind] * size
+        row += part
+    return row
+
+
+def tokenise_tags(rows, task, tokenizer, max_length, separate=False):
+    """A list of words as the model's inputs. The first piece of a word has its tag, all else -100.
+
+    A sentence that is too long becomes several rows. Fields beside those of tokenise_texts:
+    note_begins, 1 at the first row of a sentence; note_words, the words that have a label in a row,
+    by their place in the sentence. A word without a piece has none. `cut` is 1 for a row with a
+    word longer than a row, which is cut. separate: there is one text alone.
+    """
+    sentences = rows[task.columns[0]]
+    flat_words = []
+    for words in sentences:
+        # A space is part of a word for some models, and means nothing to others.
+        flat_words += [" " + word if place else word for place, word in enumerate(words)]
+    pieces = iter(())
+    if flat_words:
+        pieces = iter(tokenizer(flat_words, add_special_tokens=False)["input_ids"])
+
+    frame = frame_of(tokenizer, 1)
+    room = max_length - frame.size
+    wanted = {*tokenizer.model_input_names, "attention_mask"}
+    names = ["input_ids", "attention_mask", "labels", "note_words", "note_begins", "cut"]
+    if "token_type_ids" in wanted:
+        names.append("token_type_ids")
+    found = {name: [] for name in names}
+    for words, tags in zip(sentences, rows["label"]):
+        for number, part in enumerate(parts_of(words, tags, pieces, room)):
+            ids = framed(frame, [part["ids"]])
+            found["input_ids"].append(ids)
+            found["attention_mask"].append([1] * len(ids))
+            found["labels"].append(framed(frame, [part["labels"]], fill=-100))
+            found["note_words"].append(part["words"])
+            found["note_begins"].append(int(number == 0))
+            found["cut"].append(part["cut"])
+            if "token_type_ids" in wanted:
+                found["token_type_ids"].append(framed_types(frame, [len(part["ids"])]))
+    return found
+
+
+def parts_of(words, tags, pieces, room):
+    """A sentence in parts of at most `room` pieces, at least one part.
+
+    pieces: an iterator, from which each word takes its own. Each part has `ids`, `labels`, the
+    places of its `words`, and `cut`, 1 if one of them was longer than `room`.
+    """
+    def empty():
+        return {"ids": [], "labels": [], "words": [], "cut": 0}
+
+    parts = [empty()]
+    for place, tag in zip(range(len(words)), tags):
+        ids = next(pieces)
+        if not ids:
+            continue
+        if len(parts[-1]["ids"]) + min(len(ids), room) > room:
+            parts.append(empty())
+        part = parts[-1]
+        if len(ids) > room:
+            ids = ids[:room]
+            part["cut"] = 1
+        part["ids"] += ids
+        part["labels"] += [tag] + [-100] * (len(ids) - 1)
+        part["words"].append(place)
+    return parts
+
+
+def collect_tags(outputs, labels, tokenizer):
+    """Logits (B, n, C) as B arrays of tags, one for each word that has a label (B, n)."""
+    best = outputs.argmax(-1).cpu()                                     # (B, n)
+    scored = labels != -100
+    return [tags[real].numpy() for tags, real in zip(best, scored)]
+
+
+def predicted_tags(kept, split):
+    """{sentence: a tag for each word}, -1 where the word has no piece."""
+    lengths = [len(tags) for tags in split.rows["label"]]
+    found = {}
+    for part, tags in enumerate(kept):
+        row = int(split.note("row", part))
+        if row not in found:
+            found[row] = np.full(lengths[row], -1)
+        found[row][split.note("words", part)] = tags
+    return found
+
+
+def score_tags(task, trained, kept, split):
+    """{metric: value}. A word without a prediction is an error; no word is left out."""
+    predicted = predicted_tags(kept, split)
+    gold = split.rows["label"]
+    names = task.label_names
+    right = 0
+    words = 0
+    hits = 0
+    spans = 0
+    for row, tags in predicted.items():
+        right += int(np.sum(tags == np.array(gold[row], int)))
+        words += len(tags)
+        found = tag_spans([names[tag] if tag >= 0 else "O" for tag in tags])
+        wanted = tag_spans([names[tag] for tag in gold[row]])
+        hits += len(found & wanted)
+        spans += len(found) + len(wanted)
+    values = {"accuracy": right / max(1, words), "f1": 2 * hits / max(1, spans)}
+    return {name: values[name] for name in task.metrics.split()}
+
+
+def tag_spans(tags):
+    """{(type, first word, last word)} of a sentence's tags, as XTREME's scores count them.
+
+    B-PER I-PER is one span; so is I-PER at the start, or behind another type. Plain tags have no
+    B and I: runs of equal ones are spans, but each tag that begins with S is one alone.
+    """
+    spans = set()
+    first = None
+    kind = ""
+    for place, tag in enumerate(tags):
+        its_kind = tag.split("-")[-1]
+        goes_on = (first is not None and its_kind == kind and tag != "O"
+                   and tag[0] not in "BS" and tags[place - 1][0] != "S")
+        if not goes_on:
+            if first is not None:
+                spans.add((kind, first, place - 1))
+            first = None if tag == "O" else place
+            kind = its_kind
+    if first is not None:
+        spans.add((kind, first, len(tags) - 1))
+    return spans
+
+
+def tags_text(task, tags):
+    """The different tags of a row."""
+    return " ".join(task.label_names[tag] for tag in sorted(set(tags)))
+
+
+def write_tags(folder, name, task, kept, split):
+    """A json object a line: a sentence's words and tags, null where a word has no piece."""
+    path = os.path.join(folder, f"predictions-{name}.jsonl")
+    predicted = predicted_tags(kept, split)
+    sentences = split.rows[task.columns[0]]
+    with open(path, "w", encoding="utf-8") as file:
+        for row, tags in sorted(predicted.items()):
+            named = [task.label_names[tag] if tag >= 0 else None for tag in tags]
+            line = {"tokens": sentences[row], "tags": named}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return path
+
+
 KINDS = {
     "classify": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
@@ -1156,6 +1461,11 @@ KINDS = {
         read=read_regress, hidden=hidden_number, comparable=any_numbers, tokenise=tokenise_texts,
         forward=logits_of, collect=collect_logits, score=score_numbers, text=number_text,
         write=write_numbers),
+    "tag": Kind(
+        auto_class="AutoModelForTokenClassification", settings=head_settings,
+        read=read_tags, hidden=hidden_tags, comparable=same_tags, tokenise=tokenise_tags,
+        forward=logits_of, collect=collect_tags, score=score_tags, text=tags_text,
+        write=write_tags),
 }
 
 
@@ -1251,11 +1561,18 @@ def toy_vocabulary():
 
 # ------------------------------------------------------------------------------ python data.py TASK
 
+def shown(cell):
+    """A text, or a list as one."""
+    if isinstance(cell, list):
+        return " ".join(map(str, cell))
+    return cell
+
+
 def describe(task, split, rows, count, unit):
     """Prints a split's size, lengths and first rows. count(texts) -> their lengths."""
     texts = []
     for row in rows.select(range(min(len(rows), 5000))):
-        texts.append(" ".join(row[column] for column in task.columns))
+        texts.append(" ".join(shown(row[column]) for column in task.columns))
     lengths = count(texts)
     quantiles = []
     for percent in (5, 50, 95, 100):
@@ -1264,9 +1581,11 @@ def describe(task, split, rows, count, unit):
 
     for row in rows.select(range(min(3, len(rows)))):
         label = row["label"]
-        if task.label_names and label >= 0:
+        if isinstance(label, list):
+            label = shown(label)
+        elif task.label_names and label >= 0:
             label = task.label_names[label]
-        print(f"    {label}: " + " | ".join(row[column][:160] for column in task.columns))
+        print(f"    {label}: " + " | ".join(shown(row[column])[:160] for column in task.columns))
 
 
 def main(argv=None):

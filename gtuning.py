@@ -44,6 +44,9 @@ Choices, where the paper is silent (its authors released no code):
     steps on f, so both methods take equally many; those on D come on top.
  9. With unequal numbers of x_t and x_u each mean in Eq. 3 is over its own; z needs pairs, and takes
     the first of both, as many as the smaller number.
+10. Tags: the output layer reads each token's state, as long as f(x), and D the mean of them, by the
+    paper's "for the structure prediction task, we use the average of all the outputs of all
+    tokens as input", whatever --pooling.
 """
 import copy
 import html
@@ -55,8 +58,8 @@ import sys
 ADAPTER = "layers pooling pair_mode tune"
 CRITIC = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
 METHODS = {                                            # the kinds of task it can train, its flags
-    "adapter": ("classify regress", ADAPTER),
-    "gtuning": ("classify regress", f"{ADAPTER} {CRITIC}"),
+    "adapter": ("classify regress tag", ADAPTER),
+    "gtuning": ("classify regress tag", f"{ADAPTER} {CRITIC}"),
 }
 
 
@@ -165,14 +168,18 @@ class GTuning(torch.nn.Module):
 
     plm: g, a Hugging Face encoder. num_labels: 1 is regression. layers: of h. pooling: "cls" or
     "mean". pair: two sentences a row, the second one's inputs with the suffix _2. tune_plm: g
-    learns too. Inputs are the plm's, or in place of input_ids (B, n) the `states` (B, n, H) that
-    it made of them. Source: sections 2.2 and 3.1.
+    learns too. by_token: each token has labels of its own (choice 10). Inputs are the plm's, or in
+    place of input_ids (B, n) the `states` (B, n, H) that it made of them. Source: sections 2.2 and
+    3.1.
     """
 
-    def __init__(self, plm, num_labels, layers=3, pooling="cls", pair=False, tune_plm=False):
+    def __init__(self, plm, num_labels, layers=3, pooling="cls", pair=False, tune_plm=False,
+                 by_token=False):
         super().__init__()
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling must be 'cls' or 'mean', got {pooling!r}")
+        if by_token and pair:
+            raise ValueError("by_token needs one text a row, not a pair")
         if plm.config.is_encoder_decoder:
             raise ValueError(f"plm must be an encoder, got {type(plm).__name__}")
         self.config = plm.config
@@ -181,6 +188,7 @@ class GTuning(torch.nn.Module):
         self.pooling = pooling
         self.pair = pair
         self.tune_plm = tune_plm
+        self.by_token = by_token
 
         width = self.config.hidden_size
         heads = self.config.num_attention_heads
@@ -202,8 +210,8 @@ class GTuning(torch.nn.Module):
             return states.bfloat16()
         return states
 
-    def features(self, attention_mask, states=None, **inputs):
-        """f(x): (B, H)."""
+    def features(self, attention_mask, states=None, each=False, **inputs):
+        """f(x): (B, H). each: the tokens' vectors, of which it is the mean: (B, n, H)."""
         if states is None:
             states = self.encode(attention_mask=attention_mask, **inputs)
         hidden = states.float()                                          # g(x)          (B, n, H)
@@ -211,16 +219,20 @@ class GTuning(torch.nn.Module):
         for layer in self.adapter[:-1]:
             hidden = layer(hidden, mask)                                 # (B, n, H)
 
-        if self.pooling == "cls":
+        if self.pooling == "cls" and not self.by_token:
             first = attention_mask.argmax(1)           # the first token that is not padding
             hidden = self.adapter[-1](hidden, mask, first)               # (B, 1, H)
             return (self.norm(hidden) / self.scale)[:, 0]                # f(x)          (B, H)
         hidden = self.norm(self.adapter[-1](hidden, mask)) / self.scale  # (B, n, H)
+        if each:
+            return hidden
         real = attention_mask[..., None]                                 # (B, n, 1)
         return (hidden * real).sum(1) / real.sum(1)                      # f(x)          (B, H)
 
     def logits(self, **inputs):
-        """(B, C)."""
+        """(B, C), or by token (B, n, C)."""
+        if self.by_token:
+            return self.output(self.scale * self.features(each=True, **inputs))
         second = {}
         for name in list(inputs):
             if name.endswith("_2"):
@@ -232,7 +244,8 @@ class GTuning(torch.nn.Module):
         return self.output(torch.cat([u, v, (u - v).abs(), u * v], -1))  # choice 6
 
     def forward(self, labels, D=None, alpha=1.0, beta=0.5, **inputs):
-        """labels (B,) -> (L_T, {"l_t"}): cross entropy, for one output the mean squared error.
+        """labels (B,), by token (B, n) and -100 where there is none -> (L_T, {"l_t"}): cross
+        entropy, for one output the mean squared error.
 
         With D, and general text x_u as inputs with the prefix u_:
         (alpha L_T + beta L_G, {"l_t", "l_g"}).
@@ -242,7 +255,9 @@ class GTuning(torch.nn.Module):
             if name.startswith("u_"):
                 general[name.removeprefix("u_")] = inputs.pop(name)
         logits = self.logits(**inputs).float()                           # (B, C)
-        if self.num_labels == 1:
+        if self.by_token:
+            l_t = F.cross_entropy(logits.flatten(0, 1), labels.flatten())         # Eq. 2
+        elif self.num_labels == 1:
             l_t = F.mse_loss(logits.squeeze(-1), labels.float())         # Eq. 2, of a number
         else:
             l_t = F.cross_entropy(logits, labels)                        # Eq. 2
@@ -265,7 +280,7 @@ class GTuning(torch.nn.Module):
         if self.tune_plm:
             self.plm.save_pretrained(folder)
         os.makedirs(folder, exist_ok=True)
-        names = ["num_labels", "layers", "pooling", "pair", "tune_plm"]
+        names = ["num_labels", "layers", "pooling", "pair", "tune_plm", "by_token"]
         settings = {name: getattr(self, name) for name in names}
         h = {}
         for name, value in self.state_dict().items():
@@ -721,7 +736,7 @@ def build_f(args, setup, seed, world, pair):
     plm = common.load_model(args, setup, seed, world).base_model
     try:
         return GTuning(plm, setup.task.outputs, args.layers, args.pooling, pair,
-                       args.tune == "all")
+                       args.tune == "all", setup.task.kind == "tag")
     except ValueError as error:
         raise common.UserError(f"--model {args.model}: {error}") from error
 
@@ -742,6 +757,10 @@ def recipe(args):
     model = "FacebookAI/roberta-large"
     if args.task.startswith(("xnli", "paws-x")):
         model = "FacebookAI/xlm-roberta-large"
+    if args.task in ("pos", "ner"):
+        return "gtuning: section 3.1, XTREME's length", {
+            "model": "FacebookAI/xlm-roberta-large", "lr": 1e-4, "epochs": 10, "batch_size": 64,
+            "micro_batch_size": 32, "weight_decay": 0.0, "max_length": 128}
     if args.task == "toy":
         return "toy", {
             "model": "toy", "lr": 1e-3, "epochs": 20, "batch_size": 16, "precision": "fp32",
