@@ -20,7 +20,9 @@ import json
 import os
 import random
 import re
+import string
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,6 +85,8 @@ class Task:
     perturb         the one text column whose words may be perturbed
     names           the leaderboard's files hold label names, not ids
     further         the sets out of its domain that go with it, unless --eval_tasks names others
+    only            of questions: rows whose id begins so
+    language        of questions: answers are compared by MLQA's rules for it
     """
     path: str
     config: str = ""
@@ -100,6 +104,8 @@ class Task:
     names: bool = False
     further: str = ""
     where: str = ""
+    only: str = ""
+    language: str = ""
 
     @property
     def columns(self):
@@ -201,12 +207,32 @@ for code in NER_LANGUAGES:
     TASKS[f"ner-{code}"] = Task(XTREME, f"PAN-X.{code}", "tokens", NER_TAGS, "f1", kind="tag",
                                 label="ner_tags", validation="test")
 
+XQUAD_LANGUAGES = "ar de el en es hi ru th tr vi zh".split()
+MLQA_LANGUAGES = "ar de en es hi vi zh".split()
+TYDIQA_LANGUAGES = "arabic bengali english finnish indonesian korean russian swahili telugu".split()
+QUESTIONS = {"text": "question context", "labels": "start end", "metrics": "f1 em",
+             "label": "answers", "kind": "span"}
+
+TASKS["xquad"] = Task(XTREME, "SQuAD", **QUESTIONS, further="xquad")
+TASKS["mlqa"] = Task(XTREME, "SQuAD", **QUESTIONS, further="mlqa")
+TASKS["tydiqa"] = Task(XTREME, "tydiqa", **QUESTIONS, only="english-", further="tydiqa")
+for language in XQUAD_LANGUAGES:
+    TASKS[f"xquad-{language}"] = Task("google/xquad", f"xquad.{language}", **QUESTIONS)
+for language in MLQA_LANGUAGES:
+    TASKS[f"mlqa-{language}"] = Task(XTREME, f"MLQA.{language}.{language}", **QUESTIONS,
+                                     validation="test", language=language)
+for language in TYDIQA_LANGUAGES:
+    TASKS[f"tydiqa-{language}"] = Task(XTREME, "tydiqa", **QUESTIONS, only=f"{language}-")
+
 # A name of --eval_tasks that stands for several; their average is given too.
 GROUPS = {
     "xnli": [f"xnli-{language}" for language in XNLI_LANGUAGES],
     "paws-x": [f"paws-x-{language}" for language in PAWS_X_LANGUAGES],
     "pos": [f"pos-{code}" for code in POS_LANGUAGES],
     "ner": [f"ner-{code}" for code in NER_LANGUAGES],
+    "xquad": [f"xquad-{language}" for language in XQUAD_LANGUAGES],
+    "mlqa": [f"mlqa-{language}" for language in MLQA_LANGUAGES],
+    "tydiqa": [f"tydiqa-{language}" for language in TYDIQA_LANGUAGES],
 }
 
 # A label of the trained task counts as one of these in a set that has no label of its own name, as
@@ -790,6 +816,9 @@ def encode(rows, task, tokenizer, max_length, **how):
     if "note_begins" in fields:
         begins = fields.pop("note_begins").values
         fields["note_row"] = Field(np.cumsum(begins) - 1, None, 0)
+    if "labels_start" in fields:
+        both = [fields.pop(name).values for name in ("labels_start", "labels_end")]
+        fields["labels"] = Field(np.stack(both, 1), None, 0)            # (n, 2)
     return Split(fields, cut, tokenizer.padding_side == "left", rows)
 
 
@@ -1450,6 +1479,247 @@ def write_tags(folder, name, task, kept, split):
     return path
 
 
+# Spans: the answer to a question is a part of a context.
+
+# Tokens from the start of one window over a context to that of the next, tokens of a question at
+# most, best starts and ends of a window that are combined, and tokens of an answer at most.
+STRIDE = 128
+LONGEST_QUESTION = 64
+BEST = 20
+LONGEST_ANSWER = 30
+
+# The articles that MLQA's scores leave out, by language.
+ARTICLES = {
+    "en": "a an the", "es": "un una unos unas el la los las", "vi": "của là cái chiếc những",
+    "de": "ein eine einen einem eines einer der die das den dem des",
+}
+
+
+def read_span(table, task, where):
+    """Rows with id, question and context, "label", the texts of the answers, and "starts".
+
+    starts: where each answer stands in the context, the place nearest to the given `answer_start`
+    (which is moved in some sets); -1 where the context has it not. task.only: only rows whose id
+    begins so.
+    """
+    import datasets
+    texts = read_texts(table, task, where)
+    count = len(texts["context"])
+    names = [str(row) for row in range(count)]
+    if "id" in column_names(table):
+        names = [str(cell) for cell in table["id"]]
+    answers = [None] * count
+    if task.label in column_names(table):
+        answers = list(table[task.label])
+
+    found = {"id": [], "question": [], "context": [], "label": [], "starts": []}
+    for row in range(count):
+        if not names[row].startswith(task.only):
+            continue
+        given = answers[row] or {"text": [], "answer_start": []}
+        if not isinstance(given, dict) or not {"text", "answer_start"} <= set(given):
+            raise UserError(f"{where}: row {row + 1}: column {task.label!r} must have lists text "
+                            f"and answer_start, has {given!r:.40}")
+        context = texts["context"][row]
+        starts = [nearest(context, *answer)
+                  for answer in zip(given["text"], given["answer_start"])]
+        values = names[row], texts["question"][row], context, list(given["text"]), starts
+        for name, value in zip(found, values):
+            found[name].append(value)
+    if not found["id"]:
+        raise UserError(f"{where}: has no row whose id begins with {task.only!r}")
+    text = datasets.Value("string")
+    features = datasets.Features({
+        "id": text, "question": text, "context": text, "label": datasets.List(text),
+        "starts": datasets.List(datasets.Value("int64"))})
+    return datasets.Dataset.from_dict(found, features=features)
+
+
+def nearest(context, answer, start):
+    """The place of the answer in the context that is nearest to `start`, or -1."""
+    if not answer:
+        return -1
+    places = [match.start() for match in re.finditer(f"(?={re.escape(answer)})", context)]
+    return min(places, key=lambda place: abs(place - start), default=-1)
+
+
+def hidden_answers(labels):
+    """The first row without an answer."""
+    return next((row for row, answers in enumerate(labels) if not answers), None)
+
+
+def any_answers(task, trained):
+    """Any question can be answered."""
+
+
+def tokenise_span(rows, task, tokenizer, max_length, separate=False):
+    """Question and context as one text, a long context in windows, each a row.
+
+    Labels: the tokens of the first answer's start and end, (2,); (0, 0) where it is not all in the
+    window. Fields beside those of tokenise_texts: note_begins, 1 at the first window of a question;
+    note_from and note_to, the characters of the context that each token is, -1 where it is none.
+    `cut` is 1 for a question that was cut. separate: the two are never apart.
+    """
+    if not tokenizer.is_fast or tokenizer.padding_side == "left":
+        raise UserError("answers need a fast tokenizer that pads on the right, "
+                        f"{type(tokenizer).__name__} is none")
+    frame = frame_of(tokenizer, 2)
+    questions = tokenizer(rows["question"], add_special_tokens=False)["input_ids"]
+    contexts = tokenizer(rows["context"], add_special_tokens=False, return_offsets_mapping=True)
+    wanted = {*tokenizer.model_input_names, "attention_mask"}
+    names = ["input_ids", "attention_mask", "labels_start", "labels_end", "note_begins",
+             "note_from", "note_to", "cut"]
+    if "token_type_ids" in wanted:
+        names.append("token_type_ids")
+    found = {name: [] for name in names}
+    for row, (ids, offsets) in enumerate(zip(contexts["input_ids"], contexts["offset_mapping"])):
+        most = min(LONGEST_QUESTION, max(1, max_length // 2 - frame.size))
+        question = questions[row][:most]
+        answer = answer_tokens(rows, row, offsets)
+        room = max_length - frame.size - len(question)
+        before = len(frame.parts[0]) + len(question) + len(frame.parts[1])
+        for first, end in windows(len(ids), room):
+            text = framed(frame, [question, ids[first:end]])
+            inside = answer is not None and first <= answer[0] and answer[1] < end
+            none = [-1] * len(question)
+            starts = [start for start, _ in offsets[first:end]]
+            ends = [stop for _, stop in offsets[first:end]]
+            found["input_ids"].append(text)
+            found["attention_mask"].append([1] * len(text))
+            found["labels_start"].append(answer[0] - first + before if inside else 0)
+            found["labels_end"].append(answer[1] - first + before if inside else 0)
+            found["note_begins"].append(int(first == 0))
+            found["note_from"].append(framed(frame, [none, starts], fill=-1))
+            found["note_to"].append(framed(frame, [none, ends], fill=-1))
+            found["cut"].append(int(first == 0 and len(question) < len(questions[row])))
+            if "token_type_ids" in wanted:
+                sizes = [len(question), end - first]
+                found["token_type_ids"].append(framed_types(frame, sizes))
+    return found
+
+
+def windows(tokens, room):
+    """(first, end) of windows of at most `room` tokens that cover a text of so many tokens."""
+    first = 0
+    yield 0, min(room, tokens)
+    while first + room < tokens:
+        first += min(STRIDE, room)
+        yield first, min(first + room, tokens)
+
+
+def answer_tokens(rows, row, offsets):
+    """(first, last) token of a row's first answer in the context, or None if it is not there."""
+    starts = rows["starts"][row]
+    if not starts or starts[0] < 0:
+        return None
+    start = starts[0]
+    end = start + len(rows["label"][row][0])
+    inside = [token for token, (begin, stop) in enumerate(offsets) if begin < end and stop > start]
+    if not inside:
+        return None
+    return inside[0], inside[-1]
+
+
+def collect_spans(outputs, labels, tokenizer):
+    """Logits (B, n, 2) as the best starts and ends of each row: tokens (2, k), logits (2, k)."""
+    best = outputs.float().topk(min(BEST, outputs.shape[1]), 1)         # (B, k, 2)
+    places = best.indices.transpose(1, 2).cpu().numpy()
+    values = best.values.transpose(1, 2).cpu().numpy()
+    return list(zip(places, values))
+
+
+def best_answers(kept, split):
+    """{row of split.rows: the text of its best span over all windows}, "" if there is none."""
+    contexts = split.rows["context"]
+    best = {}
+    for part, (places, values) in enumerate(kept):
+        row = int(split.note("row", part))
+        best.setdefault(row, (-np.inf, ""))
+        begins = split.note("from", part)
+        ends = split.note("to", part)
+        for start, start_value in zip(places[0], values[0]):
+            for end, end_value in zip(places[1], values[1]):
+                fits = max(start, end) < len(begins) and start <= end < start + LONGEST_ANSWER
+                if not fits or begins[start] < 0 or ends[end] < 0:
+                    continue
+                value = float(start_value + end_value)
+                if value > best[row][0]:
+                    best[row] = value, contexts[row][begins[start]:ends[end]]
+    return {row: text for row, (_, text) in best.items()}
+
+
+def answer_words(text, language="en", rule="squad"):
+    """The words of an answer that are compared: in lower case, without punctuation and articles.
+
+    rule "squad": the English rule in all languages, as for XQuAD and TyDiQA. "mlqa": Unicode's
+    punctuation, the language's own articles, and in Chinese each character a word.
+    """
+    by_language = rule == "mlqa"
+    letters = []
+    for letter in text.lower():
+        is_punctuation = letter in string.punctuation
+        if by_language and unicodedata.category(letter).startswith("P"):
+            is_punctuation = True
+        if not is_punctuation:
+            letters.append(letter)
+    text = "".join(letters)
+    language = language if by_language else "en"
+    if language in ARTICLES:
+        text = re.sub(rf"\b({'|'.join(ARTICLES[language].split())})\b", " ", text)
+    if language == "ar":
+        text = text.replace("ال", " ")
+    if language == "zh":
+        text = re.sub("([\u4e00-\u9fa5])", r" \1 ", text)
+    return text.split()
+
+
+def answer_scores(prediction, answers, language="en", rule="squad"):
+    """(exact match, F1) of a predicted text, each the best over the given answers. From 0 to 1."""
+    predicted = answer_words(prediction, language, rule)
+    exact = 0.0
+    best_f1 = 0.0
+    for answer in answers:
+        wanted = answer_words(answer, language, rule)
+        if predicted == wanted:
+            exact = 1.0
+        left = list(wanted)
+        hits = 0
+        for word in predicted:
+            if word in left:
+                left.remove(word)
+                hits += 1
+        best_f1 = max(best_f1, 2 * hits / max(1, len(predicted) + len(wanted)))
+    return exact, best_f1
+
+
+def score_spans(task, trained, kept, split):
+    """{metric: mean over the questions}."""
+    answers = split.rows["label"]
+    rule = "mlqa" if task.language else "squad"
+    scores = []
+    for row, text in best_answers(kept, split).items():
+        scores.append(answer_scores(text, answers[row], task.language or "en", rule))
+    em, f1 = np.mean(scores, 0)
+    values = {"em": float(em), "f1": float(f1)}
+    return {name: values[name] for name in task.metrics.split()}
+
+
+def span_text(task, best):
+    """The best start and end of a window."""
+    places, _ = best
+    return f"{places[0][0]} to {places[1][0]}"
+
+
+def write_spans(folder, name, task, kept, split):
+    """{id: answer}, as SQuAD's scripts read it."""
+    path = os.path.join(folder, f"predictions-{name}.json")
+    names = split.rows["id"]
+    found = {names[row]: text for row, text in best_answers(kept, split).items()}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(found, file, ensure_ascii=False, indent=1)
+    return path
+
+
 KINDS = {
     "classify": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
@@ -1466,6 +1736,11 @@ KINDS = {
         read=read_tags, hidden=hidden_tags, comparable=same_tags, tokenise=tokenise_tags,
         forward=logits_of, collect=collect_tags, score=score_tags, text=tags_text,
         write=write_tags),
+    "span": Kind(
+        auto_class="AutoModelForQuestionAnswering", settings=head_settings,
+        read=read_span, hidden=hidden_answers, comparable=any_answers, tokenise=tokenise_span,
+        forward=logits_of, collect=collect_spans, score=score_spans, text=span_text,
+        write=write_spans),
 }
 
 

@@ -46,7 +46,10 @@ Choices, where the paper is silent (its authors released no code):
     the first of both, as many as the smaller number.
 10. Tags: the output layer reads each token's state, as long as f(x), and D the mean of them, by the
     paper's "for the structure prediction task, we use the average of all the outputs of all
-    tokens as input", whatever --pooling.
+    tokens as input", whatever --pooling. Answers: the same with two outputs, whose softmax goes
+    over the tokens: the start and the end. Question and context are one text, whatever
+    --pair_mode; a sample of M is then as many sentences in a row as make it as long as they are,
+    or D would learn lengths.
 """
 import copy
 import html
@@ -58,8 +61,8 @@ import sys
 ADAPTER = "layers pooling pair_mode tune"
 CRITIC = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
 METHODS = {                                            # the kinds of task it can train, its flags
-    "adapter": ("classify regress tag", ADAPTER),
-    "gtuning": ("classify regress tag", f"{ADAPTER} {CRITIC}"),
+    "adapter": ("classify regress tag span", ADAPTER),
+    "gtuning": ("classify regress tag span", f"{ADAPTER} {CRITIC}"),
 }
 
 
@@ -168,16 +171,18 @@ class GTuning(torch.nn.Module):
 
     plm: g, a Hugging Face encoder. num_labels: 1 is regression. layers: of h. pooling: "cls" or
     "mean". pair: two sentences a row, the second one's inputs with the suffix _2. tune_plm: g
-    learns too. by_token: each token has labels of its own (choice 10). Inputs are the plm's, or in
-    place of input_ids (B, n) the `states` (B, n, H) that it made of them. Source: sections 2.2 and
-    3.1.
+    learns too. by_token: "", "tag", a label for each token, or "span", a first and a last token
+    (choice 10). Inputs are the plm's, or in place of input_ids (B, n) the `states` (B, n, H) that
+    it made of them. Source: sections 2.2 and 3.1.
     """
 
     def __init__(self, plm, num_labels, layers=3, pooling="cls", pair=False, tune_plm=False,
-                 by_token=False):
+                 by_token=""):
         super().__init__()
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling must be 'cls' or 'mean', got {pooling!r}")
+        if by_token not in ("", "tag", "span"):
+            raise ValueError(f"by_token must be '', 'tag' or 'span', got {by_token!r}")
         if by_token and pair:
             raise ValueError("by_token needs one text a row, not a pair")
         if plm.config.is_encoder_decoder:
@@ -230,9 +235,13 @@ class GTuning(torch.nn.Module):
         return (hidden * real).sum(1) / real.sum(1)                      # f(x)          (B, H)
 
     def logits(self, **inputs):
-        """(B, C), or by token (B, n, C)."""
+        """(B, C), or by token (B, n, C); of spans padding has -inf."""
         if self.by_token:
-            return self.output(self.scale * self.features(each=True, **inputs))
+            logits = self.output(self.scale * self.features(each=True, **inputs))
+            if self.by_token == "span":
+                padding = inputs["attention_mask"] == 0
+                logits = logits.masked_fill(padding[..., None], -math.inf)
+            return logits
         second = {}
         for name in list(inputs):
             if name.endswith("_2"):
@@ -244,8 +253,9 @@ class GTuning(torch.nn.Module):
         return self.output(torch.cat([u, v, (u - v).abs(), u * v], -1))  # choice 6
 
     def forward(self, labels, D=None, alpha=1.0, beta=0.5, **inputs):
-        """labels (B,), by token (B, n) and -100 where there is none -> (L_T, {"l_t"}): cross
-        entropy, for one output the mean squared error.
+        """labels (B,) -> (L_T, {"l_t"}): cross entropy, for one output the mean squared error.
+
+        Labels of tags are (B, n), -100 where there is none; of spans (B, 2), the tokens.
 
         With D, and general text x_u as inputs with the prefix u_:
         (alpha L_T + beta L_G, {"l_t", "l_g"}).
@@ -255,8 +265,10 @@ class GTuning(torch.nn.Module):
             if name.startswith("u_"):
                 general[name.removeprefix("u_")] = inputs.pop(name)
         logits = self.logits(**inputs).float()                           # (B, C)
-        if self.by_token:
-            l_t = F.cross_entropy(logits.flatten(0, 1), labels.flatten())         # Eq. 2
+        if self.by_token == "tag":
+            l_t = F.cross_entropy(logits.transpose(1, 2), labels)        # Eq. 2, by token
+        elif self.by_token == "span":
+            l_t = F.cross_entropy(logits, labels)                        # Eq. 2, over tokens
         elif self.num_labels == 1:
             l_t = F.mse_loss(logits.squeeze(-1), labels.float())         # Eq. 2, of a number
         else:
@@ -545,10 +557,25 @@ def draw_general(args, setup, wanted, world):
     import data
     with world.first():
         rows = data.general_text(args.unlabeled, wanted)
+        if setup.task.kind == "span":
+            rows = long_texts(args, setup, rows, wanted)
         M = data.encode(rows, data.Task("", text="text"), setup.tokenizer, args.max_length)
     if len(M) < wanted:
         world.say(f"M: {len(M)} sentences, {wanted} wanted: they repeat")
     return M
+
+
+def long_texts(args, setup, sentences, wanted):
+    """General text in pieces about as long as the rows of B: a Dataset like `sentences`."""
+    import data
+    ids = setup.tokenizer(sentences["text"][:1000])["input_ids"]
+    length = sum(map(len, ids)) / len(ids)
+    together = max(1, round(setup.train.lengths.mean() / length))
+    texts = data.general_text(args.unlabeled, wanted * together)["text"]
+    joined = []
+    for first in range(0, len(texts), together):
+        joined.append(" ".join(texts[first:first + together]))
+    return sentences.from_dict({"text": joined, "label": [-1] * len(joined)})
 
 
 def vectors(f, split, rows, world, progress=None):
@@ -734,9 +761,10 @@ def build_f(args, setup, seed, world, pair):
     """f around --model, its weights drawn by the seed."""
     import common
     plm = common.load_model(args, setup, seed, world).base_model
+    by_token = setup.task.kind if setup.task.kind in ("tag", "span") else ""
     try:
         return GTuning(plm, setup.task.outputs, args.layers, args.pooling, pair,
-                       args.tune == "all", setup.task.kind == "tag")
+                       args.tune == "all", by_token)
     except ValueError as error:
         raise common.UserError(f"--model {args.model}: {error}") from error
 
@@ -757,10 +785,11 @@ def recipe(args):
     model = "FacebookAI/roberta-large"
     if args.task.startswith(("xnli", "paws-x")):
         model = "FacebookAI/xlm-roberta-large"
-    if args.task in ("pos", "ner"):
+    lengths = {"pos": 128, "ner": 128, "xquad": 384, "mlqa": 384, "tydiqa": 384}
+    if args.task in lengths:
         return "gtuning: section 3.1, XTREME's length", {
             "model": "FacebookAI/xlm-roberta-large", "lr": 1e-4, "epochs": 10, "batch_size": 64,
-            "micro_batch_size": 32, "weight_decay": 0.0, "max_length": 128}
+            "micro_batch_size": 32, "weight_decay": 0.0, "max_length": lengths[args.task]}
     if args.task == "toy":
         return "toy", {
             "model": "toy", "lr": 1e-3, "epochs": 20, "batch_size": 16, "precision": "fp32",
