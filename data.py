@@ -224,6 +224,17 @@ for language in MLQA_LANGUAGES:
 for language in TYDIQA_LANGUAGES:
     TASKS[f"tydiqa-{language}"] = Task(XTREME, "tydiqa", **QUESTIONS, only=f"{language}-")
 
+# Asked as XTREME does: Tatoeba from English to the other language, BUCC to English.
+BUCC_LANGUAGES = "de fr ru zh".split()
+TATOEBA_LANGUAGES = ("afr ara ben bul cmn deu ell est eus fin fra heb hin hun ind ita jav jpn kat "
+                     "kaz kor mal mar nld pes por rus spa swh tam tel tgl tha tur urd vie").split()
+for language in BUCC_LANGUAGES:
+    TASKS[f"bucc-{language}"] = Task(XTREME, f"bucc18.{language}", "source_sentence target_sentence",
+                                     kind="retrieve", train="test", validation="test")
+for language in TATOEBA_LANGUAGES:
+    TASKS[f"tatoeba-{language}"] = Task(XTREME, f"tatoeba.{language}", kind="retrieve",
+                                        text="target_sentence source_sentence", train="validation")
+
 # A name of --eval_tasks that stands for several; their average is given too.
 GROUPS = {
     "xnli": [f"xnli-{language}" for language in XNLI_LANGUAGES],
@@ -233,6 +244,8 @@ GROUPS = {
     "xquad": [f"xquad-{language}" for language in XQUAD_LANGUAGES],
     "mlqa": [f"mlqa-{language}" for language in MLQA_LANGUAGES],
     "tydiqa": [f"tydiqa-{language}" for language in TYDIQA_LANGUAGES],
+    "bucc": [f"bucc-{language}" for language in BUCC_LANGUAGES],
+    "tatoeba": [f"tatoeba-{language}" for language in TATOEBA_LANGUAGES],
 }
 
 # A label of the trained task counts as one of these in a set that has no label of its own name, as
@@ -338,7 +351,8 @@ def load_further(args, trained):
         name, _, split = name.partition(":")
         check_task(name, "--eval_tasks")
         task = TASKS[name]
-        check_comparable(task, trained, name)
+        if task.kind != "retrieve" or "retrieve_layer" not in args:
+            check_comparable(task, trained, name)
 
         splits = [split] if split else task.validation.split()
         for part in splits:
@@ -1720,6 +1734,60 @@ def write_spans(folder, name, task, kept, split):
     return path
 
 
+# Retrieval: of all candidates the translation of each sentence, without training.
+
+def read_retrieve(table, task, where):
+    """Rows with the two text columns; "label" is 0: the candidate of a sentence is its own row's."""
+    texts = read_texts(table, task, where)
+    for column, cells in texts.items():
+        texts[column] = [cell.strip() for cell in cells]
+    return make_rows(texts, [0] * len(cells), "int64", {})
+
+
+def nothing_hidden(labels):
+    """No row has a label."""
+
+
+def any_model(task, trained):
+    """Whatever a model was trained for, it makes vectors."""
+
+
+def tokenise_retrieve(rows, task, tokenizer, max_length, separate=True):
+    """Both sentences, always apart."""
+    return tokenise_texts(rows, task, tokenizer, max_length, separate=True)
+
+
+def no_forward(model, task):
+    raise NotImplementedError("of which vectors is the script's choice")
+
+
+def collect_vectors(outputs, labels, tokenizer):
+    """Vectors of both sentences (B, 2, H) as B arrays (2, H), in fp32."""
+    return list(outputs.float().cpu().numpy())
+
+
+def score_retrieve(task, trained, kept, split):
+    """{"accuracy"}: how often the nearest candidate, by the cosine, is the right one."""
+    both = np.stack(kept)                                               # (n, 2, H)
+    both = both / np.maximum(np.linalg.norm(both, axis=2, keepdims=True), 1e-12)
+    asked = both[:, 0]
+    candidates = both[:, 1]
+    right = 0
+    for first in range(0, len(asked), 256):
+        cosines = asked[first:first + 256] @ candidates.T               # (256, n)
+        right += int(np.sum(cosines.argmax(1) == first + np.arange(len(cosines))))
+    return {"accuracy": right / len(asked)}
+
+
+def vector_text(task, vectors):
+    """For the warning of a model that gives all rows the same."""
+    return " ".join(f"{value:.4g}" for value in vectors[0][:4])
+
+
+def write_nothing(folder, name, task, kept, split):
+    raise NotImplementedError("a set of --eval_tasks is scored alone")
+
+
 KINDS = {
     "classify": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
@@ -1741,6 +1809,11 @@ KINDS = {
         read=read_span, hidden=hidden_answers, comparable=any_answers, tokenise=tokenise_span,
         forward=logits_of, collect=collect_spans, score=score_spans, text=span_text,
         write=write_spans),
+    "retrieve": Kind(
+        auto_class="AutoModel", settings=head_settings,
+        read=read_retrieve, hidden=nothing_hidden, comparable=any_model,
+        tokenise=tokenise_retrieve, forward=no_forward, collect=collect_vectors,
+        score=score_retrieve, text=vector_text, write=write_nothing),
 }
 
 

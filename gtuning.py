@@ -50,8 +50,11 @@ Choices, where the paper is silent (its authors released no code):
     over the tokens: the start and the end. Question and context are one text, whatever
     --pair_mode; a sample of M is then as many sentences in a row as make it as long as they are,
     or D would learn lengths.
+11. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
+    tokens whatever --pooling; --retrieve_layer takes the mean of a block of g in its place.
 """
 import copy
+import dataclasses
 import html
 import math
 import os
@@ -98,6 +101,8 @@ def flags():
                    help="encode every batch again; the same numbers")
     g.add_argument("--cache_dir", default=os.path.join(home, "states"), metavar="DIR",
                    help="of g's states")
+    g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
+                   help="of tatoeba and bucc: the vectors of that block of g (those of f)")
     g.add_argument("--embed", action="store_true",
                    help="Figure 2: f(x) in domain and out (the first of --eval_tasks)")
     return p
@@ -166,6 +171,18 @@ class Layer(torch.nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
+def split_pair(inputs):
+    """The inputs of the first sentence of each row, and those of the second."""
+    first = {}
+    second = {}
+    for name, value in inputs.items():
+        if name.endswith("_2"):
+            second[name.removesuffix("_2")] = value
+        else:
+            first[name] = value
+    return first, second
+
+
 class GTuning(torch.nn.Module):
     """f = h . g and the output layer.
 
@@ -224,7 +241,7 @@ class GTuning(torch.nn.Module):
         for layer in self.adapter[:-1]:
             hidden = layer(hidden, mask)                                 # (B, n, H)
 
-        if self.pooling == "cls" and not self.by_token:
+        if self.pooling == "cls" and not self.by_token and not each:
             first = attention_mask.argmax(1)           # the first token that is not padding
             hidden = self.adapter[-1](hidden, mask, first)               # (B, 1, H)
             return (self.norm(hidden) / self.scale)[:, 0]                # f(x)          (B, H)
@@ -234,6 +251,24 @@ class GTuning(torch.nn.Module):
         real = attention_mask[..., None]                                 # (B, n, 1)
         return (hidden * real).sum(1) / real.sum(1)                      # f(x)          (B, H)
 
+    def mean_vectors(self, attention_mask, layer=None, **inputs):
+        """The mean over the tokens of f's, or of a block of g: (B, H)."""
+        if layer is None:
+            states = self.features(attention_mask=attention_mask, each=True, **inputs)
+        else:
+            self.plm.eval()
+            output = self.plm(attention_mask=attention_mask, output_hidden_states=True, **inputs)
+            states = output.hidden_states[layer]                         # (B, n, H)
+        real = attention_mask[..., None]                                 # (B, n, 1)
+        return (states.float() * real).sum(1) / real.sum(1)
+
+    def both_vectors(self, layer=None, **inputs):
+        """`mean_vectors` of the two sentences of each row: (B, 2, H)."""
+        first, second = split_pair(inputs)
+        u = self.mean_vectors(layer=layer, **first)
+        v = self.mean_vectors(layer=layer, **second)
+        return torch.stack([u, v], 1)
+
     def logits(self, **inputs):
         """(B, C), or by token (B, n, C); of spans padding has -inf."""
         if self.by_token:
@@ -242,10 +277,7 @@ class GTuning(torch.nn.Module):
                 padding = inputs["attention_mask"] == 0
                 logits = logits.masked_fill(padding[..., None], -math.inf)
             return logits
-        second = {}
-        for name in list(inputs):
-            if name.endswith("_2"):
-                second[name.removesuffix("_2")] = inputs.pop(name)
+        inputs, second = split_pair(inputs)
         u = self.scale * self.features(**inputs)                         # (B, H)
         if not self.pair:
             return self.output(u)
@@ -594,6 +626,26 @@ def vectors(f, split, rows, world, progress=None):
     return found
 
 
+def evaluate_sets(args, f, sets, setup, texts, world, **how):
+    """common.evaluate, and the accuracies of the sets to retrieve from (choice 11)."""
+    import common
+    to_retrieve = {name: pair for name, pair in sets.items() if pair[0].kind == "retrieve"}
+    others = {name: pair for name, pair in sets.items() if name not in to_retrieve}
+    others = texts.sets_with_states(f, others)
+    scores = common.evaluate(f.logits, f, others, setup, world, **how)
+    if not to_retrieve:
+        return scores
+
+    def forward(**inputs):
+        return f.both_vectors(layer=args.retrieve_layer, **inputs)
+
+    if args.retrieve_layer is None:
+        to_retrieve = texts.sets_with_states(f, to_retrieve)
+    task, _ = next(iter(to_retrieve.values()))
+    setup = dataclasses.replace(setup, task=task)
+    return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, **how)}
+
+
 def embed(run, f, setup):
     """Figure 2: f(x) of 200 sentences in domain and of 200 out of it, also in embed.npz.
 
@@ -762,6 +814,9 @@ def build_f(args, setup, seed, world, pair):
     import common
     plm = common.load_model(args, setup, seed, world).base_model
     by_token = setup.task.kind if setup.task.kind in ("tag", "span") else ""
+    if args.retrieve_layer and args.retrieve_layer > plm.config.num_hidden_layers:
+        raise common.UserError(f"--retrieve_layer {args.retrieve_layer}: must be at most "
+                               f"{plm.config.num_hidden_layers}, the blocks of {args.model}")
     try:
         return GTuning(plm, setup.task.outputs, args.layers, args.pooling, pair,
                        args.tune == "all", by_token)
@@ -870,8 +925,7 @@ def main(argv=None):
             return profile(args, setup, texts, world)
 
         def evaluate(f, sets, **how):
-            sets = texts.sets_with_states(f, sets)
-            return common.evaluate(f.logits, f, sets, setup, world, **how)
+            return evaluate_sets(args, f, sets, setup, texts, world, **how)
 
         results = []
         clouds = {}
