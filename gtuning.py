@@ -50,7 +50,15 @@ Choices, where the paper is silent (its authors released no code):
     over the tokens: the start and the end. Question and context are one text, whatever
     --pair_mode; a sample of M is then as many sentences in a row as make it as long as they are,
     or D would learn lengths.
-11. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
+11. The length of f(x) is a unit of beta: D's slope is 1, so L_G grows with it. --feature_length 0
+    leaves the LayerNorm's own sqrt(H), and with it --beta on the paper's scale; at the default
+    length 4 a --beta of 0.5 is what 0.10 would be there for H = 384, and 0.0625 for H = 1024.
+    --pooling mean takes the mean before the LayerNorm, so its length is the same.
+12. "Adam" is all that the paper says of f's rate. --schedule decay: one warm-up and one linear
+    decay to 0 over the N steps on f, so phase 3 begins at about half the rate, while D's stays.
+    constant: --lr after the warm-up.
+13. Algorithm 1 returns the f of its last step: --keep last. --keep best is choice 8.
+14. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
     tokens whatever --pooling; --retrieve_layer takes the mean of a block of g in its place.
 """
 import copy
@@ -61,7 +69,7 @@ import os
 import signal
 import sys
 
-ADAPTER = "layers pooling pair_mode tune"
+ADAPTER = "layers pooling pair_mode tune feature_length schedule keep retrieve_layer"
 CRITIC = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
 METHODS = {                                            # the kinds of task it can train, its flags
     "adapter": ("classify regress tag span", ADAPTER),
@@ -101,6 +109,12 @@ def flags():
                    help="encode every batch again; the same numbers")
     g.add_argument("--cache_dir", default=os.path.join(home, "states"), metavar="DIR",
                    help="of g's states")
+    g.add_argument("--feature_length", type=weight, default=4.0, metavar="L",
+                   help="of f(x); 0: sqrt(H), which is the paper's scale of beta (choice 11)")
+    g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
+                   help="of f's learning rate after the warm-up (choice 12)")
+    g.add_argument("--keep", default="best", choices=["best", "last"],
+                   help="the state that counts (choice 13)")
     g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
                    help="of tatoeba and bucc: the vectors of that block of g (those of f)")
     g.add_argument("--embed", action="store_true",
@@ -171,6 +185,12 @@ class Layer(torch.nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
+def masked_mean(states, attention_mask):
+    """The mean over the real tokens: (B, n, H), (B, n) -> (B, H)."""
+    real = attention_mask[..., None]                                     # (B, n, 1)
+    return (states * real).sum(1) / real.sum(1)
+
+
 def split_pair(inputs):
     """The inputs of the first sentence of each row, and those of the second."""
     first = {}
@@ -189,12 +209,12 @@ class GTuning(torch.nn.Module):
     plm: g, a Hugging Face encoder. num_labels: 1 is regression. layers: of h. pooling: "cls" or
     "mean". pair: two sentences a row, the second one's inputs with the suffix _2. tune_plm: g
     learns too. by_token: "", "tag", a label for each token, or "span", a first and a last token
-    (choice 10). Inputs are the plm's, or in place of input_ids (B, n) the `states` (B, n, H) that
-    it made of them. Source: sections 2.2 and 3.1.
+    (choice 10). length: of f(x); 0: sqrt(H) (choice 11). Inputs are the plm's, or in place of
+    input_ids (B, n) the `states` (B, n, H) that it made of them. Source: sections 2.2 and 3.1.
     """
 
     def __init__(self, plm, num_labels, layers=3, pooling="cls", pair=False, tune_plm=False,
-                 by_token=""):
+                 by_token="", length=4.0):
         super().__init__()
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling must be 'cls' or 'mean', got {pooling!r}")
@@ -207,10 +227,11 @@ class GTuning(torch.nn.Module):
         self.config = plm.config
         self.num_labels = num_labels
         self.layers = layers
-        self.pooling = pooling
+        self.pooling = "mean" if by_token else pooling                   # choice 10
         self.pair = pair
         self.tune_plm = tune_plm
         self.by_token = by_token
+        self.length = length
 
         width = self.config.hidden_size
         heads = self.config.num_attention_heads
@@ -220,7 +241,9 @@ class GTuning(torch.nn.Module):
             Layer(width, heads, dropout) for _ in range(layers))
         self.norm = torch.nn.LayerNorm(width)
         self.output = torch.nn.Linear(width * (4 if pair else 1), num_labels)
-        self.scale = width ** 0.5 / 4                  # so that f(x) has length 4, choice 2
+        self.scale = 1.0                               # so that f(x) has its length, choice 2
+        if length:
+            self.scale = width ** 0.5 / length
         self.to(plm.device).train()
 
     def encode(self, **inputs):
@@ -232,8 +255,9 @@ class GTuning(torch.nn.Module):
             return states.bfloat16()
         return states
 
-    def features(self, attention_mask, states=None, each=False, **inputs):
-        """f(x): (B, H). each: the tokens' vectors, of which it is the mean: (B, n, H)."""
+    def features(self, attention_mask, states=None, pooling=None, **inputs):
+        """f(x): (B, H). pooling: in place of f's own; "none" gives each token's vector, (B, n, H)."""
+        pooling = pooling or self.pooling
         if states is None:
             states = self.encode(attention_mask=attention_mask, **inputs)
         hidden = states.float()                                          # g(x)          (B, n, H)
@@ -241,26 +265,22 @@ class GTuning(torch.nn.Module):
         for layer in self.adapter[:-1]:
             hidden = layer(hidden, mask)                                 # (B, n, H)
 
-        if self.pooling == "cls" and not self.by_token and not each:
+        if pooling == "cls":
             first = attention_mask.argmax(1)           # the first token that is not padding
             hidden = self.adapter[-1](hidden, mask, first)               # (B, 1, H)
             return (self.norm(hidden) / self.scale)[:, 0]                # f(x)          (B, H)
-        hidden = self.norm(self.adapter[-1](hidden, mask)) / self.scale  # (B, n, H)
-        if each:
-            return hidden
-        real = attention_mask[..., None]                                 # (B, n, 1)
-        return (hidden * real).sum(1) / real.sum(1)                      # f(x)          (B, H)
+        hidden = self.adapter[-1](hidden, mask)                          # (B, n, H)
+        if pooling == "mean":
+            hidden = masked_mean(hidden, attention_mask)                 # (B, H)
+        return self.norm(hidden) / self.scale                            # f(x)          (B, H)
 
     def mean_vectors(self, attention_mask, layer=None, **inputs):
-        """The mean over the tokens of f's, or of a block of g: (B, H)."""
+        """f(x) by the mean over the tokens, or the mean of a block of g: (B, H)."""
         if layer is None:
-            states = self.features(attention_mask=attention_mask, each=True, **inputs)
-        else:
-            self.plm.eval()
-            output = self.plm(attention_mask=attention_mask, output_hidden_states=True, **inputs)
-            states = output.hidden_states[layer]                         # (B, n, H)
-        real = attention_mask[..., None]                                 # (B, n, 1)
-        return (states.float() * real).sum(1) / real.sum(1)
+            return self.features(attention_mask=attention_mask, pooling="mean", **inputs)
+        self.plm.eval()
+        output = self.plm(attention_mask=attention_mask, output_hidden_states=True, **inputs)
+        return masked_mean(output.hidden_states[layer].float(), attention_mask)
 
     def both_vectors(self, layer=None, **inputs):
         """`mean_vectors` of the two sentences of each row: (B, 2, H)."""
@@ -272,7 +292,7 @@ class GTuning(torch.nn.Module):
     def logits(self, **inputs):
         """(B, C), or by token (B, n, C); of spans padding has -inf."""
         if self.by_token:
-            logits = self.output(self.scale * self.features(each=True, **inputs))
+            logits = self.output(self.scale * self.features(pooling="none", **inputs))
             if self.by_token == "span":
                 padding = inputs["attention_mask"] == 0
                 logits = logits.masked_fill(padding[..., None], -math.inf)
@@ -324,7 +344,8 @@ class GTuning(torch.nn.Module):
         if self.tune_plm:
             self.plm.save_pretrained(folder)
         os.makedirs(folder, exist_ok=True)
-        names = ["num_labels", "layers", "pooling", "pair", "tune_plm", "by_token"]
+        names = ["num_labels", "layers", "pooling", "pair", "tune_plm", "by_token",
+                 "length"]
         settings = {name: getattr(self, name) for name in names}
         h = {}
         for name, value in self.state_dict().items():
@@ -699,6 +720,8 @@ class Algorithm1:
         rows = texts.with_states(self.f, common.training_rows(setup, args, seed))
         self.x_t = self.batches(0, rows, args.batch_size, args.batching[0])
         self.optimizer, self.schedule = common.build_optimizer(self.f, args, N)
+        if args.schedule == "constant":
+            self.schedule = constant_schedule(self.optimizer, args, N)
         self.ddp = world.ddp(self.f, unused=args.tune == "all")
         self.parts = {"f": self.f.trained, "optimizer": self.optimizer,
                       "schedule": self.schedule, "x_t": self.x_t}
@@ -809,6 +832,21 @@ class Algorithm1:
         return self.joint_round(r, r * self.args.T, x_t)
 
 
+def constant_schedule(optimizer, args, N):
+    """The learning rate grows to --lr in the warm-up, and stays (choice 12)."""
+    from transformers import get_constant_schedule_with_warmup
+    warmup = int(args.warmup if args.warmup >= 1 else args.warmup * N)
+    return get_constant_schedule_with_warmup(optimizer, warmup)
+
+
+def keep_state(run, args, f, metrics):
+    """Gives f the state that counts: the best one, or this last one (choice 13)."""
+    if args.keep == "last":
+        run.best = None
+    run.keep_best(metrics, f.trained)
+    f.trained.load_state_dict(run.best_weights)
+
+
 def build_f(args, setup, seed, world, pair):
     """f around --model, its weights drawn by the seed."""
     import common
@@ -819,7 +857,7 @@ def build_f(args, setup, seed, world, pair):
                                f"{plm.config.num_hidden_layers}, the blocks of {args.model}")
     try:
         return GTuning(plm, setup.task.outputs, args.layers, args.pooling, pair,
-                       args.tune == "all", by_token)
+                       args.tune == "all", by_token, args.feature_length)
     except ValueError as error:
         raise common.UserError(f"--model {args.model}: {error}") from error
 
@@ -968,8 +1006,7 @@ def main(argv=None):
                     if run.every(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
 
-                run.keep_best(evaluate(f, setup.choose_by), f.trained)
-                f.trained.load_state_dict(run.best_weights)
+                keep_state(run, args, f, evaluate(f, setup.choose_by))
                 metrics = evaluate(f, setup.scored, final=True)
                 run.finish(metrics, algorithm.x_t, setup.tokenizer, f.save_pretrained)
                 if run.best["step"] <= end_1 < end_3:
