@@ -229,8 +229,9 @@ BUCC_LANGUAGES = "de fr ru zh".split()
 TATOEBA_LANGUAGES = ("afr ara ben bul cmn deu ell est eus fin fra heb hin hun ind ita jav jpn kat "
                      "kaz kor mal mar nld pes por rus spa swh tam tel tgl tha tur urd vie").split()
 for language in BUCC_LANGUAGES:
-    TASKS[f"bucc-{language}"] = Task(XTREME, f"bucc18.{language}", "source_sentence target_sentence",
-                                     kind="retrieve", train="test", validation="test")
+    TASKS[f"bucc-{language}"] = Task(XTREME, f"bucc18.{language}", kind="retrieve",
+                                     text="source_sentence target_sentence", train="test",
+                                     validation="test")
 for language in TATOEBA_LANGUAGES:
     TASKS[f"tatoeba-{language}"] = Task(XTREME, f"tatoeba.{language}", kind="retrieve",
                                         text="target_sentence source_sentence", train="validation")
@@ -1737,7 +1738,7 @@ def write_spans(folder, name, task, kept, split):
 # Retrieval: of all candidates the translation of each sentence, without training.
 
 def read_retrieve(table, task, where):
-    """Rows with the two text columns; "label" is 0: the candidate of a sentence is its own row's."""
+    """Rows with the two text columns. "label" is 0: a sentence's candidate is its own row's."""
     texts = read_texts(table, task, where)
     for column, cells in texts.items():
         texts[column] = [cell.strip() for cell in cells]
@@ -1930,7 +1931,11 @@ def describe(task, split, rows, count, unit):
     for row in rows.select(range(min(3, len(rows)))):
         label = row["label"]
         if isinstance(label, list):
-            label = shown(label)
+            named = []
+            for tag in label:
+                is_id = isinstance(tag, int) and tag >= 0
+                named.append(task.label_names[tag] if is_id else tag)
+            label = shown(named)
         elif task.label_names and label >= 0:
             label = task.label_names[label]
         print(f"    {label}: " + " | ".join(shown(row[column])[:160] for column in task.columns))

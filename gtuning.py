@@ -256,7 +256,7 @@ class GTuning(torch.nn.Module):
         return states
 
     def features(self, attention_mask, states=None, pooling=None, **inputs):
-        """f(x): (B, H). pooling: in place of f's own; "none" gives each token's vector, (B, n, H)."""
+        """f(x): (B, H). pooling: in place of f's own; "none": each token's vector, (B, n, H)."""
         pooling = pooling or self.pooling
         if states is None:
             states = self.encode(attention_mask=attention_mask, **inputs)
