@@ -13,6 +13,8 @@ h the adapter behind it; f(x) a vector (H,). D: the critic, a number for a vecto
     Algorithm 1: N/2 steps of Eq. 2 on f; N/2 steps of Eq. 3 on D;
                  N/2 rounds of {one step of Eq. 6 on f, T steps of Eq. 3 on D}
 
+    Self-Teach, a baseline: L = L_T + lam KL(teacher(x_u) || f(x_u)), the teacher a finished run
+
     python gtuning.py                           the toy task, adapter against gtuning, on a CPU
     torchrun --nproc_per_node=8 gtuning.py --task sst2 --eval_tasks imdb    the paper's setting
     python gtuning.py --task stsb --eval_tasks sick-r --method adapter gtuning --embed
@@ -58,7 +60,11 @@ Choices, where the paper is silent (its authors released no code):
     decay to 0 over the N steps on f, so phase 3 begins at about half the rate, while D's stays.
     constant: --lr after the warm-up.
 13. Algorithm 1 returns the f of its last step: --keep last. --keep best is choice 8.
-14. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
+14. Self-Teach is FILTER's loss (Fang et al., 2021), whose teacher sees translations; the paper
+    does not say what it sees here. It is x_u; of pairs two neighbouring sentences of M. The
+    --teacher is a finished run on the same task with the same --model, in eval mode, its logits
+    computed once.
+15. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
     tokens whatever --pooling; --retrieve_layer takes the mean of a block of g in its place.
 """
 import copy
@@ -74,6 +80,7 @@ CRITIC = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
 METHODS = {                                            # the kinds of task it can train, its flags
     "adapter": ("classify regress tag span", ADAPTER),
     "gtuning": ("classify regress tag span", f"{ADAPTER} {CRITIC}"),
+    "self-teach": ("classify", f"{ADAPTER} unlabeled teacher teach_weight"),
 }
 
 
@@ -115,6 +122,10 @@ def flags():
                    help="of f's learning rate after the warm-up (choice 12)")
     g.add_argument("--keep", default="best", choices=["best", "last"],
                    help="the state that counts (choice 13)")
+    g.add_argument("--teacher", default="", metavar="RUN",
+                   help="of self-teach: the folder of a finished run, as of --method adapter")
+    g.add_argument("--teach_weight", type=weight, default=1.0,
+                   help="of self-teach: lambda (choice 14)")
     g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
                    help="of tatoeba and bucc: the vectors of that block of g (those of f)")
     g.add_argument("--embed", action="store_true",
@@ -304,13 +315,14 @@ class GTuning(torch.nn.Module):
         v = self.scale * self.features(**second)                         # (B, H)
         return self.output(torch.cat([u, v, (u - v).abs(), u * v], -1))  # choice 6
 
-    def forward(self, labels, D=None, alpha=1.0, beta=0.5, **inputs):
+    def forward(self, labels, D=None, alpha=1.0, beta=0.5, teach_weight=0.0, **inputs):
         """labels (B,) -> (L_T, {"l_t"}): cross entropy, for one output the mean squared error.
 
         Labels of tags are (B, n), -100 where there is none; of spans (B, 2), the tokens.
 
         With D, and general text x_u as inputs with the prefix u_:
-        (alpha L_T + beta L_G, {"l_t", "l_g"}).
+        (alpha L_T + beta L_G, {"l_t", "l_g"}). With the teacher's logits of it, u_teacher (B, C):
+        (L_T + teach_weight KL, {"l_t", "kl"}).
         """
         general = {}
         for name in list(inputs):
@@ -325,6 +337,9 @@ class GTuning(torch.nn.Module):
             l_t = F.mse_loss(logits.squeeze(-1), labels.float())         # Eq. 2, of a number
         else:
             l_t = F.cross_entropy(logits, labels)                        # Eq. 2
+        if "teacher" in general:
+            kl = kl_to_teacher(general.pop("teacher"), self.logits(**general))
+            return l_t + teach_weight * kl, {"l_t": l_t.detach(), "kl": kl.detach()}
         if D is None:
             return l_t, {"l_t": l_t.detach()}
 
@@ -369,6 +384,16 @@ class GTuning(torch.nn.Module):
         f = cls(plm, **saved["settings"])
         f.load_state_dict({**f.state_dict(), **saved["h"]})
         return f.eval()
+
+
+def kl_to_teacher(teacher, student):
+    """KL(teacher || student) of logits (B, C), a mean over the rows, in fp32: a scalar.
+
+    Logits (0, ln 3) of the teacher and (0, 0): ln 2 - (ln 4) / 4 - (3 / 4) ln (4 / 3) = 0.1308.
+    """
+    log_p = teacher.float().log_softmax(-1)
+    log_q = student.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 class Discriminator(torch.nn.Module):
@@ -577,6 +602,11 @@ class Texts:
         if "gtuning" in args.method:
             rows = args.train_samples or len(setup.train)
             self.M = draw_general(args, setup, rows * (2 if self.pair else 1), world)
+        self.taught = None
+        self.teacher_logits = None
+        if "self-teach" in args.method:
+            self.taught = draw_taught(args, setup, args.train_samples or len(setup.train), world)
+            self.teacher_logits = logits_of_teacher(args, self.taught, self.pair, world)
         self.model_digest = None
         self.cached = {}
 
@@ -616,6 +646,58 @@ def draw_general(args, setup, wanted, world):
     if len(M) < wanted:
         world.say(f"M: {len(M)} sentences, {wanted} wanted: they repeat")
     return M
+
+
+def draw_taught(args, setup, wanted, world):
+    """General text with as many columns as the task has, in the same form; labels: 0, 1, 2 ...
+
+    Of pairs the two are neighbours in M (choice 14).
+    """
+    import data
+    columns = ["sentence1", "sentence2"][:len(setup.task.columns)]
+    with world.first():
+        rows = data.general_text(args.unlabeled, wanted * len(columns))
+        texts = rows["text"][:]
+        count = len(texts) // len(columns)
+        table = {"label": list(range(count))}
+        for i, column in enumerate(columns):
+            table[column] = texts[i::len(columns)][:count]
+        return data.encode(rows.from_dict(table), data.Task("", text=tuple(columns)),
+                           setup.tokenizer, args.max_length,
+                           separate=args.pair_mode == "separate")
+
+
+def logits_of_teacher(args, split, pair, world):
+    """The logits of --teacher, in eval mode, of all rows: (rows, C)."""
+    import common
+    import data
+    f = load_teacher(args, pair).to(world.device)
+    found = torch.empty(len(split), f.num_labels, device=world.device)
+    with common.Progress(world, "teacher", len(split), unit="row") as progress, torch.no_grad():
+        with world.autocast():
+            for rows, inputs in data.eval_batches(split):
+                inputs.pop("labels")
+                found[torch.from_numpy(rows)] = f.logits(**world.put(inputs)).float()
+                progress.update(len(rows))
+    return found
+
+
+def load_teacher(args, pair):
+    """f of --teacher, which must be of the same task, model and form."""
+    import common
+    path = os.path.join(args.teacher, "results.json")
+    if not os.path.isfile(os.path.join(args.teacher, "model", "gtuning.pt")):
+        raise common.UserError(f"--teacher {args.teacher or 'is missing'}: must be the folder of a "
+                               "finished run of gtuning.py")
+    results = common.read_results(path)
+    for name in ("task", "model"):
+        if results[name] != getattr(args, name):
+            raise common.UserError(f"--teacher {args.teacher}: its {name} is {results[name]}, must "
+                                   f"be {getattr(args, name)}")
+    f = GTuning.from_pretrained(os.path.join(args.teacher, "model"))
+    if f.pair != pair:
+        raise common.UserError(f"--teacher {args.teacher}: was trained with another --pair_mode")
+    return f
 
 
 def long_texts(args, setup, sentences, wanted):
@@ -723,6 +805,7 @@ class Algorithm1:
         if args.schedule == "constant":
             self.schedule = constant_schedule(self.optimizer, args, N)
         self.ddp = world.ddp(self.f, unused=args.tune == "all")
+        self.teacher_logits = None
         self.parts = {"f": self.f.trained, "optimizer": self.optimizer,
                       "schedule": self.schedule, "x_t": self.x_t}
         if method == "gtuning":
@@ -738,6 +821,11 @@ class Algorithm1:
             self.parts.update(D=self.D, d_optimizer=self.d_optimizer)
             self.rounds = 0                            # of --profile
 
+        if method == "self-teach":
+            self.teacher_logits = texts.teacher_logits
+            taught = texts.with_states(self.f, texts.taught)
+            self.x_u = self.batches(3, taught, args.batch_size, args.batching[0])
+
     def batches(self, stream, split, size, order):
         """A data.Batches of this process. stream: of random numbers, one for each use."""
         import data
@@ -745,9 +833,16 @@ class Algorithm1:
                             self.world.size, self.args.micro_batch_size, order,
                             self.args.max_length)
 
-    def fit_task(self, x_t):
-        """Line 5: optimize f by Eq. 2. x_t: the micro-batches of a step."""
-        return self.update_f(x_t)
+    def fit_task(self, x_t, step=0):
+        """Line 5: optimize f by Eq. 2. x_t: the micro-batches of a step. Of Self-Teach with x_u."""
+        if self.teacher_logits is None:
+            return self.update_f(x_t)
+        both = []
+        for inputs, general in zip(x_t, self.x_u[step]):
+            rows = general.pop("labels")
+            general["teacher"] = self.teacher_logits[rows.to(self.world.device)]
+            both.append({**inputs, **{f"u_{name}": value for name, value in general.items()}})
+        return self.update_f(both, teach_weight=self.args.teach_weight)
 
     def update_f(self, batch, **joint):
         """A step on f: by Eq. 2, or with D, alpha and beta by Eq. 6. Returns (loss, stats)."""
@@ -909,7 +1004,7 @@ def count_steps_on_f(args, setup, world):
 
 def phase_ends(method, N):
     """The steps of a run at which its phases end. An odd N gives phase 3 one round more."""
-    if method == "adapter":
+    if method != "gtuning":
         return N, N, N                                 # phase 1 alone
     half = N // 2
     return half, 2 * half, N + half
@@ -925,7 +1020,7 @@ def profile(args, setup, texts, world):
     for source, its_texts in sources.items():
         for method in args.method:
             algorithm = Algorithm1(args, method, args.seeds[0], 10**6, setup, its_texts, world)
-            step = algorithm.fit_task if method == "adapter" else algorithm.next_round
+            step = algorithm.next_round if method == "gtuning" else algorithm.fit_task
             rows[f"{method}, {source}"] = algorithm.x_t, step
     return common.profile_steps(args, world, rows)
 
@@ -980,7 +1075,7 @@ def main(argv=None):
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B; Optimize f by the Eq. 2"
                 phase_1 = "phase 1 of 3, f" if method == "gtuning" else ""
                 for step, x_t in run.steps(end_1, algorithm.x_t, phase=phase_1):
-                    loss, stats = algorithm.fit_task(x_t)
+                    loss, stats = algorithm.fit_task(x_t, step)
                     run.log(loss, stats, lr=algorithm.schedule.get_last_lr()[0], phase=1)
                     if run.every(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
