@@ -112,7 +112,7 @@ def parser(doc, methods, default_methods):
 
 def add_data_flags(g):
     g.add_argument("--task", type=task_name, default="toy", metavar="NAME",
-                   help="one of " + " ".join(data.TASKS))
+                   help=f"one of {data.task_names()}")
     g.add_argument("--train_file", default="", metavar="FILE",
                    help="your own rows: csv, tsv, json or jsonl, also .gz")
     g.add_argument("--validation_file", default="", metavar="FILE", help="your own rows to score")

@@ -284,11 +284,18 @@ def map_labels(names, targets):
     return np.array(indices)
 
 
+def task_names():
+    """The tasks in a line, those of a group as one word."""
+    in_groups = {name for names in GROUPS.values() for name in names}
+    alone = [name for name in TASKS if name not in in_groups]
+    return " ".join(alone + [f"{group}-LANGUAGE" for group in GROUPS])
+
+
 def check_task(name, flag):
     """UserError with the nearest names if there is no such task."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"must be one of {' '.join(TASKS)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"must be one of {task_names()}"
         raise UserError(f"{flag} {name}: no such task; {hint}")
 
 
@@ -410,7 +417,7 @@ def local_files(args):
         name, _, path = given.partition("=")
         if name not in TASKS or not path:
             raise UserError(f"--local_file {given}: must be NAME=FILE, "
-                            f"NAME one of {' '.join(TASKS)}")
+                            f"NAME one of {task_names()}")
         local[name] = path
     return local
 
@@ -1946,7 +1953,7 @@ def main(argv=None):
     import datasets
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     parser = argparse.ArgumentParser(description="Says what a task is.", allow_abbrev=False)
-    parser.add_argument("task", help="one of " + " ".join(TASKS))
+    parser.add_argument("task", help=f"one of {task_names()}")
     parser.add_argument("--model", help="a tokenizer, to count tokens; else words are counted")
     parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
                         help="the file of a task without a hub id")
