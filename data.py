@@ -1587,7 +1587,8 @@ def tokenise_span(rows, task, tokenizer, max_length, separate=False):
                         f"{type(tokenizer).__name__} is none")
     frame = frame_of(tokenizer, 2)
     questions = tokenizer(rows["question"], add_special_tokens=False)["input_ids"]
-    contexts = tokenizer(rows["context"], add_special_tokens=False, return_offsets_mapping=True)
+    contexts = tokenizer(                              # verbose: they may be longer than a model's
+        rows["context"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     wanted = {*tokenizer.model_input_names, "attention_mask"}
     names = ["input_ids", "attention_mask", "labels_start", "labels_end", "note_begins",
              "note_from", "note_to", "cut"]
