@@ -112,7 +112,7 @@ def parser(doc, methods, default_methods):
 
 def add_data_flags(g):
     g.add_argument("--task", type=task_name, default="toy", metavar="NAME",
-                   help="one of " + " ".join(data.TASKS))
+                   help=f"one of {data.task_names()}")
     g.add_argument("--train_file", default="", metavar="FILE",
                    help="your own rows: csv, tsv, json or jsonl, also .gz")
     g.add_argument("--validation_file", default="", metavar="FILE", help="your own rows to score")
@@ -1506,6 +1506,8 @@ class CachedSplit:
         self.lengths = split.lengths
         self.has_targets = False                       # a frozen encoder has no decoder
         self.labels = split.labels
+        self.rows = split.rows                         # for the scores, like the notes
+        self.note = split.note
 
     @classmethod
     def build(cls, split, encode, width, folder, model_digest, world):
@@ -1569,8 +1571,13 @@ class CachedSplit:
         return CachedSplit(texts, texts, self.sizes, self.starts, self.states)
 
     def collate(self, rows, width=0, target_width=0):
-        """states (B, n, H), attention_mask (B, n), with _2 the second sentence's; labels (B,)."""
-        labels = self.split.labels[rows]
+        """states (B, n, H), attention_mask (B, n), with _2 the second sentence's; labels (B,), or
+        (B, n) of tokens."""
+        field = self.split.fields["labels"]
+        if field.offsets is None:
+            labels = field.values[rows]                                  # (B,)
+        else:
+            labels = self.split.pad(field, rows, width)                  # (B, n)
         is_float = labels.dtype.kind == "f"
         batch = {"labels": torch.from_numpy(labels.astype(np.float32 if is_float else np.int64))}
         for second in range(self.per_row):
@@ -1591,7 +1598,8 @@ def states_key(sentences, model):
     key = hashlib.blake2b(f"{model} {sentences.left}".encode(), digest_size=12)
     for name in sorted(sentences.fields):
         values, offsets, _ = sentences.fields[name]
-        if offsets is not None:
+        is_input = name != "labels" and not name.startswith("note_")
+        if offsets is not None and is_input:
             key.update(values.tobytes() + offsets.tobytes())
     return key.hexdigest()
 

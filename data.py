@@ -21,7 +21,9 @@ import json
 import os
 import random
 import re
+import string
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,6 +108,8 @@ class Task:
     further         the sets out of its domain that go with it, unless --eval_tasks names others
     target_length   tokens at which the text to write is cut in training
     decoding        how one is written
+    only            of questions: rows whose id begins so
+    language        of questions: answers are compared by MLQA's rules for it
     """
     path: str
     config: str = ""
@@ -126,6 +130,8 @@ class Task:
     where: str = ""
     target_length: int = 0
     decoding: Decoding = Decoding()
+    only: str = ""
+    language: str = ""
 
     @property
     def columns(self):
@@ -225,10 +231,73 @@ for language in XNLI_LANGUAGES:
 for language in PAWS_X_LANGUAGES:
     TASKS[f"paws-x-{language}"] = Task(PAWS_X, language, labels="0 1", validation="test")
 
+# XTREME: trained on English, scored in each language (a row for every one, as above).
+XTREME = "google/xtreme"
+POS_TAGS = "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"
+NER_TAGS = "O B-PER I-PER B-ORG I-ORG B-LOC I-LOC"
+POS_LANGUAGES = {
+    "af": "Afrikaans", "ar": "Arabic", "eu": "Basque", "bg": "Bulgarian", "zh": "Chinese",
+    "nl": "Dutch", "en": "English", "et": "Estonian", "fi": "Finnish", "fr": "French",
+    "de": "German", "el": "Greek", "he": "Hebrew", "hi": "Hindi", "hu": "Hungarian",
+    "id": "Indonesian", "it": "Italian", "ja": "Japanese", "kk": "Kazakh", "ko": "Korean",
+    "mr": "Marathi", "fa": "Persian", "pt": "Portuguese", "ru": "Russian", "es": "Spanish",
+    "tl": "Tagalog", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tr": "Turkish", "ur": "Urdu",
+    "vi": "Vietnamese", "yo": "Yoruba",
+}
+NER_LANGUAGES = ("af ar bg bn de el en es et eu fa fi fr he hi hu id it ja jv ka kk ko ml mr ms my nl "
+                 "pt ru sw ta te th tl tr ur vi yo zh").split()
+
+TASKS["pos"] = Task(XTREME, "udpos.English", "tokens", POS_TAGS, "f1 accuracy", kind="tag",
+                    label="pos_tags", further="pos")
+TASKS["ner"] = Task(XTREME, "PAN-X.en", "tokens", NER_TAGS, "f1", kind="tag", label="ner_tags",
+                    further="ner")
+for code, language in POS_LANGUAGES.items():
+    TASKS[f"pos-{code}"] = Task(XTREME, f"udpos.{language}", "tokens", POS_TAGS, "f1 accuracy",
+                                kind="tag", label="pos_tags", validation="test")
+for code in NER_LANGUAGES:
+    TASKS[f"ner-{code}"] = Task(XTREME, f"PAN-X.{code}", "tokens", NER_TAGS, "f1", kind="tag",
+                                label="ner_tags", validation="test")
+
+XQUAD_LANGUAGES = "ar de el en es hi ru th tr vi zh".split()
+MLQA_LANGUAGES = "ar de en es hi vi zh".split()
+TYDIQA_LANGUAGES = "arabic bengali english finnish indonesian korean russian swahili telugu".split()
+QUESTIONS = {"text": "question context", "labels": "start end", "metrics": "f1 em",
+             "label": "answers", "kind": "span"}
+
+TASKS["xquad"] = Task(XTREME, "SQuAD", **QUESTIONS, further="xquad")
+TASKS["mlqa"] = Task(XTREME, "SQuAD", **QUESTIONS, further="mlqa")
+TASKS["tydiqa"] = Task(XTREME, "tydiqa", **QUESTIONS, only="english-", further="tydiqa")
+for language in XQUAD_LANGUAGES:
+    TASKS[f"xquad-{language}"] = Task("google/xquad", f"xquad.{language}", **QUESTIONS)
+for language in MLQA_LANGUAGES:
+    TASKS[f"mlqa-{language}"] = Task(XTREME, f"MLQA.{language}.{language}", **QUESTIONS,
+                                     validation="test", language=language)
+for language in TYDIQA_LANGUAGES:
+    TASKS[f"tydiqa-{language}"] = Task(XTREME, "tydiqa", **QUESTIONS, only=f"{language}-")
+
+# Asked as XTREME does: Tatoeba from English to the other language, BUCC to English.
+BUCC_LANGUAGES = "de fr ru zh".split()
+TATOEBA_LANGUAGES = ("afr ara ben bul cmn deu ell est eus fin fra heb hin hun ind ita jav jpn kat "
+                     "kaz kor mal mar nld pes por rus spa swh tam tel tgl tha tur urd vie").split()
+for language in BUCC_LANGUAGES:
+    TASKS[f"bucc-{language}"] = Task(XTREME, f"bucc18.{language}", kind="retrieve",
+                                     text="source_sentence target_sentence", train="test",
+                                     validation="test")
+for language in TATOEBA_LANGUAGES:
+    TASKS[f"tatoeba-{language}"] = Task(XTREME, f"tatoeba.{language}", kind="retrieve",
+                                        text="target_sentence source_sentence", train="validation")
+
 # A name of --eval_tasks that stands for several; their average is given too.
 GROUPS = {
     "xnli": [f"xnli-{language}" for language in XNLI_LANGUAGES],
     "paws-x": [f"paws-x-{language}" for language in PAWS_X_LANGUAGES],
+    "pos": [f"pos-{code}" for code in POS_LANGUAGES],
+    "ner": [f"ner-{code}" for code in NER_LANGUAGES],
+    "xquad": [f"xquad-{language}" for language in XQUAD_LANGUAGES],
+    "mlqa": [f"mlqa-{language}" for language in MLQA_LANGUAGES],
+    "tydiqa": [f"tydiqa-{language}" for language in TYDIQA_LANGUAGES],
+    "bucc": [f"bucc-{language}" for language in BUCC_LANGUAGES],
+    "tatoeba": [f"tatoeba-{language}" for language in TATOEBA_LANGUAGES],
 }
 
 # A label of the trained task counts as one of these in a set that has no label of its own name, as
@@ -266,11 +335,18 @@ def map_labels(names, targets):
     return np.array(indices)
 
 
+def task_names():
+    """The tasks in a line, those of a group as one word."""
+    in_groups = {name for names in GROUPS.values() for name in names}
+    alone = [name for name in TASKS if name not in in_groups]
+    return " ".join(alone + [f"{group}-LANGUAGE" for group in GROUPS])
+
+
 def check_task(name, flag):
     """UserError with the nearest names if there is no such task."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"must be one of {' '.join(TASKS)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"must be one of {task_names()}"
         raise UserError(f"{flag} {name}: no such task; {hint}")
 
 
@@ -334,7 +410,8 @@ def load_further(args, trained):
         name, _, split = name.partition(":")
         check_task(name, "--eval_tasks")
         task = TASKS[name]
-        check_comparable(task, trained, name)
+        if task.kind != "retrieve" or "retrieve_layer" not in args:
+            check_comparable(task, trained, name)
 
         splits = [split] if split else task.validation.split()
         for part in splits:
@@ -396,7 +473,7 @@ def local_files(args):
         name, _, path = given.partition("=")
         if name not in TASKS or not path:
             raise UserError(f"--local_file {given}: must be NAME=FILE, "
-                            f"NAME one of {' '.join(TASKS)}")
+                            f"NAME one of {task_names()}")
         local[name] = path
     return local
 
@@ -847,7 +924,14 @@ def encode(rows, task, tokenizer, max_length, **how):
     for name in table.column_names:
         if name != "cut":
             fields[name] = flat(table[name], fills.get(name.removesuffix("_2"), 0))
-    return Split(fields, cut, tokenizer.padding_side == "left", rows)
+    if "note_begins" in fields:
+        begins = fields.pop("note_begins").values
+        fields["note_row"] = Field(np.cumsum(begins) - 1, None, 0)
+    if "labels_start" in fields:
+        both = [fields.pop(name).values for name in ("labels_start", "labels_end")]
+        fields["labels"] = Field(np.stack(both, 1), None, 0)            # (n, 2)
+    left = tokenizer.padding_side == "left"
+    return Split(fields, cut, left, rows, has_targets=KINDS[task.kind].decodes)
 
 
 def flat(column, fill):
@@ -926,24 +1010,24 @@ class Split:
 
     cut: how many rows were truncated. left: whether the model wants its padding there (XLNet).
     rows: the Dataset that they were made of, or None. lengths (n,): tokens of each row.
-    target_lengths (n,): labels of each row that has a list of them, else 0.
+    has_targets: labels are lists of their own, which a decoder writes, and not one a row or a token.
+    target_lengths (n,): how long these are, else 0.
+
+    A field note_NAME is for the scores, and no batch has it. note_row (n,): where one of `rows` was
+    split into several, the one that each is a part of.
     """
 
-    def __init__(self, fields, cut=0, left=False, rows=None):
+    def __init__(self, fields, cut=0, left=False, rows=None, has_targets=False):
         self.fields = fields
         self.cut = cut
         self.left = left
         self.rows = rows
         inputs = [field for name, field in fields.items() if name.startswith("input_ids")]
         self.lengths = sum(np.diff(field.offsets) for field in inputs)
+        self.has_targets = has_targets
         self.target_lengths = np.zeros_like(self.lengths)
-        if self.has_targets:
+        if has_targets:
             self.target_lengths = np.diff(fields["labels"].offsets)
-
-    @property
-    def has_targets(self):
-        """Whether a row has a list of labels, and not one."""
-        return "labels" in self.fields and self.fields["labels"].offsets is not None
 
     def __len__(self):
         return len(self.lengths)
@@ -958,6 +1042,11 @@ class Split:
             return None
         return list(self.rows[name])
 
+    def note(self, name, row):
+        """What a row has in the field note_NAME."""
+        values, offsets, _ = self.fields[f"note_{name}"]
+        return values[row] if offsets is None else values[offsets[row]:offsets[row + 1]]
+
     def take(self, rows):
         """These rows alone, as a Split."""
         fields = {}
@@ -968,7 +1057,10 @@ class Split:
                 parts = [values[offsets[row]:offsets[row + 1]] for row in rows]
                 ends = np.cumsum([len(part) for part in parts])
                 fields[name] = Field(np.concatenate(parts), np.concatenate([[0], ends]), fill)
-        return Split(fields, self.cut, self.left, self.rows and self.rows.select(rows))
+        if "note_row" in self.fields:
+            return Split(fields, self.cut, self.left, self.rows, self.has_targets)
+        kept = self.rows and self.rows.select(rows)
+        return Split(fields, self.cut, self.left, kept, self.has_targets)
 
     def sentences(self):
         """Each text a row of its own: the first text of all rows, then the second.
@@ -995,6 +1087,8 @@ class Split:
         import torch
         batch = {}
         for name, field in self.fields.items():
+            if name.startswith("note_"):
+                continue
             if field.offsets is None:
                 values = field.values[rows]                             # (B,)
             elif name == "labels":
@@ -1189,10 +1283,14 @@ def eval_batches(split, rank=0, world=1, **size):
 def subset(split, n, seed):
     """n seeded rows of a Split, each class in its share (largest remainder): (n,) indices.
 
-    They are the same for every method.
+    They are the same for every method. Of rows that were split, n whole ones are drawn.
     """
     labels = split.labels
     rng = np.random.default_rng([seed, n])
+    if "note_row" in split.fields:
+        part_of = split.fields["note_row"].values
+        chosen = rng.permutation(np.unique(part_of))[:n]
+        return np.flatnonzero(np.isin(part_of, chosen))
     if labels.dtype.kind == "f" or split.has_targets:
         return np.sort(rng.permutation(len(split))[:n])
 
@@ -1465,6 +1563,559 @@ def write_table(folder, name, header, columns, names=None):
     return path
 
 
+# Tags: a label for each word of a sentence.
+
+def read_tags(table, task, where):
+    """Rows with the words, lists of strings, and "label": a list of indices of task.label_names.
+
+    They are -1 where they are hidden. A tag is a name, or an id of the table's own names.
+    """
+    import datasets
+    column = task.columns[0]
+    if column not in column_names(table):
+        raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
+    names = task.label_names
+    index = {name: i for i, name in enumerate(names)}
+    index.update((str(i), i) for i in range(-1, len(names)))
+    if isinstance(table, datasets.Dataset) and task.label in table.column_names:
+        own = getattr(getattr(table.features[task.label], "feature", None), "names", names)
+        mapped = map_labels(own, names).tolist()
+        index.update((str(i), label) for i, label in enumerate(mapped))
+
+    sentences = list(table[column])
+    given = [None] * len(sentences)
+    if task.label in column_names(table):
+        given = list(table[task.label])
+    labels = []
+    for row, (words, tags) in enumerate(zip(sentences, given), 1):
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise UserError(f"{where}: row {row}: column {column!r} must hold lists of words, "
+                            f"has {words!r:.40}")
+        if tags is None:
+            tags = [-1] * len(words)
+        if not isinstance(tags, list) or len(tags) != len(words):
+            raise UserError(f"{where}: row {row}: {len(words)} words need as many tags in column "
+                            f"{task.label!r}, which has {tags!r:.40}")
+        for tag in tags:
+            if label_of(tag) not in index:
+                raise UserError(f"{where}: row {row}: tag {tag!r} must be one of {names}")
+        labels.append([index[label_of(tag)] for tag in tags])
+    features = datasets.Features({column: datasets.List(datasets.Value("string")),
+                                  "label": datasets.List(datasets.Value("int64"))})
+    return datasets.Dataset.from_dict({column: sentences, "label": labels}, features=features)
+
+
+def hidden_tags(labels):
+    """The first row with a -1."""
+    return next((row for row, tags in enumerate(labels) if -1 in tags), None)
+
+
+def same_tags(task, trained):
+    """UserError unless both have the same tags."""
+    if task.label_names != trained.label_names:
+        raise UserError(f"its tags {task.label_names} are not those of the trained task, "
+                        f"{trained.label_names}")
+
+
+class Frame(NamedTuple):
+    """The special tokens around one text, or around two.
+
+    parts: lists of ids, before the first text, behind it, and so on. types: the same of
+    token_type_ids, and then those of each text.
+    """
+    parts: list
+    types: list
+    text_types: list
+
+    @property
+    def size(self):
+        return sum(len(part) for part in self.parts)
+
+
+def frame_of(tokenizer, texts):
+    """The Frame of so many texts, 1 or 2, as the tokenizer puts it around the word "a"."""
+    word = tokenizer("a", add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(*["a"] * texts, return_token_type_ids=True)
+    ids = encoded["input_ids"]
+    given = encoded["token_type_ids"]
+    parts = [[]]
+    types = [[]]
+    text_types = []
+    at = 0
+    while at < len(ids):
+        if len(text_types) < texts and ids[at:at + len(word)] == word:
+            text_types.append(given[at])
+            parts.append([])
+            types.append([])
+            at += len(word)
+        else:
+            parts[-1].append(ids[at])
+            types[-1].append(given[at])
+            at += 1
+    return Frame(parts, types, text_types)
+
+
+def framed(frame, texts, fill=None):
+    """The ids of texts, or with `fill` one list each of other things, between special tokens.
+
+    fill: what stands at each special token, in place of its id.
+    """
+    row = list(frame.parts[0]) if fill is None else [fill] * len(frame.parts[0])
+    for text, part in zip(texts, frame.parts[1:]):
+        row += text
+        row += part if fill is None else [fill] * len(part)
+    return row
+
+
+def framed_types(frame, sizes):
+    """The token_type_ids of texts of these sizes."""
+    row = list(frame.types[0])
+    for size, kind, part in zip(sizes, frame.text_types, frame.types[1:]):
+        row += [kind] * size
+        row += part
+    return row
+
+
+def tokenise_tags(rows, task, tokenizer, max_length, separate=False):
+    """A list of words as the model's inputs. The first piece of a word has its tag, all else -100.
+
+    A sentence that is too long becomes several rows. Fields beside those of tokenise_texts:
+    note_begins, 1 at the first row of a sentence; note_words, the words that have a label in a row,
+    by their place in the sentence. A word without a piece has none. `cut` is 1 for a row with a
+    word longer than a row, which is cut. separate: there is one text alone.
+    """
+    sentences = rows[task.columns[0]]
+    flat_words = []
+    for words in sentences:
+        # A space is part of a word for some models, and means nothing to others.
+        flat_words += [" " + word if place else word for place, word in enumerate(words)]
+    pieces = iter(())
+    if flat_words:
+        pieces = iter(tokenizer(flat_words, add_special_tokens=False)["input_ids"])
+
+    frame = frame_of(tokenizer, 1)
+    room = max_length - frame.size
+    wanted = {*tokenizer.model_input_names, "attention_mask"}
+    names = ["input_ids", "attention_mask", "labels", "note_words", "note_begins", "cut"]
+    if "token_type_ids" in wanted:
+        names.append("token_type_ids")
+    found = {name: [] for name in names}
+    for words, tags in zip(sentences, rows["label"]):
+        for number, part in enumerate(parts_of(words, tags, pieces, room)):
+            ids = framed(frame, [part["ids"]])
+            found["input_ids"].append(ids)
+            found["attention_mask"].append([1] * len(ids))
+            found["labels"].append(framed(frame, [part["labels"]], fill=-100))
+            found["note_words"].append(part["words"])
+            found["note_begins"].append(int(number == 0))
+            found["cut"].append(part["cut"])
+            if "token_type_ids" in wanted:
+                found["token_type_ids"].append(framed_types(frame, [len(part["ids"])]))
+    return found
+
+
+def parts_of(words, tags, pieces, room):
+    """A sentence in parts of at most `room` pieces, at least one part.
+
+    pieces: an iterator, from which each word takes its own. Each part has `ids`, `labels`, the
+    places of its `words`, and `cut`, 1 if one of them was longer than `room`.
+    """
+    def empty():
+        return {"ids": [], "labels": [], "words": [], "cut": 0}
+
+    parts = [empty()]
+    for place, tag in zip(range(len(words)), tags):
+        ids = next(pieces)
+        if not ids:
+            continue
+        if len(parts[-1]["ids"]) + min(len(ids), room) > room:
+            parts.append(empty())
+        part = parts[-1]
+        if len(ids) > room:
+            ids = ids[:room]
+            part["cut"] = 1
+        part["ids"] += ids
+        part["labels"] += [tag] + [-100] * (len(ids) - 1)
+        part["words"].append(place)
+    return parts
+
+
+def collect_tags(outputs, labels, tokenizer):
+    """Logits (B, n, C) as B arrays of tags, one for each word that has a label (B, n)."""
+    best = outputs.argmax(-1).cpu()                                     # (B, n)
+    scored = labels != -100
+    return [tags[real].numpy() for tags, real in zip(best, scored)]
+
+
+def predicted_tags(kept, split):
+    """{sentence: a tag for each word}, -1 where the word has no piece."""
+    lengths = [len(tags) for tags in split.rows["label"]]
+    found = {}
+    for part, tags in enumerate(kept):
+        row = int(split.note("row", part))
+        if row not in found:
+            found[row] = np.full(lengths[row], -1)
+        found[row][split.note("words", part)] = tags
+    return found
+
+
+def score_tags(task, trained, kept, split):
+    """{metric: value}. A word without a prediction is an error; no word is left out."""
+    predicted = predicted_tags(kept, split)
+    gold = split.rows["label"]
+    names = task.label_names
+    right = 0
+    words = 0
+    hits = 0
+    spans = 0
+    for row, tags in predicted.items():
+        right += int(np.sum(tags == np.array(gold[row], int)))
+        words += len(tags)
+        found = tag_spans([names[tag] if tag >= 0 else "O" for tag in tags])
+        wanted = tag_spans([names[tag] for tag in gold[row]])
+        hits += len(found & wanted)
+        spans += len(found) + len(wanted)
+    values = {"accuracy": right / max(1, words), "f1": 2 * hits / max(1, spans)}
+    return {name: values[name] for name in task.metrics.split()}
+
+
+def tag_spans(tags):
+    """{(type, first word, last word)} of a sentence's tags, as XTREME's scores count them.
+
+    B-PER I-PER is one span; so is I-PER at the start, or behind another type. Plain tags have no
+    B and I: runs of equal ones are spans, but each tag that begins with S is one alone.
+    """
+    spans = set()
+    first = None
+    kind = ""
+    for place, tag in enumerate(tags):
+        its_kind = tag.split("-")[-1]
+        goes_on = (first is not None and its_kind == kind and tag != "O"
+                   and tag[0] not in "BS" and tags[place - 1][0] != "S")
+        if not goes_on:
+            if first is not None:
+                spans.add((kind, first, place - 1))
+            first = None if tag == "O" else place
+            kind = its_kind
+    if first is not None:
+        spans.add((kind, first, len(tags) - 1))
+    return spans
+
+
+def tags_text(task, tags):
+    """The different tags of a row."""
+    return " ".join(task.label_names[tag] for tag in sorted(set(tags)))
+
+
+def write_tags(folder, name, task, kept, split):
+    """A json object a line: a sentence's words and tags, null where a word has no piece."""
+    path = os.path.join(folder, f"predictions-{name}.jsonl")
+    predicted = predicted_tags(kept, split)
+    sentences = split.rows[task.columns[0]]
+    with open(path, "w", encoding="utf-8") as file:
+        for row, tags in sorted(predicted.items()):
+            named = [task.label_names[tag] if tag >= 0 else None for tag in tags]
+            line = {"tokens": sentences[row], "tags": named}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return path
+
+
+# Spans: the answer to a question is a part of a context.
+
+# Tokens from the start of one window over a context to that of the next, tokens of a question at
+# most, best starts and ends of a window that are combined, and tokens of an answer at most.
+STRIDE = 128
+LONGEST_QUESTION = 64
+BEST = 20
+LONGEST_ANSWER = 30
+
+# The articles that MLQA's scores leave out, by language.
+ARTICLES = {
+    "en": "a an the", "es": "un una unos unas el la los las", "vi": "của là cái chiếc những",
+    "de": "ein eine einen einem eines einer der die das den dem des",
+}
+
+
+def read_span(table, task, where):
+    """Rows with id, question and context, "label", the texts of the answers, and "starts".
+
+    starts: where each answer stands in the context, the place nearest to the given `answer_start`
+    (which is moved in some sets); -1 where the context has it not. task.only: only rows whose id
+    begins so.
+    """
+    import datasets
+    texts = read_texts(table, task, where)
+    count = len(texts["context"])
+    names = [str(row) for row in range(count)]
+    if "id" in column_names(table):
+        names = [str(cell) for cell in table["id"]]
+    answers = [None] * count
+    if task.label in column_names(table):
+        answers = list(table[task.label])
+
+    found = {"id": [], "question": [], "context": [], "label": [], "starts": []}
+    for row in range(count):
+        if not names[row].startswith(task.only):
+            continue
+        given = answers[row] or {"text": [], "answer_start": []}
+        if not isinstance(given, dict) or not {"text", "answer_start"} <= set(given):
+            raise UserError(f"{where}: row {row + 1}: column {task.label!r} must have lists text "
+                            f"and answer_start, has {given!r:.40}")
+        context = texts["context"][row]
+        starts = [nearest(context, *answer)
+                  for answer in zip(given["text"], given["answer_start"])]
+        values = names[row], texts["question"][row], context, list(given["text"]), starts
+        for name, value in zip(found, values):
+            found[name].append(value)
+    if not found["id"]:
+        raise UserError(f"{where}: has no row whose id begins with {task.only!r}")
+    text = datasets.Value("string")
+    features = datasets.Features({
+        "id": text, "question": text, "context": text, "label": datasets.List(text),
+        "starts": datasets.List(datasets.Value("int64"))})
+    return datasets.Dataset.from_dict(found, features=features)
+
+
+def nearest(context, answer, start):
+    """The place of the answer in the context that is nearest to `start`, or -1."""
+    if not answer:
+        return -1
+    places = [match.start() for match in re.finditer(f"(?={re.escape(answer)})", context)]
+    return min(places, key=lambda place: abs(place - start), default=-1)
+
+
+def hidden_answers(labels):
+    """The first row without an answer."""
+    return next((row for row, answers in enumerate(labels) if not answers), None)
+
+
+def any_answers(task, trained):
+    """Any question can be answered."""
+
+
+def tokenise_span(rows, task, tokenizer, max_length, separate=False):
+    """Question and context as one text, a long context in windows, each a row.
+
+    Labels: the tokens of the first answer's start and end, (2,); (0, 0) where it is not all in the
+    window. Fields beside those of tokenise_texts: note_begins, 1 at the first window of a question;
+    note_from and note_to, the characters of the context that each token is, -1 where it is none.
+    `cut` is 1 for a question that was cut. separate: the two are never apart.
+    """
+    if not tokenizer.is_fast or tokenizer.padding_side == "left":
+        raise UserError("answers need a fast tokenizer that pads on the right, "
+                        f"{type(tokenizer).__name__} is none")
+    frame = frame_of(tokenizer, 2)
+    questions = tokenizer(rows["question"], add_special_tokens=False)["input_ids"]
+    contexts = tokenizer(                              # verbose: they may be longer than a model's
+        rows["context"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    wanted = {*tokenizer.model_input_names, "attention_mask"}
+    names = ["input_ids", "attention_mask", "labels_start", "labels_end", "note_begins",
+             "note_from", "note_to", "cut"]
+    if "token_type_ids" in wanted:
+        names.append("token_type_ids")
+    found = {name: [] for name in names}
+    for row, (ids, offsets) in enumerate(zip(contexts["input_ids"], contexts["offset_mapping"])):
+        most = min(LONGEST_QUESTION, max(1, max_length // 2 - frame.size))
+        question = questions[row][:most]
+        answer = answer_tokens(rows, row, offsets)
+        room = max_length - frame.size - len(question)
+        before = len(frame.parts[0]) + len(question) + len(frame.parts[1])
+        for first, end in windows(len(ids), room):
+            text = framed(frame, [question, ids[first:end]])
+            inside = answer is not None and first <= answer[0] and answer[1] < end
+            none = [-1] * len(question)
+            starts = [start for start, _ in offsets[first:end]]
+            ends = [stop for _, stop in offsets[first:end]]
+            found["input_ids"].append(text)
+            found["attention_mask"].append([1] * len(text))
+            found["labels_start"].append(answer[0] - first + before if inside else 0)
+            found["labels_end"].append(answer[1] - first + before if inside else 0)
+            found["note_begins"].append(int(first == 0))
+            found["note_from"].append(framed(frame, [none, starts], fill=-1))
+            found["note_to"].append(framed(frame, [none, ends], fill=-1))
+            found["cut"].append(int(first == 0 and len(question) < len(questions[row])))
+            if "token_type_ids" in wanted:
+                sizes = [len(question), end - first]
+                found["token_type_ids"].append(framed_types(frame, sizes))
+    return found
+
+
+def windows(tokens, room):
+    """(first, end) of windows of at most `room` tokens that cover a text of so many tokens."""
+    first = 0
+    yield 0, min(room, tokens)
+    while first + room < tokens:
+        first += min(STRIDE, room)
+        yield first, min(first + room, tokens)
+
+
+def answer_tokens(rows, row, offsets):
+    """(first, last) token of a row's first answer in the context, or None if it is not there."""
+    starts = rows["starts"][row]
+    if not starts or starts[0] < 0:
+        return None
+    start = starts[0]
+    end = start + len(rows["label"][row][0])
+    inside = [token for token, (begin, stop) in enumerate(offsets) if begin < end and stop > start]
+    if not inside:
+        return None
+    return inside[0], inside[-1]
+
+
+def collect_spans(outputs, labels, tokenizer):
+    """Logits (B, n, 2) as the best starts and ends of each row: tokens (2, k), logits (2, k)."""
+    best = outputs.float().topk(min(BEST, outputs.shape[1]), 1)         # (B, k, 2)
+    places = best.indices.transpose(1, 2).cpu().numpy()
+    values = best.values.transpose(1, 2).cpu().numpy()
+    return list(zip(places, values))
+
+
+def best_answers(kept, split):
+    """{row of split.rows: the text of its best span over all windows}, "" if there is none."""
+    contexts = split.rows["context"]
+    best = {}
+    for part, (places, values) in enumerate(kept):
+        row = int(split.note("row", part))
+        best.setdefault(row, (-np.inf, ""))
+        begins = split.note("from", part)
+        ends = split.note("to", part)
+        for start, start_value in zip(places[0], values[0]):
+            for end, end_value in zip(places[1], values[1]):
+                fits = max(start, end) < len(begins) and start <= end < start + LONGEST_ANSWER
+                if not fits or begins[start] < 0 or ends[end] < 0:
+                    continue
+                value = float(start_value + end_value)
+                if value > best[row][0]:
+                    best[row] = value, contexts[row][begins[start]:ends[end]]
+    return {row: text for row, (_, text) in best.items()}
+
+
+def answer_words(text, language="en", rule="squad"):
+    """The words of an answer that are compared: in lower case, without punctuation and articles.
+
+    rule "squad": the English rule in all languages, as for XQuAD and TyDiQA. "mlqa": Unicode's
+    punctuation, the language's own articles, and in Chinese each character a word.
+    """
+    by_language = rule == "mlqa"
+    letters = []
+    for letter in text.lower():
+        is_punctuation = letter in string.punctuation
+        if by_language and unicodedata.category(letter).startswith("P"):
+            is_punctuation = True
+        if not is_punctuation:
+            letters.append(letter)
+    text = "".join(letters)
+    language = language if by_language else "en"
+    if language in ARTICLES:
+        text = re.sub(rf"\b({'|'.join(ARTICLES[language].split())})\b", " ", text)
+    if language == "ar":
+        text = text.replace("ال", " ")
+    if language == "zh":
+        text = re.sub("([\u4e00-\u9fa5])", r" \1 ", text)
+    return text.split()
+
+
+def answer_scores(prediction, answers, language="en", rule="squad"):
+    """(exact match, F1) of a predicted text, each the best over the given answers. From 0 to 1."""
+    predicted = answer_words(prediction, language, rule)
+    exact = 0.0
+    best_f1 = 0.0
+    for answer in answers:
+        wanted = answer_words(answer, language, rule)
+        if predicted == wanted:
+            exact = 1.0
+        left = list(wanted)
+        hits = 0
+        for word in predicted:
+            if word in left:
+                left.remove(word)
+                hits += 1
+        best_f1 = max(best_f1, 2 * hits / max(1, len(predicted) + len(wanted)))
+    return exact, best_f1
+
+
+def score_spans(task, trained, kept, split):
+    """{metric: mean over the questions}."""
+    answers = split.rows["label"]
+    rule = "mlqa" if task.language else "squad"
+    scores = []
+    for row, text in best_answers(kept, split).items():
+        scores.append(answer_scores(text, answers[row], task.language or "en", rule))
+    em, f1 = np.mean(scores, 0)
+    values = {"em": float(em), "f1": float(f1)}
+    return {name: values[name] for name in task.metrics.split()}
+
+
+def span_text(task, best):
+    """The best start and end of a window."""
+    places, _ = best
+    return f"{places[0][0]} to {places[1][0]}"
+
+
+def write_spans(folder, name, task, kept, split):
+    """{id: answer}, as SQuAD's scripts read it."""
+    path = os.path.join(folder, f"predictions-{name}.json")
+    names = split.rows["id"]
+    found = {names[row]: text for row, text in best_answers(kept, split).items()}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(found, file, ensure_ascii=False, indent=1)
+    return path
+
+
+# Retrieval: of all candidates the translation of each sentence, without training.
+
+def read_retrieve(table, task, where):
+    """Rows with the two text columns. "label" is 0: a sentence's candidate is its own row's."""
+    texts = read_texts(table, task, where)
+    for column, cells in texts.items():
+        texts[column] = [cell.strip() for cell in cells]
+    return make_rows(texts, [0] * len(cells), "int64", {})
+
+
+def nothing_hidden(labels):
+    """No row has a label."""
+
+
+def any_model(task, trained):
+    """Whatever a model was trained for, it makes vectors."""
+
+
+def tokenise_retrieve(rows, task, tokenizer, max_length, separate=True):
+    """Both sentences, always apart."""
+    return tokenise_texts(rows, task, tokenizer, max_length, separate=True)
+
+
+def no_forward(model, task):
+    raise NotImplementedError("of which vectors is the script's choice")
+
+
+def collect_vectors(outputs, labels, tokenizer):
+    """Vectors of both sentences (B, 2, H) as B arrays (2, H), in fp32."""
+    return list(outputs.float().cpu().numpy())
+
+
+def score_retrieve(task, trained, kept, split):
+    """{"accuracy"}: how often the nearest candidate, by the cosine, is the right one."""
+    both = np.stack(kept)                                               # (n, 2, H)
+    both = both / np.maximum(np.linalg.norm(both, axis=2, keepdims=True), 1e-12)
+    asked = both[:, 0]
+    candidates = both[:, 1]
+    right = 0
+    for first in range(0, len(asked), 256):
+        cosines = asked[first:first + 256] @ candidates.T               # (256, n)
+        right += int(np.sum(cosines.argmax(1) == first + np.arange(len(cosines))))
+    return {"accuracy": right / len(asked)}
+
+
+def vector_text(task, vectors):
+    """For the warning of a model that gives all rows the same."""
+    return " ".join(f"{value:.4g}" for value in vectors[0][:4])
+
+
+def write_nothing(folder, name, task, kept, split):
+    raise NotImplementedError("a set of --eval_tasks is scored alone")
+
+
 KINDS = {
     "classify": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
@@ -1481,6 +2132,22 @@ KINDS = {
         read=read_generate, hidden=hidden_text, comparable=any_texts, tokenise=tokenise_generate,
         forward=decoded, collect=collect_texts, score=score_texts, text=same_text,
         write=write_texts, answer="a text", eval_size=size_for_beams, decodes=True),
+    "tag": Kind(
+        auto_class="AutoModelForTokenClassification", settings=head_settings,
+        read=read_tags, hidden=hidden_tags, comparable=same_tags, tokenise=tokenise_tags,
+        forward=logits_of, collect=collect_tags, score=score_tags, text=tags_text,
+        write=write_tags, answer="a tag for each word", eval_size=usual_size),
+    "span": Kind(
+        auto_class="AutoModelForQuestionAnswering", settings=head_settings,
+        read=read_span, hidden=hidden_answers, comparable=any_answers, tokenise=tokenise_span,
+        forward=logits_of, collect=collect_spans, score=score_spans, text=span_text,
+        write=write_spans, answer="a part of the text", eval_size=usual_size),
+    "retrieve": Kind(
+        auto_class="AutoModel", settings=head_settings,
+        read=read_retrieve, hidden=nothing_hidden, comparable=any_model,
+        tokenise=tokenise_retrieve, forward=no_forward, collect=collect_vectors,
+        score=score_retrieve, text=vector_text, write=write_nothing, answer="a sentence",
+        eval_size=usual_size),
 }
 
 
@@ -1612,11 +2279,18 @@ def toy_vocabulary():
 
 # ------------------------------------------------------------------------------ python data.py TASK
 
+def shown(cell):
+    """A text, or a list as one."""
+    if isinstance(cell, list):
+        return " ".join(map(str, cell))
+    return cell
+
+
 def describe(task, split, rows, count, unit):
     """Prints a split's size, lengths and first rows. count(texts) -> their lengths."""
     texts = []
     for row in rows.select(range(min(len(rows), 5000))):
-        texts.append(" ".join(row[column] for column in task.columns))
+        texts.append(" ".join(shown(row[column]) for column in task.columns))
     lengths = count(texts)
     quantiles = []
     for percent in (5, 50, 95, 100):
@@ -1625,10 +2299,16 @@ def describe(task, split, rows, count, unit):
 
     for row in rows.select(range(min(3, len(rows)))):
         label = row["label"]
-        if task.label_names and label >= 0:
+        if isinstance(label, list):
+            named = []
+            for tag in label:
+                is_id = isinstance(tag, int) and tag >= 0
+                named.append(task.label_names[tag] if is_id else tag)
+            label = shown(named)
+        elif task.label_names and label >= 0:
             label = task.label_names[label]
-        shown = [str(label)[:160], " | ".join(row[column][:160] for column in task.columns)]
-        print("    " + ": ".join(shown).replace("\n", " / "))
+        cells = [str(label)[:160], " | ".join(shown(row[column])[:160] for column in task.columns)]
+        print("    " + ": ".join(cells).replace("\n", " / "))
 
 
 def main(argv=None):
@@ -1636,7 +2316,7 @@ def main(argv=None):
     import datasets
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     parser = argparse.ArgumentParser(description="Says what a task is.", allow_abbrev=False)
-    parser.add_argument("task", help="one of " + " ".join(TASKS))
+    parser.add_argument("task", help=f"one of {task_names()}")
     parser.add_argument("--model", help="a tokenizer, to count tokens; else words are counted")
     parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
                         help="the file of a task without a hub id")

@@ -13,6 +13,8 @@ h the adapter behind it; f(x) a vector (H,). D: the critic, a number for a vecto
     Algorithm 1: N/2 steps of Eq. 2 on f; N/2 steps of Eq. 3 on D;
                  N/2 rounds of {one step of Eq. 6 on f, T steps of Eq. 3 on D}
 
+    Self-Teach, a baseline: L = L_T + lam KL(teacher(x_u) || f(x_u)), the teacher a finished run
+
     python gtuning.py                           the toy task, adapter against gtuning, on a CPU
     torchrun --nproc_per_node=8 gtuning.py --task sst2 --eval_tasks imdb    the paper's setting
     python gtuning.py --task stsb --eval_tasks sick-r --method adapter gtuning --embed
@@ -44,19 +46,41 @@ Choices, where the paper is silent (its authors released no code):
     steps on f, so both methods take equally many; those on D come on top.
  9. With unequal numbers of x_t and x_u each mean in Eq. 3 is over its own; z needs pairs, and takes
     the first of both, as many as the smaller number.
+10. Tags: the output layer reads each token's state, as long as f(x), and D the mean of them, by the
+    paper's "for the structure prediction task, we use the average of all the outputs of all
+    tokens as input", whatever --pooling. Answers: the same with two outputs, whose softmax goes
+    over the tokens: the start and the end. Question and context are one text, whatever
+    --pair_mode; a sample of M is then as many sentences in a row as make it as long as they are,
+    or D would learn lengths.
+11. The length of f(x) is a unit of beta: D's slope is 1, so L_G grows with it. --feature_length 0
+    leaves the LayerNorm's own sqrt(H), and with it --beta on the paper's scale; at the default
+    length 4 a --beta of 0.5 is what 0.10 would be there for H = 384, and 0.0625 for H = 1024.
+    --pooling mean takes the mean before the LayerNorm, so its length is the same.
+12. "Adam" is all that the paper says of f's rate. --schedule decay: one warm-up and one linear
+    decay to 0 over the N steps on f, so phase 3 begins at about half the rate, while D's stays.
+    constant: --lr after the warm-up.
+13. Algorithm 1 returns the f of its last step: --keep last. --keep best is choice 8.
+14. Self-Teach is FILTER's loss (Fang et al., 2021), whose teacher sees translations; the paper
+    does not say what it sees here. It is x_u; of pairs two neighbouring sentences of M. The
+    --teacher is a finished run on the same task with the same --model, in eval mode, its logits
+    computed once.
+15. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
+    tokens whatever --pooling; --retrieve_layer takes the mean of a block of g in its place.
 """
 import copy
+import dataclasses
 import html
 import math
 import os
 import signal
 import sys
 
-ADAPTER = "layers pooling pair_mode tune"
+ADAPTER = "layers pooling pair_mode tune feature_length schedule keep retrieve_layer"
 CRITIC = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
 METHODS = {                                            # the kinds of task it can train, its flags
-    "adapter": ("classify regress", ADAPTER),
-    "gtuning": ("classify regress", f"{ADAPTER} {CRITIC}"),
+    "adapter": ("classify regress tag span", ADAPTER),
+    "gtuning": ("classify regress tag span", f"{ADAPTER} {CRITIC}"),
+    "self-teach": ("classify", f"{ADAPTER} unlabeled teacher teach_weight"),
 }
 
 
@@ -92,6 +116,18 @@ def flags():
                    help="encode every batch again; the same numbers")
     g.add_argument("--cache_dir", default=os.path.join(home, "states"), metavar="DIR",
                    help="of g's states")
+    g.add_argument("--feature_length", type=weight, default=4.0, metavar="L",
+                   help="of f(x); 0: sqrt(H), which is the paper's scale of beta (choice 11)")
+    g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
+                   help="of f's learning rate after the warm-up (choice 12)")
+    g.add_argument("--keep", default="best", choices=["best", "last"],
+                   help="the state that counts (choice 13)")
+    g.add_argument("--teacher", default="", metavar="RUN",
+                   help="of self-teach: the folder of a finished run, as of --method adapter")
+    g.add_argument("--teach_weight", type=weight, default=1.0,
+                   help="of self-teach: lambda (choice 14)")
+    g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
+                   help="of tatoeba and bucc: the vectors of that block of g (those of f)")
     g.add_argument("--embed", action="store_true",
                    help="Figure 2: f(x) in domain and out (the first of --eval_tasks)")
     return p
@@ -160,27 +196,53 @@ class Layer(torch.nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
+def masked_mean(states, attention_mask):
+    """The mean over the real tokens: (B, n, H), (B, n) -> (B, H)."""
+    real = attention_mask[..., None]                                     # (B, n, 1)
+    return (states * real).sum(1) / real.sum(1)
+
+
+def split_pair(inputs):
+    """The inputs of the first sentence of each row, and those of the second."""
+    first = {}
+    second = {}
+    for name, value in inputs.items():
+        if name.endswith("_2"):
+            second[name.removesuffix("_2")] = value
+        else:
+            first[name] = value
+    return first, second
+
+
 class GTuning(torch.nn.Module):
     """f = h . g and the output layer.
 
     plm: g, a Hugging Face encoder. num_labels: 1 is regression. layers: of h. pooling: "cls" or
     "mean". pair: two sentences a row, the second one's inputs with the suffix _2. tune_plm: g
-    learns too. Inputs are the plm's, or in place of input_ids (B, n) the `states` (B, n, H) that
-    it made of them. Source: sections 2.2 and 3.1.
+    learns too. by_token: "", "tag", a label for each token, or "span", a first and a last token
+    (choice 10). length: of f(x); 0: sqrt(H) (choice 11). Inputs are the plm's, or in place of
+    input_ids (B, n) the `states` (B, n, H) that it made of them. Source: sections 2.2 and 3.1.
     """
 
-    def __init__(self, plm, num_labels, layers=3, pooling="cls", pair=False, tune_plm=False):
+    def __init__(self, plm, num_labels, layers=3, pooling="cls", pair=False, tune_plm=False,
+                 by_token="", length=4.0):
         super().__init__()
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling must be 'cls' or 'mean', got {pooling!r}")
+        if by_token not in ("", "tag", "span"):
+            raise ValueError(f"by_token must be '', 'tag' or 'span', got {by_token!r}")
+        if by_token and pair:
+            raise ValueError("by_token needs one text a row, not a pair")
         if plm.config.is_encoder_decoder:
             raise ValueError(f"plm must be an encoder, got {type(plm).__name__}")
         self.config = plm.config
         self.num_labels = num_labels
         self.layers = layers
-        self.pooling = pooling
+        self.pooling = "mean" if by_token else pooling                   # choice 10
         self.pair = pair
         self.tune_plm = tune_plm
+        self.by_token = by_token
+        self.length = length
 
         width = self.config.hidden_size
         heads = self.config.num_attention_heads
@@ -190,7 +252,9 @@ class GTuning(torch.nn.Module):
             Layer(width, heads, dropout) for _ in range(layers))
         self.norm = torch.nn.LayerNorm(width)
         self.output = torch.nn.Linear(width * (4 if pair else 1), num_labels)
-        self.scale = width ** 0.5 / 4                  # so that f(x) has length 4, choice 2
+        self.scale = 1.0                               # so that f(x) has its length, choice 2
+        if length:
+            self.scale = width ** 0.5 / length
         self.to(plm.device).train()
 
     def encode(self, **inputs):
@@ -202,8 +266,9 @@ class GTuning(torch.nn.Module):
             return states.bfloat16()
         return states
 
-    def features(self, attention_mask, states=None, **inputs):
-        """f(x): (B, H)."""
+    def features(self, attention_mask, states=None, pooling=None, **inputs):
+        """f(x): (B, H). pooling: in place of f's own; "none": each token's vector, (B, n, H)."""
+        pooling = pooling or self.pooling
         if states is None:
             states = self.encode(attention_mask=attention_mask, **inputs)
         hidden = states.float()                                          # g(x)          (B, n, H)
@@ -211,41 +276,70 @@ class GTuning(torch.nn.Module):
         for layer in self.adapter[:-1]:
             hidden = layer(hidden, mask)                                 # (B, n, H)
 
-        if self.pooling == "cls":
+        if pooling == "cls":
             first = attention_mask.argmax(1)           # the first token that is not padding
             hidden = self.adapter[-1](hidden, mask, first)               # (B, 1, H)
             return (self.norm(hidden) / self.scale)[:, 0]                # f(x)          (B, H)
-        hidden = self.norm(self.adapter[-1](hidden, mask)) / self.scale  # (B, n, H)
-        real = attention_mask[..., None]                                 # (B, n, 1)
-        return (hidden * real).sum(1) / real.sum(1)                      # f(x)          (B, H)
+        hidden = self.adapter[-1](hidden, mask)                          # (B, n, H)
+        if pooling == "mean":
+            hidden = masked_mean(hidden, attention_mask)                 # (B, H)
+        return self.norm(hidden) / self.scale                            # f(x)          (B, H)
+
+    def mean_vectors(self, attention_mask, layer=None, **inputs):
+        """f(x) by the mean over the tokens, or the mean of a block of g: (B, H)."""
+        if layer is None:
+            return self.features(attention_mask=attention_mask, pooling="mean", **inputs)
+        self.plm.eval()
+        output = self.plm(attention_mask=attention_mask, output_hidden_states=True, **inputs)
+        return masked_mean(output.hidden_states[layer].float(), attention_mask)
+
+    def both_vectors(self, layer=None, **inputs):
+        """`mean_vectors` of the two sentences of each row: (B, 2, H)."""
+        first, second = split_pair(inputs)
+        u = self.mean_vectors(layer=layer, **first)
+        v = self.mean_vectors(layer=layer, **second)
+        return torch.stack([u, v], 1)
 
     def logits(self, **inputs):
-        """(B, C)."""
-        second = {}
-        for name in list(inputs):
-            if name.endswith("_2"):
-                second[name.removesuffix("_2")] = inputs.pop(name)
+        """(B, C), or by token (B, n, C); of spans padding has -inf."""
+        if self.by_token:
+            logits = self.output(self.scale * self.features(pooling="none", **inputs))
+            if self.by_token == "span":
+                padding = inputs["attention_mask"] == 0
+                logits = logits.masked_fill(padding[..., None], -math.inf)
+            return logits
+        inputs, second = split_pair(inputs)
         u = self.scale * self.features(**inputs)                         # (B, H)
         if not self.pair:
             return self.output(u)
         v = self.scale * self.features(**second)                         # (B, H)
         return self.output(torch.cat([u, v, (u - v).abs(), u * v], -1))  # choice 6
 
-    def forward(self, labels, D=None, alpha=1.0, beta=0.5, **inputs):
+    def forward(self, labels, D=None, alpha=1.0, beta=0.5, teach_weight=0.0, **inputs):
         """labels (B,) -> (L_T, {"l_t"}): cross entropy, for one output the mean squared error.
 
+        Labels of tags are (B, n), -100 where there is none; of spans (B, 2), the tokens.
+
         With D, and general text x_u as inputs with the prefix u_:
-        (alpha L_T + beta L_G, {"l_t", "l_g"}).
+        (alpha L_T + beta L_G, {"l_t", "l_g"}). With the teacher's logits of it, u_teacher (B, C):
+        (L_T + teach_weight KL, {"l_t", "kl"}).
         """
         general = {}
         for name in list(inputs):
             if name.startswith("u_"):
                 general[name.removeprefix("u_")] = inputs.pop(name)
         logits = self.logits(**inputs).float()                           # (B, C)
-        if self.num_labels == 1:
+        if self.by_token == "tag":
+            l_t = F.cross_entropy(logits.transpose(1, 2), labels)        # Eq. 2, by token
+        elif self.by_token == "span":
+            l_t = F.cross_entropy(logits, labels)                        # Eq. 2, over tokens
+        elif self.num_labels == 1:
             l_t = F.mse_loss(logits.squeeze(-1), labels.float())         # Eq. 2, of a number
         else:
             l_t = F.cross_entropy(logits, labels)                        # Eq. 2
+        if "teacher" in general:
+            kl = kl_to_teacher(general.pop("teacher"), self.logits(**general))
+            return l_t + teach_weight * kl, {"l_t": l_t.detach(), "kl": kl.detach()}
         if D is None:
             return l_t, {"l_t": l_t.detach()}
 
@@ -265,7 +359,8 @@ class GTuning(torch.nn.Module):
         if self.tune_plm:
             self.plm.save_pretrained(folder)
         os.makedirs(folder, exist_ok=True)
-        names = ["num_labels", "layers", "pooling", "pair", "tune_plm"]
+        names = ["num_labels", "layers", "pooling", "pair", "tune_plm", "by_token",
+                 "length"]
         settings = {name: getattr(self, name) for name in names}
         h = {}
         for name, value in self.state_dict().items():
@@ -289,6 +384,16 @@ class GTuning(torch.nn.Module):
         f = cls(plm, **saved["settings"])
         f.load_state_dict({**f.state_dict(), **saved["h"]})
         return f.eval()
+
+
+def kl_to_teacher(teacher, student):
+    """KL(teacher || student) of logits (B, C), a mean over the rows, in fp32: a scalar.
+
+    Logits (0, ln 3) of the teacher and (0, 0): ln 2 - (ln 4) / 4 - (3 / 4) ln (4 / 3) = 0.1308.
+    """
+    log_p = teacher.float().log_softmax(-1)
+    log_q = student.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 class Discriminator(torch.nn.Module):
@@ -497,6 +602,11 @@ class Texts:
         if "gtuning" in args.method:
             rows = args.train_samples or len(setup.train)
             self.M = draw_general(args, setup, rows * (2 if self.pair else 1), world)
+        self.taught = None
+        self.teacher_logits = None
+        if "self-teach" in args.method:
+            self.taught = draw_taught(args, setup, args.train_samples or len(setup.train), world)
+            self.teacher_logits = logits_of_teacher(args, self.taught, self.pair, world)
         self.model_digest = None
         self.cached = {}
 
@@ -528,10 +638,77 @@ def draw_general(args, setup, wanted, world):
     import data
     with world.first():
         rows = data.general_text(args.unlabeled, wanted)
+        if setup.task.kind == "span":
+            rows = long_texts(args, setup, rows, wanted)
         M = data.encode(rows, data.Task("", text="text"), setup.tokenizer, args.max_length)
     if len(M) < wanted:
         world.say(f"M: {len(M)} sentences, {wanted} wanted: they repeat")
     return M
+
+
+def draw_taught(args, setup, wanted, world):
+    """General text with as many columns as the task has, in the same form; labels: 0, 1, 2 ...
+
+    Of pairs the two are neighbours in M (choice 14).
+    """
+    import data
+    columns = ["sentence1", "sentence2"][:len(setup.task.columns)]
+    with world.first():
+        rows = data.general_text(args.unlabeled, wanted * len(columns))
+        texts = rows["text"][:]
+        count = len(texts) // len(columns)
+        table = {"label": list(range(count))}
+        for i, column in enumerate(columns):
+            table[column] = texts[i::len(columns)][:count]
+        return data.encode(rows.from_dict(table), data.Task("", text=tuple(columns)),
+                           setup.tokenizer, args.max_length,
+                           separate=args.pair_mode == "separate")
+
+
+def logits_of_teacher(args, split, pair, world):
+    """The logits of --teacher, in eval mode, of all rows: (rows, C)."""
+    import common
+    import data
+    f = load_teacher(args, pair).to(world.device)
+    found = torch.empty(len(split), f.num_labels, device=world.device)
+    with common.Progress(world, "teacher", len(split), unit="row") as progress, torch.no_grad():
+        with world.autocast():
+            for rows, inputs in data.eval_batches(split):
+                inputs.pop("labels")
+                found[torch.from_numpy(rows)] = f.logits(**world.put(inputs)).float()
+                progress.update(len(rows))
+    return found
+
+
+def load_teacher(args, pair):
+    """f of --teacher, which must be of the same task, model and form."""
+    import common
+    path = os.path.join(args.teacher, "results.json")
+    if not os.path.isfile(os.path.join(args.teacher, "model", "gtuning.pt")):
+        raise common.UserError(f"--teacher {args.teacher or 'is missing'}: must be the folder of a "
+                               "finished run of gtuning.py")
+    results = common.read_results(path)
+    for name in ("task", "model"):
+        if results[name] != getattr(args, name):
+            raise common.UserError(f"--teacher {args.teacher}: its {name} is {results[name]}, must "
+                                   f"be {getattr(args, name)}")
+    f = GTuning.from_pretrained(os.path.join(args.teacher, "model"))
+    if f.pair != pair:
+        raise common.UserError(f"--teacher {args.teacher}: was trained with another --pair_mode")
+    return f
+
+
+def long_texts(args, setup, sentences, wanted):
+    """General text in pieces about as long as the rows of B: a Dataset like `sentences`."""
+    import data
+    ids = setup.tokenizer(sentences["text"][:1000])["input_ids"]
+    length = sum(map(len, ids)) / len(ids)
+    together = max(1, round(setup.train.lengths.mean() / length))
+    texts = data.general_text(args.unlabeled, wanted * together)["text"]
+    joined = []
+    for first in range(0, len(texts), together):
+        joined.append(" ".join(texts[first:first + together]))
+    return sentences.from_dict({"text": joined, "label": [-1] * len(joined)})
 
 
 def vectors(f, split, rows, world, progress=None):
@@ -548,6 +725,26 @@ def vectors(f, split, rows, world, progress=None):
                 progress.update(len(part))
     f.train()
     return found
+
+
+def evaluate_sets(args, f, sets, setup, texts, world, **how):
+    """common.evaluate, and the accuracies of the sets to retrieve from (choice 11)."""
+    import common
+    to_retrieve = {name: pair for name, pair in sets.items() if pair[0].kind == "retrieve"}
+    others = {name: pair for name, pair in sets.items() if name not in to_retrieve}
+    others = texts.sets_with_states(f, others)
+    scores = common.evaluate(f.logits, f, others, setup, world, **how)
+    if not to_retrieve:
+        return scores
+
+    def forward(**inputs):
+        return f.both_vectors(layer=args.retrieve_layer, **inputs)
+
+    if args.retrieve_layer is None:
+        to_retrieve = texts.sets_with_states(f, to_retrieve)
+    task, _ = next(iter(to_retrieve.values()))
+    setup = dataclasses.replace(setup, task=task)
+    return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, **how)}
 
 
 def embed(run, f, setup):
@@ -603,7 +800,10 @@ class Algorithm1:
         rows = texts.with_states(self.f, common.training_rows(setup, args, seed))
         self.x_t = self.batches(0, rows, args.batch_size, args.batching[0])
         self.optimizer, self.schedule = common.build_optimizer(self.f, args, N)
+        if args.schedule == "constant":
+            self.schedule = constant_schedule(self.optimizer, args, N)
         self.ddp = world.ddp(self.f, unused=args.tune == "all")
+        self.teacher_logits = None
         self.parts = {"f": self.f.trained, "optimizer": self.optimizer,
                       "schedule": self.schedule, "x_t": self.x_t}
         if method == "gtuning":
@@ -619,6 +819,11 @@ class Algorithm1:
             self.parts.update(D=self.D, d_optimizer=self.d_optimizer)
             self.rounds = 0                            # of --profile
 
+        if method == "self-teach":
+            self.teacher_logits = texts.teacher_logits
+            taught = texts.with_states(self.f, texts.taught)
+            self.x_u = self.batches(3, taught, args.batch_size, args.batching[0])
+
     def batches(self, stream, split, size, order):
         """A data.Batches of this process. stream: of random numbers, one for each use."""
         import data
@@ -626,9 +831,16 @@ class Algorithm1:
                             self.world.size, self.args.micro_batch_size, order,
                             self.args.max_length)
 
-    def fit_task(self, x_t):
-        """Line 5: optimize f by Eq. 2. x_t: the micro-batches of a step."""
-        return self.update_f(x_t)
+    def fit_task(self, x_t, step=0):
+        """Line 5: optimize f by Eq. 2. x_t: the micro-batches of a step. Of Self-Teach with x_u."""
+        if self.teacher_logits is None:
+            return self.update_f(x_t)
+        both = []
+        for inputs, general in zip(x_t, self.x_u[step]):
+            rows = general.pop("labels")
+            general["teacher"] = self.teacher_logits[rows.to(self.world.device)]
+            both.append({**inputs, **{f"u_{name}": value for name, value in general.items()}})
+        return self.update_f(both, teach_weight=self.args.teach_weight)
 
     def update_f(self, batch, **joint):
         """A step on f: by Eq. 2, or with D, alpha and beta by Eq. 6. Returns (loss, stats)."""
@@ -713,13 +925,32 @@ class Algorithm1:
         return self.joint_round(r, r * self.args.T, x_t)
 
 
+def constant_schedule(optimizer, args, N):
+    """The learning rate grows to --lr in the warm-up, and stays (choice 12)."""
+    from transformers import get_constant_schedule_with_warmup
+    warmup = int(args.warmup if args.warmup >= 1 else args.warmup * N)
+    return get_constant_schedule_with_warmup(optimizer, warmup)
+
+
+def keep_state(run, args, f, metrics):
+    """Gives f the state that counts: the best one, or this last one (choice 13)."""
+    if args.keep == "last":
+        run.best = None
+    run.keep_best(metrics, f.trained)
+    f.trained.load_state_dict(run.best_weights)
+
+
 def build_f(args, setup, seed, world, pair):
     """f around --model, its weights drawn by the seed."""
     import common
     plm = common.load_model(args, setup, seed, world).base_model
+    by_token = setup.task.kind if setup.task.kind in ("tag", "span") else ""
+    if args.retrieve_layer and args.retrieve_layer > plm.config.num_hidden_layers:
+        raise common.UserError(f"--retrieve_layer {args.retrieve_layer}: must be at most "
+                               f"{plm.config.num_hidden_layers}, the blocks of {args.model}")
     try:
         return GTuning(plm, setup.task.outputs, args.layers, args.pooling, pair,
-                       args.tune == "all")
+                       args.tune == "all", by_token, args.feature_length)
     except ValueError as error:
         raise common.UserError(f"--model {args.model}: {error}") from error
 
@@ -740,6 +971,11 @@ def recipe(args):
     model = "FacebookAI/roberta-large"
     if args.task.startswith(("xnli", "paws-x")):
         model = "FacebookAI/xlm-roberta-large"
+    lengths = {"pos": 128, "ner": 128, "xquad": 384, "mlqa": 384, "tydiqa": 384}
+    if args.task in lengths:
+        return "gtuning: section 3.1, XTREME's length", {
+            "model": "FacebookAI/xlm-roberta-large", "lr": 1e-4, "epochs": 10, "batch_size": 64,
+            "micro_batch_size": 32, "weight_decay": 0.0, "max_length": lengths[args.task]}
     if args.task == "toy":
         return "toy", {
             "model": "toy", "lr": 1e-3, "epochs": 20, "batch_size": 16, "precision": "fp32",
@@ -766,7 +1002,7 @@ def count_steps_on_f(args, setup, world):
 
 def phase_ends(method, N):
     """The steps of a run at which its phases end. An odd N gives phase 3 one round more."""
-    if method == "adapter":
+    if method != "gtuning":
         return N, N, N                                 # phase 1 alone
     half = N // 2
     return half, 2 * half, N + half
@@ -782,7 +1018,7 @@ def profile(args, setup, texts, world):
     for source, its_texts in sources.items():
         for method in args.method:
             algorithm = Algorithm1(args, method, args.seeds[0], 10**6, setup, its_texts, world)
-            step = algorithm.fit_task if method == "adapter" else algorithm.next_round
+            step = algorithm.next_round if method == "gtuning" else algorithm.fit_task
             rows[f"{method}, {source}"] = algorithm.x_t, step
     return common.profile_steps(args, world, rows)
 
@@ -820,8 +1056,7 @@ def main(argv=None):
             return profile(args, setup, texts, world)
 
         def evaluate(f, sets, **how):
-            sets = texts.sets_with_states(f, sets)
-            return common.evaluate(f.logits, f, sets, setup, world, **how)
+            return evaluate_sets(args, f, sets, setup, texts, world, **how)
 
         results = []
         clouds = {}
@@ -838,7 +1073,7 @@ def main(argv=None):
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B; Optimize f by the Eq. 2"
                 phase_1 = "phase 1 of 3, f" if method == "gtuning" else ""
                 for step, x_t in run.steps(end_1, algorithm.x_t, phase=phase_1):
-                    loss, stats = algorithm.fit_task(x_t)
+                    loss, stats = algorithm.fit_task(x_t, step)
                     run.log(loss, stats, lr=algorithm.schedule.get_last_lr()[0], phase=1)
                     if run.every(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
@@ -864,8 +1099,7 @@ def main(argv=None):
                     if run.every(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
 
-                run.keep_best(evaluate(f, setup.choose_by), f.trained)
-                f.trained.load_state_dict(run.best_weights)
+                keep_state(run, args, f, evaluate(f, setup.choose_by))
                 metrics = evaluate(f, setup.scored, final=True)
                 run.finish(metrics, algorithm.x_t, setup.tokenizer, f.save_pretrained)
                 if run.best["step"] <= end_1 < end_3:
