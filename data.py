@@ -244,8 +244,8 @@ POS_LANGUAGES = {
     "tl": "Tagalog", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tr": "Turkish", "ur": "Urdu",
     "vi": "Vietnamese", "yo": "Yoruba",
 }
-NER_LANGUAGES = ("af ar bg bn de el en es et eu fa fi fr he hi hu id it ja jv ka kk ko ml mr ms my nl "
-                 "pt ru sw ta te th tl tr ur vi yo zh").split()
+NER_LANGUAGES = ("af ar bg bn de el en es et eu fa fi fr he hi hu id it ja jv ka kk ko ml mr ms "
+                 "my nl pt ru sw ta te th tl tr ur vi yo zh").split()
 
 TASKS["pos"] = Task(XTREME, "udpos.English", "tokens", POS_TAGS, "f1 accuracy", kind="tag",
                     label="pos_tags", further="pos")
@@ -1010,7 +1010,7 @@ class Split:
 
     cut: how many rows were truncated. left: whether the model wants its padding there (XLNet).
     rows: the Dataset that they were made of, or None. lengths (n,): tokens of each row.
-    has_targets: labels are lists of their own, which a decoder writes, and not one a row or a token.
+    has_targets: labels are lists of their own, for a decoder to write, not one a row or a token.
     target_lengths (n,): how long these are, else 0.
 
     A field note_NAME is for the scores, and no batch has it. note_row (n,): where one of `rows` was

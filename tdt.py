@@ -1399,7 +1399,8 @@ def main(argv=None):
     marks = marks_of(args)
 
     def check(task):
-        common.check_methods(args, task, METHODS, ": JS of a regression is undefined")
+        why = ": JS of a regression is undefined" if task.kind == "regress" else ""
+        common.check_methods(args, task, METHODS, why)
         check_task(args, asked, task)
 
     with common.processes(args) as world:

@@ -267,6 +267,7 @@ def settings(**given):
         "task": "toy", "own_files": "", "train_file": None, "validation_file": None,
         "test_file": None, "text_columns": None, "label_column": "label", "local_file": [],
         "predict": [], "eval_tasks": [], "batch_size": 1, "train_samples": None,
+        "target_column": None, "max_target_length": None,
     }
     return argparse.Namespace(**{**flags, **given})
 
@@ -322,15 +323,16 @@ def test_a_task_of_the_table_is_consistent(name):
     task = data.TASKS[name]
     names = task.label_names
     assert task.kind in data.KINDS
-    assert set(task.metrics.split()) <= set(data.METRICS)
+    if task.kind in ("classify", "regress"):
+        assert set(task.metrics.split()) <= set(data.METRICS)
     assert 1 <= len(task.columns) <= 2
-    assert "/" in task.path or task.path == "toy" or task.where
+    assert "/" in task.path or task.path.startswith("toy") or task.where
     assert len(set(names)) == len(names)
-    assert (len(names) >= 2) == (task.kind == "classify")
+    assert (len(names) >= 2) == (task.kind in ("classify", "tag", "span"))
     assert task.outputs == max(len(names), 1)
     assert task.perturb in ("", *task.columns)
     for further in task.further.split():
-        assert further in data.TASKS
+        assert further.partition(":")[0] in {**data.TASKS, **data.GROUPS}
 
 
 @pytest.mark.parametrize("name", data.KINDS)
@@ -1655,7 +1657,7 @@ def test_compiled_layers_give_the_same_numbers(script, tiny_folder, tmp_path, ca
         compile_layer(layer, backend="eager", dynamic=dynamic)
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
-    methods = [*SCRIPTS[script].METHODS]
+    methods = [name for name in SCRIPTS[script].METHODS if name != "self-teach"]
     losses = []
     for flags in ([], ["--compile"]):
         out = tmp_path / str(len(flags))
@@ -4527,8 +4529,9 @@ def test_every_encoder_is_frozen_cacheable_and_blind_to_padding(name, pooling):
     hidden = states
     for layer in f.adapter:
         hidden = layer(hidden, inputs["attention_mask"][:, None, None].bool())
-    real = (f.norm(hidden)[1] / (32 ** 0.5 / 4))[inputs["attention_mask"][1].bool()]
-    by_hand = real[0] if pooling == "cls" else real.mean(0)
+    real = hidden[1][inputs["attention_mask"][1].bool()]
+    pooled = real[0] if pooling == "cls" else real.mean(0)
+    by_hand = f.norm(pooled) / (32 ** 0.5 / 4)
     assert torch.allclose(features[1], by_hand, atol=1e-5)
 
 
@@ -5275,7 +5278,7 @@ def printed(capsys, *argv):
     return "\n".join(lines).strip(), out.err
 
 
-def report_refused(*argv):
+def refused_report(*argv):
     """The one line that main_report ends with."""
     with pytest.raises(UserError) as error:
         common.main_report([*map(str, argv)])
@@ -5382,7 +5385,7 @@ def test_without_the_baseline(tmp_path, capsys):
     out, _ = printed(capsys, folder)
     assert "no run of the baseline" in out
     assert "60.00" in out and "Difference" not in out
-    assert "must be one of more" in report_refused(folder, "--baseline", "less")
+    assert "must be one of more" in refused_report(folder, "--baseline", "less")
     assert "Difference to more" not in printed(capsys, folder, "--baseline", "more")[0]
 
 
@@ -5394,7 +5397,7 @@ def test_flags_that_are_the_method(tmp_path, capsys):
         write_run(tmp_path / "runs" / "noise", results)
         results = results_of("rte", "more", seed, 70, lam=5.0)
         write_run(tmp_path / "runs" / "other", results)
-    assert "--lam is not the same for the runs of more on rte" in report_refused(folder)
+    assert "--lam is not the same for the runs of more on rte" in refused_report(folder)
     table, = common.main_report([str(folder), "--by", "weight_noise", "lam"])
     assert table.columns == ["std", "more lam=1.0", "more lam=5.0", "std weight_noise=0.15"]
 
@@ -5439,8 +5442,8 @@ def test_each_file_of_lines_is_a_table(tmp_path, capsys):
     full = write_runs(tmp_path / "full", tasks=["rte"], train_samples=None)
     printed(capsys, small, "--keep", tmp_path / "kept" / "small.jsonl")
     printed(capsys, full, "--keep", tmp_path / "kept" / "full.jsonl")
-    assert "--train_samples" in report_refused(small, full)
-    assert "--train_samples" in report_refused(full, "--keep", tmp_path / "kept" / "small.jsonl")
+    assert "--train_samples" in refused_report(small, full)
+    assert "--train_samples" in refused_report(full, "--keep", tmp_path / "kept" / "small.jsonl")
     tables = common.main_report([str(tmp_path / "kept")])
     assert [table.title for table in tables] == ["full", "small"]
     assert tables[0].rows == common.main_report([str(full)])[0].rows
@@ -5454,16 +5457,16 @@ def test_each_file_of_lines_is_a_table(tmp_path, capsys):
 def test_unlike_flags_are_refused(tmp_path):
     folder = write_runs(tmp_path / "runs", 2, ["rte"])
     write_run(folder, results_of("rte", "std", 2, 60, lr=1e-5))
-    said = report_refused(folder)
+    said = refused_report(folder)
     assert said.startswith("--lr is not the same for the runs of std on rte: ")
     assert "5e-05 in" in said and "1e-05 in" in said
     assert str(folder / "rte" / "std-0") in said and str(folder / "rte" / "std-2") in said
 
     other = write_runs(tmp_path / "other", 2, ["rte"])
     write_run(other, results_of("rte", "most", 0, 60, batch_size=16))
-    assert "--batch_size is not the same for the methods on rte: " in report_refused(other)
+    assert "--batch_size is not the same for the methods on rte: " in refused_report(other)
     common.main_report([str(other), "--differ", "batch_size"])
-    assert "--differ size: must be a flag" in report_refused(other, "--differ", "size")
+    assert "--differ size: must be a flag" in refused_report(other, "--differ", "size")
 
     # Another task may have a recipe of its own; what is only looked at or logged does not count.
     fine = write_runs(tmp_path / "fine", 2, ["rte"])
@@ -5484,7 +5487,7 @@ def test_what_all_searched_may_differ(tmp_path, capsys):
 
     results = {**results_of("rte", "most", 0, 60, lr=3), "searched": {"lr": [1, 2, 3]}}
     write_run(folder, results)
-    assert "--lr is not the same for the methods on rte" in report_refused(folder)
+    assert "--lr is not the same for the methods on rte" in refused_report(folder)
 
 
 def test_one_run_twice(tmp_path):
@@ -5493,26 +5496,26 @@ def test_one_run_twice(tmp_path):
     table, = common.main_report([str(folder), str(folder), str(tmp_path / "b")])
     assert len(table.runs) == 4
     write_run(tmp_path / "c", results_of("rte", "std", 0, 59))
-    said = report_refused(folder, tmp_path / "c")
+    said = refused_report(folder, tmp_path / "c")
     assert "rte std, seed 0: is in" in said and "report them apart" in said
 
 
 def test_wrong_places(tmp_path):
-    assert "nowhere: must be a folder" in report_refused(tmp_path / "nowhere")
-    assert "must hold a finished run" in report_refused(tmp_path)
+    assert "nowhere: must be a folder" in refused_report(tmp_path / "nowhere")
+    assert "must hold a finished run" in refused_report(tmp_path)
     good = write_runs(tmp_path / "good", 2, ["rte"])
     (tmp_path / "empty").mkdir()
-    assert "empty: must hold" in report_refused(good, tmp_path / "empty")
+    assert "empty: must hold" in refused_report(good, tmp_path / "empty")
     (tmp_path / "log.jsonl").write_text("{}\n")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "results.json").write_text('{"task": ')
-    assert "is damaged" in report_refused(tmp_path / "bad")
+    assert "is damaged" in refused_report(tmp_path / "bad")
     (tmp_path / "rows.jsonl").write_text('{"text": "good", "label": 1}\n')
-    assert "holds no line of a run" in report_refused(tmp_path / "rows.jsonl")
+    assert "holds no line of a run" in refused_report(tmp_path / "rows.jsonl")
     (tmp_path / "file").write_text("")
-    assert "--out" in report_refused(good, "--out", tmp_path / "file" / "out")
-    assert "--keep" in report_refused(good, "--keep", tmp_path / "rows.jsonl")
-    assert "--interval" in report_refused(good, "--interval", "normal")
+    assert "--out" in refused_report(good, "--out", tmp_path / "file" / "out")
+    assert "--keep" in refused_report(good, "--keep", tmp_path / "rows.jsonl")
+    assert "--interval" in refused_report(good, "--interval", "normal")
 
 
 DAMAGE = {
@@ -5554,7 +5557,7 @@ def test_half_written_logs_and_lines(tmp_path, capsys):
     kept.write_text("\n".join([*lines[:3], lines[3][:40], *lines[4:]]))
     _, said = printed(capsys, kept)
     assert said.startswith(f"left out: {kept}:4: is damaged") and said.count("\n") == 1
-    assert "is damaged" in report_refused(folder, "--keep", kept)
+    assert "is damaged" in refused_report(folder, "--keep", kept)
     assert len(kept.read_text().splitlines()) == 16    # and nothing is lost
 
 
@@ -5705,21 +5708,1023 @@ def test_tsne_refuses_too_few_points():
         common.tsne(np.ones((100, 3)))
 
 
+# ==========================================================  tdt.py: learning confidences, Figure 3
+
+WORDS = data.toy_vocabulary()
+
+
+def save_toy_bert(folder, kind="BertForMaskedLM", mask_token="[MASK]"):
+    """A small BERT over the toy words, with its tokenizer. Returns the folder."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64)
+    getattr(transformers, kind)(config).save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64).save_pretrained(folder)
+    path = os.path.join(folder, "tokenizer_config.json")
+    settings = {**load(path), "mask_token": mask_token}
+    write(path, json.dumps(settings))
+    return str(folder)
+
+
+def save_reviews(folder, number=False, pairs=False):
+    """train.jsonl and validation.jsonl; number: labels with a point."""
+    rows = data.toy_rows("film", "train")
+    for name, n in (("train", 64), ("validation", 40)):
+        lines = []
+        for i, row in enumerate(rows.select(range(n))):
+            label = i % 7 + 0.5 if number else "ab"[row["label"]]
+            line = {"text": row["text"], "label": label}
+            if pairs:
+                line = {"sentence1": row["text"], "sentence2": f"great {row['text']}",
+                        "label": label}
+            lines.append(json.dumps(line) + "\n")
+        write(os.path.join(folder, f"{name}.jsonl"), "".join(lines))
+
+
+def flags_on(folder):
+    return ["--train_file", f"{folder}/train.jsonl", "--validation_file",
+            f"{folder}/validation.jsonl", "--model", f"{folder}/model", "--output_dir",
+            f"{folder}/runs", "--batch_size", "16", "--max_steps", "4", "--lr", "1e-3",
+            "--precision", "fp32", "--threads", "1"]
+
+
+@pytest.fixture
+def toy_bert(tmp_path, cache):
+    """A folder with a model and rows."""
+    save_toy_bert(tmp_path / "model")
+    save_reviews(tmp_path)
+    return tmp_path
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+    return load_file(os.path.join(folder, "model.safetensors"))
+
+
+def post_trained_folders(cache):
+    folder = os.path.join(cache, "post-trained")
+    return {os.path.join(folder, name) for name in os.listdir(folder)}
+
+
+# --------------------------------------------------------------- the confidence layer's own rate
+
+def test_a_part_of_a_module_learns_at_its_own_rate_by_the_same_schedule():
+    args = types.SimpleNamespace(
+        lr=0.1, warmup=4, weight_decay=0.5, betas=[0.9, 0.999], adam_eps=1e-8)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    optimizer, schedule = common.build_optimizer(module, args, 10, module[1], 0.3)
+    groups = optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.5, 0.0]
+    found = [p for group in groups for p in group["params"]]
+    wanted = [module[0].weight, module[0].bias, module[1].weight, module[1].bias]
+    assert all(a is b for a, b in zip(found, wanted)) and len(found) == 4
+    for step in range(10):
+        share = step / 4 if step < 4 else (10 - step) / 6
+        assert schedule.get_last_lr() == pytest.approx([0.1 * share] * 2 + [0.3 * share] * 2)
+        optimizer.step()
+        schedule.step()
+
+    for own, rate in ((module[1], 0.0), (None, 0.3)):  # all at --lr, in the usual two groups
+        optimizer, _ = common.build_optimizer(module, args, 10, own, rate)
+        matrices, vectors = [group["params"] for group in optimizer.param_groups]
+        assert matrices[1] is module[1].weight and vectors[1] is module[1].bias
+
+
+def confidence_of(folder, name="confidence"):
+    return torch.load(f"{folder}/custom/tdt-0/model/{name}.pt", weights_only=True)["weight"]
+
+
+def test_at_rate_0_the_layer_learns_as_the_encoder_and_else_further(toy_bert):
+    argv = [*flags_on(toy_bert), "--method", "tdt", "--output_dir"]
+    for rate in ("0", "0.001", "0.1"):                 # --lr is 0.001
+        tdt.main([*argv, str(toy_bert / rate), "--c_lr", rate])
+    old, same, fast = [weights_of(toy_bert / rate / "custom/tdt-0/model") for rate in
+                       ("0", "0.001", "0.1")]
+    assert all(torch.equal(old[name], same[name]) for name in old)
+    assert torch.equal(confidence_of(toy_bert / "0"), confidence_of(toy_bert / "0.001"))
+    start = confidence_of(toy_bert / "0", "confidence-start")
+    assert torch.equal(start, confidence_of(toy_bert / "0.1", "confidence-start"))
+    slow_way = (confidence_of(toy_bert / "0") - start).abs().mean()
+    assert (confidence_of(toy_bert / "0.1") - start).abs().mean() > 20 * slow_way
+
+
+def test_plain_fine_tuning_knows_no_rate_of_the_layer(toy_bert, capsys):
+    argv = [*flags_on(toy_bert), "--method", "std"]
+    tdt.main([*argv, "--c_lr", "0.1"])
+    tdt.main([*argv, "--c_lr", "0.2"])
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_a_killed_run_with_a_rate_of_its_own_resumes_with_the_same_bits(toy_bert, monkeypatch):
+    argv = [*flags_on(toy_bert), "--method", "tdt", "--c_lr", "0.03", "--save_every", "1"]
+    tdt.main([*argv, "--output_dir", str(toy_bert / "whole")])
+    log = common.Run.log
+
+    def breaks(self, *terms, **plain):
+        if self.step == 2:
+            raise KeyError("killed")
+        log(self, *terms, **plain)
+
+    monkeypatch.setattr(common.Run, "log", breaks)
+    with pytest.raises(KeyError):
+        tdt.main([*argv, "--output_dir", str(toy_bert / "parts")])
+    monkeypatch.setattr(common.Run, "log", log)
+    tdt.main([*argv, "--output_dir", str(toy_bert / "parts"), "--resume"])
+    assert torch.equal(confidence_of(toy_bert / "whole"), confidence_of(toy_bert / "parts"))
+    whole = weights_of(toy_bert / "whole/custom/tdt-0/model")
+    parts = weights_of(toy_bert / "parts/custom/tdt-0/model")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+# -------------------------------------------------------------------------------- the main metric
+
+def test_the_main_metric_of_stsb_is_that_of_table_6():
+    args = common.parse(tdt.flags(), ["--task", "stsb"], tdt.recipe)
+    assert args.main_metric == "spearman"
+    assert common.parse(r3f.flags(), ["--task", "stsb"], r3f.recipe).main_metric is None
+    task = common.with_main_metric(data.TASKS["stsb"], "spearman")
+    assert task.metrics == "spearman pearson"
+    assert common.with_main_metric(task, None) is task
+    with pytest.raises(UserError, match="--main_metric f1: must be pearson or spearman"):
+        common.with_main_metric(data.TASKS["stsb"], "f1")
+
+
+def test_the_main_metric_comes_first_and_the_best_state_is_chosen_by_it(toy_bert):
+    save_reviews(toy_bert, number=True)
+    argv = [*flags_on(toy_bert), "--method", "std", "--eval_every", "2", "--main_metric"]
+    result, = tdt.main([*argv, "spearman"])
+    metrics = result["metrics"]["validation"]
+    assert list(metrics) == ["spearman", "pearson"] and result["main_metric"] == "spearman"
+    assert result["best"]["value"] == max(
+        line["metrics"]["validation"]["spearman"] for line in evaluations(toy_bert))
+    with pytest.raises(UserError, match="other flags: --main_metric spearman"):
+        tdt.main([*argv, "pearson"])
+
+
+def evaluations(folder):
+    with open(folder / "runs/custom/std-0/log.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    return [line for line in lines if "metrics" in line]
+
+
+# ------------------------------------------------------------------- masked words, post-training
+
+def test_of_the_words_that_are_hidden_80_percent_are_masked_and_10_changed():
+    torch.manual_seed(0)
+    x = torch.randint(0, 50, (400, 100))
+    special = torch.tensor([0, 7])
+    m_x, places = common.hide_words(x, 0.15, special, mask=99, others=50)
+    assert not places[(x == 0) | (x == 7)].any()
+    allowed = (x != 0) & (x != 7)
+    assert places[allowed].float().mean() == pytest.approx(0.15, abs=0.01)
+    assert torch.equal(m_x[~places], x[~places])
+    masked = (m_x == 99)[places].float().mean()
+    stays = (m_x == x)[places].float().mean()
+    assert masked == pytest.approx(0.8, abs=0.02)
+    assert stays == pytest.approx(0.1 + 0.1 / 50, abs=0.015)
+
+    m_x, places = common.hide_words(x, 0.25, special, mask=99)
+    assert (m_x[places] == 99).all() and torch.equal(m_x[~places], x[~places])
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert", "Albert", "Electra", "MPNet",
+                                  "DebertaV2", "ModernBert"])
+def test_the_logits_at_some_places_are_those_of_the_whole_model(kind):
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "embedding_size": 16,
+             "num_attention_heads": 2, "intermediate_size": 32, "dim": 16, "n_layers": 1,
+             "n_heads": 2, "hidden_dim": 32, "pad_token_id": 1, "cls_token_id": 2,
+             "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}ForMaskedLM")(config).eval()
+    ids = torch.randint(5, 60, (3, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    places = torch.rand(3, 7) < 0.4
+    with torch.no_grad():
+        found = common.logits_at(places, model, inputs)
+        whole = model(**inputs).logits[places]
+    assert found.shape == whole.shape
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_bert, cache, capsys,
+                                                                        monkeypatch):
+    argv = [*flags_on(toy_bert), "--method", "std"]
+    plain, = tdt.main([*argv, "--output_dir", str(toy_bert / "plain")])
+    monkeypatch.setitem(common.POST_TRAINING, "lr", 5e-3)
+    tdt.main([*argv, "--post_train", "30"])
+    folder, = post_trained_folders(cache)
+    said = capsys.readouterr().out.split("post-training: 60 steps, loss ")[1]
+    first, last = said.split("\n")[0].split(", at the end ")
+    assert float(last) < float(first) - 0.1
+    before = weights_of(toy_bert / "model")
+    after = weights_of(folder)
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before
+               if "token_type" not in name)
+
+    def never(*args):
+        raise AssertionError("it is made already")
+
+    monkeypatch.setattr(common, "post_train", never)
+    r3f.main([*argv, "--post_train", "30", "--output_dir", str(toy_bert / "r3f")])
+    name = "bert.encoder.layer.0.output.dense.weight"
+    mine = weights_of(toy_bert / "runs/custom/std-0/model")[name]
+    change = (mine - weights_of(toy_bert / "plain/custom/std-0/model")[name]).abs().max()
+    assert change > 0.01                               # beyond what four steps do
+    assert tdt.main([*argv, "--post_train", "30"])[0]["args"]["post_train"] == 30
+    with pytest.raises(UserError, match="other flags: --post_train 30.0"):
+        tdt.main(argv)
+    assert plain["args"]["post_train"] is None
+
+
+def test_other_rows_or_epochs_are_another_post_training(toy_bert, cache):
+    seen = set()
+    found = []
+    for flags in (["--post_train", "0.5"], ["--post_train", "1"],
+                  ["--post_train", "1", "--train_samples", "32"],
+                  ["--post_train", "1", "--dev_samples", "8"], ["--post_train", "1"]):
+        tdt.main(
+            [*flags_on(toy_bert), "--method", "std", "--max_steps", "1", "--overwrite", *flags]
+        )
+        found.append(len(post_trained_folders(cache) - seen))
+        seen = post_trained_folders(cache)
+    assert found[1:] == [1, 1, 1, 0]
+
+
+def test_the_two_sentences_of_a_pair_are_one_row_in_gtuning_too(toy_bert, cache):
+    save_reviews(toy_bert, pairs=True)
+    argv = [*flags_on(toy_bert), "--post_train", "1", "--max_steps", "1", "--output_dir"]
+    before = set()
+    if os.path.exists(os.path.join(cache, "post-trained")):
+        before = post_trained_folders(cache)
+    tdt.main([*argv, str(toy_bert / "a"), "--method", "std"])
+    gtuning.main([*argv, str(toy_bert / "b"), "--method", "adapter", "--no_cache"])
+    assert len(post_trained_folders(cache) - before) == 1
+
+
+def test_a_kill_leaves_no_half_of_a_post_trained_model(toy_bert, cache, monkeypatch):
+    argv = [*flags_on(toy_bert), "--method", "std", "--post_train", "1.5", "--max_steps", "1"]
+    real = common.hide_words
+
+    def killed(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "hide_words", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tdt.main(argv)
+    monkeypatch.setattr(common, "hide_words", real)
+    tdt.main([*argv, "--resume"])
+    folder = os.path.join(cache, "post-trained")
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+def test_a_model_without_a_head_for_masked_words_gets_a_fresh_one_and_a_word(
+    toy_bert, cache, capsys
+):
+    save_toy_bert(toy_bert / "model", "BertModel")
+    tdt.main([*flags_on(toy_bert), "--method", "std", "--post_train", "1", "--max_steps", "1"])
+    assert "comes without a head for masked words" in capsys.readouterr().out
+
+
+def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert, cache):
+    argv = [*flags_on(toy_bert), "--method", "std", "--post_train", "1"]
+    with pytest.raises(UserError, match="--post_train: must be a number above 0, got '0'"):
+        tdt.main([*argv, "--post_train", "0"])
+    save_toy_bert(toy_bert / "model", mask_token=None)
+    with pytest.raises(UserError, match="model must have a mask token"):
+        tdt.main([*argv, "--overwrite"])
+
+    config = transformers.GPT2Config(
+        vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=0)
+    save_toy_bert(toy_bert / "model")
+    transformers.GPT2LMHeadModel(config).save_pretrained(toy_bert / "model")
+    with pytest.raises(UserError, match="must be a model that predicts masked words") as error:
+        tdt.main([*argv, "--overwrite"])
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------- Figure 3, the clouds
+
+def test_the_numbers_of_clouds_by_hand():
+    a = np.array([[0.0, 0.0], [0.0, 2.0]])
+    b = np.array([[3.0, 0.0], [3.0, 2.0]])
+    assert tdt.separation(a, b) == 3                   # means 3 apart, spread 1
+    x = np.random.default_rng(0).normal(size=(2, 9, 5))
+    theirs = gtuning.separation(*torch.tensor(x))
+    assert tdt.separation(*x) == pytest.approx(theirs)
+
+    # Points on a line; each has its own original below it, which does not count.
+    originals = np.array([[0.0], [1.0], [5.0], [6.0], [20.0]])
+    classes = np.array([0, 0, 1, 1, 0])
+    assert tdt.nearest_has_class(originals, originals, classes) == 0.8   # 20 is next to 6
+    moved = np.array([[4.9], [1.0], [5.0], [6.0], [20.0]])
+    assert tdt.nearest_has_class(moved, originals, classes) == 0.6       # now 4.9 to 5 as well
+
+
+def encoded(n=12):
+    """A Split of toy rows, of different lengths."""
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
+    rows = data.toy_rows("film", "train").select(range(n))
+    return data.encode(rows, data.TASKS["toy"], tokenizer, 64), tokenizer
+
+
+WORLD = types.SimpleNamespace(
+    rank=0, size=1, put=dict, gather=list, progress=None, say=print)
+
+
+def small_tdt(**options):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64, initializer_range=0.5)
+    model = transformers.BertForSequenceClassification(config)
+    module = tdt.TDT(model, **options)
+    torch.nn.init.normal_(module.confidence_layer.weight, std=0.8)
+    return module.eval()
+
+
+def test_a_cloud_is_the_last_state_of_cls_of_each_sentence():
+    split, tokenizer = encoded()
+    module = small_tdt()
+    clouds = tdt.clouds_of(module, split, tokenizer.cls_token_id, WORLD, "clouds")
+    assert clouds.states.shape == (3, 12, 16) and clouds.logits.shape == (3, 12, 2)
+    for row in range(12):
+        inputs = split.collate(np.array([row]))
+        inputs.pop("labels")
+        with torch.no_grad():
+            state = module.model.bert(**inputs).last_hidden_state[0, 0]
+            c = module.confidence(**inputs)[..., None]
+            e = module.model.bert.embeddings(inputs["input_ids"])
+        torch.testing.assert_close(torch.tensor(clouds.states[0, row]), state, atol=1e-4, rtol=0)
+        views = {1: c * e + (1 - c) * e.mean(1, keepdim=True), 2: (1 - c) * e}
+        for view, changed in views.items():
+            handle = module.model.bert.embeddings.register_forward_hook(lambda *_: changed)
+            with torch.no_grad():
+                state = module.model.bert(**inputs).last_hidden_state[0, 0]
+            handle.remove()
+            found = torch.tensor(clouds.states[view, row])
+            torch.testing.assert_close(found, state, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_cloud_can_be_made_with_the_confidences_of_another_model(hard):
+    split, tokenizer = encoded()
+    module = small_tdt(hard=hard, mask_token_id=4)
+    own = tdt.clouds_of(module, split, 2, WORLD, "clouds")
+    again = tdt.clouds_of(module, split, 2, WORLD, "clouds", own.c)
+    np.testing.assert_allclose(own.states, again.states, atol=1e-5)
+    assert not np.allclose(own.states[1], own.states[0], atol=1e-2)
+    for value, view in ((1.0, 1), (0.0, 2)):           # all kept: H+ is H; nothing cut: H- is H
+        c = [torch.full_like(part, value) for part in own.c]
+        whole = tdt.clouds_of(module, split, 2, WORLD, "clouds", c).states
+        np.testing.assert_allclose(whole[view], whole[0], atol=1e-5)
+
+
+def test_variants_are_made_as_the_run_was_trained(tmp_path):
+    module = small_tdt()
+    settings = {"mu0": "zero", "variant": "released", "tau": 0.5}
+    results = {"method": "tdt-hard", "args": settings, "metrics": {}}
+    write(tmp_path / "results.json", json.dumps(results))
+    tdt.perturb_as_trained(module, str(tmp_path), 4)
+    assert (module.mu0, module.variant, module.tau) == ("zero", "released", 0.5)
+    assert module.hard and module.mask_token_id == 4
+
+
+def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_bert, capsys):
+    argv = [*flags_on(toy_bert), "--method", "std", "tdt", "tdt-hard"]
+    tdt.main([*argv, "--tsne"])
+    runs = toy_bert / "runs/custom"
+    found = load(runs / "tdt-0/tsne.json")
+    assert found["rows"] == 40 and found["set"] == "validation"
+    assert list(found["values"]) == ["tdt", "std", "tdt-hard"]
+    for numbers in found["values"].values():
+        assert len([name for name in numbers if name.startswith("separation")]) == 3
+        assert all(0 <= numbers[f"accuracy, {name}"] <= 1 for name in tdt.MARKS)
+    score = load(runs / "std-0/results.json")["metrics"]["validation"]["accuracy"]
+    assert found["values"]["std"]["accuracy, original"] == pytest.approx(score, abs=1e-4)
+
+    page = (runs / "tdt-0/tsne.html").read_text()
+    for name in tdt.MARKS:
+        assert page.count(f'<path class="{name}"') == 3 * 40 + 1         # three maps, the legend
+    assert page.count('fill-opacity="0"') > 100 < page.count('fill-opacity="1"')
+    assert (
+        "hollow: of the label a; filled: b" in page and "<script" not in page and "http" not in page
+    )
+    assert "separation of original and negative" in capsys.readouterr().out
+
+    for name in ("tsne.json", "tsne.html"):
+        os.remove(runs / "tdt-0" / name)
+    tdt.main(["--run", str(runs / "tdt-0"), str(runs / "std-0"), "--tsne", "35"])
+    fewer = load(runs / "tdt-0/tsne.json")
+    assert fewer["rows"] == 35 and list(fewer["values"]) == ["tdt", "std"]
+
+
+def test_a_map_that_cannot_be_made_is_refused_in_one_line(toy_bert):
+    argv = flags_on(toy_bert)
+    with pytest.raises(UserError, match="--tsne, --drop: need a run of tdt or tdt-hard"):
+        tdt.main([*argv, "--method", "std", "--tsne"])
+    with pytest.raises(UserError, match="--tsne 9: perplexity 30: must be less than a third"):
+        tdt.main([*argv, "--tsne", "9"])
+    save_reviews(toy_bert, number=True)
+    with pytest.raises(UserError, match="--tsne: must be a task with classes; custom has none"):
+        tdt.main([*argv, "--tsne", "--overwrite"])
+
+
+# ========================================================================  tags, answers, retrieval
+
+# ------------------------------------------------------------------------------------------ helpers
+
+TAG_WORDS = (
+    "[PAD] [UNK] [CLS] [SEP] [MASK] the a film soup is was not good bad dull plot ending un "
+    "##told ##ed ##ly . ?"
+).split()
+TAGS = data.Task("custom", "", "tokens", "DET NOUN VERB", "f1 accuracy", kind="tag", label="tags")
+
+
+@pytest.fixture(scope="session")
+def tagger(tmp_path_factory):
+    """A random 2-layer BERT of a few words, as a folder that --model takes."""
+    folder = str(tmp_path_factory.mktemp("models") / "tiny")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(TAG_WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=64, pad_token_id=0)
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer_of().save_pretrained(folder)
+    return folder
+
+
+def tokenizer_of():
+    vocabulary = {word: i for i, word in enumerate(TAG_WORDS)}
+    return transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
+
+
+def pieces(ids):
+    return " ".join(tokenizer_of().convert_ids_to_tokens(ids))
+
+
+def run_on_tags(script, folder, out, *more):
+    """A script in this process: 6 steps of 8 rows."""
+    argv = ["--model", folder, "--output_dir", out, "--seeds", 0, "--max_steps", 6, "--batch_size",
+            8, "--precision", "fp32", "--lr", 0.01, "--warmup", 0, "--max_length", 12, *more]
+    return script.main([str(word) for word in argv])
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+# --------------------------------------------------------------------------------------------- tags
+
+@pytest.mark.parametrize("gold, predicted, f1", [
+    ("DET NOUN NOUN VERB PUNCT", "DET NOUN ADJ VERB PUNCT", 0.6667),
+    ("O B-PER I-PER O B-LOC", "O B-PER I-PER I-PER B-LOC", 0.5),
+    ("B-PER I-PER O I-LOC I-LOC O", "I-PER I-PER O B-LOC I-LOC B-ORG", 0.8),
+])
+def test_spans_of_tags_by_hand(gold, predicted, f1):
+    gold = data.tag_spans(gold.split())
+    predicted = data.tag_spans(predicted.split())
+    assert 2 * len(gold & predicted) / (len(gold) + len(predicted)) == pytest.approx(f1, abs=1e-4)
+
+
+def test_a_span_has_a_type_a_first_and_a_last_word():
+    assert data.tag_spans("B-PER I-PER B-PER O I-LOC".split()) == {
+        ("PER", 0, 1), ("PER", 2, 2), ("LOC", 4, 4)}
+    assert data.tag_spans("NOUN NOUN SYM SYM".split()) == {
+        ("NOUN", 0, 1), ("SYM", 2, 2), ("SYM", 3, 3)}
+    assert data.tag_spans([]) == set()
+    assert data.tag_spans(["O", "O"]) == set()
+
+
+def tag_rows(*sentences):
+    """Rows of a tagged text: words, and their tags by number."""
+    words = [sentence.split() for sentence, _ in sentences]
+    tags = [list(map(int, told.split())) for _, told in sentences]
+    return data.read_tags({"tokens": words, "tags": tags}, TAGS, "here")
+
+
+def test_the_first_piece_of_a_word_has_its_tag(cache):
+    rows = tag_rows(("the untolded plot", "0 2 1"), ("good", "1"))
+    split = data.encode(rows, TAGS, tokenizer_of(), 12)
+    first = split.collate(np.array([0]))
+    assert pieces(first["input_ids"][0]) == "[CLS] the un ##told ##ed plot [SEP]"
+    assert first["labels"].tolist() == [[-100, 0, 2, -100, -100, 1, -100]]
+    both = split.collate(np.array([0, 1]))
+    assert both["labels"].shape == both["input_ids"].shape == (2, 7)
+    assert both["labels"][1].tolist() == [-100, 1] + [-100] * 5
+    assert not any(name.startswith("note_") for name in both)
+
+
+def test_a_long_sentence_is_split_and_no_word_is_lost(cache):
+    rows = tag_rows(("the untold plot is good is bad", "0 1 2 0 1 2 0"), ("the film", "0 1"))
+    split = data.encode(rows, TAGS, tokenizer_of(), 6)
+    texts = [pieces(split.collate(np.array([i]))["input_ids"][0]) for i in range(len(split))]
+    assert texts == ["[CLS] the un ##told plot [SEP]", "[CLS] is good is bad [SEP]",
+                     "[CLS] the film [SEP]"]
+    assert split.fields["note_row"].values.tolist() == [0, 0, 1]
+    assert split.cut == 0
+    gold = [[0, 1, 2], [0, 1, 2, 0], [0, 1]]
+    assert data.score_tags(TAGS, TAGS, gold, split) == {"accuracy": 1.0, "f1": 1.0}
+
+    # A word longer than a row is cut, and still tagged.
+    split = data.encode(tag_rows(("the untolded plot", "0 1 2")), TAGS, tokenizer_of(), 4)
+    assert split.cut == 1
+    assert [split.note("words", i).tolist() for i in range(len(split))] == [[0], [1], [2]]
+
+
+def test_a_word_without_a_piece_is_an_error_and_not_left_out(cache):
+    words = ["the", "\u200b", "film"]
+    rows = data.read_tags({"tokens": [words], "tags": [["DET", "NOUN", "VERB"]]}, TAGS, "here")
+    split = data.encode(rows, TAGS, tokenizer_of(), 12)
+    assert split.note("words", 0).tolist() == [0, 2]
+    scores = data.score_tags(TAGS, TAGS, [np.array([0, 2])], split)
+    assert scores["accuracy"] == pytest.approx(2 / 3)
+    assert scores["f1"] == pytest.approx(4 / 5)
+
+
+def test_whole_sentences_are_drawn(cache):
+    rows = tag_rows(*[("the film is good is bad", "0 1 2 0 1 2")] * 9)
+    split = data.encode(rows, TAGS, tokenizer_of(), 6)
+    chosen = data.subset(split, 4, 0)
+    assert len(split) == 18 and len(chosen) == 8
+    taken = split.take(chosen)
+    assert len(set(taken.fields["note_row"].values)) == 4
+    gold = [[0, 1, 2, 0], [1, 2]] * 4
+    assert data.score_tags(TAGS, TAGS, gold, taken) == {"accuracy": 1.0, "f1": 1.0}
+
+
+def test_tags_are_read_by_name_whatever_their_order():
+    names = datasets.ClassLabel(names=["VERB", "DET", "NOUN"])
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")),
+                                  "tags": datasets.List(names)})
+    table = datasets.Dataset.from_dict(
+        {"tokens": [["the", "film"]], "tags": [[1, 2]]}, features=features)
+    assert data.read_tags(table, TAGS, "here")["label"][0] == [0, 1]
+    assert data.hidden_tags([[0], [1, -1]]) == 1
+    for tags, message in [([["DET"]], "2 words need as many tags"), ([["DET", "X"]], "tag 'X'")]:
+        with pytest.raises(UserError, match=message):
+            data.read_tags({"tokens": [["a", "b"]], "tags": tags}, TAGS, "here")
+
+
+def test_every_language_has_a_row():
+    assert len(data.GROUPS["pos"]) == 33 and len(data.GROUPS["ner"]) == 40
+    assert data.TASKS["pos-de"].config == "udpos.German"
+    assert data.TASKS["ner-yo"].config == "PAN-X.yo"
+    for name in data.GROUPS["pos"] + data.GROUPS["ner"]:
+        assert data.TASKS[name].validation == "test"
+
+
+def test_the_frame_of_special_tokens_is_the_tokenizers():
+    frame = data.frame_of(tokenizer_of(), 2)
+    ids = data.framed(frame, [[7], [8, 9]])
+    assert pieces(ids) == "[CLS] film [SEP] soup is [SEP]"
+    assert data.framed_types(frame, [1, 2]) == [0, 0, 0, 1, 1, 1]
+    assert data.framed(frame, [[7], [8, 9]], fill=-1) == [-1, 7, -1, 8, 9, -1]
+    assert frame.size == 3
+
+
+@pytest.fixture(scope="session")
+def tagged(tmp_path_factory):
+    """The flags of ner with local files: nouns are places, "good" a person."""
+    rng = np.random.default_rng(0)
+    rows = []
+    names = {"film": "B-LOC", "soup": "B-LOC", "good": "B-PER"}
+    for _ in range(40):
+        words = rng.choice("the film soup is good bad not untold".split(), rng.integers(2, 16))
+        tags = [names.get(word, "O") for word in words]
+        rows.append({"tokens": words.tolist(), "ner_tags": tags})
+    folder = tmp_path_factory.mktemp("tags")
+    path = write_lines(folder / "tags.jsonl", rows)
+    general = folder / "general.txt"
+    general.write_text("the film is good .\nthe soup is bad .\n" * 30)
+    files = [f"{name}={path}" for name in ("ner", "ner-de", "ner-fr")]
+    return ["--task", "ner", "--local_file", *files, "--eval_tasks", "ner-de", "ner-fr",
+            "--unlabeled", str(general), "--predict", "validation"]
+
+
+def test_gtuning_learns_tags_with_and_without_the_cache(tagged, tagger, tmp_path, cache):
+    def no_cache(name, *more):
+        return run_on_tags(gtuning, tagger, tmp_path / name, *tagged, "--T", 2, *more)
+
+    states = ["--cache_dir", tmp_path / "states"]
+    flags = ["--method", "adapter", "gtuning", "--max_steps", 30]
+    cached = no_cache("a", *flags, *states)
+    encoded = no_cache("b", *flags, "--no_cache")
+    for a, b in zip(cached, encoded):
+        for name in a["metrics"]:
+            assert a["metrics"][name] == pytest.approx(b["metrics"][name], abs=0.02)
+        assert a["metrics"]["validation"]["f1"] > 0.9
+        assert a["metrics"]["ner-de"] == a["metrics"]["ner-average"]
+
+    path = tmp_path / "a" / "ner" / "adapter-0" / "predictions-validation.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 40
+    for line in lines:
+        assert len(line["tokens"]) == len(line["tags"])
+
+
+def test_small_passes_are_one_batch_whatever_their_number_of_words(tagged, tagger, tmp_path,
+                                                                   cache):
+    folder = tmp_path / "still"
+    model = transformers.BertForMaskedLM.from_pretrained(tagger)
+    model.config.hidden_dropout_prob = 0.0
+    model.save_pretrained(folder)
+    tokenizer_of().save_pretrained(folder)
+    learned = []
+    for size in (8, 3):
+        out = tmp_path / str(size)
+        run_on_tags(
+            gtuning,
+            str(folder),
+            out,
+            *tagged,
+            "--method",
+            "adapter",
+            "--micro_batch_size",
+            size,
+            "--adam_eps",
+            0.01,
+            "--cache_dir",
+            tmp_path / "states",
+            "--keep",
+            "last",
+        )
+        path = out / "ner" / "adapter-0" / "model" / "gtuning.pt"
+        learned.append(torch.load(path, weights_only=True)["h"])
+    for name, weight in learned[0].items():
+        torch.testing.assert_close(weight, learned[1][name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["std", "r3f"])
+def test_r3f_learns_tags(method, tagged, tagger, tmp_path, cache):
+    flags = [word for word in tagged if word != "--unlabeled" and not word.endswith(".txt")]
+    result, = run_on_tags(r3f, tagger, tmp_path, *flags, "--method", method, "--max_steps", 30)
+    assert result["metrics"]["validation"]["f1"] > 0.9
+
+
+def test_of_tags_d_reads_the_mean_and_the_output_layer_each_token(tagger):
+    plm = transformers.AutoModel.from_pretrained(tagger)
+    f = gtuning.GTuning(plm, 3, by_token="tag").eval()
+    inputs = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
+              "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    logits = f.logits(**inputs)
+    assert logits.shape == (2, 4, 3)
+    assert f.features(**inputs).shape == (2, 32)
+    alone = f.logits(input_ids=torch.tensor([[2, 9, 3]]), attention_mask=torch.ones(1, 3).long())
+    torch.testing.assert_close(logits[1, :3], alone[0], atol=1e-5, rtol=0)
+
+    labels = torch.tensor([[-100, 0, 1, -100], [-100, 2, -100, -100]])
+    loss, _ = f(labels, **inputs)
+    chances = logits.log_softmax(-1)
+    by_hand = -(chances[0, 1, 0] + chances[0, 2, 1] + chances[1, 1, 2]) / 3
+    assert loss.item() == pytest.approx(by_hand.item(), abs=1e-5)
+    with pytest.raises(ValueError, match="by_token needs one text a row"):
+        gtuning.GTuning(plm, 3, by_token="tag", pair=True)
+
+
+# ------------------------------------------------------------------------------------------ answers
+
+QUESTIONS = data.Task("custom", "", "question context", "start end", "f1 em", kind="span",
+                      label="answers")
+
+
+@pytest.mark.parametrize("language, gold, predicted, by_language, by_squad", [
+    ("de", "der FC Bayern München", "FC Bayern", (0, 0.8), (0, 0.6667)),
+    ("zh", "北京市海淀区", "海淀区", (0, 0.6667), (0, 0)),
+    ("zh", "2008年", "2008 年", (1, 1), (0, 0)),
+    ("ar", "القاهرة", "قاهرة", (1, 1), (0, 0)),
+    ("vi", "là Hà Nội", "Hà Nội", (1, 1), (0, 0.8)),
+    ("es", "el año 1998", "1998", (0, 0.6667), (0, 0.5)),
+    ("en", "The plot, of course!", "plot of course", (1, 1), (1, 1)),
+])
+def test_the_rules_for_answers(language, gold, predicted, by_language, by_squad):
+    found = data.answer_scores(predicted, [gold], language, "mlqa")
+    assert found == pytest.approx(by_language, abs=1e-4)
+    found = data.answer_scores(predicted, [gold], language)
+    assert found == pytest.approx(by_squad, abs=1e-4)
+
+
+def test_the_best_of_several_answers_counts():
+    assert data.answer_scores("bad soup", ["soup", "bad soup ."]) == (1, 1)
+    assert data.answer_scores("", ["soup"]) == (0, 0)
+    assert data.answer_words("« soup »", "en", "mlqa") == ["soup"]
+    assert data.answer_words("« soup »") == ["«", "soup", "»"]
+
+
+def span_rows(*rows):
+    """Rows of (id, question, context, answer, answer_start)."""
+    table = {"id": [], "question": [], "context": [], "answers": []}
+    for name, question, context, answer, start in rows:
+        table["id"].append(name)
+        table["question"].append(question)
+        table["context"].append(context)
+        table["answers"].append({"text": [answer], "answer_start": [start]})
+    return table
+
+
+def test_an_answer_stands_where_its_text_is_nearest():
+    context = "the plot is the plot ."
+    rows = data.read_span(span_rows(("a", "?", context, "plot", 14), ("b", "?", context, "plot", 0),
+                                    ("c", "?", context, "soup", 3)), QUESTIONS, "here")
+    assert rows["starts"][:] == [[16], [4], [-1]]
+    english = data.Task("custom", "", "question context", kind="span", label="answers", only="b")
+    assert data.read_span(span_rows(("a", "?", context, "plot", 0), ("b", "?", context, "is", 9)),
+                          english, "here")["id"][:] == ["b"]
+
+
+def test_question_and_context_are_one_text_in_windows(cache, monkeypatch):
+    monkeypatch.setattr(data, "STRIDE", 3)
+    context = "the film was dull . the untold plot was good ."
+    table = span_rows(("a", "is it ?", context, "untold plot", 24))
+    rows = data.read_span(table, QUESTIONS, "here")
+    split = data.encode(rows, QUESTIONS, tokenizer_of(), 12)
+    found = [pieces(ids[mask.bool()]) for ids, mask in zip(*[
+        split.collate(np.arange(len(split)))[name] for name in ("input_ids", "attention_mask")])]
+    assert found == [
+        "[CLS] is [UNK] ? [SEP] the film was dull . the [SEP]",
+        "[CLS] is [UNK] ? [SEP] dull . the un ##told plot [SEP]",
+        "[CLS] is [UNK] ? [SEP] un ##told plot was good . [SEP]"]
+    labels = split.collate(np.arange(3))["labels"]
+    assert labels.tolist() == [[0, 0], [8, 10], [5, 7]]
+    assert split.fields["note_row"].values.tolist() == [0, 0, 0]
+
+    # The text of a span is cut out of the context; the best one of all windows is the answer.
+    kept = []
+    for part, best in enumerate([(6, 6, 1.0), (8, 10, 3.0), (5, 6, 2.0)]):
+        first, last, value = best
+        kept.append((np.array([[first], [last]]), np.array([[value], [value]], np.float32)))
+    assert data.best_answers(kept, split) == {0: "untold plot"}
+    assert data.score_spans(QUESTIONS, QUESTIONS, kept, split) == {"f1": 1.0, "em": 1.0}
+
+    # Neither a question nor an end before its start is an answer.
+    for first, last in ((1, 2), (9, 8), (0, 0)):
+        odd = (np.array([[first], [last]]), np.array([[9.0], [9.0]]))
+        assert data.best_answers([kept[0], odd, kept[2]], split) == {0: "untold"}
+        assert data.best_answers([odd, odd, odd], split) == {0: ""}
+
+
+def test_spans_are_at_most_30_tokens_long(cache):
+    context = " ".join(["the film was dull ."] * 8)
+    rows = data.read_span(span_rows(("a", "?", context, "film", 4)), QUESTIONS, "here")
+    split = data.encode(rows, QUESTIONS, tokenizer_of(), 64)
+    longest = (np.array([[4], [4 + 29]]), np.ones((2, 1)))
+    longer = (np.array([[4], [4 + 30]]), np.ones((2, 1)))
+    assert len(data.best_answers([longest], split)[0].split()) == 30
+    assert data.best_answers([longer], split) == {0: ""}
+
+
+def test_windows_cover_a_text_and_are_a_stride_apart():
+    assert list(data.windows(5, 10)) == [(0, 5)]
+    assert list(data.windows(700, 370)) == [(0, 370), (128, 498), (256, 626), (384, 700)]
+    assert list(data.windows(7, 3)) == [(0, 3), (3, 6), (6, 7)]
+    assert list(data.windows(0, 3)) == [(0, 0)]
+
+
+def test_every_language_has_its_questions():
+    sizes = {group: len(data.GROUPS[group]) for group in ("xquad", "mlqa", "tydiqa")}
+    assert sizes == {"xquad": 11, "mlqa": 7, "tydiqa": 9}
+    assert data.TASKS["mlqa-zh"].language == "zh" and not data.TASKS["xquad-zh"].language
+    assert data.TASKS["tydiqa"].only == "english-"
+
+
+def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(40):
+        words = [*rng.choice("film is bad not the".split(), rng.integers(1, 9)), "soup", "good"]
+        words = [str(word) for word in words]
+        rng.shuffle(words)
+        answer = {"text": ["soup"], "answer_start": [0]}
+        rows.append({"id": f"english-{number}", "question": "soup ?", "context": " ".join(words),
+                     "answers": answer})
+    path = write_lines(tmp_path / "questions.jsonl", rows)
+    files = [f"{name}={path}" for name in ("tydiqa", "tydiqa-english")]
+    general = tmp_path / "general.txt"
+    general.write_text("the film is good .\nthe soup is bad .\n" * 60)
+    flags = ["--task", "tydiqa", "--local_file", *files, "--eval_tasks", "tydiqa-english",
+             "--unlabeled", general, "--predict", "validation", "--method", "gtuning", "--T", 2,
+             "--max_steps", 40, "--max_length", 16]
+    (cached,) = run_on_tags(
+        gtuning, tagger, tmp_path / "a", *flags, "--cache_dir", tmp_path / "states"
+    )
+    encoded, = run_on_tags(gtuning, tagger, tmp_path / "b", *flags, "--no_cache")
+    assert cached["metrics"]["validation"]["f1"] > 0.9
+    assert cached["metrics"]["validation"] == cached["metrics"]["tydiqa-english"]
+    assert cached["metrics"]["validation"]["f1"] == pytest.approx(
+        encoded["metrics"]["validation"]["f1"], abs=0.02)
+    path = tmp_path / "a" / "tydiqa" / "gtuning-0" / "predictions-validation.json"
+    answers = json.loads(path.read_text())
+    assert len(answers) == 40 and answers["english-0"] == "soup"
+
+
+# ---------------------------------------------------------------------------------------- retrieval
+
+RETRIEVE = data.Task("custom", "", "target_sentence source_sentence", kind="retrieve")
+
+
+def test_the_nearest_candidate_by_the_cosine_is_chosen_of_all():
+    rng = np.random.default_rng(0)
+    asked = rng.normal(size=(600, 8))
+    candidates = asked * rng.uniform(1, 9, (600, 1))
+    kept = list(np.stack([asked, candidates], 1))
+    assert data.score_retrieve(RETRIEVE, None, kept, None) == {"accuracy": 1.0}
+
+    # 30 candidates change places with their neighbours.
+    moved = candidates.copy()
+    moved[:30] = np.roll(candidates[:30], 1, 0)
+    kept = list(np.stack([asked, moved], 1))
+    assert data.score_retrieve(RETRIEVE, None, kept, None) == {"accuracy": 570 / 600}
+
+
+def test_tatoeba_is_asked_in_english_and_bucc_in_the_other_language():
+    assert data.TASKS["tatoeba-deu"].columns == ["target_sentence", "source_sentence"]
+    assert data.TASKS["bucc-zh"].columns == ["source_sentence", "target_sentence"]
+    assert len(data.GROUPS["tatoeba"]) == 36 and len(data.GROUPS["bucc"]) == 4
+    rows = data.read_retrieve({"source_sentence": ["soup\n"], "target_sentence": ["film"]},
+                              RETRIEVE, "here")
+    assert rows[0] == {"target_sentence": "film", "source_sentence": "soup", "label": 0}
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory):
+    """Sentences of 1 to 9 words, different ones, and themselves as translations."""
+    rng = np.random.default_rng(0)
+    texts = sorted({" ".join(rng.choice(TAG_WORDS[5:16], rng.integers(1, 9))) for _ in range(60)})
+    rows = [{"source_sentence": text, "target_sentence": text} for text in texts]
+    return write_lines(tmp_path_factory.mktemp("same") / "same.jsonl", rows)
+
+
+@pytest.mark.parametrize("more", [[], ["--no_cache"], ["--retrieve_layer", 1],
+                                  ["--pooling", "mean"], ["--tune", "all"]])
+def test_identical_sentences_find_each_other(more, tagged, sentences, tagger, tmp_path, cache):
+    files = tagged[tagged.index("--local_file") + 1:tagged.index("--eval_tasks")]
+    (result,) = run_on_tags(
+        gtuning,
+        tagger,
+        tmp_path / "runs",
+        "--task",
+        "ner",
+        "--local_file",
+        *files,
+        f"tatoeba-deu={sentences}",
+        f"bucc-zh={sentences}",
+        "--eval_tasks",
+        "tatoeba-deu",
+        "bucc-zh",
+        "--method",
+        "adapter",
+        "--max_steps",
+        2,
+        "--cache_dir",
+        tmp_path / "states",
+        *more,
+    )
+    assert result["metrics"]["tatoeba-deu"] == result["metrics"]["bucc-zh"] == {"accuracy": 1.0}
+
+
+def test_a_block_of_g_gives_its_mean(tagger):
+    plm = transformers.AutoModel.from_pretrained(tagger)
+    f = gtuning.GTuning(plm, 3).eval()
+    inputs = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
+              "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    found = f.mean_vectors(layer=1, **inputs)
+    states = plm.eval()(**inputs, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(found[0], states[0].mean(0))
+    torch.testing.assert_close(found[1], states[1, :3].mean(0))
+    mean = gtuning.GTuning(plm, 3, pooling="mean").eval()
+    mean.load_state_dict(f.state_dict())
+    torch.testing.assert_close(f.mean_vectors(**inputs), mean.features(**inputs))
+
+
+def test_retrieval_is_gtunings_and_trains_nothing(sentences, tagged, tagger, tmp_path, cache):
+    files = tagged[tagged.index("--local_file") + 1:tagged.index("--eval_tasks")]
+    flags = ["--task", "ner", "--local_file", *files, f"tatoeba-deu={sentences}", "--eval_tasks",
+             "tatoeba-deu"]
+    with pytest.raises(UserError, match="is of the kind retrieve, the trained task tag"):
+        run_on_tags(r3f, tagger, tmp_path, *flags, "--method", "std")
+    with pytest.raises(UserError, match="--retrieve_layer 3: must be at most 2, the blocks of"):
+        run_on_tags(gtuning, tagger, tmp_path, *flags, "--method", "adapter", "--retrieve_layer", 3)
+    with pytest.raises(UserError, match="whose kind is retrieve"):
+        run_on_tags(gtuning, tagger, tmp_path, "--task", "tatoeba-deu", "--local_file",
+            f"tatoeba-deu={sentences}", "--method", "adapter")
+
+
+# ---------------------------------------------------------------------- length, rate, what is kept
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("length", [4.0, 1.0, 0.0])
+def test_f_has_its_length_and_the_output_layer_reads_the_same(pooling, length, tagger,
+                                                              tmp_path):
+    plm = transformers.AutoModel.from_pretrained(tagger)
+    torch.manual_seed(0)
+    f = gtuning.GTuning(plm, 3, pooling=pooling, length=length).eval()
+    torch.manual_seed(0)
+    usual = gtuning.GTuning(plm, 3, pooling=pooling).eval()
+    inputs = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
+              "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    wanted = torch.full((2,), length or 32 ** 0.5)
+    torch.testing.assert_close(f.features(**inputs).norm(dim=1), wanted, atol=1e-3, rtol=0)
+    torch.testing.assert_close(f.logits(**inputs), usual.logits(**inputs), atol=1e-5, rtol=0)
+    f.save_pretrained(tmp_path)
+    again = gtuning.GTuning.from_pretrained(tmp_path, plm)
+    torch.testing.assert_close(again.features(**inputs), f.features(**inputs))
+
+
+def test_the_rate_decays_or_stays(tagged, tagger, tmp_path, cache):
+    for schedule, last in (("decay", 0.0), ("constant", 0.01)):
+        run_on_tags(gtuning, tagger, tmp_path / schedule, *tagged, "--method", "gtuning", "--T", 1,
+            "--log_every", 1, "--schedule", schedule, "--cache_dir", tmp_path / "states")
+        lines = (tmp_path / schedule / "ner" / "gtuning-0" / "log.jsonl").read_text().splitlines()
+        rates = [line["lr"] for line in map(json.loads, lines) if line.get("phase") == 3]
+        assert rates[-1] == pytest.approx(last)
+
+
+def test_the_best_state_counts_or_the_last(tagged, tagger, tmp_path, cache):
+    """At a rate far too high the last state is not the best."""
+    found = {}
+    for keep in ("best", "last"):
+        result, = run_on_tags(gtuning, tagger, tmp_path / keep, *tagged, "--method", "adapter",
+                      "--keep", keep, "--lr", 0.3, "--eval_every", 1, "--max_steps", 5,
+                      "--cache_dir", tmp_path / "states")
+        found[keep] = result
+        lines = (tmp_path / keep / "ner" / "adapter-0" / "log.jsonl").read_text().splitlines()
+        seen = [line["metrics"]["validation"]["f1"] for line in map(json.loads, lines)
+                if "metrics" in line]
+        wanted = max(seen) if keep == "best" else seen[-1]
+        assert result["metrics"]["validation"]["f1"] == result["best"]["value"] == wanted
+    assert found["last"]["best"]["step"] == 5
+    assert found["best"]["best"]["value"] > found["last"]["best"]["value"]
+
+
+# --------------------------------------------------------------------------------------- Self-Teach
+
+def test_the_divergence_from_the_teacher_by_hand():
+    teacher = torch.tensor([[0.0, np.log(3)], [1.0, 1.0]])
+    student = torch.zeros(2, 2)
+    by_hand = np.log(2) - np.log(4) / 4 - 0.75 * np.log(4 / 3)
+    assert gtuning.kl_to_teacher(teacher, student).item() == pytest.approx(by_hand / 2, abs=1e-6)
+    assert gtuning.kl_to_teacher(teacher, teacher).item() == 0
+
+
+@pytest.fixture(scope="session", params=[1, 2])
+def labelled(request, tmp_path_factory):
+    """The flags of a task of 40 rows with one or two columns: whether "good" comes in the last."""
+    rng = np.random.default_rng(0)
+    columns = ["sentence1", "sentence2"] if request.param == 2 else ["text"]
+    rows = []
+    for number in range(40):
+        row = {column: " ".join(rng.choice("film is soup the".split(), 5)) for column in columns}
+        row["label"] = ["no", "yes"][number % 2]
+        row[columns[-1]] += " good" if number % 2 else " bad"
+        rows.append(row)
+    folder = tmp_path_factory.mktemp("labelled")
+    path = write_lines(folder / "rows.jsonl", rows)
+    general = folder / "general.txt"
+    general.write_text("the film is good .\nthe soup is bad .\n" * 60)
+    return ["--train_file", path, "--validation_file", path, "--unlabeled", str(general)]
+
+
+def test_self_teach_learns_from_labels_and_from_a_finished_run(labelled, tagger, tmp_path,
+                                                               cache):
+    flags = [*labelled, "--max_length", 24, "--cache_dir", tmp_path / "states", "--log_every", 1]
+    run_on_tags(gtuning, tagger, tmp_path / "a", *flags, "--method", "adapter")
+    teacher = ["--method", "self-teach", "--teacher", tmp_path / "a" / "custom" / "adapter-0"]
+    logs = {}
+    for name, more in {"taught": [], "encoded": ["--no_cache"], "0": ["--teach_weight", 0]}.items():
+        run_on_tags(gtuning, tagger, tmp_path / name, *flags, *teacher, *more)
+        path = tmp_path / name / "custom" / "self-teach-0" / "log.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        logs[name] = [line for line in lines if "kl" in line]
+    assert len(logs["taught"]) == 6
+    for line, encoded in zip(logs["taught"], logs["encoded"]):
+        assert line["loss"] == pytest.approx(line["l_t"] + line["kl"], abs=1e-5)
+        assert line["kl"] > 0
+        assert line["loss"] == pytest.approx(encoded["loss"], abs=1e-4)
+    for line in logs["0"]:
+        assert line["loss"] == line["l_t"]
+
+
+def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_path, cache):
+    with pytest.raises(UserError, match="--teacher is missing: must be the folder"):
+        run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach")
+    run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "adapter", "--name", "other")
+    with pytest.raises(UserError, match="its task is other, must be custom"):
+        run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach", "--teacher",
+            tmp_path / "other" / "adapter-0")
+    with pytest.raises(UserError, match="whose kind is tag"):
+        run_on_tags(gtuning, tagger, tmp_path, *tagged, "--method", "self-teach")
+
+
 # =======================================================================================  summaries
 
 # ------------------------------------------------------------------------------------------ helpers
 
 SUMMARIES = ["toy-sum", "toy-sum-food", "cnndm", "gigaword", "tifu-long", "tifu-short", "xsum"]
-
-
-@pytest.fixture(scope="session")
-def summary_cache(tmp_path_factory):
-    """Hub caches of the tests alone."""
-    import huggingface_hub.constants
-    folder = str(tmp_path_factory.mktemp("hf"))
-    os.environ["HF_HOME"] = folder
-    huggingface_hub.constants.HF_HOME = folder
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -5762,14 +6767,8 @@ def files(tmp_path_factory):
         lines = []
         for i, row in enumerate(rows):
             lines.append({"id": f"{split} {i}", "document": row["text"], "summary": row["label"]})
-        flags += [flag, summary_write_rows(folder / f"{split}.jsonl", lines)]
+        flags += [flag, write_rows(folder / f"{split}.jsonl", lines)]
     return flags
-
-
-def summary_write_rows(path, rows):
-    """A jsonl file of dicts."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def summary_settings(**given):
@@ -5790,22 +6789,13 @@ def summary_own(train, validation=None, **given):
     return summary_settings(task="custom", **{**names, **columns, **given})
 
 
-def summary_run(model, out, *more):
+def summarise(model, out, *more):
     """r3f.py in this process. Returns the results."""
     argv = ["--model", model, "--output_dir", out, "--precision", "fp32", "--seeds", 0, *more]
     return r3f.main([str(word) for word in argv])
 
 
-def summary_refusal(call, *arguments):
-    """What a call says when it refuses wrong input: one line."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def summary_split_of(lengths, target_lengths):
+def split_of_both(lengths, target_lengths):
     """A Split of rows of these lengths; all tokens of row r are r + 5."""
     fields = {}
     for name, sizes, fill in (("input_ids", lengths, 1), ("attention_mask", lengths, 0),
@@ -5815,21 +6805,12 @@ def summary_split_of(lengths, target_lengths):
         if name == "attention_mask":
             values = np.ones_like(values)
         fields[name] = data.Field(values, np.concatenate([[0], np.cumsum(sizes)]), fill)
-    return data.Split(fields)
+    return data.Split(fields, has_targets=True)
 
 
 def random_split(n, seed=0, low=5, high=40):
     rng = np.random.default_rng(seed)
-    return summary_split_of(rng.integers(low, high, n), rng.integers(2, 12, n))
-
-
-def summary_weights(folder):
-    """{file: {name: tensor}} of all saved models below a folder."""
-    from safetensors.torch import load_file
-    found = {}
-    for path in sorted(glob.glob(f"{folder}/**/model/*.safetensors", recursive=True)):
-        found[os.path.relpath(path, folder)] = load_file(path)
-    return found
+    return split_of_both(rng.integers(low, high, n), rng.integers(2, 12, n))
 
 
 def predictions_of(path):
@@ -5932,7 +6913,7 @@ def test_tifu_is_read_in_slices_of_its_parquet_export(monkeypatch):
 
 
 def test_own_files_have_a_target_column(tmp_path):
-    path = summary_write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": "b"}] * 3)
+    path = write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": "b"}] * 3)
     rows = data.load(summary_own(path, max_target_length=20))
     assert rows.task.kind == "generate" and rows.train["label"][:] == ["b"] * 3
     assert rows.task.target_length == rows.task.decoding.longest == 20
@@ -5940,29 +6921,29 @@ def test_own_files_have_a_target_column(tmp_path):
 
 
 def test_a_target_column_that_is_missing_is_refused(tmp_path):
-    path = summary_write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": "b"}] * 3)
-    message = summary_refusal(data.load, summary_own(path, target_column="tldr"))
+    path = write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": "b"}] * 3)
+    message = refusal(data.load, summary_own(path, target_column="tldr"))
     assert message == (f"--target_column tldr: no column 'tldr' (--target_column) in {path}, which "
                        "has ['document', 'summary']")
 
 
 @pytest.mark.parametrize("empty", ["", " \n ", None])
 def test_an_empty_summary_is_refused_with_its_row_but_for_prediction(empty, tmp_path):
-    good = summary_write_rows(tmp_path / "good.jsonl", [{"document": "a", "summary": "b"}] * 3)
+    good = write_rows(tmp_path / "good.jsonl", [{"document": "a", "summary": "b"}] * 3)
     rows = [{"document": "a", "summary": "b"}, {"document": "a", "summary": empty}]
-    bad = summary_write_rows(tmp_path / "bad.jsonl", rows)
+    bad = write_rows(tmp_path / "bad.jsonl", rows)
     words = "row 2 has a hidden label (-1, an empty text, or no column 'summary')"
-    assert summary_refusal(data.load, summary_own(bad, good)).startswith(f"{bad}: {words}")
-    assert summary_refusal(data.load, summary_own(good, bad)).startswith(f"{bad}: {words}")
+    assert refusal(data.load, summary_own(bad, good)).startswith(f"{bad}: {words}")
+    assert refusal(data.load, summary_own(good, bad)).startswith(f"{bad}: {words}")
     given = summary_settings(eval_tasks=["xsum"], local_file=[f"xsum={bad}"])
-    message = summary_refusal(data.load_further, given, data.TASKS["toy-sum"])
+    message = refusal(data.load_further, given, data.TASKS["toy-sum"])
     assert message.startswith(f"--eval_tasks xsum: split validation: {words}")
     assert data.load(summary_own(good, test_file=bad)).unscored["test"]["label"][:] == ["b", ""]
 
 
 def test_a_summary_that_is_no_text_is_refused(tmp_path):
-    path = summary_write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": {"b": 1}}])
-    message = summary_refusal(data.load, summary_own(path))
+    path = write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": {"b": 1}}])
+    message = refusal(data.load, summary_own(path))
     assert message == f"{path}: row 1: column 'summary' must hold texts, has {{'b': 1}}"
 
 
@@ -5998,7 +6979,7 @@ def test_a_line_break_is_a_word_of_the_toy_language(tiny_bart):
     assert data.collect_texts(ids, None, tokenizer) == [text]
 
 
-def test_padded_batches_are_as_wide_as_they_can_be(summary_cache):
+def test_padded_batches_are_as_wide_as_they_can_be(cache):
     split = random_split(40)
     batches = data.Batches(split, 8, 0, batching="padded", width=50, target_width=20)
     inputs, = batches[0]
@@ -6039,8 +7020,8 @@ def test_the_order_of_batches_by_tokens_is_a_function_of_seed_and_epoch():
 
 
 def test_every_process_has_a_row_in_every_batch_or_it_is_refused():
-    split = summary_split_of([90] * 30 + [5] * 30, [10] * 60)                    # 3450 tokens
-    message = summary_refusal(lambda: data.Batches(split, None, 0, 0, 4, tokens=200))
+    split = split_of_both([90] * 30 + [5] * 30, [10] * 60)                    # 3450 tokens
+    message = refusal(lambda: data.Batches(split, None, 0, 0, 4, tokens=200))
     assert message == ("--batch_tokens 200: the rows have 58 tokens on average; must be at least "
                        "230, a row for each of 4 processes")
     batches = data.Batches(split, None, 0, 0, 4, tokens=230)
@@ -6049,7 +7030,7 @@ def test_every_process_has_a_row_in_every_batch_or_it_is_refused():
 
 
 def test_a_row_that_is_longer_than_two_batches_leaves_none_empty():
-    split = summary_split_of([90] + [5] * 40, [5] * 41)
+    split = split_of_both([90] + [5] * 40, [5] * 41)
     for seed in range(5):
         batches = data.Batches(split, None, seed, tokens=30, batching="random")
         sizes = [len(batches.rows(step)) for step in range(batches.per_epoch)]
@@ -6081,7 +7062,7 @@ def test_95_of_100_computed_tokens_are_real_on_both_sides(name, source, spread, 
     fields = {
         "input_ids": data.Field(None, np.concatenate([[0], np.cumsum(lengths)]), 1),
         "labels": data.Field(None, np.concatenate([[0], np.cumsum(targets)]), -100)}
-    batches = data.Batches(data.Split(fields), None, 0, tokens=2048)
+    batches = data.Batches(data.Split(fields, has_targets=True), None, 0, tokens=2048)
     on_source, on_target = real_share(batches)
     assert on_source > 0.95 and on_target > 0.95
 
@@ -6094,9 +7075,10 @@ def test_rows_of_a_fixed_number_are_sorted_on_both_sides_too():
 
 
 def test_real_and_computed_tokens_count_both_sides():
-    split = summary_split_of([5, 9], [2, 4])
+    split = split_of_both([5, 9], [2, 4])
     batches = data.Batches(split, 2, 0)
-    batches[0]
+    batch, = batches[0]
+    assert batch["labels"].shape == (2, 4)
     assert (batches.real, batches.computed) == (5 + 9 + 2 + 4, 2 * 9 + 2 * 4)
 
 
@@ -6115,11 +7097,11 @@ def test_a_batch_has_a_size_or_tokens(flags, files):
     assert (args.batch_size, args.batch_tokens) == wanted[flags[0] if flags else ""]
 
 
-def test_micro_batches_of_unlike_targets_give_the_same_gradient(tiny_bart, summary_cache):
+def test_micro_batches_of_unlike_targets_give_the_same_gradient(tiny_bart, cache):
     """The mean is over the real tokens of the whole batch."""
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_bart)
     module = r3f.R3F(model, lam=0.0, label_smoothing=0.1).train()
-    split = summary_split_of([9, 5, 7, 6], [2, 9, 3, 4])
+    split = split_of_both([9, 5, 7, 6], [2, 9, 3, 4])
     world = common.World(argparse.Namespace(batch_size=None, compile=False, precision="fp32"))
     gradients = []
     for micro in (4, 1):
@@ -6184,7 +7166,7 @@ def test_predictions_are_a_json_object_a_line(tmp_path):
 
 # --------------------------------------------------------------------------------------- whole runs
 
-def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, summary_cache, monkeypatch):
+def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, cache, monkeypatch):
     """Batches by tokens; a sample is scored during training, all rows at the end."""
     scored = []
     real = data.score_texts
@@ -6195,12 +7177,11 @@ def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, summary_cache
 
     watched = dataclasses.replace(data.KINDS["generate"], score=score)
     monkeypatch.setitem(data.KINDS, "generate", watched)
-    unlabelled = summary_write_rows(tmp_path / "t.jsonl", [{"document": "good plot ."}])
-    results = summary_run(tiny_bart, tmp_path, *files, "--method", "std", "r3f", "--batch_tokens", 400,
-                  "--max_steps", 6, "--eval_every", 3, "--eval_samples", 5, "--lr", 1e-3,
-                  "--eval_tasks", "toy-sum-food", "--max_target_length", 10, "--test_file",
-                  unlabelled, "--log_every", 2, "--local_file",
-                  f"toy-sum-food={food_file(tmp_path)}")
+    unlabelled = write_rows(tmp_path / "t.jsonl", [{"document": "good plot ."}])
+    flags = ("--method std r3f --batch_tokens 400 --max_steps 6 --eval_every 3 --eval_samples 5 "
+             "--lr 1e-3 --eval_tasks toy-sum-food --max_target_length 10 --log_every 2").split()
+    flags += ["--test_file", unlabelled, "--local_file", f"toy-sum-food={food_file(tmp_path)}"]
+    results = summarise(tiny_bart, tmp_path, *files, *flags)
     assert scored == [5, 5, 20, 3] * 2
     for result in results:
         folder = tmp_path / "own" / f"{result['method']}-0"
@@ -6229,14 +7210,15 @@ def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, summary_cache
 def food_file(folder):
     rows = data.toy_summaries("food", "test").select(range(3))
     lines = [{"text": row["text"], "summary": row["label"]} for row in rows]
-    return summary_write_rows(folder / "food.jsonl", lines)
+    return write_rows(folder / "food.jsonl", lines)
 
 
-def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(tiny_bart, files, tmp_path, summary_cache,
-                                                          monkeypatch):
+def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(
+    tiny_bart, files, tmp_path, cache, monkeypatch
+):
     flags = [*files, "--method", "r3f", "--batch_tokens", 300, "--max_steps", 7, "--save_every", 2,
              "--eval_every", 3, "--eval_samples", 4, "--max_target_length", 8, "--lr", 1e-3]
-    whole, = summary_run(tiny_bart, tmp_path / "whole", *flags)
+    whole, = summarise(tiny_bart, tmp_path / "whole", *flags)
 
     real = common.Run.log
     dies_at = [3, 5]
@@ -6247,18 +7229,25 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(tiny_bart
             raise KeyError("killed")
         real(self, *terms, **plain)
 
-    monkeypatch.setattr(common.Run, "log", log)
-    while dies_at:
+    def finish(self, *given):
+        raise KeyError("killed")
+
+    with monkeypatch.context() as dying:
+        dying.setattr(common.Run, "log", log)
+        while dies_at:
+            with pytest.raises(KeyError):
+                summarise(tiny_bart, tmp_path / "parts", *flags, "--resume")
+        dying.setattr(common.Run, "finish", finish)
         with pytest.raises(KeyError):
-            summary_run(tiny_bart, tmp_path / "parts", *flags, "--resume")
-    parts, = summary_run(tiny_bart, tmp_path / "parts", *flags, "--resume")
+            summarise(tiny_bart, tmp_path / "parts", *flags, "--resume")
+    parts, = summarise(tiny_bart, tmp_path / "parts", *flags, "--resume")
     assert parts["metrics"] == whole["metrics"]
     assert parts["padding_efficiency"] == whole["padding_efficiency"]
     assert parts["best"]["step"] == whole["best"]["step"]
-    assert_same_weights(summary_weights(tmp_path / "whole"), summary_weights(tmp_path / "parts"))
+    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-def test_two_processes_end_like_one_of_summaries(tiny_bart, files, tmp_path, summary_cache):
+def test_two_processes_end_like_one_of_summaries(tiny_bart, files, tmp_path, cache):
     """They share batches of tokens, by unlike numbers of rows."""
     flags = [*files, "--method", "std", "--batch_tokens", 300, "--max_steps", 6, "--lr", 1e-3,
              "--label_smoothing", 0.1, "--max_target_length", 8]
@@ -6267,10 +7256,10 @@ def test_two_processes_end_like_one_of_summaries(tiny_bart, files, tmp_path, sum
                "--model", tiny_bart, "--output_dir", str(tmp_path / "2"), "--precision", "fp32",
                "--seeds", "0", *map(str, flags)]
     two = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    one, = summary_run(tiny_bart, tmp_path / "1", *flags)
+    one, = summarise(tiny_bart, tmp_path / "1", *flags)
     text = two.communicate()[0]
     assert two.returncode == 0, text
-    assert_same_weights(summary_weights(tmp_path / "1"), summary_weights(tmp_path / "2"), 1e-5)
+    assert_same_weights(weights(tmp_path / "1"), weights(tmp_path / "2"), 1e-5)
     both = json.load(open(tmp_path / "2/own/std-0/results.json"))
     assert both["world_size"] == 2 and both["metrics"] == one["metrics"]
     lines = [predictions_of(tmp_path / n / "own/std-0/predictions-validation.jsonl") for n in "12"]
@@ -6278,15 +7267,15 @@ def test_two_processes_end_like_one_of_summaries(tiny_bart, files, tmp_path, sum
 
 
 def test_init_from_keeps_the_words_that_writing_shares_with_reading(tiny_bart, files, tmp_path,
-                                                                    summary_cache):
+                                                                    cache):
     """A model that writes has no head of its own to draw afresh."""
-    summary_run(tiny_bart, tmp_path, *files, "--method", "std", "--max_steps", 1, "--batch_size", 8,
+    summarise(tiny_bart, tmp_path, *files, "--method", "std", "--max_steps", 1, "--batch_size", 8,
         "--max_target_length", 8)
     folder = tmp_path / "own/std-0"
-    again, = summary_run("unused", tmp_path / "again", *files, "--method", "std", "--max_steps", 1,
+    again, = summarise("unused", tmp_path / "again", *files, "--method", "std", "--max_steps", 1,
                  "--batch_size", 8, "--lr", 1e-30, "--max_target_length", 8, "--init_from", folder)
     assert again["steps"] == 1
-    assert_same_weights(summary_weights(tmp_path / "own"), summary_weights(tmp_path / "again/own"), 1e-12)
+    assert_same_weights(weights(tmp_path / "own"), weights(tmp_path / "again/own"), 1e-12)
 
 
 def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_bert, tmp_path):
@@ -6301,7 +7290,8 @@ def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_bert, tmp_path):
     heads = []
     for seed in (0, 0, 1):
         args = argparse.Namespace(
-            path=str(tmp_path), model="m", init_from="run", weight_noise=0.0)
+            path=str(tmp_path), model="m", init_from="run", weight_noise=0.0,
+            post_train=None)
         model = common.load_model(args, setup, seed, world)
         torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight,
                                    tuned.bert.embeddings.word_embeddings.weight)
@@ -6312,22 +7302,22 @@ def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_bert, tmp_path):
 
 # ---------------------------------------------------------------------------------------- bad input
 
-def test_a_model_without_a_decoder_is_refused(tiny_bert, files, tmp_path, summary_cache):
-    message = summary_refusal(summary_run, tiny_bert, tmp_path, *files)
+def test_a_model_without_a_decoder_is_refused(tiny_bert, files, tmp_path, cache):
+    message = refusal(summarise, tiny_bert, tmp_path, *files)
     assert message == (f"--model {tiny_bert}: a bert has no decoder, which own needs to write "
                        "texts; must be a model such as facebook/bart-large")
 
 
 @pytest.mark.parametrize("method, others", [("r4f", "std or r3f"), ("smart", "std or r3f")])
-def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files, tmp_path, summary_cache):
-    message = summary_refusal(summary_run, tiny_bart, tmp_path, *files, "--method", method)
+def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files, tmp_path, cache):
+    message = refusal(summarise, tiny_bart, tmp_path, *files, "--method", method)
     assert message.startswith(f"--method {method}: must be {others} for own, whose kind is "
                               "generate: R4F finds no head of its own there (paper, section 3.2)")
 
 
 @pytest.mark.parametrize("flags, words", [
     ("--task toy-sum --target_column x", "--target_column x: is for your own files"),
-    ("--task toy --batch_tokens 100", "--batch_tokens 100: is for texts that are written; toy needs "
+    ("--task toy --batch_tokens 9", "--batch_tokens 9: is for texts that are written; toy needs "
                                       "--batch_size"),
     ("--task toy-sum --max_target_length 65", "--max_target_length 65: must be from 4 to 64, the "
                                               "limit of"),
@@ -6340,11 +7330,11 @@ def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files,
                                         "task generate"),
     ("--task toy-sum --eval_samples 0", "--eval_samples: must be a whole number from 1"),
 ])
-def test_wrong_flags_are_refused_in_one_line_of_summaries(flags, words, tiny_bart, tmp_path, summary_cache):
-    assert summary_refusal(summary_run, tiny_bart, tmp_path, *flags.split()).startswith(words)
+def test_wrong_flags_are_refused_in_one_line_of_summaries(flags, words, tiny_bart, tmp_path, cache):
+    assert refusal(summarise, tiny_bart, tmp_path, *flags.split()).startswith(words)
 
 
-# -------------------------------------------------------------------------- recipes and the toy task
+# ------------------------------------------------------------------------- recipes and the toy task
 
 @pytest.mark.parametrize("task, tokens, steps, warmup", [
     ("cnndm", 1024, 80000, 1000), ("gigaword", 2048, 200000, 5000),
@@ -6358,7 +7348,16 @@ def test_recipes_are_those_of_tables_7_and_8(task, tokens, steps, warmup):
     assert args.model == "facebook/bart-large" and args.eval_tasks == [f"{task}:test"]
 
 
-def test_a_recipes_lengths_give_way_to_the_models(tiny_bart, files, summary_cache):
+def test_methods_get_the_flags_of_summaries(tiny_bart):
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_bart)
+    flags = ["--label_smoothing", "0.2", "--reduction", "sentence", "--lam", "0.3"]
+    args = common.parse(r3f.flags(), flags, r3f.recipe)
+    for method, lam in (("std", 0.0), ("r3f", 0.3)):
+        module = r3f.build_method(method, model, args)
+        assert (module.lam, module.label_smoothing, module.reduction) == (lam, 0.2, "sentence")
+
+
+def test_a_recipes_lengths_give_way_to_the_models(tiny_bart, files, cache):
     args = common.parse(r3f.flags(), [*files, "--model", tiny_bart], r3f.recipe)
     assert args.max_length == 1024
     world = argparse.Namespace(first=None)
@@ -6411,11 +7410,11 @@ def test_denoising_restores_a_third_of_the_words():
         assert 0.25 < hidden.sum() / (whole > 4).sum() < 0.42
 
 
-def test_the_toy_task_runs_with_its_own_model(tmp_path, summary_cache, monkeypatch):
+def test_the_toy_task_runs_with_its_own_model(tmp_path, cache, monkeypatch):
     """Its pre-training is cut short here."""
     real = common.learn_to_restore
     monkeypatch.setattr(common, "learn_to_restore", lambda model, ids: real(model, ids, steps=3))
-    results = summary_run("toy-sum", tmp_path, "--task", "toy-sum", "--max_steps", 2, "--eval_tasks",
+    results = summarise("toy-sum", tmp_path, "--task", "toy-sum", "--max_steps", 2, "--eval_tasks",
                   "toy-sum-food", "--local_file", f"toy-sum-food={food_file(tmp_path)}",
                   "--method", "std", "--max_target_length", 8)
     assert list(results[0]["metrics"]) == ["validation", "toy-sum-food"]
