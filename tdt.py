@@ -75,6 +75,8 @@ METHODS = {                                            # the kinds of task it ca
     "cutoff": ("classify", "cutoff_rate cutoff_a cutoff_b"),
 }
 
+WHY = {"regress": ": JS of a regression is undefined"}
+
 # Those whose models come with confidences.
 CONFIDENT = ["tdt", "tdt-hard"]
 
@@ -1399,8 +1401,7 @@ def main(argv=None):
     marks = marks_of(args)
 
     def check(task):
-        why = ": JS of a regression is undefined" if task.kind == "regress" else ""
-        common.check_methods(args, task, METHODS, why)
+        common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
         check_task(args, asked, task)
 
     with common.processes(args) as world:

@@ -5724,8 +5724,13 @@ def save_toy_bert(folder, kind="BertForMaskedLM", mask_token="[MASK]"):
     transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64).save_pretrained(folder)
     path = os.path.join(folder, "tokenizer_config.json")
     settings = {**load(path), "mask_token": mask_token}
-    write(path, json.dumps(settings))
+    save_text(path, json.dumps(settings))
     return str(folder)
+
+
+def save_text(path, text):
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def save_reviews(folder, number=False, pairs=False):
@@ -5740,7 +5745,7 @@ def save_reviews(folder, number=False, pairs=False):
                 line = {"sentence1": row["text"], "sentence2": f"great {row['text']}",
                         "label": label}
             lines.append(json.dumps(line) + "\n")
-        write(os.path.join(folder, f"{name}.jsonl"), "".join(lines))
+        save_text(os.path.join(folder, f"{name}.jsonl"), "".join(lines))
 
 
 def flags_on(folder):
@@ -6088,7 +6093,7 @@ def test_variants_are_made_as_the_run_was_trained(tmp_path):
     module = small_tdt()
     settings = {"mu0": "zero", "variant": "released", "tau": 0.5}
     results = {"method": "tdt-hard", "args": settings, "metrics": {}}
-    write(tmp_path / "results.json", json.dumps(results))
+    save_text(tmp_path / "results.json", json.dumps(results))
     tdt.perturb_as_trained(module, str(tmp_path), 4)
     assert (module.mu0, module.variant, module.tau) == ("zero", "released", 0.5)
     assert module.hard and module.mask_token_id == 4
