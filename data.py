@@ -2086,7 +2086,7 @@ def tokenise_retrieve(rows, task, tokenizer, max_length, separate=True):
 
 
 def no_forward(model, task):
-    raise NotImplementedError("of which vectors is the script's choice")
+    raise RuntimeError("of which vectors is the script's choice")
 
 
 def collect_vectors(outputs, labels, tokenizer):
@@ -2113,7 +2113,7 @@ def vector_text(task, vectors):
 
 
 def write_nothing(folder, name, task, kept, split):
-    raise NotImplementedError("a set of --eval_tasks is scored alone")
+    raise RuntimeError("a set of --eval_tasks is scored alone")
 
 
 KINDS = {
