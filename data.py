@@ -442,7 +442,8 @@ def check_comparable(task, trained, name):
 
 def refuse_hidden(task, rows, where):
     """Rows that are scored must have labels."""
-    row = KINDS[task.kind].hidden(rows["label"])
+    labels = rows["label"][:]                          # a list; the column itself reads row by row
+    row = KINDS[task.kind].hidden(labels)
     if row is not None:
         raise UserError(f"{where}: row {row + 1} has a hidden label (-1, an empty text, or no "
                         f"column {task.label!r}): it can only be predicted")
@@ -2232,6 +2233,7 @@ def toy_summary(opinions):
     return "\n".join(lines)
 
 
+@functools.cache
 def toy_rows(domain, split):
     """Labelled toy reviews as a Dataset: 320 to train on, 2000 to validate and 2000 to test."""
     import datasets
@@ -2258,8 +2260,9 @@ def toy_summaries(domain, split):
 TOYS = {"toy": toy_rows, "toy-sum": toy_summaries}
 
 
+@functools.cache
 def toy_corpus(n=10000):
-    """n unlabelled reviews of both domains, for pre-training and as general text."""
+    """n unlabelled reviews of both domains, for pre-training and as general text: a list."""
     rng = random.Random("corpus")
     reviews = []
     for _ in range(n):
