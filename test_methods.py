@@ -162,6 +162,22 @@ def cache(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk(started):
+    """In this process alone; those that run beside it write as ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr(os, "sync", lambda: None)
+        yield
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """Pytest's own folder, emptied at once, so that little of it is ever written to the disk."""
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A random 2-layer BERT with the toy language's tokenizer, as a folder that --model takes."""
@@ -1437,17 +1453,6 @@ def test_the_layers_are_not_reversed():
         text = open(os.path.join(HERE, name), encoding="utf-8").read().lower()
         assert not re.search(r"\b(import|from) (r3f|tdt|gtuning)\b", text), name
         assert not re.search(r"\b(r4f|tdt-hard|discriminator|triplet)\b", text), name
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_one_file_copied_alone_imports(script, tmp_path):
-    """In a folder that holds nothing else; transformers is not loaded by it."""
-    shutil.copy(os.path.join(HERE, f"{script}.py"), tmp_path)
-    code = (f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {script}; "
-            "print({'transformers', 'datasets', 'common', 'data'} & set(sys.modules))")
-    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True,
-                          cwd=tmp_path)
-    assert done.stdout == "set()\n", done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -7188,7 +7193,8 @@ def test_the_toy_task_runs_with_its_own_model(tmp_path, cache, monkeypatch):
 
 # Each fixture of this list starts something in other processes and returns a future of its end.
 # They start before the first test, in this order, and run beside the tests above.
-BESIDE = ["runs_of_two", "refused_in_two", "killed_runs", "freelb_in_two", "newcomers_runs"]
+BESIDE = ["copied_alone", "runs_of_two", "refused_in_two", "killed_runs", "freelb_in_two",
+          "newcomers_runs"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -7220,6 +7226,30 @@ def write_into(path):
     os.dup2(sys.stdout.fileno(), 2)
 
 
+# -------------------------------------------------------------------------------- one file, copied
+
+@pytest.fixture(scope="session")
+def copied_alone(second_process, tmp_path_factory):
+    """{script: future of its import in a folder that holds nothing else}"""
+    imports = {}
+    for script in SCRIPTS:
+        folder = tmp_path_factory.mktemp("alone")
+        shutil.copy(os.path.join(HERE, f"{script}.py"), folder)
+        code = (f"import sys; sys.path.insert(0, {str(folder)!r}); import {script}; "
+                "print({'transformers', 'datasets', 'common', 'data'} & set(sys.modules))")
+        command = [sys.executable, "-I", "-c", code]
+        imports[script] = second_process.submit(
+            subprocess.run, command, capture_output=True, text=True, cwd=folder)
+    return imports
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_file_copied_alone_imports(script, copied_alone):
+    """transformers is not loaded by it."""
+    done = copied_alone[script].result()
+    assert done.stdout == "set()\n", done.stderr
+
+
 # ------------------------------------------------------------------------------------ two processes
 
 def torchrun(script, *argv):
@@ -7245,7 +7275,7 @@ import tdt
 save_pretrained = gtuning.GTuning.save_pretrained
 
 def slow(self, folder):
-    time.sleep(2)
+    time.sleep(1)
     save_pretrained(self, folder)
 
 gtuning.GTuning.save_pretrained = slow
