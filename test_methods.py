@@ -7207,10 +7207,11 @@ def started(request):
 
 
 @pytest.fixture(scope="session")
-def second_process(cache, tmp_path_factory):
+def second_process(cache, tiny_folder, tmp_path_factory):
     """A process beside this one that does one job after another.
 
-    It is forked from this one, so that torch and transformers are loaded in it.
+    It is forked from this one, so that torch and transformers are loaded in it, and BERT too, for
+    the tiny model has been made.
     """
     output = tmp_path_factory.mktemp("second") / "output.txt"
     fork = multiprocessing.get_context("fork")
