@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import pathlib
 import pickle
 import random
 import re
@@ -144,11 +145,22 @@ def wide_tiny(name="bert", num_labels=3, dropout=False, seed=0, spread=0.5):
 
 def write(path, text):
     """Writes the text as it stands; a name that ends in .gz is compressed. Returns the path."""
+    path = pathlib.Path(path)
     content = text.encode("utf-8")
     if path.name.lower().endswith(".gz"):
         content = gzip.compress(content)
     path.write_bytes(content)
     return str(path)
+
+
+def lines_of(objects):
+    """Objects as jsonl."""
+    return "".join(json.dumps(row) + "\n" for row in objects)
+
+
+def write_rows(path, rows):
+    """A jsonl file of dicts. Returns the path."""
+    return write(path, lines_of(rows))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -228,22 +240,23 @@ def weights(folder):
     return found
 
 
+def assert_same_state(a, b, tolerance=0.0):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=0)
+
+
 def assert_same_weights(a, b, tolerance=0.0):
+    """Of `weights`."""
     assert a.keys() == b.keys() and a
     for path in a:
-        for name in a[path]:
-            torch.testing.assert_close(a[path][name], b[path][name], atol=tolerance, rtol=0)
+        assert_same_state(a[path], b[path], tolerance)
 
 
 def log_of(folder, key="loss"):
     """The lines of a run's log that have this key."""
     lines = [json.loads(line) for line in open(f"{folder}/log.jsonl", encoding="utf-8")]
     return [line for line in lines if key in line]
-
-
-def write_rows(path, rows):
-    """A jsonl file of dicts."""
-    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def killed_at(monkeypatch, steps):
@@ -262,11 +275,6 @@ def killed_at(monkeypatch, steps):
 # =========================================================================================  data.py
 
 # ------------------------------------------------------------------------------------------ helpers
-
-
-def lines_of(objects):
-    """Objects as jsonl."""
-    return "".join(json.dumps(row) + "\n" for row in objects)
 
 
 def settings(**given):
@@ -1399,9 +1407,6 @@ def test_a_local_file_is_described_and_a_wrong_one_refused(tmp_path, capsys):
 
 
 # =====================================================================  common.py, and the promises
-
-# ------------------------------------------------------------------------------------------ helpers
-
 
 # ---------------------------------------------------------------------------------------- the style
 
@@ -4111,8 +4116,8 @@ def small_pairs(tmp_path_factory):
     for i in range(48):
         label = ["no", "yes", "yes"][i % 3]
         row = {"sentence1": text[i], "sentence2": text[i + 48], "label": label}
-        lines.append(json.dumps(row) + "\n")
-    path = write(tmp_path_factory.mktemp("task") / "pairs.jsonl", "".join(lines))
+        lines.append(row)
+    path = write_rows(tmp_path_factory.mktemp("task") / "pairs.jsonl", lines)
     return ["--train_file", path, "--validation_file", path, "--unlabeled", "toy"]
 
 
@@ -4130,12 +4135,6 @@ def command_line(folder, out, *more):
 def learned(folder):
     """What a finished run learned."""
     return torch.load(f"{folder}/model/gtuning.pt", weights_only=True)["h"]
-
-
-def assert_same_state(a, b, tolerance=0.0):
-    assert a.keys() == b.keys() and a
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=0)
 
 
 def f_of(name="bert", num_labels=3, dropout=False, seed=0, **settings):
@@ -4607,16 +4606,8 @@ def test_a_run_killed_in_any_phase_and_resumed_ends_with_the_same_bits(tiny_fold
     more = [*small, "--save_every", 2, "--eval_every", 4, "--log_every", 2]
     whole, = tune(tiny_folder, tmp_path / "whole", *more)
     steps = [4, 10, 16]                                # one in each phase
-    log = common.Run.log
-
-    def dies(self, *terms, **plain):
-        if steps and self.step == steps[0]:
-            steps.pop(0)
-            raise KeyError("killed")
-        log(self, *terms, **plain)
-
-    monkeypatch.setattr(common.Run, "log", dies)
-    for _ in range(3):
+    killed_at(monkeypatch, steps)
+    while steps:
         with pytest.raises(KeyError):
             tune(tiny_folder, tmp_path / "parts", *more, "--resume")
     parts, = tune(tiny_folder, tmp_path / "parts", *more, "--resume")
@@ -5506,13 +5497,8 @@ def save_toy_bert(folder, kind="BertForMaskedLM", mask_token="[MASK]"):
     transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64).save_pretrained(folder)
     path = os.path.join(folder, "tokenizer_config.json")
     settings = {**load(path), "mask_token": mask_token}
-    save_text(path, json.dumps(settings))
+    write(path, json.dumps(settings))
     return str(folder)
-
-
-def save_text(path, text):
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
 
 
 def save_reviews(folder, number=False, pairs=False):
@@ -5526,8 +5512,8 @@ def save_reviews(folder, number=False, pairs=False):
             if pairs:
                 line = {"sentence1": row["text"], "sentence2": f"great {row['text']}",
                         "label": label}
-            lines.append(json.dumps(line) + "\n")
-        save_text(os.path.join(folder, f"{name}.jsonl"), "".join(lines))
+            lines.append(line)
+        write_rows(os.path.join(folder, f"{name}.jsonl"), lines)
 
 
 def flags_on(folder):
@@ -5644,16 +5630,11 @@ def test_the_main_metric_comes_first_and_the_best_state_is_chosen_by_it(toy_bert
     result, = tdt.main([*argv, "spearman"])
     metrics = result["metrics"]["validation"]
     assert list(metrics) == ["spearman", "pearson"] and result["main_metric"] == "spearman"
-    assert result["best"]["value"] == max(
-        line["metrics"]["validation"]["spearman"] for line in evaluations(toy_bert))
+    lines = log_of(toy_bert / "runs/custom/std-0", "metrics")
+    values = [line["metrics"]["validation"]["spearman"] for line in lines]
+    assert result["best"]["value"] == max(values)
     with pytest.raises(UserError, match="other flags: --main_metric spearman"):
         tdt.main([*argv, "pearson"])
-
-
-def evaluations(folder):
-    with open(folder / "runs/custom/std-0/log.jsonl", encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    return [line for line in lines if "metrics" in line]
 
 
 # ------------------------------------------------------------------- masked words, post-training
@@ -5875,7 +5856,7 @@ def test_variants_are_made_as_the_run_was_trained(tmp_path):
     module = small_tdt()
     settings = {"mu0": "zero", "variant": "released", "tau": 0.5}
     results = {"method": "tdt-hard", "args": settings, "metrics": {}}
-    save_text(tmp_path / "results.json", json.dumps(results))
+    write(tmp_path / "results.json", json.dumps(results))
     tdt.perturb_as_trained(module, str(tmp_path), 4)
     assert (module.mu0, module.variant, module.tau) == ("zero", "released", 0.5)
     assert module.hard and module.mask_token_id == 4
@@ -5959,11 +5940,6 @@ def run_on_tags(script, folder, out, *more):
     argv = ["--model", folder, "--output_dir", out, "--seeds", 0, "--max_steps", 6, "--batch_size",
             8, "--precision", "fp32", "--lr", 0.01, "--warmup", 0, "--max_length", 12, *more]
     return script.main([str(word) for word in argv])
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 # --------------------------------------------------------------------------------------------- tags
@@ -6086,7 +6062,7 @@ def tagged(tmp_path_factory):
         tags = [names.get(word, "O") for word in words]
         rows.append({"tokens": words.tolist(), "ner_tags": tags})
     folder = tmp_path_factory.mktemp("tags")
-    path = write_lines(folder / "tags.jsonl", rows)
+    path = write_rows(folder / "tags.jsonl", rows)
     general = folder / "general.txt"
     general.write_text("the film is good .\nthe soup is bad .\n" * 30)
     files = [f"{name}={path}" for name in ("ner", "ner-de", "ner-fr")]
@@ -6289,7 +6265,7 @@ def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
         answer = {"text": ["soup"], "answer_start": [0]}
         rows.append({"id": f"english-{number}", "question": "soup ?", "context": " ".join(words),
                      "answers": answer})
-    path = write_lines(tmp_path / "questions.jsonl", rows)
+    path = write_rows(tmp_path / "questions.jsonl", rows)
     files = [f"{name}={path}" for name in ("tydiqa", "tydiqa-english")]
     general = tmp_path / "general.txt"
     general.write_text("the film is good .\nthe soup is bad .\n" * 60)
@@ -6343,7 +6319,7 @@ def sentences(tmp_path_factory):
     rng = np.random.default_rng(0)
     texts = sorted({" ".join(rng.choice(TAG_WORDS[5:16], rng.integers(1, 9))) for _ in range(60)})
     rows = [{"source_sentence": text, "target_sentence": text} for text in texts]
-    return write_lines(tmp_path_factory.mktemp("same") / "same.jsonl", rows)
+    return write_rows(tmp_path_factory.mktemp("same") / "same.jsonl", rows)
 
 
 @pytest.mark.parametrize("more", [[], ["--no_cache"], ["--retrieve_layer", 1],
@@ -6470,7 +6446,7 @@ def labelled(request, tmp_path_factory):
         row[columns[-1]] += " good" if number % 2 else " bad"
         rows.append(row)
     folder = tmp_path_factory.mktemp("labelled")
-    path = write_lines(folder / "rows.jsonl", rows)
+    path = write_rows(folder / "rows.jsonl", rows)
     general = folder / "general.txt"
     general.write_text("the film is good .\nthe soup is bad .\n" * 60)
     return ["--train_file", path, "--validation_file", path, "--unlabeled", str(general)]
@@ -6531,20 +6507,6 @@ def tiny_bart(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory):
-    """A random BERT: it has no decoder."""
-    folder = str(tmp_path_factory.mktemp("models") / "tiny-bert")
-    words = data.toy_vocabulary()
-    config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64)
-    transformers.BertForMaskedLM(config).save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(words)}
-    transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """60 rows to train on and 20 to validate, of the toy language: flags that name them."""
     folder = tmp_path_factory.mktemp("files")
@@ -6559,21 +6521,12 @@ def files(tmp_path_factory):
 
 
 def summary_settings(**given):
-    """The flags that data.py reads, as they are when none is given but these."""
-    flags = {
-        "task": "toy-sum", "own_files": "", "train_file": None, "validation_file": None,
-        "test_file": None, "text_columns": None, "label_column": "label", "target_column": None,
-        "max_target_length": None, "local_file": [], "predict": [], "eval_tasks": [],
-        "batch_size": None, "train_samples": None,
-    }
-    return argparse.Namespace(**{**flags, **given})
+    return settings(**{"task": "toy-sum", "batch_size": None, **given})
 
 
 def summary_own(train, validation=None, **given):
-    """The flags of a run on one's own files; without a second file the first is validated on."""
-    names = {"own_files": train, "train_file": train, "validation_file": validation or train}
     columns = {"text_columns": ["document"], "target_column": "summary"}
-    return summary_settings(task="custom", **{**names, **columns, **given})
+    return own(train, validation, **{"batch_size": None, **columns, **given})
 
 
 def summarise(model, out, *more):
@@ -7007,21 +6960,14 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(
              "--eval_every", 3, "--eval_samples", 4, "--max_target_length", 8, "--lr", 1e-3]
     whole, = summarise(tiny_bart, tmp_path / "whole", *flags)
 
-    real = common.Run.log
-    dies_at = [3, 5]
-
-    def log(self, *terms, **plain):
-        if dies_at and self.step == dies_at[0]:
-            dies_at.pop(0)
-            raise KeyError("killed")
-        real(self, *terms, **plain)
+    steps = [3, 5]
 
     def finish(self, *given):
         raise KeyError("killed")
 
     with monkeypatch.context() as dying:
-        dying.setattr(common.Run, "log", log)
-        while dies_at:
+        killed_at(dying, steps)
+        while steps:
             with pytest.raises(KeyError):
                 summarise(tiny_bart, tmp_path / "parts", *flags, "--resume")
         dying.setattr(common.Run, "finish", finish)
@@ -7046,12 +6992,12 @@ def test_init_from_keeps_the_words_that_writing_shares_with_reading(tiny_bart, f
     assert_same_weights(weights(tmp_path / "own"), weights(tmp_path / "again/own"), 1e-12)
 
 
-def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_bert, tmp_path):
+def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
     """Also where the old one would fit, as in a chain of tasks with two classes each."""
-    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_folder)
     torch.nn.init.constant_(tuned.classifier.weight, 7.0)
     tuned.save_pretrained(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
     setup = argparse.Namespace(
         kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=tokenizer)
     world = argparse.Namespace(device="cpu", say=print)
@@ -7070,9 +7016,9 @@ def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_bert, tmp_path):
 
 # ---------------------------------------------------------------------------------------- bad input
 
-def test_a_model_without_a_decoder_is_refused(tiny_bert, files, tmp_path, cache):
-    message = refusal(summarise, tiny_bert, tmp_path, *files)
-    assert message == (f"--model {tiny_bert}: a bert has no decoder, which own needs to write "
+def test_a_model_without_a_decoder_is_refused(tiny_folder, files, tmp_path, cache):
+    message = refusal(summarise, tiny_folder, tmp_path, *files)
+    assert message == (f"--model {tiny_folder}: a bert has no decoder, which own needs to write "
                        "texts; must be a model such as facebook/bart-large")
 
 
