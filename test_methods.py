@@ -4122,12 +4122,12 @@ def small_pairs(tmp_path_factory):
 
 
 def tune(folder, out, *more):
-    """gtuning.py in this process: 12 steps of 16 rows. The last state counts, not the best one."""
+    """gtuning.py in this process: 12 steps of 16 rows, T 2. The last state counts, not the best."""
     return gtuning.main(command_line(folder, out, *more))
 
 
 def command_line(folder, out, *more):
-    argv = ["--model", folder, "--output_dir", out, "--seeds", 0, "--max_steps", 12,
+    argv = ["--model", folder, "--output_dir", out, "--seeds", 0, "--max_steps", 12, "--T", 2,
             "--batch_size", 16, "--eval_every", 99, "--precision", "fp32", *more]
     return [str(word) for word in argv]
 
@@ -7340,6 +7340,13 @@ def as_a_command(script, argv, output):
     sys.exit(common.cli(functools.partial(SCRIPTS[script].main, argv)))
 
 
+def started_run(script, argv, output):
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=as_a_command, args=(script, argv, output))
+    process.start()
+    return process
+
+
 def ended_by(number, script, argv, out):
     """Starts a run, and sends it this signal when it has saved. Returns its status and output."""
     def saved():
@@ -7348,9 +7355,7 @@ def ended_by(number, script, argv, out):
 
     before = saved()
     output = f"{out}-{number}.txt"
-    fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=as_a_command, args=(script, argv, output))
-    process.start()
+    process = started_run(script, argv, output)
     while saved() <= before and process.is_alive():
         time.sleep(0.02)
     os.kill(process.pid, number)
@@ -7358,35 +7363,41 @@ def ended_by(number, script, argv, out):
     return process.exitcode, open(output).read()
 
 
-def kill_and_terminate(script, model, out):
-    """Ends a run by SIGKILL, goes on with it and ends it by SIGTERM."""
-    argv = flags_of_killed(script, model, out)
-    killed, _ = ended_by(signal.SIGKILL, script, argv, out)
-    terminated, told = ended_by(signal.SIGTERM, script, [*argv, "--resume"], out)
-    return killed, terminated, told
+def kill_and_terminate(script, model, folder):
+    """A run that is left alone, and one that is ended by SIGKILL, then by SIGTERM, and goes on.
+
+    Returns the statuses of the four processes, and what the one said that got SIGTERM.
+    """
+    whole = started_run(script, flags_of_killed(script, model, folder / "whole"), os.devnull)
+    whole.join()
+    argv = flags_of_killed(script, model, folder / "parts")
+    killed, _ = ended_by(signal.SIGKILL, script, argv, folder / "parts")
+    argv.append("--resume")
+    terminated, told = ended_by(signal.SIGTERM, script, argv, folder / "parts")
+    last = started_run(script, argv, os.devnull)
+    last.join()
+    return [whole.exitcode, killed, terminated, last.exitcode], told
 
 
 @pytest.fixture(scope="session")
 def killed_runs(second_process, tiny_folder, tmp_path_factory):
-    """{script: (folder, future of how its run ended)}"""
+    """{script: (folder, future of how its runs ended)}"""
     runs = {}
     for script in KILLED_RUNS:
-        folder = tmp_path_factory.mktemp("killed") / script
-        future = second_process.submit(kill_and_terminate, script, tiny_folder, folder)
-        runs[script] = folder, future
+        folder = tmp_path_factory.mktemp("killed")
+        runs[script] = folder, second_process.submit(
+            kill_and_terminate, script, tiny_folder, folder)
     return runs
 
 
 @pytest.mark.parametrize("script", KILLED_RUNS)
-def test_real_kills_and_signals_lose_nothing(script, killed_runs, tiny_folder, tmp_path):
+def test_real_kills_and_signals_lose_nothing(script, killed_runs):
     """SIGKILL, then SIGTERM (which saves and exits with 143), then the end: the same bits."""
     folder, future = killed_runs[script]
-    SCRIPTS[script].main(flags_of_killed(script, tiny_folder, tmp_path))
-    killed, terminated, told = future.result()
-    assert (killed, terminated) == (-signal.SIGKILL, 143), told
+    statuses, told = future.result()
+    assert statuses == [0, -signal.SIGKILL, 143, 0], told
     assert "resumes at step" in told and "--resume" in told.splitlines()[-1], told
-    SCRIPTS[script].main([*flags_of_killed(script, tiny_folder, folder), "--resume"])
-    assert_same_weights(weights(tmp_path), weights(folder))
+    assert_same_weights(weights(folder / "whole"), weights(folder / "parts"))
 
 
 # ------------------------------------------------------------------------------------------- FreeLB
