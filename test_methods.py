@@ -267,7 +267,7 @@ def settings(**given):
         "task": "toy", "own_files": "", "train_file": None, "validation_file": None,
         "test_file": None, "text_columns": None, "label_column": "label", "local_file": [],
         "predict": [], "eval_tasks": [], "batch_size": 1, "train_samples": None,
-        "target_column": None, "max_target_length": None,
+        "target_column": None, "max_target_length": None, "run": [],
     }
     return argparse.Namespace(**{**flags, **given})
 
@@ -1941,6 +1941,115 @@ def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path, cache)
     with pytest.raises(UserError, match="--model .*evil"):
         run("r3f", folder, tmp_path / "out2", "--method", "std")
     assert not os.path.exists(bomb.mark)
+
+
+# -------------------------------------------------------------------------- finished runs, used again
+
+@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "adapter")])
+def test_a_finished_run_scores_further_sets_without_training(script, method, tiny_folder, tmp_path,
+                                                             cache, capsys):
+    """It gives the score that it had at the end of its training, and changes nothing else."""
+    result, = run(script, tiny_folder, tmp_path, "--method", method)
+    folder = tmp_path / f"toy/{method}-0"
+    trained = weights(folder)
+    log = (folder / "log.jsonl").read_bytes()
+    shortened = {**result, "metrics": {"validation": result["metrics"]["validation"]}}
+    (folder / "results.json").write_text(json.dumps(shortened))
+
+    found, = SCRIPTS[script].main(["--run", str(folder), "--eval_tasks", "toy-food"])
+    assert found == json.load(open(folder / "results.json")) == result
+    assert list(found["metrics"]) == ["validation", "toy-food"]
+    assert_same_weights(trained, weights(folder))
+    assert (folder / "log.jsonl").read_bytes() == log
+    text = capsys.readouterr().out
+    assert "toy-food" in text and f"that of {folder}" in text
+
+    again, = SCRIPTS[script].main(["--run", str(folder)])
+    assert again["metrics"] == result["metrics"]       # its own sets, once more
+
+
+@pytest.mark.parametrize("script, method", [("r3f", "std"), ("gtuning", "adapter")])
+@pytest.mark.parametrize("number", [False, True], ids=["classes", "numbers"])
+def test_a_finished_run_predicts_new_rows_when_its_own_files_are_gone(script, method, number,
+                                                                      tiny_folder, tmp_path, cache):
+    rows = []
+    for i, (text, label) in enumerate(REVIEWS):
+        rows.append({"words": text, "label": i / 10 if number else label})
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    new = write_rows(tmp_path / "new.jsonl", [{"words": "good plot"}, {"words": "bad plot , bad cast"}])
+    run(script, tiny_folder, tmp_path / "out", "--method", method, "--train_file", path,
+        "--validation_file", path, "--test_file", new, "--batch_size", 4, "--name", "reviews",
+        "--text_columns", "words")
+    os.remove(path)
+    folder = tmp_path / f"out/reviews/{method}-0"
+    SCRIPTS[script].main(["--run", str(folder), "--test_file", new])
+    wanted = (folder / "predictions-test.tsv").read_text()
+    assert (folder / "predictions-new.tsv").read_text() == wanted
+    assert len(wanted.splitlines()) == 3
+
+    scored = write_rows(tmp_path / "scored.jsonl", rows[:6])
+    found, = SCRIPTS[script].main(["--run", str(folder), "--validation_file", scored])
+    assert list(found["metrics"]) == ["validation", "scored"]
+
+
+def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, tmp_path, cache):
+    run("r3f", tiny_folder, tmp_path, "--method", "std")
+    folder = tmp_path / "toy/std-0"
+    lines = [{"review": "good plot", "id": "x1"}, {"review": "bad plot", "id": "x2"}]
+    new = write_rows(tmp_path / "new.jsonl", lines)
+    with pytest.raises(UserError, match="no column 'text'"):
+        r3f.main(["--run", str(folder), "--test_file", new])
+    r3f.main(["--run", str(folder), "--test_file", new, "--text_columns", "review"])
+    header, first, _ = (folder / "predictions-new.tsv").read_text().splitlines()
+    assert header.startswith("index\tid\tprediction") and first.startswith("0\tx1\t")
+
+
+def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_path, cache):
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "r3f", "--max_steps", 2)
+    std, other = tmp_path / "toy/std-0", tmp_path / "toy/r3f-0"
+    found = r3f.main(["--run", str(std), str(other), "--eval_tasks", "toy-food:train"])
+    assert [list(result["metrics"]) for result in found] == [
+        ["validation", "toy-food", "toy-food/train"]] * 2
+
+    # One that was scored on more than the others is told as it is.
+    r3f.main(["--run", str(std), "--eval_tasks", "toy:train"])
+    found = r3f.main(["--run", str(std), str(other), "--eval_tasks", "toy-food"])
+    assert [len(result["metrics"]) for result in found] == [4, 3]
+
+    def changed(name, value):
+        results = json.load(open(other / "results.json"))
+        (other / "results.json").write_text(json.dumps({**results, name: value}))
+        with pytest.raises(UserError) as caught:
+            r3f.main(["--run", str(std), str(other), "--eval_tasks", "toy-food"])
+        (other / "results.json").write_text(json.dumps(results))
+        return str(caught.value)
+
+    assert changed("task", "sst2") == (f"--run {other}: is a run of sst2; must be of toy, as "
+                                       "--task or the one before")
+    assert changed("model", "b") == (f"--run {other}: its model is b; must be {tiny_folder}, as of "
+                                     f"{std}")
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--grid", "lr=1,2", "--dev_samples", "9"], "--grid: cannot go together with --run"),
+    (["--profile", "3"], "--profile: cannot go together with --run"),
+    (["--train_file", "a.csv"], "--train_file: cannot go together with --run"),
+    (["--task", "sst2"], "is a run of toy; must be of sst2"),
+    (["--test_file", "nowhere.csv"], "--test_file nowhere.csv: no such file"),
+    (["--eval_tasks", "stsb"], "--eval_tasks stsb: is of the kind regress"),
+])
+def test_what_a_finished_run_cannot_do_is_one_line(flags, line, finished_toy):
+    with pytest.raises(UserError) as caught:
+        r3f.main(["--run", finished_toy, *flags])
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def finished_toy(tiny_folder, tmp_path_factory, cache):
+    """The folder of a finished run of std."""
+    out = tmp_path_factory.mktemp("finished")
+    run("r3f", tiny_folder, out, "--method", "std", "--max_steps", 2)
+    return str(out / "toy/std-0")
 
 
 # ---------------------------------------------------------------------- 7  tables, pages, --profile
@@ -4101,7 +4210,7 @@ def test_a_finished_run_brings_its_own_flags(toy, copied):
     asked = tdt.read_analyses(args)
     results = load(copied / "results.json")
     assert asked.runs == {0: {"tdt": str(copied)}}
-    assert args.task == "custom" and args.own_files.endswith("train.jsonl")
+    assert args.task == "custom" and args.own_labels == ["a", "b"]
     assert args.model == args.path == str(copied / "model")
     assert args.max_length == results["args"]["max_length"] and args.threads == 0
     args = parse("tdt", "--run", str(copied), "--drop", "--threads", "2", "--max_length", "9")
@@ -4196,9 +4305,9 @@ BAD = [
     (["--run", "TDT", "AGAIN", "--drop"],
      "--run AGAIN: is a run of tdt with seed 0, as TDT is; must be another one"),
     (["--run", "STD", "--drop"], "need a run of tdt or tdt-hard of each seed"),
-    (["--run", "TDT"], "--run TDT: must go together with --explain"),
     (["--run", "TDT", "--drop", "--dev_samples", "9", "--grid", "lr=1,2"],
-     "--grid: must go without analyses"),
+     "--grid: cannot go together with --run"),
+    (["--drop", "--dev_samples", "9", "--grid", "lr=1,2"], "--grid: must go without analyses"),
     (["--explain", " "], "--explain: must have a text"),
     (["--explain", "a ||| b ||| c"], "--explain: must have a text"),
     (["--explain_file", "nowhere"], "--explain_file nowhere: No such file"),
@@ -6778,14 +6887,8 @@ def files(tmp_path_factory):
 
 
 def summary_settings(**given):
-    """The flags that data.py reads, as they are when none is given but these."""
-    flags = {
-        "task": "toy-sum", "own_files": "", "train_file": None, "validation_file": None,
-        "test_file": None, "text_columns": None, "label_column": "label", "target_column": None,
-        "max_target_length": None, "local_file": [], "predict": [], "eval_tasks": [],
-        "batch_size": None, "train_samples": None,
-    }
-    return argparse.Namespace(**{**flags, **given})
+    """The flags that data.py reads, of the toy summaries."""
+    return settings(**{"task": "toy-sum", "batch_size": None, **given})
 
 
 def summary_own(train, validation=None, **given):
