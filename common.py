@@ -1411,8 +1411,8 @@ def take_runs(args, methods, labels_of=None):
     task = args.task if "task" in by_hand else results["task"]
     for other_folder, other in runs.items():
         if other["task"] != task:
-            raise UserError(f"--run {other_folder}: is a run of {other['task']}; must be of {task}, "
-                            "as --task or the one before")
+            raise UserError(f"--run {other_folder}: is a run of {other['task']}; must be of "
+                            f"{task}, as --task or the one before")
         if other.get("model") != results.get("model"):
             raise UserError(f"--run {other_folder}: its model is {other.get('model')}; must be "
                             f"{results.get('model')}, as of {folder}")

@@ -1096,8 +1096,7 @@ def main(argv=None):
         def evaluate(f, sets, **how):
             return evaluate_sets(args, f, sets, setup, texts, world, **how)
 
-        results = []
-        clouds = {}
+        results, clouds = [], {}
         wants_figure_2 = args.embed and not args.choosing
         for seed, method in common.seeds_and_methods(args):
             run = common.Run(args, method, seed, world, METHODS[method][1])

@@ -476,7 +476,7 @@ def read_analyses(args):
     import common
     finished = common.take_runs(args, METHODS)
     rates = [rate for rate in dict.fromkeys(args.rates) if rate > 0]
-    asked = Analyses(finished, runs=runs_by_seed(finished), texts=read_texts(args.explain, args.explain_file),
+    asked = Analyses(finished, runs_by_seed(finished), read_texts(args.explain, args.explain_file),
                      confidences=args.confidences, tsne=args.tsne, perturb=args.perturb,
                      drop=args.drop, rates=rates, draws=args.draws)
     if args.grid and asked.any:

@@ -1943,7 +1943,7 @@ def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path, cache)
     assert not os.path.exists(bomb.mark)
 
 
-# -------------------------------------------------------------------------- finished runs, used again
+# ------------------------------------------------------------------------ finished runs, used again
 
 @pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "adapter")])
 def test_a_finished_run_scores_further_sets_without_training(script, method, tiny_folder, tmp_path,
@@ -1976,7 +1976,7 @@ def test_a_finished_run_predicts_new_rows_when_its_own_files_are_gone(script, me
     for i, (text, label) in enumerate(REVIEWS):
         rows.append({"words": text, "label": i / 10 if number else label})
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    new = write_rows(tmp_path / "new.jsonl", [{"words": "good plot"}, {"words": "bad plot , bad cast"}])
+    new = write_rows(tmp_path / "new.jsonl", [{"words": "good plot"}, {"words": "bad cast"}])
     run(script, tiny_folder, tmp_path / "out", "--method", method, "--train_file", path,
         "--validation_file", path, "--test_file", new, "--batch_size", 4, "--name", "reviews",
         "--text_columns", "words")
