@@ -1943,6 +1943,99 @@ def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path, cache)
     assert not os.path.exists(bomb.mark)
 
 
+# -------------------------------------------------------------------- held-out rows and the search
+
+def test_held_out_rows_are_not_trained_on_and_the_same_for_all_seeds(tiny_folder, cache):
+    found = []
+    for seed in (0, 1):
+        args = parse("r3f", "--model", tiny_folder, "--dev_samples", 40, "--seeds", seed)
+        setup = common.prepare(args, common.World(args))
+        _, held_out = setup.held_out["held-out"]
+        found.append(held_out)
+        assert len(held_out) == 40 and len(setup.train) == 320 - 40
+        texts = set(setup.train.column("text"))
+        assert not texts & set(held_out.column("text"))
+        assert setup.choose_by == setup.held_out and "validation" in setup.scored
+    assert found[0].column("text") == found[1].column("text")
+
+
+SEARCH = ["--method", "std", "r3f", "--grid", "lr=1e-3,1e-5", "lam=1,5", "--dev_samples", 40,
+          "--seeds", 3, 4, "--max_steps", 4]
+
+
+def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(tiny_folder, tmp_path, cache,
+                                                                   capsys):
+    results = run("r3f", tiny_folder, tmp_path, *SEARCH)
+    assert [(r["method"], r["seed"]) for r in results] == [
+        ("std", 3), ("std", 4), ("r3f", 3), ("r3f", 4)]
+    tried = {}
+    for method, cells in (("std", 2), ("r3f", 4)):     # std has no use for lam
+        search = json.load(open(tmp_path / f"toy/search-{method}.json"))
+        tried[method] = [" ".join(cell["flags"]) for cell in search["tried"]]
+        assert len(tried[method]) == cells and search["held_out_rows"] == 40
+        for cell in search["tried"]:
+            name = ",".join(flag.removeprefix("--") for flag in cell["flags"])
+            folder = tmp_path / "grid" / name / "toy" / f"{method}-3"
+            found = json.load(open(folder / "results.json"))
+            assert list(found["metrics"]) == ["held-out"]
+            assert cell["score"] == found["metrics"]["held-out"]["accuracy"]
+            assert not (folder / "model").exists()     # of the search only the score is wanted
+        best = max(search["tried"], key=lambda cell: cell["score"])
+        assert search["chosen"] == best["flags"]
+        for result in results:
+            if result["method"] == method:
+                assert result["args"]["lr"] == float(best["flags"][0].removeprefix("--lr="))
+                assert "validation" in result["metrics"] and "held-out" in result["metrics"]
+    assert tried["std"] == ["--lr=1e-3", "--lr=1e-5"]
+    saved = json.load(open(tmp_path / "toy/r3f-4/results.json"))
+    assert saved["searched"] == {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
+    assert "r3f: chosen of 4:" in capsys.readouterr().out
+
+
+def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(tiny_folder, tmp_path, cache,
+                                                                     monkeypatch):
+    """And no finished cell or seed is run again."""
+    whole = run("r3f", tiny_folder, tmp_path / "whole", *SEARCH)
+    out = tmp_path / "killed"
+    begun = []
+    begin = common.Run.begin
+
+    def note(self, *arguments, **parts):
+        begun.append(os.path.relpath(self.folder, out))
+        begin(self, *arguments, **parts)
+
+    monkeypatch.setattr(common.Run, "begin", note)
+    killed_at(monkeypatch, [2, 3, 2])
+    for _ in range(3):
+        with pytest.raises(KeyError):
+            run("r3f", tiny_folder, out, *SEARCH, "--save_every", 1, "--resume")
+    again = run("r3f", tiny_folder, out, *SEARCH, "--save_every", 1, "--resume")
+    assert_same_weights(weights(tmp_path / "whole"), weights(out))
+    assert [r["metrics"] for r in again] == [r["metrics"] for r in whole]
+    assert [r["searched"] for r in again] == [r["searched"] for r in whole]
+    assert len(set(begun)) == 2 + 4 + 4 and len(begun) == 10 + 3         # three were begun twice
+
+    # Once more: all is found, with what was searched.
+    begun.clear()
+    found = run("r3f", tiny_folder, out, *SEARCH)
+    assert begun == [] and [r["searched"] for r in found] == [r["searched"] for r in whole]
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--grid", "lr"], "--grid lr: must be FLAG=VALUE,VALUE"),
+    (["--grid", "speed=1,2"], "--grid speed: no such flag"),
+    (["--grid", "lr=1e-3,-1"], "--lr: must be a number above 0"),
+    (["--grid", "lr=1e-3,1e-4", "--dev_samples", 0], "--grid: needs --dev_samples"),
+    (["--dev_samples", 319], "--dev_samples 319: of the 320 training rows 1 would be left"),
+])
+def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, tiny_folder, tmp_path,
+                                                                 cache):
+    with pytest.raises(UserError) as caught:
+        run("r3f", tiny_folder, tmp_path / "out", "--method", "std", "--dev_samples", 40, *flags)
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+    assert not glob.glob(f"{tmp_path}/out/**/log.jsonl", recursive=True)
+
+
 # ------------------------------------------------------------------------ finished runs, used again
 
 @pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "adapter")])
@@ -5532,6 +5625,27 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
     assert len(before.splitlines()) == 32
     printed(capsys, folder, "--keep", kept)
     assert kept.read_text() == before
+
+
+def test_the_readmes_table_is_what_the_kept_lines_say(tmp_path):
+    """Every difference, its interval and its p, of every method on both sets."""
+    path = tmp_path / "toy.jsonl"                      # the report writes beside the lines
+    shutil.copy(os.path.join(HERE, ".results/toy.jsonl"), path)
+    table, = common.main_report([str(path)])
+    names = {"R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop", "SMART": "smart", "FreeLB": "freelb",
+             "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff"}
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    lines = text.partition("| | films | p | food | p |")[2].split("\n\n")[0].split("\n")[2:]
+    seen = set()
+    for line in lines:
+        name, *cells = [cell.strip(" *").replace("**", "") for cell in line.strip("|").split("|")]
+        seen.add(names[name])
+        for at, part in ((0, "validation"), (2, "toy-food")):
+            found = table.differences["toy", part, "accuracy"][names[name]]
+            interval = f"({found.low:+.2f} to {found.high:+.2f})"
+            assert cells[at] == f"{found.mean:+.2f} {interval}"
+            assert abs(float(cells[at + 1]) - found.p) < 0.0051
+    assert seen == set(table.columns) - {"std"}
 
 
 def test_a_line_is_small():
