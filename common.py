@@ -6,7 +6,7 @@
     2  processes and signals           cli, World, processes, Progress
     3  model, optimizer, backward      prepare, load_model, build_optimizer, backward
     4  predictions and scores          predict, evaluate
-    5  a run                           Run: its folder, log, checkpoints and results
+    5  a run                           Run: its folder, log, checkpoints and results; take_runs
     6  states of a frozen encoder      CachedSplit, the feature cache
     7  tables, pages, --profile        print_table, html_page, profile_methods, tsne
        the report                      main_report
@@ -198,6 +198,10 @@ def add_training_flags(g, methods, default_methods):
 
 
 def add_running_flags(g):
+    g.add_argument("--run", nargs="+", default=[], metavar="FOLDER",
+                   help="finished runs of one task: score them on --eval_tasks, predict "
+                        "--test_file or --predict; nothing is trained (torchrun needs -- before "
+                        "the script then)")
     g.add_argument("--output_dir", default="runs", metavar="DIR",
                    help="a run's folder is DIR/TASK/METHOD-SEED")
     again = g.add_mutually_exclusive_group()
@@ -606,7 +610,7 @@ class Setup:
     """A run's task, tokenizer and encoded rows."""
     task: data.Task
     tokenizer: object
-    train: data.Split
+    train: data.Split | None       # None: finished runs are used, --run
     own: dict                      # {split: (task, Split)}, validation splits
     further: dict                  # {name: (task, Split)}, of --eval_tasks
     unscored: dict                 # {split: Split}, to predict
@@ -657,7 +661,9 @@ def prepare(args, world, check=None, **how):
 
     task = with_main_metric(rows.task, args.main_metric)
     with world.first():
-        train = encode(rows.train, task, to_train)
+        train = None                                   # of --run
+        if rows.train is not None:
+            train = encode(rows.train, task, to_train)
         own = {}
         for name, part in rows.own.items():
             own[name] = task, encode(part, task, to_evaluate)
@@ -666,8 +672,9 @@ def prepare(args, world, check=None, **how):
             further[name] = its_task, encode(part, its_task, to_evaluate)
         unscored = {name: encode(part, task, to_evaluate) for name, part in rows.unscored.items()}
     setup = Setup(task, tokenizer, train, own, further, unscored, {}, args.eval_samples)
-    hold_out(args, setup)
-    if args.batch_tokens:
+    if train is not None:
+        hold_out(args, setup)
+    if train is not None and args.batch_tokens:
         build_batches(setup, args, args.seeds[0], world)                 # refuses too few
     tell_settings(args, setup, world)
     return setup
@@ -713,7 +720,11 @@ def tell_settings(args, setup, world):
                 words.append(f"{name} {value}")
         return ", ".join(words) or "nothing"
 
-    sets = {"train": (setup.task, setup.train), **setup.scored}
+    sets = dict(setup.scored)
+    if setup.train is not None:
+        sets = {"train": (setup.task, setup.train), **sets}
+    for name, split in setup.unscored.items():
+        sets[f"{name} (to predict)"] = setup.task, split
     sizes = {name: str(len(split)) for name, (_, split) in sets.items()}
     if args.train_samples:
         sizes["train"] = f"{args.train_samples} of {len(setup.train)}"
@@ -988,8 +999,8 @@ def evaluate(forward, module, sets, setup, world, final=False, run=None):
 # Flags (and what `parse` adds to them) that may differ between two halves of one run.
 NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
-    "detect_anomaly", "threads", "grid", "name", "by_hand", "recipe", "recipe_name", "own_files",
-    "path"}
+    "detect_anomaly", "threads", "grid", "name", "run", "by_hand", "recipe", "recipe_name",
+    "own_files", "path"}
 
 
 def flags_that_count(args, own_flags):
@@ -1379,6 +1390,138 @@ def read_results(path):
     return results
 
 
+def take_runs(args, methods, labels_of=None):
+    """--run: {folder: results} of finished runs of one task and model, none without the flag.
+
+    Gives args the flags of these runs, but for those set by hand, and besides: own_labels, the
+    labels of one's own task, and own_sets, whether the sets that the runs were scored on are read.
+    methods: the script's. labels_of(folder) -> {number: label}; None: from the model's config.
+    """
+    runs = {}
+    for folder in args.run:
+        runs[folder] = read_finished(folder, methods)
+    if not runs:
+        return runs
+
+    folder, results = next(iter(runs.items()))
+    by_hand = set(args.by_hand)
+    for name in ("grid", "profile", "choosing", "train_file", "init_from", "post_train"):
+        if name in by_hand:
+            raise UserError(f"--{name}: cannot go together with --run, which trains nothing")
+    task = args.task if "task" in by_hand else results["task"]
+    for other_folder, other in runs.items():
+        if other["task"] != task:
+            raise UserError(f"--run {other_folder}: is a run of {other['task']}; must be of "
+                            f"{task}, as --task or the one before")
+        if other.get("model") != results.get("model"):
+            raise UserError(f"--run {other_folder}: its model is {other.get('model')}; must be "
+                            f"{results.get('model')}, as of {folder}")
+
+    if "threads" not in by_hand:
+        args.threads = 0                               # the toy recipe's does not hold here
+    for name, value in results["args"].items():
+        if name not in by_hand:
+            setattr(args, name, value)
+    args.task = results["task"]
+    args.method = [*dict.fromkeys(other["method"] for other in runs.values())]
+    args.seeds = [*dict.fromkeys(other["seed"] for other in runs.values())]
+    args.recipe, args.recipe_name = {}, f"that of {folder}"
+    args.init_from, args.post_train, args.choosing = "", None, False
+    further = by_hand & {"eval_tasks", "test_file", "predict"}
+    args.own_sets = not further or "validation_file" in by_hand
+    if "eval_tasks" not in by_hand:
+        args.eval_tasks = []
+    if "test_file" not in by_hand:
+        args.test_file = ""
+
+    # The model's own folder has a tokenizer and a config; of a frozen encoder it is the name.
+    saved = os.path.join(folder, "model")
+    if os.path.exists(os.path.join(saved, "config.json")):
+        args.model = saved
+    args.path = args.model
+    args.own_files = "" if args.task in data.TASKS else folder
+    args.own_labels = []
+    if args.own_files:
+        labels = (labels_of or labels_of_config)(folder)
+        args.own_labels = [labels[number] for number in sorted(labels, key=int)]
+    return runs
+
+
+def read_finished(folder, methods):
+    """results.json of a finished run of one of these methods. UserError."""
+    wanted = f"--run {folder}: must be the folder of a finished run of {', '.join(methods)}"
+    try:
+        results = read_results(os.path.join(folder, "results.json"))
+    except (OSError, UserError) as error:
+        raise UserError(f"{wanted}: {first_line(error)}") from None
+    if results["method"] not in list(methods):
+        raise UserError(f"{wanted}: its method is {results['method']}")
+    if not (isinstance(results.get("task"), str) and isinstance(results.get("seed"), int)):
+        raise UserError(f"{wanted}: its results.json has no task or no seed")
+    if not os.path.isdir(os.path.join(folder, "model")):
+        raise UserError(f"{wanted}: it has no model")
+    return results
+
+
+def labels_of_config(folder):
+    """{number: label} of a finished run's model."""
+    path = os.path.join(folder, "model", "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)["id2label"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--run {folder}: cannot read its labels in {path}: "
+                        f"{first_line(error)}") from None
+
+
+def use_runs(args, runs, setup, world, started, load, score):
+    """--run: scores and predicts with finished runs, and prints a table of all their scores.
+
+    load(folder, results) -> (forward, module), score(forward, module, sets) -> the scores, which
+    join those in results.json. Predictions lie beside it. Returns all results.
+    """
+    for folder, results in runs.items():
+        world.say(f"\n{folder}")
+        forward, module = load(folder, results)
+        if setup.scored:
+            results["metrics"].update(score(forward, module, setup.scored))
+            write_results(results, folder, world)
+        for name, split in setup.unscored.items():
+            kept = predict(forward, module, split, setup, world, f"predicting {name}")
+            if world.rank == 0:
+                try:
+                    path = setup.kind.write(folder, name, setup.task, kept, split)
+                except OSError as error:
+                    raise RunError(f"cannot write to {folder}: {error.strerror}") from None
+                world.say(f"wrote {path}")
+    return print_table(world.say, [*runs.values()], args, started)
+
+
+def use_models(args, runs, setup, world, started):
+    """`use_runs` for runs whose model/ is of the kind's Auto class."""
+    def load(folder, results):
+        path = os.path.join(folder, "model")
+        model = load_model(args, setup, results["seed"], world, path)
+        return setup.kind.forward(model, setup.task), model
+
+    def score(forward, module, sets):
+        return evaluate(forward, module, sets, setup, world, final=True)
+
+    return use_runs(args, runs, setup, world, started, load, score)
+
+
+def write_results(results, folder, world):
+    """results.json of a finished run, again."""
+    text = json.dumps(results, indent=1).encode()
+    if world.rank == 0:
+        try:
+            path = os.path.join(folder, "results.json")
+            write_safely(path, lambda file: file.write(text))
+        except OSError as error:
+            raise RunError(f"cannot write {folder}/results.json: {error.strerror}") from None
+    world.barrier()
+
+
 def write_safely(path, write, keep=None):
     """Temporary file, fsync, rename, fsync of the folder. keep: where the file before it goes."""
     with open(path + ".tmp", "wb") as file:
@@ -1635,7 +1778,9 @@ def digest_weights(module):
 
 def print_table(say, results, args, started):
     """Methods and seeds, as the papers give them: mean, standard deviation, median and max."""
-    sets = results[0]["metrics"]
+    sets = {}
+    for result in results:                             # with --run not all may have the same ones
+        sets.update(result["metrics"])
     wide = max(10, *map(len, sets))
     seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
     say(f"\n{args.task}, {results[0]['model']}, {seeds}, in percent")
@@ -1644,13 +1789,18 @@ def print_table(say, results, args, started):
     for name, metrics in sets.items():
         for metric in metrics:
             for method in args.method:
-                runs = [r["metrics"][name][metric] for r in results if r["method"] == method]
+                runs = [r["metrics"][name][metric] for r in results
+                        if r["method"] == method and name in r["metrics"]]
+                if not runs:
+                    continue
                 values = 100 * np.array(runs)
                 std = f"{values.std(ddof=1):.2f}" if len(values) > 1 else "-"
                 say(f"{name:<{wide}}  {metric:<9} {method:<9} {values.mean():6.2f} {std:>5} "
                           f"{np.median(values):6.2f} {values.max():6.2f}")
-    folder = os.path.join(args.output_dir, args.task)
-    say(f"{time.monotonic() - started:.0f} s; models, logs and results are in {folder}")
+    where = os.path.join(args.output_dir, args.task)
+    if args.run:
+        where = "the folders of the runs"
+    say(f"{time.monotonic() - started:.0f} s; models, logs and results are in {where}")
     return results
 
 

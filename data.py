@@ -366,6 +366,8 @@ class Rows(NamedTuple):
 
 def load(args):
     """Reads and checks the rows of a run, before any model is loaded. Returns Rows."""
+    if args.run:
+        return load_to_use(args)
     if args.own_files:
         task, splits = own_files(args)
     else:
@@ -386,8 +388,78 @@ def load(args):
     return Rows(task, train, splits, further, unscored)
 
 
+def load_to_use(args):
+    """The Rows that finished runs are used on (--run), without any to train on.
+
+    own: their own validation sets, if these are wanted; of one's own task the --validation_file.
+    """
+    task = task_of_run(args) if args.own_files else TASKS[args.task]
+    own = {}
+    if args.own_sets and (args.own_files or "validation_file" in args.by_hand):
+        own[set_name(args, "validation_file")] = read_own(args, "validation_file", task)
+    elif args.own_sets:
+        for split in task.validation.split():
+            own[split] = read(task, split, args.task, args)
+    for split, rows in own.items():
+        refuse_hidden(task, rows, f"--run {args.run[0]}: {split}")
+
+    unscored = load_predicted(args, task)
+    if args.test_file:
+        unscored[set_name(args, "test_file")] = read_own(args, "test_file", task)
+    return Rows(task, None, own, load_further(args, task), unscored)
+
+
+def task_of_run(args):
+    """The Task of a finished run on one's own files, by its flags and its model's labels."""
+    columns = args.text_columns
+    for flag in ("test_file", "validation_file"):
+        path = getattr(args, flag)
+        if not columns and path and (flag == "test_file" or args.own_sets):
+            columns = usual_columns(read_file(path, f"--{flag}"), f"--{flag} {path}")
+    columns = columns or ["text"]                      # of no file
+    if args.target_column:
+        return own_summary_task(args, columns)
+    settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
+    if len(args.own_labels) == 1:
+        return Task(**settings, kind="regress", metrics="pearson spearman")
+    return Task(**settings, labels="\t".join(args.own_labels))
+
+
+def read_own(args, flag, task):
+    """The rows of --test_file or --validation_file, for a finished run's task.
+
+    --text_columns says where the texts of a task of the table are.
+    """
+    path = getattr(args, flag)
+    table = read_file(path, f"--{flag}")
+    columns = args.text_columns or task.columns
+    for column in columns:
+        check_column(column, "--text_columns", table, path)
+    if len(columns) != len(task.columns):
+        raise UserError(f"--text_columns {' '.join(columns)}: must be {len(task.columns)} for "
+                        f"{args.task}")
+    table.update((name, table[column]) for name, column in zip(task.columns, columns))
+    return KINDS[task.kind].read(table, task, path)
+
+
+def set_name(args, flag):
+    """What a file is called among the sets: its own name, without its endings."""
+    if flag not in args.by_hand:
+        return "validation"
+    return os.path.basename(getattr(args, flag)).partition(".")[0] or "test"
+
+
 def load_unscored(args, task):
     """{split: rows} of --predict and of --test_file: their labels may be hidden."""
+    unscored = load_predicted(args, task)
+    if args.test_file:
+        table = read_file(args.test_file, "--test_file")
+        unscored["test"] = KINDS[task.kind].read(table, task, args.test_file)
+    return unscored
+
+
+def load_predicted(args, task):
+    """{split: rows} of --predict."""
     if args.predict and args.own_files:
         raise UserError(f"--predict {' '.join(args.predict)}: is for tasks of the table; "
                         "your own rows to predict are the --test_file")
@@ -396,9 +468,6 @@ def load_unscored(args, task):
         splits = task.test.split() if name == "test" else [name]
         for split in splits:
             unscored[split] = read(task, split, args.task, args)
-    if args.test_file:
-        table = read_file(args.test_file, "--test_file")
-        unscored["test"] = KINDS[task.kind].read(table, task, args.test_file)
     return unscored
 
 
@@ -422,7 +491,7 @@ def load_further(args, trained):
                 rows = rows.select(np.sort(chosen))
             if split and name == args.task:            # another split of the trained task
                 further[part] = task, rows
-            elif len(splits) == 1:
+            elif len(splits) == 1 and part in task.validation.split():
                 further[name] = task, rows
             else:
                 further[f"{name}/{part}"] = task, rows
@@ -509,7 +578,8 @@ def own_files(args):
         args.validation_file: read_file(args.validation_file, "--validation_file"),
     }
 
-    columns = args.text_columns or usual_columns(tables[args.train_file], args.train_file)
+    columns = args.text_columns or usual_columns(
+        tables[args.train_file], f"--train_file {args.train_file}")
     for path, table in tables.items():
         for column in columns:
             check_column(column, "--text_columns", table, path)
@@ -526,12 +596,12 @@ def own_files(args):
     return task, splits
 
 
-def usual_columns(table, path):
-    """The text columns of a table, if they have one of the usual names."""
+def usual_columns(table, where):
+    """The text columns of a table, if they have one of the usual names. where: flag and file."""
     for names in (["text"], ["sentence1", "sentence2"], ["sentence"]):
         if set(names) <= set(table):
             return names
-    raise UserError(f"--train_file {path}: no column text, or sentence1 and sentence2, "
+    raise UserError(f"{where}: no column text, or sentence1 and sentence2, "
                     f"among {[*table]}; name yours with --text_columns")
 
 
@@ -548,9 +618,7 @@ def own_task(args, columns, tables):
     holds texts to write.
     """
     if args.target_column:
-        length = args.max_target_length or Decoding().longest
-        return Task(path="custom", text=tuple(columns), label=args.target_column, kind="generate",
-                    metrics=ROUGE, target_length=length, decoding=Decoding(longest=length))
+        return own_summary_task(args, columns)
 
     labels = {}
     for path, table in tables.items():
@@ -577,6 +645,13 @@ def own_task(args, columns, tables):
         raise UserError(f"--train_file {args.train_file}: all labels are {names[0]!r}; "
                         "at least two are needed")
     return Task(**settings, labels="\t".join(names))
+
+
+def own_summary_task(args, columns):
+    """The Task of one's own files with a --target_column, texts to write."""
+    length = args.max_target_length or Decoding().longest
+    return Task(path="custom", text=tuple(columns), label=args.target_column, kind="generate",
+                metrics=ROUGE, target_length=length, decoding=Decoding(longest=length))
 
 
 def label_of(cell):

@@ -729,11 +729,15 @@ def vectors(f, split, rows, world, progress=None):
 
 
 def evaluate_sets(args, f, sets, setup, texts, world, **how):
-    """common.evaluate, and the accuracies of the sets to retrieve from (choice 11)."""
+    """common.evaluate, and the accuracies of the sets to retrieve from (choice 11).
+
+    texts: the Texts that may have g's states; None: all is encoded.
+    """
     import common
     to_retrieve = {name: pair for name, pair in sets.items() if pair[0].kind == "retrieve"}
     others = {name: pair for name, pair in sets.items() if name not in to_retrieve}
-    others = texts.sets_with_states(f, others)
+    if texts is not None:
+        others = texts.sets_with_states(f, others)
     scores = common.evaluate(f.logits, f, others, setup, world, **how)
     if not to_retrieve:
         return scores
@@ -741,7 +745,7 @@ def evaluate_sets(args, f, sets, setup, texts, world, **how):
     def forward(**inputs):
         return f.both_vectors(layer=args.retrieve_layer, **inputs)
 
-    if args.retrieve_layer is None:
+    if texts is not None and args.retrieve_layer is None:
         to_retrieve = texts.sets_with_states(f, to_retrieve)
     task, _ = next(iter(to_retrieve.values()))
     setup = dataclasses.replace(setup, task=task)
@@ -956,13 +960,43 @@ def build_f(args, setup, seed, world, pair):
         raise common.UserError(f"--model {args.model}: {error}") from error
 
 
-def load_f(run, args, setup, world):
-    """f of a finished run."""
+def load_f(folder, seed, args, setup, world):
+    """f of a finished run, whose model is in `folder`."""
     import common
     plm = None
     if args.tune == "adapter":
-        plm = common.load_model(args, setup, run.seed, world).base_model
-    return GTuning.from_pretrained(run.model_folder, plm).to(world.device)
+        plm = common.load_model(args, setup, seed, world).base_model
+    try:
+        return GTuning.from_pretrained(folder, plm).to(world.device)
+    except Exception as error:
+        import data
+        raise common.UserError(f"{folder}: cannot be loaded: {data.first_line(error)}") from error
+
+
+def labels_of(folder):
+    """{number: label} of a finished run."""
+    import common
+    import data
+    path = os.path.join(folder, "model", "gtuning.pt")
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")["id2label"]
+    except Exception as error:
+        raise common.UserError(f"--run {folder}: cannot read its labels in {path}: "
+                               f"{data.first_line(error)}") from None
+
+
+def use_finished(args, runs, setup, world, started):
+    """--run: scores and predictions of finished runs. Returns their results."""
+    import common
+
+    def load(folder, results):
+        f = load_f(os.path.join(folder, "model"), results["seed"], args, setup, world)
+        return f.logits, f
+
+    def score(forward, f, sets):
+        return evaluate_sets(args, f, sets, setup, None, world, final=True)
+
+    return common.use_runs(args, runs, setup, world, started, load, score)
 
 
 # --------------------------------------------------------------------------------------  the recipe
@@ -1042,6 +1076,7 @@ def main(argv=None):
     import common
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
+    runs = common.take_runs(args, METHODS, labels_of)
     check_flags(args)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
@@ -1051,6 +1086,8 @@ def main(argv=None):
 
     with common.processes(args) as world:
         setup = common.prepare(args, world, check, separate=args.pair_mode == "separate")
+        if runs:
+            return use_finished(args, runs, setup, world, started)
         N = count_steps_on_f(args, setup, world)
         texts = Texts(args, setup, world)
         if args.profile:
@@ -1059,8 +1096,7 @@ def main(argv=None):
         def evaluate(f, sets, **how):
             return evaluate_sets(args, f, sets, setup, texts, world, **how)
 
-        results = []
-        clouds = {}
+        results, clouds = [], {}
         wants_figure_2 = args.embed and not args.choosing
         for seed, method in common.seeds_and_methods(args):
             run = common.Run(args, method, seed, world, METHODS[method][1])
@@ -1106,7 +1142,7 @@ def main(argv=None):
                 if run.best["step"] <= end_1 < end_3:
                     world.say(f"{run.name}: the best state is of phase 1, before D")
             if setup.unscored or wants_figure_2:
-                f = load_f(run, args, setup, world)
+                f = load_f(run.model_folder, seed, args, setup, world)
                 run.predict(f.logits, f, setup)
             if wants_figure_2:
                 clouds[method, seed] = embed(run, f, setup)

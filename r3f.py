@@ -930,6 +930,7 @@ def main(argv=None):
     import common
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
+    runs = common.take_runs(args, METHODS)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
     if args.probe:
@@ -940,6 +941,8 @@ def main(argv=None):
 
     with common.processes(args) as world:
         setup = common.prepare(args, world, check)
+        if runs:
+            return common.use_models(args, runs, setup, world, started)
 
         def build(method, seed):
             model = common.load_model(args, setup, seed, world)

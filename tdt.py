@@ -112,10 +112,7 @@ def flags():
                    help="weight of CE without them")
     g.add_argument("--cutoff_b", type=weight, default=1.0, metavar="B", help="weight of JS")
 
-    g = p.add_argument_group("analyses (section 4), after training or of finished runs")
-    g.add_argument("--run", nargs="+", default=[], metavar="FOLDER",
-                   help="analyse these finished runs of one task, train nothing; torchrun "
-                        "needs -- before tdt.py then")
+    g = p.add_argument_group("analyses (section 4), after training or of finished runs (--run)")
     g.add_argument("--explain", nargs="+", default=[], metavar="TEXT",
                    help="each word's confidence; a pair is 'TEXT ||| TEXT'")
     g.add_argument("--explain_file", default="", metavar="FILE", help="texts, one a line")
@@ -452,6 +449,7 @@ class TokenCutoff(torch.nn.Module):
 @dataclass
 class Analyses:
     """What is to be looked at, and in which runs."""
+    finished: dict                 # {folder: results} of --run
     runs: dict                     # {seed: {method: folder}}, finished
     texts: list                    # to explain; of a pair both sentences, with ||| between them
     confidences: bool
@@ -473,21 +471,19 @@ class Analyses:
 def read_analyses(args):
     """The Analyses that the flags ask for.
 
-    With --run, args become those of the last run, but for what was set by hand.
+    With --run, args become those of the first run, but for what was set by hand.
     """
     import common
+    finished = common.take_runs(args, METHODS)
     rates = [rate for rate in dict.fromkeys(args.rates) if rate > 0]
-    asked = Analyses(runs={}, texts=read_texts(args.explain, args.explain_file),
+    asked = Analyses(finished, runs_by_seed(finished), read_texts(args.explain, args.explain_file),
                      confidences=args.confidences, tsne=args.tsne, perturb=args.perturb,
                      drop=args.drop, rates=rates, draws=args.draws)
-    if args.grid and (args.run or asked.any):
+    if args.grid and asked.any:
         raise common.UserError("--grid: must go without analyses; afterwards --run FOLDER makes "
                                "them")
-    if args.run and not asked.any:
-        raise common.UserError(f"--run {' '.join(args.run)}: must go together with --explain, "
-                               "--confidences, --tsne, --perturb or --drop")
-    for folder in args.run:
-        add_run(folder, asked.runs, args)
+    if asked.figures:
+        args.own_sets = True                           # which they are about
 
     methods = [set(folders) for folders in asked.runs.values()] or [set(args.method)]
     if asked.drop or asked.confidences or asked.texts or asked.tsne:
@@ -520,45 +516,17 @@ def read_texts(given, path):
     return texts
 
 
-def add_run(folder, runs, args):
-    """Adds a finished run to `runs`, and gives args its flags, but for those set by hand."""
+def runs_by_seed(runs):
+    """{seed: {method: folder}} of finished runs {folder: results}."""
     import common
-    import data
-    methods = ", ".join(METHODS)
-    wanted = f"--run {folder}: must be the folder of a finished run of {methods}"
-    try:
-        results = common.read_results(os.path.join(folder, "results.json"))
-    except (OSError, common.UserError) as error:
-        raise common.UserError(f"{wanted}: {data.first_line(error)}") from None
-    task, method, seed = (results.get(name) for name in ("task", "method", "seed"))
-    if method not in list(METHODS):
-        raise common.UserError(f"{wanted}: its method is {method}")
-    if not (isinstance(task, str) and isinstance(seed, int)):
-        raise common.UserError(f"{wanted}: its results.json has no task or no seed")
-    if not os.path.exists(os.path.join(folder, "model", "config.json")):
-        raise common.UserError(f"{wanted}: it has no model")
-    if (runs or "task" in args.by_hand) and task != args.task:
-        raise common.UserError(f"--run {folder}: is a run of {task}; must be of {args.task}, as "
-                               "--task or the one before")
-    other = runs.setdefault(seed, {}).setdefault(method, folder)
-    if other != folder:
-        raise common.UserError(f"--run {folder}: is a run of {method} with seed {seed}, as {other} "
-                               "is; must be another one")
-
-    if "threads" not in args.by_hand:
-        args.threads = 0                               # the toy recipe's does not hold here
-    for name, value in results["args"].items():
-        if name not in args.by_hand:
-            setattr(args, name, value)
-    args.recipe, args.recipe_name = {}, f"that of {folder}"
-    args.own_files = args.train_file or args.validation_file
-    args.model = args.path = os.path.join(folder, "model")
-
-    # Only validation rows are looked at.
-    args.init_from = args.test_file = ""
-    args.post_train = None
-    args.eval_tasks = []
-    args.choosing = False
+    found = {}
+    for folder, results in runs.items():
+        seed, method = results["seed"], results["method"]
+        other = found.setdefault(seed, {}).setdefault(method, folder)
+        if other != folder:
+            raise common.UserError(f"--run {folder}: is a run of {method} with seed {seed}, as "
+                                   f"{other} is; must be another one")
+    return found
 
 
 # ---------------------------------------------------------------------------  analyses: confidences
@@ -1224,18 +1192,24 @@ def check_tokenizer(args, tokenizer, methods, asked):
                                "which knows where its tokens lie")
 
 
-def analyse_finished(args, asked, world):
-    """--run: what was asked of finished runs. To explain a text needs no data."""
+def use_finished(args, asked, world, started):
+    """--run: scores, predictions and analyses of finished runs. To explain a text needs no data."""
     import common
     setup = None
-    if asked.figures:
+    to_score = not asked.any or {"eval_tasks", "test_file", "predict"} & set(args.by_hand)
+    if to_score or asked.figures:
         setup = common.prepare(args, world, functools.partial(check_task, args, asked))
         tokenizer = setup.tokenizer
     else:
         tokenizer = common.load_tokenizer(args, world)
     methods = {method for folders in asked.runs.values() for method in folders}
     check_tokenizer(args, tokenizer, methods, asked)
-    analyse(args, asked, setup, tokenizer, world)
+    results = [*asked.finished.values()]
+    if to_score:
+        results = common.use_models(args, asked.finished, setup, world, started)
+    if asked.any:
+        analyse(args, asked, setup, tokenizer, world)
+    return results
 
 
 def analyse(args, asked, setup, tokenizer, world):
@@ -1407,8 +1381,8 @@ def main(argv=None):
         check_task(args, asked, task)
 
     with common.processes(args) as world:
-        if asked.runs:
-            return analyse_finished(args, asked, world)
+        if asked.finished:
+            return use_finished(args, asked, world, started)
         perturb = marks or ("special" if "cutoff" in args.method else None)
         setup = common.prepare(args, world, check, perturb=perturb)
         check_tokenizer(args, setup.tokenizer, args.method, asked)

@@ -283,7 +283,7 @@ def settings(**given):
         "task": "toy", "own_files": "", "train_file": None, "validation_file": None,
         "test_file": None, "text_columns": None, "label_column": "label", "local_file": [],
         "predict": [], "eval_tasks": [], "batch_size": 1, "train_samples": None,
-        "target_column": None, "max_target_length": None,
+        "target_column": None, "max_target_length": None, "run": [],
     }
     return argparse.Namespace(**{**flags, **given})
 
@@ -1867,6 +1867,208 @@ def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path, cache)
     with pytest.raises(UserError, match="--model .*evil"):
         run("r3f", folder, tmp_path / "out2", "--method", "std")
     assert not os.path.exists(bomb.mark)
+
+
+# -------------------------------------------------------------------- held-out rows and the search
+
+def test_held_out_rows_are_not_trained_on_and_the_same_for_all_seeds(tiny_folder, cache):
+    found = []
+    for seed in (0, 1):
+        args = parse("r3f", "--model", tiny_folder, "--dev_samples", 40, "--seeds", seed)
+        setup = common.prepare(args, common.World(args))
+        _, held_out = setup.held_out["held-out"]
+        found.append(held_out)
+        assert len(held_out) == 40 and len(setup.train) == 320 - 40
+        texts = set(setup.train.column("text"))
+        assert not texts & set(held_out.column("text"))
+        assert setup.choose_by == setup.held_out and "validation" in setup.scored
+    assert found[0].column("text") == found[1].column("text")
+
+
+SEARCH = ["--method", "std", "r3f", "--grid", "lr=1e-3,1e-5", "lam=1,5", "--dev_samples", 40,
+          "--seeds", 3, 4, "--max_steps", 4]
+
+
+def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(tiny_folder, tmp_path, cache,
+                                                                   capsys):
+    results = run("r3f", tiny_folder, tmp_path, *SEARCH)
+    assert [(r["method"], r["seed"]) for r in results] == [
+        ("std", 3), ("std", 4), ("r3f", 3), ("r3f", 4)]
+    tried = {}
+    for method, cells in (("std", 2), ("r3f", 4)):     # std has no use for lam
+        search = json.load(open(tmp_path / f"toy/search-{method}.json"))
+        tried[method] = [" ".join(cell["flags"]) for cell in search["tried"]]
+        assert len(tried[method]) == cells and search["held_out_rows"] == 40
+        for cell in search["tried"]:
+            name = ",".join(flag.removeprefix("--") for flag in cell["flags"])
+            folder = tmp_path / "grid" / name / "toy" / f"{method}-3"
+            found = json.load(open(folder / "results.json"))
+            assert list(found["metrics"]) == ["held-out"]
+            assert cell["score"] == found["metrics"]["held-out"]["accuracy"]
+            assert not (folder / "model").exists()     # of the search only the score is wanted
+        best = max(search["tried"], key=lambda cell: cell["score"])
+        assert search["chosen"] == best["flags"]
+        for result in results:
+            if result["method"] == method:
+                assert result["args"]["lr"] == float(best["flags"][0].removeprefix("--lr="))
+                assert "validation" in result["metrics"] and "held-out" in result["metrics"]
+    assert tried["std"] == ["--lr=1e-3", "--lr=1e-5"]
+    saved = json.load(open(tmp_path / "toy/r3f-4/results.json"))
+    assert saved["searched"] == {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
+    assert "r3f: chosen of 4:" in capsys.readouterr().out
+
+
+def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(tiny_folder, tmp_path, cache,
+                                                                     monkeypatch):
+    """And no finished cell or seed is run again."""
+    whole = run("r3f", tiny_folder, tmp_path / "whole", *SEARCH)
+    out = tmp_path / "killed"
+    begun = []
+    begin = common.Run.begin
+
+    def note(self, *arguments, **parts):
+        begun.append(os.path.relpath(self.folder, out))
+        begin(self, *arguments, **parts)
+
+    monkeypatch.setattr(common.Run, "begin", note)
+    killed_at(monkeypatch, [2, 3, 2])
+    for _ in range(3):
+        with pytest.raises(KeyError):
+            run("r3f", tiny_folder, out, *SEARCH, "--save_every", 1, "--resume")
+    again = run("r3f", tiny_folder, out, *SEARCH, "--save_every", 1, "--resume")
+    assert_same_weights(weights(tmp_path / "whole"), weights(out))
+    assert [r["metrics"] for r in again] == [r["metrics"] for r in whole]
+    assert [r["searched"] for r in again] == [r["searched"] for r in whole]
+    assert len(set(begun)) == 2 + 4 + 4 and len(begun) == 10 + 3         # three were begun twice
+
+    # Once more: all is found, with what was searched.
+    begun.clear()
+    found = run("r3f", tiny_folder, out, *SEARCH)
+    assert begun == [] and [r["searched"] for r in found] == [r["searched"] for r in whole]
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--grid", "lr"], "--grid lr: must be FLAG=VALUE,VALUE"),
+    (["--grid", "speed=1,2"], "--grid speed: no such flag"),
+    (["--grid", "lr=1e-3,-1"], "--lr: must be a number above 0"),
+    (["--grid", "lr=1e-3,1e-4", "--dev_samples", 0], "--grid: needs --dev_samples"),
+    (["--dev_samples", 319], "--dev_samples 319: of the 320 training rows 1 would be left"),
+])
+def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, tiny_folder, tmp_path,
+                                                                 cache):
+    with pytest.raises(UserError) as caught:
+        run("r3f", tiny_folder, tmp_path / "out", "--method", "std", "--dev_samples", 40, *flags)
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+    assert not glob.glob(f"{tmp_path}/out/**/log.jsonl", recursive=True)
+
+
+# ------------------------------------------------------------------------ finished runs, used again
+
+@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "adapter")])
+def test_a_finished_run_scores_further_sets_without_training(script, method, tiny_folder, tmp_path,
+                                                             cache, capsys):
+    """It gives the score that it had at the end of its training, and changes nothing else."""
+    result, = run(script, tiny_folder, tmp_path, "--method", method)
+    folder = tmp_path / f"toy/{method}-0"
+    trained = weights(folder)
+    log = (folder / "log.jsonl").read_bytes()
+    shortened = {**result, "metrics": {"validation": result["metrics"]["validation"]}}
+    (folder / "results.json").write_text(json.dumps(shortened))
+
+    found, = SCRIPTS[script].main(["--run", str(folder), "--eval_tasks", "toy-food"])
+    assert found == json.load(open(folder / "results.json")) == result
+    assert list(found["metrics"]) == ["validation", "toy-food"]
+    assert_same_weights(trained, weights(folder))
+    assert (folder / "log.jsonl").read_bytes() == log
+    text = capsys.readouterr().out
+    assert "toy-food" in text and f"that of {folder}" in text
+
+    again, = SCRIPTS[script].main(["--run", str(folder)])
+    assert again["metrics"] == result["metrics"]       # its own sets, once more
+
+
+@pytest.mark.parametrize("script, method", [("r3f", "std"), ("gtuning", "adapter")])
+@pytest.mark.parametrize("number", [False, True], ids=["classes", "numbers"])
+def test_a_finished_run_predicts_new_rows_when_its_own_files_are_gone(script, method, number,
+                                                                      tiny_folder, tmp_path, cache):
+    rows = []
+    for i, (text, label) in enumerate(REVIEWS):
+        rows.append({"words": text, "label": i / 10 if number else label})
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    new = write_rows(tmp_path / "new.jsonl", [{"words": "good plot"}, {"words": "bad cast"}])
+    run(script, tiny_folder, tmp_path / "out", "--method", method, "--train_file", path,
+        "--validation_file", path, "--test_file", new, "--batch_size", 4, "--name", "reviews",
+        "--text_columns", "words")
+    os.remove(path)
+    folder = tmp_path / f"out/reviews/{method}-0"
+    SCRIPTS[script].main(["--run", str(folder), "--test_file", new])
+    wanted = (folder / "predictions-test.tsv").read_text()
+    assert (folder / "predictions-new.tsv").read_text() == wanted
+    assert len(wanted.splitlines()) == 3
+
+    scored = write_rows(tmp_path / "scored.jsonl", rows[:6])
+    found, = SCRIPTS[script].main(["--run", str(folder), "--validation_file", scored])
+    assert list(found["metrics"]) == ["validation", "scored"]
+
+
+def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, tmp_path, cache):
+    run("r3f", tiny_folder, tmp_path, "--method", "std")
+    folder = tmp_path / "toy/std-0"
+    lines = [{"review": "good plot", "id": "x1"}, {"review": "bad plot", "id": "x2"}]
+    new = write_rows(tmp_path / "new.jsonl", lines)
+    with pytest.raises(UserError, match="no column 'text'"):
+        r3f.main(["--run", str(folder), "--test_file", new])
+    r3f.main(["--run", str(folder), "--test_file", new, "--text_columns", "review"])
+    header, first, _ = (folder / "predictions-new.tsv").read_text().splitlines()
+    assert header.startswith("index\tid\tprediction") and first.startswith("0\tx1\t")
+
+
+def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_path, cache):
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "r3f", "--max_steps", 2)
+    std, other = tmp_path / "toy/std-0", tmp_path / "toy/r3f-0"
+    found = r3f.main(["--run", str(std), str(other), "--eval_tasks", "toy-food:train"])
+    assert [list(result["metrics"]) for result in found] == [
+        ["validation", "toy-food", "toy-food/train"]] * 2
+
+    # One that was scored on more than the others is told as it is.
+    r3f.main(["--run", str(std), "--eval_tasks", "toy:train"])
+    found = r3f.main(["--run", str(std), str(other), "--eval_tasks", "toy-food"])
+    assert [len(result["metrics"]) for result in found] == [4, 3]
+
+    def changed(name, value):
+        results = json.load(open(other / "results.json"))
+        (other / "results.json").write_text(json.dumps({**results, name: value}))
+        with pytest.raises(UserError) as caught:
+            r3f.main(["--run", str(std), str(other), "--eval_tasks", "toy-food"])
+        (other / "results.json").write_text(json.dumps(results))
+        return str(caught.value)
+
+    assert changed("task", "sst2") == (f"--run {other}: is a run of sst2; must be of toy, as "
+                                       "--task or the one before")
+    assert changed("model", "b") == (f"--run {other}: its model is b; must be {tiny_folder}, as of "
+                                     f"{std}")
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--grid", "lr=1,2", "--dev_samples", "9"], "--grid: cannot go together with --run"),
+    (["--profile", "3"], "--profile: cannot go together with --run"),
+    (["--train_file", "a.csv"], "--train_file: cannot go together with --run"),
+    (["--task", "sst2"], "is a run of toy; must be of sst2"),
+    (["--test_file", "nowhere.csv"], "--test_file nowhere.csv: no such file"),
+    (["--eval_tasks", "stsb"], "--eval_tasks stsb: is of the kind regress"),
+])
+def test_what_a_finished_run_cannot_do_is_one_line(flags, line, finished_toy):
+    with pytest.raises(UserError) as caught:
+        r3f.main(["--run", finished_toy, *flags])
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def finished_toy(tiny_folder, tmp_path_factory, cache):
+    """The folder of a finished run of std."""
+    out = tmp_path_factory.mktemp("finished")
+    run("r3f", tiny_folder, out, "--method", "std", "--max_steps", 2)
+    return str(out / "toy/std-0")
 
 
 # ---------------------------------------------------------------------- 7  tables, pages, --profile
@@ -3941,7 +4143,7 @@ def test_a_finished_run_brings_its_own_flags(toy, copied):
     asked = tdt.read_analyses(args)
     results = load(copied / "results.json")
     assert asked.runs == {0: {"tdt": str(copied)}}
-    assert args.task == "custom" and args.own_files.endswith("train.jsonl")
+    assert args.task == "custom" and args.own_labels == ["a", "b"]
     assert args.model == args.path == str(copied / "model")
     assert args.max_length == results["args"]["max_length"] and args.threads == 0
     args = parse("tdt", "--run", str(copied), "--drop", "--threads", "2", "--max_length", "9")
@@ -4036,9 +4238,9 @@ BAD = [
     (["--run", "TDT", "AGAIN", "--drop"],
      "--run AGAIN: is a run of tdt with seed 0, as TDT is; must be another one"),
     (["--run", "STD", "--drop"], "need a run of tdt or tdt-hard of each seed"),
-    (["--run", "TDT"], "--run TDT: must go together with --explain"),
     (["--run", "TDT", "--drop", "--dev_samples", "9", "--grid", "lr=1,2"],
-     "--grid: must go without analyses"),
+     "--grid: cannot go together with --run"),
+    (["--drop", "--dev_samples", "9", "--grid", "lr=1,2"], "--grid: must go without analyses"),
     (["--explain", " "], "--explain: must have a text"),
     (["--explain", "a ||| b ||| c"], "--explain: must have a text"),
     (["--explain_file", "nowhere"], "--explain_file nowhere: No such file"),
@@ -5195,6 +5397,27 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
     assert len(before.splitlines()) == 32
     printed(capsys, folder, "--keep", kept)
     assert kept.read_text() == before
+
+
+def test_the_readmes_table_is_what_the_kept_lines_say(tmp_path):
+    """Every difference, its interval and its p, of every method on both sets."""
+    path = tmp_path / "toy.jsonl"                      # the report writes beside the lines
+    shutil.copy(os.path.join(HERE, ".results/toy.jsonl"), path)
+    table, = common.main_report([str(path)])
+    names = {"R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop", "SMART": "smart", "FreeLB": "freelb",
+             "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff"}
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    lines = text.partition("| | films | p | food | p |")[2].split("\n\n")[0].split("\n")[2:]
+    seen = set()
+    for line in lines:
+        name, *cells = [cell.strip(" *").replace("**", "") for cell in line.strip("|").split("|")]
+        seen.add(names[name])
+        for at, part in ((0, "validation"), (2, "toy-food")):
+            found = table.differences["toy", part, "accuracy"][names[name]]
+            interval = f"({found.low:+.2f} to {found.high:+.2f})"
+            assert cells[at] == f"{found.mean:+.2f} {interval}"
+            assert abs(float(cells[at + 1]) - found.p) < 0.0051
+    assert seen == set(table.columns) - {"std"}
 
 
 def test_a_line_is_small():
@@ -6521,6 +6744,7 @@ def files(tmp_path_factory):
 
 
 def summary_settings(**given):
+    """The flags that data.py reads, of the toy summaries."""
     return settings(**{"task": "toy-sum", "batch_size": None, **given})
 
 
