@@ -183,6 +183,22 @@ def no_waiting_for_the_disk(started):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_toy_rows(started):
+    """Runs in this process are scored on 320 of the toy language's 2000 rows."""
+    def first_rows(domain, split):
+        return data.toy_rows(domain, split).select(range(320))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.TOYS, "toy", first_rows)
+        yield
+
+
+@pytest.fixture
+def all_toy_rows(few_toy_rows, monkeypatch):
+    monkeypatch.setitem(data.TOYS, "toy", data.toy_rows)
+
+
 @pytest.fixture
 def tmp_path(tmp_path):
     """Pytest's own folder, emptied at once, so that little of it is ever written to the disk."""
@@ -738,7 +754,7 @@ def test_a_task_without_a_hub_id_says_where_its_file_is():
                               "--local_file cola-ood=FILE (the CoLA-OOD file of GLUE-X")
 
 
-def test_the_toy_task_is_loaded_whole():
+def test_the_toy_task_is_loaded_whole(all_toy_rows):
     rows = data.load(settings(eval_tasks=["toy-food"], predict=["test"], batch_size=320))
     assert rows.task == data.TASKS["toy"]
     assert len(rows.train) == 320
@@ -7494,7 +7510,7 @@ def runs_of_two(second_process, still_folder, tiny_bart, small, files, tmp_path_
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS_OF_TWO if name != "refused"])
-def test_two_processes_end_like_one(name, runs_of_two, tmp_path):
+def test_two_processes_end_like_one(name, runs_of_two, all_toy_rows, tmp_path):
     """Within 1e-5; and all find the model that rank 0 writes, to predict and to embed."""
     script, flags = runs_of_two.argv[name]
     one, = SCRIPTS[script].main([*flags, "--output_dir", str(tmp_path)])
