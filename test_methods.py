@@ -4927,33 +4927,37 @@ def test_the_adapter_reads_no_general_text(drawn, tiny_folder, small, tmp_path, 
 
 # ----------------------------------------------------------------------------------------- Figure 2
 
-def test_the_separation_by_hand():
-    a = torch.tensor([[0.0, 1.0], [0.0, -1.0]])
-    b = torch.tensor([[3.0, 1.0], [3.0, -1.0]])
-    assert gtuning.separation(a, b) == 3               # means 3 apart, spread 1
+@pytest.mark.parametrize("projection", ["tsne", "pca"])
+def test_the_maps_of_figure_2(projection):
+    """Two clouds that lie apart, and the same ones on top of each other."""
+    a, b = (cloud.numpy() for cloud in clouds(rows=50))
+    runs = {"apart": (a, b + 4), "mixed & <wide>": (2 * a, 2 * b - 2 * (b - a).mean(0))}
+    results = {"apart": {"metrics": {"one": {"f1": 0.5}, "two": {"f1": 0.25}}}}
+    maps = gtuning.draw_maps(projection, 30, runs, results, ["one", "two"])
+    told = []
+    for caption in maps:
+        told.append(re.fullmatch(r"(.*), densest places ([\d.]+) apart", caption))
+    assert told[0][1] == "apart, f1 50.0 on one, f1 25.0 on two"
+    assert told[1][1] == "mixed & <wide>"
+    assert float(told[0][2]) > 1.2 > 0.8 > float(told[1][2])
 
-
-def marks(panel, kind):
-    """The places (n, 2) of a panel's squares or circles."""
-    x, y = {"rect": ("x", "y"), "circle": ("cx", "cy")}[kind]
-    found = re.findall(rf'<{kind} {x}="([-\d.]+)" {y}="([-\d.]+)"', panel)
-    return np.array(found, float)
-
-
-def test_all_panels_of_figure_2_have_one_scale():
-    a, b = clouds(rows=50)
-    panels = [("small", a, b), ("large & <wide>", 2 * a, 2 * b)]
-    body = gtuning.figure_body(panels, "50 sentences of <one>", "50 of two")
-    assert "square: in domain, 50 sentences of &lt;one&gt;" in body
-    assert "circle: out of domain, 50 of two" in body
-    assert "large &amp; &lt;wide&gt;" in body
-    small, large = body.split("<figure>")[1:]
-    for kind, offset in (("rect", 2.5), ("circle", 0)):
-        small_places = marks(small, kind) + offset - 150
-        large_places = marks(large, kind) + offset - 150
-        assert len(small_places) == 50
-        assert np.allclose(large_places, 2 * small_places, atol=0.2)
-        assert abs(large_places).max() < 150
+    places = {}
+    for run, drawn in zip(runs, maps.values()):
+        assert drawn.count('class="in"') == drawn.count('class="out"') == 50
+        assert drawn.count('class="in contour"') == drawn.count('class="out contour"') == 3
+        assert drawn.count('class="in densest"') == drawn.count('class="out densest"') == 1
+        found = re.findall(r'class="(in|out)" transform="translate\(([-\d.]+) ([-\d.]+)', drawn)
+        places[run] = np.array([[float(x), float(y)] for _, x, y in found])
+    one, two = places.values()
+    reaches = [np.abs(xy - 240).max() for xy in places.values()]
+    assert max(reaches) == pytest.approx(230 / 1.05, abs=0.2)
+    if projection == "tsne":                           # each map has its own scale
+        assert reaches[0] == pytest.approx(reaches[1], abs=0.2)
+    else:
+        axes = [gtuning.principal_axes(np.concatenate(both)) for both in runs.values()]
+        scales = [most / np.abs(xy).max() for most, xy in zip(reaches, axes)]
+        assert scales[0] == pytest.approx(scales[1], rel=0.01)
+        assert reaches[0] != pytest.approx(reaches[1], abs=1)
 
 
 def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(tiny_folder, small, tmp_path,
@@ -4962,25 +4966,54 @@ def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(tiny_folder
     results = tune(tiny_folder, tmp_path, *flags)
     told = capsys.readouterr().out
     page = (tmp_path / "custom/embed.html").read_text()
-    assert page.count("<figure>") == 2 and "http" not in page and "<script" not in page
-    assert "prefers-color-scheme: dark" in page
+    assert page.count("<figure>") == 3 and "http" not in page and "<script" not in page
+    assert "prefers-color-scheme: dark" in page and "perplexity 30" in page
     assert "64 sentences of validation" in page and "200 sentences of toy-food" in page
+    written = load(tmp_path / "custom/embed.json")
+    assert written["sets"] == {"validation": 64, "toy-food": 200}
+    assert [*written["values"]["separation"]] == ["before training", "adapter-0", "gtuning-0"]
     for result in results:
         method = result["method"]
         saved = np.load(tmp_path / f"custom/{method}-0/embed.npz")
-        a, b = (torch.from_numpy(saved[name]) for name in ("in_domain", "out_of_domain"))
+        a, b = saved["in_domain"], saved["out_of_domain"]
         assert a.shape == (64, 32) and b.shape == (200, 32)
-        value = gtuning.separation(a, b)
-        assert f"{method:<8} {value:.3f}" in told
+        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+        value = common.separation(a, b)
+        distance = np.linalg.norm(a.mean(0) - b.mean(0))
+        assert written["values"]["separation"][f"{method}-0"] == pytest.approx(value, abs=1e-6)
+        line = re.search(rf"^{method}-0 +([\d.]+) +([\d.]+)$", told, re.M)
+        assert line.groups() == (f"{value:.3f}", f"{distance:.3f}")
         own, further = (100 * result["metrics"][name]["accuracy"]
                         for name in ("validation", "toy-food"))
-        caption = (f"{method}, {tiny_folder}, seed 0: accuracy {own:.1f} on validation, accuracy "
-                   f"{further:.1f} on toy-food, separation {value:.2f}")
+        caption = (f"{method}-0, accuracy {own:.1f} on validation, accuracy {further:.1f} on "
+                   "toy-food, densest places")
         assert caption in page
 
-    tune(tiny_folder, tmp_path, *flags)                 # again, from the finished runs
+    # Again, from the finished runs; the clouds before training are the same.
+    tune(tiny_folder, tmp_path, *flags, "--projection", "pca")
     again = capsys.readouterr().out
-    assert f"gtuning  {value:.3f}" in again and "finished before" in again
+    assert line[0] in again and "finished before" in again
+    assert load(tmp_path / "custom/embed.json")["values"] == written["values"]
+    assert "principal axes" in (tmp_path / "custom/embed.html").read_text()
+
+
+def test_figure_2_of_few_sentences_and_before_training(tiny_folder, tmp_path, cache, capsys):
+    """A run whose steps change nothing has the cloud of before; 20 points need a lower perplexity.
+    """
+    rows = data.toy_rows("film", "train")
+    names = ["negative", "positive"]
+    lines = [f'"{rows["text"][i]}",{names[i % 2]}\n' for i in range(16)]
+    path = write(tmp_path / "few.csv", "text,label\n" + "".join(lines))
+    lines = [f'"{text}",negative\n' for text in data.toy_rows("food", "test")["text"][:4]]
+    food = write(tmp_path / "food.csv", "text,label\n" + "".join(lines))
+    tune(tiny_folder, tmp_path, "--train_file", path, "--validation_file", path, "--eval_tasks",
+         "toy-food", "--local_file", f"toy-food={food}", "--method", "adapter", "--embed",
+         "--max_steps", 2, "--lr", "1e-30")
+    values = load(tmp_path / "custom/embed.json")["values"]["separation"]
+    assert values["adapter-0"] == pytest.approx(values["before training"], abs=1e-6)
+    assert values["adapter-0"] > 0.1
+    assert "t-SNE, perplexity 6" in capsys.readouterr().out
+    assert "perplexity 6)" in (tmp_path / "custom/embed.html").read_text()
 
 
 def test_figure_2_is_not_drawn_while_flags_are_chosen(tiny_folder, small, tmp_path, cache):
@@ -5700,6 +5733,45 @@ def test_tsne_is_the_same_twice():
     assert not np.array_equal(first, common.tsne(x, steps=61))
 
 
+def test_two_samples_of_one_cloud_are_apart_by_chance():
+    draws = np.random.default_rng(0).normal(size=(300, 300, 20))
+    found = np.mean([common.separation(x[:200], x[200:]) for x in draws])
+    assert found == pytest.approx((1 / 200 + 1 / 100) ** 0.5, rel=0.03)
+
+
+def test_the_density_of_two_points_by_hand():
+    cloud = np.array([[0.0, 0.0], [2.0, 2.0]])         # deviation 1, so widths 2^(-1/6)
+    xs = ys = np.array([0.0, 1.0, 2.0])
+    values = common.density(cloud, xs, ys)
+    width = 2 ** (-1 / 6)
+    assert values[1, 1] == pytest.approx(2 * math.exp(-1 / width**2))
+    assert values[0, 0] == pytest.approx(1 + math.exp(-4 / width**2))
+    assert values[0, 2] == pytest.approx(2 * math.exp(-2 / width**2))
+
+    # A cloud of one place does not divide by 0, and is densest there.
+    still = np.full((5, 2), 0.3)
+    around = np.array([[0.0, 0.0], [1.0, 1.0]])
+    assert np.abs(common.densest(still, around) - 0.3).max() < 0.02
+    left = np.array([[0.1, 0.2], [0.1, 0.2], [0.1, 0.21], [0.9, 0.8]])
+    assert np.abs(common.densest(left, around) - [0.1, 0.2]).max() < 0.1
+
+
+def test_a_contour_line_lies_on_its_level():
+    ys, xs = np.mgrid[0:41, 0:61]
+    values = np.hypot(xs - 30, ys - 20)                # a cone: its lines are circles
+    pieces = common.contour(values, 9.7)
+    ends = np.array(pieces).reshape(-1, 2)
+    assert np.abs(np.hypot(ends[:, 0] - 30, ends[:, 1] - 20) - 9.7).max() < 0.02
+    length = sum(np.hypot(*np.subtract(b, a)) for a, b in pieces)
+    assert length == pytest.approx(2 * math.pi * 9.7, rel=0.01)
+    closed = collections.Counter(tuple(np.round(end, 6)) for end in ends)
+    assert set(closed.values()) == {2}                 # each end is where another piece begins
+
+    saddle = np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert len(common.contour(saddle, 0.5)) == 2
+    assert common.contour(values, 99) == []
+
+
 def test_tsne_refuses_too_few_points():
     x = np.random.default_rng(0).normal(size=(90, 5))
     with pytest.raises(ValueError, match="less than a third of the 90 points"):
@@ -6017,10 +6089,7 @@ def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert, ca
 def test_the_numbers_of_clouds_by_hand():
     a = np.array([[0.0, 0.0], [0.0, 2.0]])
     b = np.array([[3.0, 0.0], [3.0, 2.0]])
-    assert tdt.separation(a, b) == 3                   # means 3 apart, spread 1
-    x = np.random.default_rng(0).normal(size=(2, 9, 5))
-    theirs = gtuning.separation(*torch.tensor(x))
-    assert tdt.separation(*x) == pytest.approx(theirs)
+    assert common.separation(a, b) == 3                # means 3 apart, spread 1
 
     # Points on a line; each has its own original below it, which does not count.
     originals = np.array([[0.0], [1.0], [5.0], [6.0], [20.0]])
