@@ -137,7 +137,8 @@ def add_data_flags(g):
     g.add_argument("--eval_samples", type=number(int, 1), metavar="N",
                    help="during training score N seeded rows of a set (all); at the end all")
     g.add_argument("--eval_tasks", nargs="+", metavar="NAME",
-                   help="also test on these tasks (NAME or NAME:SPLIT)")
+                   help="also test on these tasks (NAME or NAME:SPLIT); a group, such as xnli, is "
+                        "all its languages")
     g.add_argument("--predict", nargs="+", default=[], metavar="SPLIT",
                    help="write predictions-SPLIT.tsv, as GLUE wants it; texts: .jsonl")
     g.add_argument("--main_metric", metavar="NAME",
@@ -640,6 +641,8 @@ def prepare(args, world, check=None, **how):
     """
     with world.first():
         rows = data.load(args)
+    for line in rows.skipped:
+        world.say(f"warning: {line}")
     if check:
         check(rows.task)
     kind = data.KINDS[rows.task.kind]

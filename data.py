@@ -36,6 +36,10 @@ class UserError(Exception):
     """Wrong input. The message is one line: the flag or file, the value, and what is allowed."""
 
 
+class NoSplit(UserError):
+    """The data set is there, but has no split of that name."""
+
+
 # ------------------------------------------------------------------------------- 1  kinds and tasks
 
 @dataclass(frozen=True)
@@ -355,12 +359,14 @@ def check_task(name, flag):
 class Rows(NamedTuple):
     """All that a run reads, checked. Rows are a `datasets.Dataset`, see Kind.read.
 
-    own: the validation splits. further: the sets of --eval_tasks. unscored: splits to predict.
+    own: the validation splits. further: the sets of --eval_tasks. skipped: lines on those that are
+    not there. unscored: splits to predict.
     """
     task: Task
     train: object                                                       # rows
     own: dict                                                           # {split: rows}
     further: dict                                                       # {name: (task, rows)}
+    skipped: list
     unscored: dict                                                      # {split: rows}
 
 
@@ -382,8 +388,8 @@ def load(args):
             raise UserError(f"--{flag} {value}: must be at most the {len(train)} training rows")
 
     unscored = load_unscored(args, task)
-    further = load_further(args, task)
-    return Rows(task, train, splits, further, unscored)
+    further, skipped = load_further(args, task)
+    return Rows(task, train, splits, further, skipped, unscored)
 
 
 def load_unscored(args, task):
@@ -403,30 +409,61 @@ def load_unscored(args, task):
 
 
 def load_further(args, trained):
-    """{name: (task, rows)} of --eval_tasks, each NAME, NAME:SPLIT or a group of names."""
-    further = {}
-    names = [name for given in args.eval_tasks for name in GROUPS.get(given, [given])]
-    for name in names:
-        name, _, split = name.partition(":")
-        check_task(name, "--eval_tasks")
-        task = TASKS[name]
-        if task.kind != "retrieve" or "retrieve_layer" not in args:
-            check_comparable(task, trained, name)
+    """({name: (task, rows)}, lines on what was skipped) of --eval_tasks.
 
-        splits = [split] if split else task.validation.split()
-        for part in splits:
-            rows = read(task, part, name, args)
-            refuse_hidden(task, rows, f"--eval_tasks {name}: split {part}")
-            if 0 < task.sample < len(rows):
-                chosen = np.random.default_rng(0).permutation(len(rows))[:task.sample]
-                rows = rows.select(np.sort(chosen))
-            if split and name == args.task:            # another split of the trained task
-                further[part] = task, rows
-            elif len(splits) == 1:
-                further[name] = task, rows
-            else:
-                further[f"{name}/{part}"] = task, rows
-    return further
+    Each is NAME or NAME:SPLIT. A name of GROUPS stands for all its languages; of a SPLIT those that
+    have none are skipped.
+    """
+    further = {}
+    splits = {}
+    skipped = []
+    for given in args.eval_tasks:
+        group, _, split = given.partition(":")
+        names = GROUPS.get(group, [group])
+        without = []
+        for name in names:
+            try:
+                sets = load_set(args, trained, name, split)
+            except NoSplit:
+                if not split or group not in GROUPS:
+                    raise
+                without.append(name)
+                continue
+            for key, part, task, rows in sets:
+                if splits.setdefault(key, part) != part:
+                    raise UserError(f"--eval_tasks {given}: {key} is scored on {splits[key]} "
+                                    f"already; a run scores one split of it, not {part} too")
+                further[key] = task, rows
+        if len(without) == len(names):
+            raise UserError(f"--eval_tasks {given}: none of {group} has a split {split}")
+        if without:
+            skipped.append(f"--eval_tasks {given}: without {' '.join(without)}, which have no "
+                           f"split {split}")
+    return further, skipped
+
+
+def load_set(args, trained, name, split):
+    """[(name of the set, split, task, rows)] of one task: of this split, or of its validation."""
+    check_task(name, "--eval_tasks")
+    task = TASKS[name]
+    if task.kind != "retrieve" or "retrieve_layer" not in args:
+        check_comparable(task, trained, name)
+
+    sets = []
+    splits = [split] if split else task.validation.split()
+    for part in splits:
+        rows = read(task, part, name, args)
+        refuse_hidden(task, rows, f"--eval_tasks {name}: split {part}")
+        if 0 < task.sample < len(rows):
+            chosen = np.random.default_rng(0).permutation(len(rows))[:task.sample]
+            rows = rows.select(np.sort(chosen))
+        key = name
+        if split and name == args.task:                # another split of the trained task
+            key = part
+        elif len(splits) > 1:
+            key = f"{name}/{part}"
+        sets.append((key, part, task, rows))
+    return sets
 
 
 def check_comparable(task, trained, name):
@@ -460,8 +497,8 @@ def read(task, split, name, args):
                         f"--local_file {name}=FILE ({task.where})")
     if task.path in TOYS:
         if split not in ("train", "validation", "test"):
-            raise UserError(f"--task {name}: has no split {split}; "
-                            "must be train, validation or test")
+            raise NoSplit(f"--task {name}: has no split {split}; "
+                          "must be train, validation or test")
         return TOYS[task.path](task.config, split)
     return kind.read(read_hub(task, split, name), task, f"{task.path} {task.config} {split}")
 
@@ -493,9 +530,10 @@ def read_hub(task, split, name):
                 task.path, revision="refs/convert/parquet", data_files=files, split=part)
         return datasets.load_dataset(task.path, task.config, split=part)
     except Exception as error:
+        why = first_line(error)
+        kind = NoSplit if why.startswith("Unknown split") else UserError
         where = f"split {part} of {task.path} {task.config}"
-        raise UserError(f"--task {name}: cannot load {where} from the hub: "
-                        f"{first_line(error)}") from error
+        raise kind(f"--task {name}: cannot load {where} from the hub: {why}") from error
 
 
 def own_files(args):

@@ -751,17 +751,64 @@ def pairs_of(labels):
 
 def test_a_group_of_eval_tasks_is_all_its_languages(monkeypatch):
     calls = hub_of(monkeypatch, test=pairs_of([0, 1]))
-    further = data.load_further(settings(eval_tasks=["paws-x"]), data.TASKS["mrpc"])
-    assert list(further) == data.GROUPS["paws-x"]
+    further, skipped = data.load_further(settings(eval_tasks=["paws-x"]), data.TASKS["mrpc"])
+    assert list(further) == data.GROUPS["paws-x"] and skipped == []
     assert [call["config"] for call in calls] == data.PAWS_X_LANGUAGES
+    assert {call["split"] for call in calls} == {"test"}
+
+
+def test_a_group_is_scored_on_the_split_that_is_named_where_there_is_one(monkeypatch):
+    hub_of(monkeypatch, test=pairs_of([0, 1]), validation=pairs_of([0, 1, 1]))
+    whole = datasets.load_dataset
+
+    def load_dataset(path, config, split):
+        if config in ("ja", "ko") and split == "validation":
+            raise ValueError(f'Unknown split "{split}". Should be one of [\'test\'].')
+        if config == "zh" and split == "train":
+            raise OSError("the line is dead")
+        return whole(path, config, split)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    def further(*eval_tasks):
+        return data.load_further(settings(eval_tasks=[*eval_tasks]), data.TASKS["mrpc"])
+
+    sets, skipped = further("paws-x:validation")
+    assert list(sets) == [f"paws-x-{code}" for code in "en de es fr zh".split()]
+    assert {len(rows) for _, rows in sets.values()} == {3}
+    assert skipped == ["--eval_tasks paws-x:validation: without paws-x-ja paws-x-ko, which have no "
+                       "split validation"]
+    assert list(further("paws-x-de:validation", "paws-x:validation")[0])[0] == "paws-x-de"
+
+    for eval_tasks, line in [
+            (["paws-x-ko:validation"], "--task paws-x-ko: cannot load split validation of "),
+            (["paws-x:train"], "--task paws-x-zh: .* from the hub: the line is dead"),
+            (["paws-x", "paws-x-en:validation"],
+             "--eval_tasks paws-x-en:validation: paws-x-en is scored on test already; a run"),
+            (["paws-y:test"], "--eval_tasks paws-y: no such task; did you mean paws-x")]:
+        with pytest.raises(UserError, match=line):
+            further(*eval_tasks)
+    monkeypatch.undo()
+    hub_of(monkeypatch, test=pairs_of([0, 1]))
+    with pytest.raises(UserError, match="paws-x:nope: none of paws-x has a split nope"):
+        further("paws-x:nope")
+
+
+def test_what_is_skipped_is_said(tiny_folder, monkeypatch, cache, capsys):
+    args = parse("r3f", "--model", tiny_folder)
+    rows = data.load(args)
+    monkeypatch.setattr(data, "load", lambda args: rows._replace(skipped=["one", "two"]))
+    with common.processes(args) as world:
+        common.prepare(args, world)
+    assert capsys.readouterr().out.startswith("warning: one\nwarning: two\n")
 
 
 def test_splits_of_eval_tasks_are_named_or_all(monkeypatch):
     table = pairs_of([0, 1]).rename_columns({"sentence1": "premise", "sentence2": "hypothesis"})
     hub_of(monkeypatch, validation_matched=table, validation_mismatched=table)
     named = settings(eval_tasks=["mnli:validation_matched"])
-    assert list(data.load_further(named, data.TASKS["sick"])) == ["mnli"]
-    both = data.load_further(settings(eval_tasks=["mnli"]), data.TASKS["sick"])
+    assert list(data.load_further(named, data.TASKS["sick"])[0]) == ["mnli"]
+    both, _ = data.load_further(settings(eval_tasks=["mnli"]), data.TASKS["sick"])
     assert list(both) == ["mnli/validation_matched", "mnli/validation_mismatched"]
 
 
@@ -769,8 +816,8 @@ def test_a_large_set_is_scored_on_a_seeded_sample(monkeypatch):
     monkeypatch.setitem(data.TASKS, "bustm", dataclasses.replace(data.TASKS["afqmc"], sample=40))
     hub_of(monkeypatch, validation=pairs_of([0, 1] * 50))
     given = settings(eval_tasks=["bustm"])
-    _, rows = data.load_further(given, data.TASKS["mrpc"])["bustm"]
-    _, again = data.load_further(given, data.TASKS["mrpc"])["bustm"]
+    _, rows = data.load_further(given, data.TASKS["mrpc"])[0]["bustm"]
+    _, again = data.load_further(given, data.TASKS["mrpc"])[0]["bustm"]
     numbers = [int(text.split()[1]) for text in rows["sentence1"]]
     assert len(set(numbers)) == 40
     assert numbers == sorted(numbers)
