@@ -326,7 +326,7 @@ class GTuning(torch.nn.Module):
         Labels of tags are (B, n), -100 where there is none; of spans (B, 2), the tokens.
 
         With D, and general text x_u as inputs with the prefix u_:
-        (alpha L_T + beta L_G, {"l_t", "l_g"}). With the teacher's logits of it, u_teacher (B, C):
+        (alpha L_T + beta L_G, {"l_t", "l_g"}), L_G times u_weight. With the teacher's logits of it, u_teacher (B, C):
         (L_T + teach_weight KL, {"l_t", "kl"}).
         """
         general = {}
@@ -348,7 +348,8 @@ class GTuning(torch.nn.Module):
         if D is None:
             return l_t, {"l_t": l_t.detach()}
 
-        l_g = generator_loss(D, self.features(**general))
+        weight = general.pop("weight", 1.0)
+        l_g = weight * generator_loss(D, self.features(**general))
         loss = alpha * l_t + beta * l_g                                  # Eq. 6
         return loss, {"l_t": l_t.detach(), "l_g": l_g.detach()}
 
@@ -897,6 +898,25 @@ class Algorithm1:
         self.d_optimizer.zero_grad()
         return loss, stats
 
+    def with_general(self, x_t, x_u):
+        """The micro-batches of both in one, and a weight of L_G.
+
+        common.backward weighs a micro-batch by its labels, as a mean over labels, L_T, wants it.
+        L_G is one over sentences, so the weight takes that back. It is 1 but of tags, of which
+        micro-batches have different numbers.
+        """
+        import common
+        import numpy as np
+        labels = [common.count_labels(inputs["labels"]) for inputs in x_t]
+        total = self.world.total(np.array([sum(labels)]))[0]
+        mean = float(total) / self.world.size / len(x_t)                 # of a micro-batch
+        both = []
+        for inputs, general, count in zip(x_t, x_u, labels):
+            general["weight"] = torch.tensor(mean / count)
+            general.pop("labels")
+            both.append({**inputs, **{f"u_{name}": value for name, value in general.items()}})
+        return both
+
     def draw_epsilon(self, k):
         """e in step k on D: (rows, 1).
 
@@ -912,10 +932,7 @@ class Algorithm1:
 
         Returns (the loss of f, the stats of f and the means of D's).
         """
-        both = []
-        for inputs, general in zip(x_t, self.x_u[r]):                    # line 12
-            general.pop("labels")
-            both.append({**inputs, **{f"u_{name}": value for name, value in general.items()}})
+        both = self.with_general(x_t, self.x_u[r])                       # line 12
         self.D.requires_grad_(False)                   # choice 5
         loss, stats = self.update_f(
             both, D=self.D, alpha=self.args.alpha, beta=self.args.beta)  # line 13

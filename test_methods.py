@@ -6482,6 +6482,38 @@ def test_small_passes_are_one_batch_whatever_their_number_of_words(tagged, tagge
         torch.testing.assert_close(weight, learned[1][name], atol=1e-5, rtol=0)
 
 
+def gradient_of_a_round(folder, flags, micro):
+    """(gradient of f, stats, labels of each micro-batch) of a round of 12 rows of Algorithm 1."""
+    argv = ["--model", folder, "--seeds", 0, "--batch_size", 12, "--precision", "fp32", "--T", 1,
+            "--max_length", 16, "--no_cache", "--beta", 50, "--grad_clip", 0, "--batching",
+            "random", "--micro_batch_size", micro, *flags]
+    args = parse("gtuning", *argv)
+    with common.processes(args) as world:
+        setup = common.prepare(args, world, separate=True)
+        texts = gtuning.Texts(args, setup, world)
+        algorithm = gtuning.Algorithm1(args, "gtuning", 0, 2, setup, texts, world)
+        gradients = {}
+
+        def keep(optimizer, *_):
+            gradients.update(gradients_of(algorithm.f))
+
+        algorithm.optimizer.register_step_pre_hook(keep)
+        x_t = algorithm.x_t[0]
+        _, stats = algorithm.joint_round(0, 0, x_t)
+    return gradients, stats, [common.count_labels(inputs["labels"]) for inputs in x_t]
+
+
+def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path, cache):
+    """L_T is a mean over labels, L_G one over sentences: of tags the parts weigh differently."""
+    folder = without_dropout(tagger, tmp_path / "still")
+    whole, told, _ = gradient_of_a_round(folder, tagged, 12)
+    parts, told_too, counts = gradient_of_a_round(folder, tagged, 4)
+    assert len(counts) == 3 and max(counts) > 1.5 * min(counts)          # or it proves nothing
+    assert same_gradients(whole, parts, 1e-5)
+    for term in ("l_t", "l_g"):
+        assert told_too[term].item() == pytest.approx(told[term].item(), abs=1e-5)
+
+
 @pytest.mark.parametrize("method", ["std", "r3f"])
 def test_r3f_learns_tags(method, tagged, tagger, tmp_path, cache):
     flags = [word for word in tagged if word != "--unlabeled" and not word.endswith(".txt")]
