@@ -326,8 +326,8 @@ class GTuning(torch.nn.Module):
         Labels of tags are (B, n), -100 where there is none; of spans (B, 2), the tokens.
 
         With D, and general text x_u as inputs with the prefix u_:
-        (alpha L_T + beta L_G, {"l_t", "l_g"}), L_G times u_weight. With the teacher's logits of it, u_teacher (B, C):
-        (L_T + teach_weight KL, {"l_t", "kl"}).
+        (alpha L_T + beta L_G, {"l_t", "l_g"}), L_G times u_weight. With the teacher's logits of
+        it, u_teacher (B, C): (L_T + teach_weight KL, {"l_t", "kl"}).
         """
         general = {}
         for name in list(inputs):

@@ -208,6 +208,18 @@ def without_dropout(folder, to):
     return to
 
 
+def in_two_processes(script, folder):
+    """Runs a script that meets its other process at a file."""
+    path = folder / "two.py"
+    path.write_text(script)
+    arguments = [sys.executable, str(path), HERE, str(folder / "meeting")]
+    processes = [subprocess.Popen([*arguments, str(rank)], stderr=subprocess.PIPE, text=True)
+                 for rank in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+
+
 def weights(folder):
     """{file: {name: tensor}} of all saved models below a folder."""
     from safetensors.torch import load_file
@@ -3179,14 +3191,7 @@ assert "transformers" not in sys.modules
 
 
 def test_freelbs_gradient_in_two_processes_is_that_of_one(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
-    arguments = [sys.executable, str(script), HERE, str(tmp_path / "meeting")]
-    processes = [subprocess.Popen([*arguments, str(rank)], stderr=subprocess.PIPE, text=True)
-                 for rank in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
+    in_two_processes(TWO_PROCESSES, tmp_path)
 
 
 # ==========================================================================================  tdt.py
@@ -6512,6 +6517,87 @@ def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path, 
     assert same_gradients(whole, parts, 1e-5)
     for term in ("l_t", "l_g"):
         assert told_too[term].item() == pytest.approx(told[term].item(), abs=1e-5)
+
+
+TWO_PROCESSES_BY_TOKEN = """
+import os
+import sys
+from types import SimpleNamespace
+import torch
+sys.path.insert(0, sys.argv[1])
+import common
+import data
+import gtuning
+import numpy as np
+import r3f
+
+
+class Words(torch.nn.Module):
+    config = SimpleNamespace(is_encoder_decoder=False, model_type="words", num_labels=3,
+                             hidden_size=8, num_attention_heads=2, hidden_dropout_prob=0.0,
+                             to_dict=dict)
+    device = "cpu"
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = torch.nn.Embedding(99, 8), torch.nn.Linear(8, 3)
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, attention_mask):
+        states = self.words(input_ids).tanh()
+        return SimpleNamespace(last_hidden_state=states, logits=self.head(states))
+
+
+def rows_of(kind, n=12):
+    # Rows of 3 to 14 tokens. A tag for every second token; an answer that starts at the second.
+    lengths = np.arange(3, 3 + n)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(offsets[-1])
+    rows = np.repeat(np.arange(n), lengths)
+    if kind == "tag":
+        labels = data.Field(np.where(tokens % 2, tokens % 3, -100), offsets, -100)
+    else:
+        labels = data.Field(np.stack([np.ones(n, int), lengths - 1], 1), None, -100)
+    return data.Split({"input_ids": data.Field(tokens * 7 % 99, offsets, 0),
+                       "attention_mask": data.Field(np.ones_like(tokens), offsets, 0),
+                       "labels": labels})
+
+
+def gradients(method, kind, rank, size, micro):
+    torch.manual_seed(0)
+    words = Words()
+    x_t = data.Batches(rows_of(kind), 12, 0, rank, size, micro, "random")[0]
+    world = common.World(SimpleNamespace(batch_size=12, compile=False, precision="fp32"))
+    world.rank, world.size, more = rank, size, {}
+    module = r3f.R3F(words, eps=0.0)
+    if method == "gtuning":
+        D = gtuning.Discriminator(8)
+        more = {"D": D.requires_grad_(False), "alpha": 1.0, "beta": 50.0}
+        module = gtuning.GTuning(words, 3 if kind == "tag" else 2, by_token=kind)
+        x_u = data.Batches(rows_of("span"), 12, 1, rank, size, micro, "random")[0]
+        x_t = gtuning.Algorithm1.with_general(SimpleNamespace(world=world), x_t, x_u)
+    common.backward(world.ddp(module), x_t, world, **more)
+    return [p.grad for p in module.parameters() if p.grad is not None]
+
+
+rank = int(sys.argv[3])
+torch.distributed.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2)
+for method, kind in (("gtuning", "tag"), ("gtuning", "span"), ("r3f", "tag")):
+    one = gradients(method, kind, 0, 1, 12)
+    both = gradients(method, kind, rank, 2, 3)
+    assert len(one) == len(both) and all(g.abs().max() > 1e-4 for g in one[:2])
+    for a, b in zip(one, both):
+        assert torch.allclose(a, b, atol=1e-6, rtol=1e-4), (method, kind, a - b)
+torch.distributed.destroy_process_group()
+assert "transformers" not in sys.modules
+"""
+
+
+def test_gradients_by_token_in_two_processes_are_those_of_one(tmp_path):
+    """Of a step of tags and of answers; the two processes have unlike numbers of labels."""
+    in_two_processes(TWO_PROCESSES_BY_TOKEN, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["std", "r3f"])
