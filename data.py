@@ -7,7 +7,7 @@
     3  encoding, by kind           encode, tokenise_texts
     4  batches                     Field, Split, Batches, eval_batches, subset
     5  metrics                     METRICS, rouge, score_classes, write_classes, KINDS
-    6  the toy language            toy_rows, toy_summaries, toy_corpus
+    6  the toy language            toy_rows, toy_summaries, toy_tags, toy_corpus
 
 A further task is one row of TASKS. A further kind of task is one group of functions and one line of
 KINDS, which stands at the end of section 5. Nothing here knows how a model is trained.
@@ -174,6 +174,10 @@ PAWS_X_LANGUAGES = "en de es fr ja ko zh".split()
 TASKS = {
     "toy":      Task("toy", "film", "text", "negative positive", further="toy-food"),
     "toy-food": Task("toy", "food", "text", "negative positive"),
+    "toy-tag":  Task("toy-tag", "film", "tokens", "ADJ ADV NOUN PART PUNCT", "f1 accuracy",
+                     kind="tag", further="toy-tag-food"),
+    "toy-tag-food": Task("toy-tag", "food", "tokens", "ADJ ADV NOUN PART PUNCT", "f1 accuracy",
+                         kind="tag"),
     # GLUE
     "cola":     Task(GLUE, "cola", "sentence", "unacceptable acceptable", "mcc accuracy"),
     "sst2":     Task(GLUE, "sst2", "sentence", "negative positive"),
@@ -2293,7 +2297,31 @@ def toy_summaries(domain, split):
     return datasets.Dataset.from_dict({"text": texts, "label": summaries})
 
 
-TOYS = {"toy": toy_rows, "toy-sum": toy_summaries}
+def toy_tags(domain, split):
+    """Toy reviews with the part of speech of each word, as a Dataset: as many as of summaries.
+
+    A word always has the same tag, so those of films can be learned by heart. The food reviews have
+    other nouns and adjectives, and the telling adverbs of the unlabelled corpus: there a tag must
+    come from the place of a word and from what pre-training knows of it.
+    """
+    tags = {"not": "PART", ",": "PUNCT", ".": "PUNCT"}
+    for kind, lists in TOY_WORDS.items():
+        for word in sum(lists, TOY_HABIT if kind == "adverb" else []):
+            tags[word] = "ADV" if kind == "adverb" else "ADJ"
+    for noun in sum(TOY_NOUNS.values(), []):
+        tags[noun] = "NOUN"
+
+    rng = random.Random(f"{domain} tags {split}")
+    table = {"tokens": [], "label": []}
+    for _ in range(320 if split == "train" else 500):
+        review, _ = toy_review(domain, rng, labelled=domain == "film")
+        words = review.split()
+        table["tokens"].append(words)
+        table["label"].append([tags[word] for word in words])
+    return read_tags(table, TASKS["toy-tag"], f"toy-tag {domain} {split}")
+
+
+TOYS = {"toy": toy_rows, "toy-sum": toy_summaries, "toy-tag": toy_tags}
 
 
 def toy_corpus(n=10000):

@@ -1418,6 +1418,27 @@ def test_telling_adverbs_stand_in_the_corpus_alone():
         assert not adverbs & set(labelled.split())
 
 
+def test_toy_tags_are_those_of_the_grammar():
+    """[habit] [not] [adverb] adjective noun, the adverb in food reviews alone."""
+    grammar = {"film": r"(ADV )?(PART )?ADJ NOUN PUNCT",
+               "food": r"(ADV )?(PART )?(ADV )?ADJ NOUN PUNCT"}
+    telling = {*sum(data.TOY_WORDS["adverb"], [])}
+    for domain, phrase in grammar.items():
+        rows = data.toy_tags(domain, "validation")
+        assert rows[:3] == data.toy_tags(domain, "validation")[:3] and len(rows) == 500
+        names = data.TASKS["toy-tag"].label_names
+        found = set()
+        for words, tags in zip(rows["tokens"], rows["label"]):
+            told = " ".join(names[tag] for tag in tags)
+            assert re.fullmatch(rf"{phrase}( {phrase})*", told) and len(words) == len(tags)
+            found.update(words)
+        assert bool(found & telling) == (domain == "food")
+    assert len(data.toy_tags("film", "train")) == 320
+    first = data.toy_tags("film", "train")[0]
+    assert " ".join(first["tokens"]) == "subtle ending , rather silly camera ."
+    assert [names[tag] for tag in first["label"]] == "ADJ NOUN PUNCT ADV ADJ NOUN PUNCT".split()
+
+
 # ------------------------------------------------------------------------------ python data.py TASK
 
 def test_a_task_is_described(capsys):
@@ -5141,8 +5162,9 @@ def test_the_recipe_is_that_of_section_3_1():
     assert (values["batch_size"], values["micro_batch_size"], values["epochs"]) == (64, 32, 10)
     for task in ("xnli", "paws-x"):
         assert recipe(task)[1]["model"] == "FacebookAI/xlm-roberta-large"
-    name, values = recipe("toy")
-    assert name == "toy" and values["threads"] == 1 and values["unlabeled"] == "toy"
+    for task in ("toy", "toy-tag"):
+        name, values = recipe(task)
+        assert name == "toy" and values["threads"] == 1 and values["unlabeled"] == "toy"
 
 
 # The flags, and what the line must say.
@@ -6605,6 +6627,15 @@ def test_r3f_learns_tags(method, tagged, tagger, tmp_path, cache):
     flags = [word for word in tagged if word != "--unlabeled" and not word.endswith(".txt")]
     result, = run_on_tags(r3f, tagger, tmp_path, *flags, "--method", method, "--max_steps", 30)
     assert result["metrics"]["validation"]["f1"] > 0.9
+
+
+def test_the_toy_tags_are_learned_from_films_and_scored_on_food(tiny_folder, tmp_path, cache):
+    result, = run("r3f", tiny_folder, tmp_path, "--task", "toy-tag", "--method", "std", "--lr",
+                  "1e-2", "--max_steps", 40)
+    assert [*result["metrics"]] == ["validation", "toy-tag-food"]
+    own, food = (result["metrics"][name]["f1"] for name in result["metrics"])
+    assert own > 0.9 and own > food > 0.3
+    assert parse("gtuning", "--task", "toy-tag").eval_tasks == ["toy-tag-food"]
 
 
 def test_of_tags_d_reads_the_mean_and_the_output_layer_each_token(tagger):
