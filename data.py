@@ -7,7 +7,7 @@
     3  encoding, by kind           encode, tokenise_texts
     4  batches                     Field, Split, Batches, eval_batches, subset
     5  metrics                     METRICS, rouge, score_classes, write_classes, KINDS
-    6  the toy language            toy_rows, toy_summaries, toy_tags, toy_corpus
+    6  the toy language            toy_rows, toy_summaries, toy_tags, toy_questions, toy_corpus
 
 A further task is one row of TASKS. A further kind of task is one group of functions and one line of
 KINDS, which stands at the end of section 5. Nothing here knows how a model is trained.
@@ -272,6 +272,8 @@ TYDIQA_LANGUAGES = "arabic bengali english finnish indonesian korean russian swa
 QUESTIONS = {"text": "question context", "labels": "start end", "metrics": "f1 em",
              "label": "answers", "kind": "span"}
 
+TASKS["toy-qa"] = Task("toy-qa", "film", **QUESTIONS, further="toy-qa-food")
+TASKS["toy-qa-food"] = Task("toy-qa", "food", **QUESTIONS)
 TASKS["xquad"] = Task(XTREME, "SQuAD", **QUESTIONS, further="xquad")
 TASKS["mlqa"] = Task(XTREME, "SQuAD", **QUESTIONS, further="mlqa")
 TASKS["tydiqa"] = Task(XTREME, "tydiqa", **QUESTIONS, only="english-", further="tydiqa")
@@ -2321,7 +2323,36 @@ def toy_tags(domain, split):
     return read_tags(table, TASKS["toy-tag"], f"toy-tag {domain} {split}")
 
 
-TOYS = {"toy": toy_rows, "toy-sum": toy_summaries, "toy-tag": toy_tags}
+def toy_questions(domain, split):
+    """Toy reviews and a question, "good" or "bad": a noun that is praised, or blamed. A Dataset.
+
+    As many rows as of summaries, each a review that does both. Of several answers the first is
+    trained. Who gives any noun is right in 55 % of the film reviews and in 57 % of the others. (A
+    noun as the question and its adjective as the answer was not learned: an F1 of 41 in domain
+    after 1250 steps on 4000 rows.)
+    """
+    rng = random.Random(f"{domain} questions {split}")
+    table = {"question": [], "context": [], "answers": []}
+    for _ in range(320 if split == "train" else 500):
+        opinions = []
+        while len({praises for praises, _ in opinions}) < 2:
+            phrases, opinions, _ = toy_opinions(domain, rng, labelled=True)
+        wanted = rng.random() < 0.5
+        answers = {"text": [], "answer_start": []}
+        end = 0                                        # of the phrase, in characters
+        for phrase, (praises, noun) in zip(phrases, opinions):
+            end += len(phrase)
+            if praises == wanted:
+                answers["text"].append(noun)
+                answers["answer_start"].append(end - len(noun))
+            end += len(" , ")
+        table["question"].append("good" if wanted else "bad")
+        table["context"].append(" , ".join(phrases) + " .")
+        table["answers"].append(answers)
+    return read_span(table, TASKS["toy-qa"], f"toy-qa {domain} {split}")
+
+
+TOYS = {"toy": toy_rows, "toy-sum": toy_summaries, "toy-tag": toy_tags, "toy-qa": toy_questions}
 
 
 def toy_corpus(n=10000):

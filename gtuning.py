@@ -1008,7 +1008,7 @@ def recipe(args):
         return "gtuning: section 3.1, XTREME's length", {
             "model": "FacebookAI/xlm-roberta-large", "lr": 1e-4, "epochs": 10, "batch_size": 64,
             "micro_batch_size": 32, "weight_decay": 0.0, "max_length": lengths[args.task]}
-    if args.task in ("toy", "toy-tag"):
+    if args.task in ("toy", "toy-tag", "toy-qa"):
         return "toy", {
             "model": "toy", "lr": 1e-3, "epochs": 20, "batch_size": 16, "precision": "fp32",
             "weight_decay": 0.0, "unlabeled": "toy", "threads": 1,

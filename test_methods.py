@@ -1439,6 +1439,24 @@ def test_toy_tags_are_those_of_the_grammar():
     assert [names[tag] for tag in first["label"]] == "ADJ NOUN PUNCT ADV ADJ NOUN PUNCT".split()
 
 
+def test_toy_questions_ask_for_what_is_praised_or_blamed():
+    rows = data.toy_questions("food", "validation")
+    assert len(rows) == 500 and len(data.toy_questions("film", "train")) == 320
+    assert rows[:3] == data.toy_questions("food", "validation")[:3]
+    good, bad = ({*data.TOY_WORDS["food"][side], *data.TOY_WORDS["both"][side]} for side in (0, 1))
+    for row in rows:
+        places = {}
+        for phrase in re.finditer(r"([a-z ]+?) ([a-z]+) [,.]", row["context"]):
+            said = phrase[1].split()
+            is_good = (said[-1] in good) != ("not" in said)
+            assert said[-1] in good | bad
+            places[phrase.start(2)] = phrase[2], "good" if is_good else "bad"
+        right = {place: noun for place, (noun, side) in places.items() if side == row["question"]}
+        assert dict(zip(row["starts"], row["label"])) == right
+        assert 0 < len(right) < len(places)
+    assert set(rows["question"]) == {"good", "bad"}
+
+
 # ------------------------------------------------------------------------------ python data.py TASK
 
 def test_a_task_is_described(capsys):
@@ -5162,7 +5180,7 @@ def test_the_recipe_is_that_of_section_3_1():
     assert (values["batch_size"], values["micro_batch_size"], values["epochs"]) == (64, 32, 10)
     for task in ("xnli", "paws-x"):
         assert recipe(task)[1]["model"] == "FacebookAI/xlm-roberta-large"
-    for task in ("toy", "toy-tag"):
+    for task in ("toy", "toy-tag", "toy-qa"):
         name, values = recipe(task)
         assert name == "toy" and values["threads"] == 1 and values["unlabeled"] == "toy"
 
@@ -6791,6 +6809,14 @@ def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
     path = tmp_path / "a" / "tydiqa" / "gtuning-0" / "predictions-validation.json"
     answers = json.loads(path.read_text())
     assert len(answers) == 40 and answers["english-0"] == "soup"
+
+
+def test_the_toy_questions_are_trained_on_films_and_scored_on_food(tiny_folder, tmp_path, cache):
+    result, = run("gtuning", tiny_folder, tmp_path, "--task", "toy-qa", "--method", "gtuning",
+                  "--T", 1, "--max_steps", 4, "--eval_every", 99)
+    assert [*result["metrics"]] == ["validation", "toy-qa-food"]
+    for scores in result["metrics"].values():
+        assert 0 <= scores["em"] <= scores["f1"] <= 1
 
 
 # ---------------------------------------------------------------------------------------- retrieval
