@@ -8,7 +8,7 @@
     4  predictions and scores          predict, evaluate
     5  a run                           Run: its folder, log, checkpoints and results; take_runs
     6  states of a frozen encoder      CachedSplit, the feature cache
-    7  tables, pages, --profile        print_table, html_page, profile_methods, tsne
+    7  tables, pages, --profile        print_table, html_page, profile_methods, tsne, maps_body
        the report                      main_report
     8  masked language modelling       toy_model, post_trained
 """
@@ -137,7 +137,8 @@ def add_data_flags(g):
     g.add_argument("--eval_samples", type=number(int, 1), metavar="N",
                    help="during training score N seeded rows of a set (all); at the end all")
     g.add_argument("--eval_tasks", nargs="+", metavar="NAME",
-                   help="also test on these tasks (NAME or NAME:SPLIT)")
+                   help="also test on these tasks (NAME or NAME:SPLIT); a group, such as xnli, is "
+                        "all its languages")
     g.add_argument("--predict", nargs="+", default=[], metavar="SPLIT",
                    help="write predictions-SPLIT.tsv, as GLUE wants it; texts: .jsonl")
     g.add_argument("--main_metric", metavar="NAME",
@@ -644,6 +645,8 @@ def prepare(args, world, check=None, **how):
     """
     with world.first():
         rows = data.load(args)
+    for line in rows.skipped:
+        world.say(f"warning: {line}")
     if check:
         check(rows.task)
     kind = data.KINDS[rows.task.kind]
@@ -984,11 +987,13 @@ def evaluate(forward, module, sets, setup, world, final=False, run=None):
             if len(texts) == 1 and len(kept) > 1:
                 world.say(f"warning: {name}: all {len(kept)} rows are predicted as {texts.pop()!r}")
 
-    for group, names in data.GROUPS.items():
-        found = [scores[name] for name in names if name in scores]
+    # A set is a task, or another split of it: TASK/SPLIT.
+    endings = dict.fromkeys("".join(name.partition("/")[1:]) for name in scores)
+    for (group, names), ending in itertools.product(data.GROUPS.items(), endings):
+        found = [scores[name + ending] for name in names if name + ending in scores]
         if len(found) > 1:
             metrics = found[0].keys()
-            scores[f"{group}-average"] = {
+            scores[f"{group}-average{ending}"] = {
                 metric: float(np.mean([values[metric] for values in found])) for metric in metrics}
     world.evaluating += time.monotonic() - started
     return scores
@@ -1398,6 +1403,7 @@ def take_runs(args, methods, labels_of=None):
     methods: the script's. labels_of(folder) -> {number: label}; None: from the model's config.
     """
     runs = {}
+    args.own_sets = True
     for folder in args.run:
         runs[folder] = read_finished(folder, methods)
     if not runs:
@@ -1485,7 +1491,8 @@ def use_runs(args, runs, setup, world, started, load, score):
         forward, module = load(folder, results)
         if setup.scored:
             results["metrics"].update(score(forward, module, setup.scored))
-            write_results(results, folder, world)
+            write_text(os.path.join(folder, "results.json"), json.dumps(results, indent=1), world)
+            world.barrier()
         for name, split in setup.unscored.items():
             kept = predict(forward, module, split, setup, world, f"predicting {name}")
             if world.rank == 0:
@@ -1510,16 +1517,19 @@ def use_models(args, runs, setup, world, started):
     return use_runs(args, runs, setup, world, started, load, score)
 
 
-def write_results(results, folder, world):
-    """results.json of a finished run, again."""
-    text = json.dumps(results, indent=1).encode()
+def write_text(path, text, world):
+    """Writes a whole file, from rank 0, and says so."""
+    write_file(path, lambda file: file.write(text.encode()), world)
+
+
+def write_file(path, write, world):
+    """The same by write(file). RunError if it cannot be written."""
     if world.rank == 0:
         try:
-            path = os.path.join(folder, "results.json")
-            write_safely(path, lambda file: file.write(text))
+            write_safely(path, write)
         except OSError as error:
-            raise RunError(f"cannot write {folder}/results.json: {error.strerror}") from None
-    world.barrier()
+            raise RunError(f"cannot write {path}: {error.strerror}") from None
+    world.say(f"wrote {path}")
 
 
 def write_safely(path, write, keep=None):
@@ -2024,6 +2034,188 @@ def tsne(x, perplexity=30.0, steps=1000):
         y = y + move
         y = y - y.mean(0)
     return y
+
+
+# -----------------------------------------------------------------------------  7  maps of vectors
+
+def separation(a, b):
+    """How far two clouds (n, H) lie apart: the distance of their means over their spread.
+
+    The spread is the root of the mean squared distance of a point to its own cloud's mean. Two
+    samples of n and m points of one cloud are about sqrt(1 / n + 1 / m) apart.
+    """
+    spread_a = np.square(a - a.mean(0)).sum(1).mean()
+    spread_b = np.square(b - b.mean(0)).sum(1).mean()
+    return float(np.linalg.norm(a.mean(0) - b.mean(0)) / np.sqrt((spread_a + spread_b) / 2))
+
+
+def density(cloud, xs, ys):
+    """How dense the points (n, 2) lie around each place of a grid: (len(ys), len(xs)).
+
+    By a Gaussian kernel, on each axis as wide as the points' deviation by n^(-1/6) (Scott's rule).
+    It is not scaled to a sum of 1.
+    """
+    widths = cloud.std(0) * len(cloud) ** (-1 / 6)
+    widths = np.maximum(widths, 1e-3 * max(np.ptp(xs), np.ptp(ys)))      # none is 0
+    near_x = np.exp(-np.square((xs[:, None] - cloud[:, 0]) / widths[0]) / 2)
+    near_y = np.exp(-np.square((ys[:, None] - cloud[:, 1]) / widths[1]) / 2)
+    return near_y @ near_x.T
+
+
+def grid_over(points, margin=0.02, steps=60):
+    """The axes of a grid over all points (n, 2), and a little beyond: xs (steps,), ys (steps,)."""
+    low = points.min(0)
+    high = points.max(0)
+    beyond = max(margin * (high - low).max(), 1e-9)
+    return np.linspace(low - beyond, high + beyond, steps).T
+
+
+def densest(cloud, points):
+    """Where on a grid over all points (n, 2) those of the cloud lie densest: (2,)."""
+    xs, ys = grid_over(points)
+    values = density(cloud, xs, ys)
+    row, column = np.unravel_index(values.argmax(), values.shape)
+    return np.array([xs[column], ys[row]])
+
+
+def contour(values, level):
+    """The line on which a grid (rows, columns) has the level, by marching squares.
+
+    Pieces [(start, end)], each end a (column, row) on an edge of a square of four neighbours, where
+    the level lies between the two values.
+    """
+    rows, columns = values.shape
+    pieces = []
+    for row, column in itertools.product(range(rows - 1), range(columns - 1)):
+        corners = [(row, column), (row, column + 1), (row + 1, column + 1), (row + 1, column)]
+        crossings = []
+        for a, b in zip(corners, corners[1:] + corners[:1]):
+            if (values[a] < level) != (values[b] < level):
+                share = (level - values[a]) / (values[b] - values[a])
+                crossings.append((a[1] + share * (b[1] - a[1]), a[0] + share * (b[0] - a[0])))
+        pieces += zip(crossings[::2], crossings[1::2])
+    return pieces
+
+
+# Around (0, 0), 7 wide.
+MARKS = {
+    "circle": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
+    "triangle": "M0 -3.5L3.5 3L-3.5 3z",
+    "square": "M-2.8 -2.8H2.8V2.8H-2.8z",
+}
+LEVELS = (0.25, 0.5, 0.75)         # of contour lines, in shares of the cloud's greatest density
+
+
+def mark_at(name, mark, x, y, filled, size=1):
+    """A mark of the cloud `name`, which is its css class. filled: from 0, hollow, to 1."""
+    scaled = f" scale({size})" if size != 1 else ""
+    return (f'<path class="{name}" transform="translate({x:.1f} {y:.1f}){scaled}" '
+            f'd="{MARKS[mark]}" fill-opacity="{filled:.2g}"/>')
+
+
+def map_svg(clouds, marks, filled=None, outlined=False, reach=None):
+    """The clouds {name: points (n, 2)} on a map. marks {name: one of MARKS}.
+
+    filled (n,): the marks, each from 0, hollow, to 1. outlined: with contour lines of each cloud's
+    density, and a large mark where it is greatest. reach: both axes go from -reach to reach; None:
+    as far as there are points.
+    """
+    points = np.concatenate([*clouds.values()])
+    if reach is None:
+        low = points.min(0)
+        high = points.max(0)
+    else:
+        low = np.full(2, -reach)
+        high = np.full(2, reach)
+    scale = 460 / max((high - low).max(), 1e-9)
+    width, height = (high - low) * scale + 20
+
+    def place(at):
+        """A point of the map as x and y of the svg."""
+        x, y = (at - low) * scale
+        return 10 + x, height - 10 - y
+
+    shapes = []
+    for name, cloud in clouds.items():
+        shares = np.ones(len(cloud)) if filled is None else filled
+        for at, share in zip(cloud, shares):
+            shapes.append(mark_at(name, marks[name], *place(at), share))
+    if outlined:
+        xs, ys = grid_over(points)
+        steps = np.arange(len(xs))
+        for name, cloud in clouds.items():
+            values = density(cloud, xs, ys)
+            for level in LEVELS:
+                path = []
+                for ends in contour(values, level * values.max()):
+                    for letter, (column, row) in zip("ML", ends):
+                        at = np.array([np.interp(column, steps, xs), np.interp(row, steps, ys)])
+                        x, y = place(at)
+                        path.append(f"{letter}{x:.1f} {y:.1f}")
+                shapes.append(f'<path class="{name} contour" d="{"".join(path)}"/>')
+        for name, cloud in clouds.items():
+            x, y = place(densest(cloud, points))
+            shapes.append(mark_at(f"{name} densest", marks[name], x, y, 1, size=2.5))
+    return svg(f"{width:.0f}", f"{height:.0f}", shapes, f"a map of {' and '.join(clouds)}")
+
+
+MAPS_STYLE = """
+.panels { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)) }
+figure { margin: 0 }
+figure svg { display: block; width: 100%; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px }
+figcaption { font-size: .85rem }
+.legend span { display: inline-block; margin-right: 1.5rem }
+.legend svg { width: 1em; height: 1em; vertical-align: -.1em }
+path.contour { fill: none; stroke-width: 1.5 }
+path.densest { stroke: var(--ink); stroke-width: .6 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
+th, td { padding: .1rem .6rem; text-align: right }
+th:first-child, td:first-child { text-align: left; padding-left: 0 }
+thead th { border-bottom: 1px solid var(--line) }
+"""
+
+
+def legend_of(name, mark, words):
+    """A mark of a cloud and what it means, as html."""
+    return (f'<span><svg viewBox="-4 -4 8 8">{mark_at(name, mark, 0, 0, 1)}</svg> '
+            f"{html.escape(words)}</span>")
+
+
+def maps_body(maps, legend, words, numbers):
+    """The html of a page of maps. maps {caption: svg}; legend: html; words: below, in small type.
+
+    numbers {column: {row: value}}: computed on the vectors themselves.
+    """
+    figures = []
+    for caption, drawn in maps.items():
+        figures.append(f"<figure>{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    heads = "".join(f"<th>{html.escape(column)}</th>" for column in numbers)
+    lines = []
+    for row in next(iter(numbers.values())):
+        cells = "".join(f"<td>{found[row]:.3f}</td>" for found in numbers.values())
+        lines.append(f"<tr><td>{html.escape(row)}</td>{cells}</tr>")
+    return f"""<p class="legend">{"".join(legend)}</p>
+<div class="panels">{"".join(figures)}</div>
+<p><small>{html.escape(words)}</small></p>
+<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead>
+<tbody>{"".join(lines)}</tbody></table></div>
+"""
+
+
+def print_numbers(numbers, title, world):
+    """A table of {column: {row: value}}."""
+    rows = [*next(iter(numbers.values()))]
+    wide = max(map(len, rows))
+    heads = [f"{column:>{max(10, len(column) + 2)}}" for column in numbers]
+    world.say(f"\n{title}\n{'':<{wide}}" + "".join(heads))
+    for row in rows:
+        cells = []
+        for head, found in zip(heads, numbers.values()):
+            cells.append(f"{found[row]:{len(head)}.3f}")
+        world.say(f"{row:<{wide}}" + "".join(cells))
 
 
 # --------------------------------------------------------------------------  the report: statistics

@@ -7,7 +7,7 @@
     3  encoding, by kind           encode, tokenise_texts
     4  batches                     Field, Split, Batches, eval_batches, subset
     5  metrics                     METRICS, rouge, score_classes, write_classes, KINDS
-    6  the toy language            toy_rows, toy_summaries, toy_corpus
+    6  the toy language            toy_rows, toy_summaries, toy_tags, toy_questions, toy_corpus
 
 A further task is one row of TASKS. A further kind of task is one group of functions and one line of
 KINDS, which stands at the end of section 5. Nothing here knows how a model is trained.
@@ -34,6 +34,10 @@ import numpy as np
 
 class UserError(Exception):
     """Wrong input. The message is one line: the flag or file, the value, and what is allowed."""
+
+
+class NoSplit(UserError):
+    """The data set is there, but has no split of that name."""
 
 
 # ------------------------------------------------------------------------------- 1  kinds and tasks
@@ -170,6 +174,10 @@ PAWS_X_LANGUAGES = "en de es fr ja ko zh".split()
 TASKS = {
     "toy":      Task("toy", "film", "text", "negative positive", further="toy-food"),
     "toy-food": Task("toy", "food", "text", "negative positive"),
+    "toy-tag":  Task("toy-tag", "film", "tokens", "ADJ ADV NOUN PART PUNCT", "f1 accuracy",
+                     kind="tag", further="toy-tag-food"),
+    "toy-tag-food": Task("toy-tag", "food", "tokens", "ADJ ADV NOUN PART PUNCT", "f1 accuracy",
+                         kind="tag"),
     # GLUE
     "cola":     Task(GLUE, "cola", "sentence", "unacceptable acceptable", "mcc accuracy"),
     "sst2":     Task(GLUE, "sst2", "sentence", "negative positive"),
@@ -264,6 +272,8 @@ TYDIQA_LANGUAGES = "arabic bengali english finnish indonesian korean russian swa
 QUESTIONS = {"text": "question context", "labels": "start end", "metrics": "f1 em",
              "label": "answers", "kind": "span"}
 
+TASKS["toy-qa"] = Task("toy-qa", "film", **QUESTIONS, further="toy-qa-food")
+TASKS["toy-qa-food"] = Task("toy-qa", "food", **QUESTIONS)
 TASKS["xquad"] = Task(XTREME, "SQuAD", **QUESTIONS, further="xquad")
 TASKS["mlqa"] = Task(XTREME, "SQuAD", **QUESTIONS, further="mlqa")
 TASKS["tydiqa"] = Task(XTREME, "tydiqa", **QUESTIONS, only="english-", further="tydiqa")
@@ -355,12 +365,14 @@ def check_task(name, flag):
 class Rows(NamedTuple):
     """All that a run reads, checked. Rows are a `datasets.Dataset`, see Kind.read.
 
-    own: the validation splits. further: the sets of --eval_tasks. unscored: splits to predict.
+    own: the validation splits. further: the sets of --eval_tasks. skipped: lines on those that are
+    not there. unscored: splits to predict.
     """
     task: Task
     train: object                                                       # rows
     own: dict                                                           # {split: rows}
     further: dict                                                       # {name: (task, rows)}
+    skipped: list
     unscored: dict                                                      # {split: rows}
 
 
@@ -384,8 +396,8 @@ def load(args):
             raise UserError(f"--{flag} {value}: must be at most the {len(train)} training rows")
 
     unscored = load_unscored(args, task)
-    further = load_further(args, task)
-    return Rows(task, train, splits, further, unscored)
+    further, skipped = load_further(args, task)
+    return Rows(task, train, splits, further, skipped, unscored)
 
 
 def load_to_use(args):
@@ -406,7 +418,8 @@ def load_to_use(args):
     unscored = load_predicted(args, task)
     if args.test_file:
         unscored[set_name(args, "test_file")] = read_own(args, "test_file", task)
-    return Rows(task, None, own, load_further(args, task), unscored)
+    further, skipped = load_further(args, task)
+    return Rows(task, None, own, further, skipped, unscored)
 
 
 def task_of_run(args):
@@ -472,30 +485,57 @@ def load_predicted(args, task):
 
 
 def load_further(args, trained):
-    """{name: (task, rows)} of --eval_tasks, each NAME, NAME:SPLIT or a group of names."""
-    further = {}
-    names = [name for given in args.eval_tasks for name in GROUPS.get(given, [given])]
-    for name in names:
-        name, _, split = name.partition(":")
-        check_task(name, "--eval_tasks")
-        task = TASKS[name]
-        if task.kind != "retrieve" or "retrieve_layer" not in args:
-            check_comparable(task, trained, name)
+    """({name: (task, rows)}, lines on what was skipped) of --eval_tasks.
 
-        splits = [split] if split else task.validation.split()
-        for part in splits:
-            rows = read(task, part, name, args)
-            refuse_hidden(task, rows, f"--eval_tasks {name}: split {part}")
-            if 0 < task.sample < len(rows):
-                chosen = np.random.default_rng(0).permutation(len(rows))[:task.sample]
-                rows = rows.select(np.sort(chosen))
-            if split and name == args.task:            # another split of the trained task
-                further[part] = task, rows
-            elif len(splits) == 1 and part in task.validation.split():
-                further[name] = task, rows
-            else:
-                further[f"{name}/{part}"] = task, rows
-    return further
+    Each is NAME or NAME:SPLIT. A name of GROUPS stands for all its languages; of a SPLIT those that
+    have none are skipped.
+    """
+    further = {}
+    skipped = []
+    for given in args.eval_tasks:
+        group, _, split = given.partition(":")
+        names = GROUPS.get(group, [group])
+        without = []
+        for name in names:
+            try:
+                sets = load_set(args, trained, name, split)
+            except NoSplit:
+                if not split or group not in GROUPS:
+                    raise
+                without.append(name)
+                continue
+            further.update(sets)
+        if len(without) == len(names):
+            raise UserError(f"--eval_tasks {given}: none of {group} has a split {split}")
+        if without:
+            skipped.append(f"--eval_tasks {given}: without {' '.join(without)}, which have no "
+                           f"split {split}")
+    return further, skipped
+
+
+def load_set(args, trained, name, split):
+    """{name of the set: (task, rows)} of one task: of this split, or of its validation splits.
+
+    The only validation split has the task's name, others are TASK/SPLIT; of the trained task SPLIT.
+    """
+    check_task(name, "--eval_tasks")
+    task = TASKS[name]
+    if task.kind != "retrieve" or "retrieve_layer" not in args:
+        check_comparable(task, trained, name)
+
+    sets = {}
+    usual = task.validation.split()
+    for part in [split] if split else usual:
+        rows = read(task, part, name, args)
+        refuse_hidden(task, rows, f"--eval_tasks {name}: split {part}")
+        if 0 < task.sample < len(rows):
+            chosen = np.random.default_rng(0).permutation(len(rows))[:task.sample]
+            rows = rows.select(np.sort(chosen))
+        key = name if usual == [part] else f"{name}/{part}"
+        if split and name == args.task:                # another split of the trained task
+            key = part
+        sets[key] = task, rows
+    return sets
 
 
 def check_comparable(task, trained, name):
@@ -530,8 +570,8 @@ def read(task, split, name, args):
                         f"--local_file {name}=FILE ({task.where})")
     if task.path in TOYS:
         if split not in ("train", "validation", "test"):
-            raise UserError(f"--task {name}: has no split {split}; "
-                            "must be train, validation or test")
+            raise NoSplit(f"--task {name}: has no split {split}; "
+                          "must be train, validation or test")
         return TOYS[task.path](task.config, split)
     return kind.read(read_hub(task, split, name), task, f"{task.path} {task.config} {split}")
 
@@ -563,9 +603,10 @@ def read_hub(task, split, name):
                 task.path, revision="refs/convert/parquet", data_files=files, split=part)
         return datasets.load_dataset(task.path, task.config, split=part)
     except Exception as error:
+        why = first_line(error)
+        kind = NoSplit if why.startswith("Unknown split") else UserError
         where = f"split {part} of {task.path} {task.config}"
-        raise UserError(f"--task {name}: cannot load {where} from the hub: "
-                        f"{first_line(error)}") from error
+        raise kind(f"--task {name}: cannot load {where} from the hub: {why}") from error
 
 
 def own_files(args):
@@ -2332,7 +2373,60 @@ def toy_summaries(domain, split):
     return datasets.Dataset.from_dict({"text": texts, "label": summaries})
 
 
-TOYS = {"toy": toy_rows, "toy-sum": toy_summaries}
+def toy_tags(domain, split):
+    """Toy reviews with the part of speech of each word, as a Dataset: as many as of summaries.
+
+    A word always has the same tag, so those of films can be learned by heart. The food reviews have
+    other nouns and adjectives, and the telling adverbs of the unlabelled corpus: there a tag must
+    come from the place of a word and from what pre-training knows of it.
+    """
+    tags = {"not": "PART", ",": "PUNCT", ".": "PUNCT"}
+    for kind, lists in TOY_WORDS.items():
+        for word in sum(lists, TOY_HABIT if kind == "adverb" else []):
+            tags[word] = "ADV" if kind == "adverb" else "ADJ"
+    for noun in sum(TOY_NOUNS.values(), []):
+        tags[noun] = "NOUN"
+
+    rng = random.Random(f"{domain} tags {split}")
+    table = {"tokens": [], "label": []}
+    for _ in range(320 if split == "train" else 500):
+        review, _ = toy_review(domain, rng, labelled=domain == "film")
+        words = review.split()
+        table["tokens"].append(words)
+        table["label"].append([tags[word] for word in words])
+    return read_tags(table, TASKS["toy-tag"], f"toy-tag {domain} {split}")
+
+
+def toy_questions(domain, split):
+    """Toy reviews and a question, "good" or "bad": a noun that is praised, or blamed. A Dataset.
+
+    As many rows as of summaries, each a review that does both. Of several answers the first is
+    trained. Who gives any noun is right in 55 % of the film reviews and in 57 % of the others. (A
+    noun as the question and its adjective as the answer was not learned: an F1 of 41 in domain
+    after 1250 steps on 4000 rows.)
+    """
+    rng = random.Random(f"{domain} questions {split}")
+    table = {"question": [], "context": [], "answers": []}
+    for _ in range(320 if split == "train" else 500):
+        opinions = []
+        while len({praises for praises, _ in opinions}) < 2:
+            phrases, opinions, _ = toy_opinions(domain, rng, labelled=True)
+        wanted = rng.random() < 0.5
+        answers = {"text": [], "answer_start": []}
+        end = 0                                        # of the phrase, in characters
+        for phrase, (praises, noun) in zip(phrases, opinions):
+            end += len(phrase)
+            if praises == wanted:
+                answers["text"].append(noun)
+                answers["answer_start"].append(end - len(noun))
+            end += len(" , ")
+        table["question"].append("good" if wanted else "bad")
+        table["context"].append(" , ".join(phrases) + " .")
+        table["answers"].append(answers)
+    return read_span(table, TASKS["toy-qa"], f"toy-qa {domain} {split}")
+
+
+TOYS = {"toy": toy_rows, "toy-sum": toy_summaries, "toy-tag": toy_tags, "toy-qa": toy_questions}
 
 
 @functools.cache

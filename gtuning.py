@@ -67,10 +67,12 @@ Choices, where the paper is silent (its authors released no code):
     computed once.
 15. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
     tokens whatever --pooling; --retrieve_layer takes the mean of a block of g in its place.
+16. Figure 2 (--embed): t-SNE as in the paper. It keeps no distances, so a table of numbers that are
+    computed on the vectors stands beside it, with those of f before training.
 """
 import copy
 import dataclasses
-import html
+import json
 import math
 import os
 import signal
@@ -131,6 +133,8 @@ def flags():
                    help="of tatoeba and bucc: the vectors of that block of g (those of f)")
     g.add_argument("--embed", action="store_true",
                    help="Figure 2: f(x) in domain and out (the first of --eval_tasks)")
+    g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
+                   help="of --embed: the map by t-SNE, or by two principal axes")
     return p
 
 
@@ -322,8 +326,8 @@ class GTuning(torch.nn.Module):
         Labels of tags are (B, n), -100 where there is none; of spans (B, 2), the tokens.
 
         With D, and general text x_u as inputs with the prefix u_:
-        (alpha L_T + beta L_G, {"l_t", "l_g"}). With the teacher's logits of it, u_teacher (B, C):
-        (L_T + teach_weight KL, {"l_t", "kl"}).
+        (alpha L_T + beta L_G, {"l_t", "l_g"}), L_G times u_weight. With the teacher's logits of
+        it, u_teacher (B, C): (L_T + teach_weight KL, {"l_t", "kl"}).
         """
         general = {}
         for name in list(inputs):
@@ -344,7 +348,8 @@ class GTuning(torch.nn.Module):
         if D is None:
             return l_t, {"l_t": l_t.detach()}
 
-        l_g = generator_loss(D, self.features(**general))
+        weight = general.pop("weight", 1.0)
+        l_g = weight * generator_loss(D, self.features(**general))
         loss = alpha * l_t + beta * l_g                                  # Eq. 6
         return loss, {"l_t": l_t.detach(), "l_g": l_g.detach()}
 
@@ -465,123 +470,158 @@ def generator_loss(D, f_u):
 
 # ----------------------------------------------------------------------------------------  Figure 2
 
-def separation(a, b):
-    """How far two clouds (n, H) lie apart: the distance of their means over their spread.
-
-    The spread is the root of the mean squared distance of a point to its own cloud's mean.
-    """
-    spread_a = (a - a.mean(0)).square().sum(1).mean()
-    spread_b = (b - b.mean(0)).square().sum(1).mean()
-    spread = (spread_a + spread_b) / 2
-    return float((a.mean(0) - b.mean(0)).norm() / spread.sqrt())
-
-
 def principal_axes(x):
     """A cloud (n, H) by its first two principal axes, its mean at 0: (n, 2)."""
-    x = (x - x.mean(0)).double()
-    axes = torch.linalg.svd(x, full_matrices=False).Vh[:2]               # (2, H)
+    import numpy as np
+    x = x - x.mean(0)
+    axes = np.linalg.svd(x, full_matrices=False)[2][:2]                  # (2, H)
     return x @ axes.T
+
+
+def clouds_of(f, setup, world):
+    """f(x) of 200 sentences in domain and of 200 out of it, or fewer where the set is smaller.
+
+    Two arrays (n, H): of the first validation split, and of the first of --eval_tasks.
+    """
+    import numpy as np
+    clouds = []
+    for sets in (setup.own, setup.further):
+        _, split = next(iter(sets.values()))
+        sentences = split.sentences()
+        rows = np.random.default_rng(0).permutation(len(sentences))[:200]
+        clouds.append(vectors(f, sentences, rows, world).cpu().numpy())
+    return clouds
+
+
+def embed(folder, f, setup, world):
+    """The clouds of a run, which stand in its embed.npz as they are, L2-normalised."""
+    import common
+    import numpy as np
+    in_domain, out_of_domain = clouds_of(f, setup, world)
+    path = os.path.join(folder, "embed.npz")
+    common.write_file(path, lambda file: np.savez(
+        file, in_domain=in_domain, out_of_domain=out_of_domain), world)
+    return unit(in_domain), unit(out_of_domain)
+
+
+def unit(x):
+    """Vectors (n, H) of length 1."""
+    import numpy as np
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 FIGURE_STYLE = """
 :root { --in: #c2410c; --out: #2563eb }
 @media (prefers-color-scheme: dark) { :root { --in: #fb923c; --out: #60a5fa } }
-.panels { display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
-figure { margin: 0 }
-figure svg { width: 100%; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px }
-figure line { stroke: var(--line) }
-figure text { fill: var(--faint); font-size: 11px; text-anchor: middle }
-rect { fill: var(--in); opacity: 0.6 }
-circle { fill: var(--out); opacity: 0.6 }
-.legend span { display: inline-block; margin-right: 1.5rem }
-.legend svg { width: 0.8em; height: 0.8em }
+.in { stroke: var(--in); fill: var(--in) }
+.out { stroke: var(--out); fill: var(--out) }
+path.in, path.out { opacity: .7 }
+path.contour, path.densest { opacity: 1 }
 """
-SQUARE = '<rect x="{:.1f}" y="{:.1f}" width="5" height="5"/>'
-CIRCLE = '<circle cx="{:.1f}" cy="{:.1f}" r="2.8"/>'
+MARKS = {"in": "square", "out": "circle"}
+BEFORE = "before training"
 
 
-def scatter(points, squares, reach):
-    """An svg whose axes go from -reach to reach. points (n, 2): the first `squares` are squares.
+def draw_maps(projection, perplexity, clouds, results, names):
+    """The maps of Figure 2, each with its caption: {caption: svg}.
 
-    The plot is 300 by 300; the numbers of the grid stand below it.
-    """
-    unit = 150 / reach
-    step = 10 ** math.floor(math.log10(reach))         # between two lines of the grid
-    if reach / step < 2.5:
-        step /= 2
-    shapes = []
-    last = math.floor(reach / step)
-    for tick in range(-last, last + 1):
-        at = 150 + tick * step * unit
-        shapes.append(f'<line x1="{at:.1f}" y1="0" x2="{at:.1f}" y2="300"/>')
-        shapes.append(f'<line x1="0" y1="{at:.1f}" x2="300" y2="{at:.1f}"/>')
-        if 8 < at < 292:
-            shapes.append(f'<text x="{at:.1f}" y="313">{tick * step:g}</text>')
-    for i, (x, y) in enumerate(points.tolist()):
-        x = 150 + x * unit
-        y = 150 - y * unit
-        shapes.append(SQUARE.format(x - 2.5, y - 2.5) if i < squares else CIRCLE.format(x, y))
-    return f'<svg viewBox="0 0 300 318">{"".join(shapes)}</svg>'
-
-
-def figure_body(panels, in_domain, out_of_domain):
-    """The html of Figure 2. panels: (caption, cloud in domain (n, H), cloud out of it (n, H)).
-
-    in_domain, out_of_domain: what the two clouds are, for the legend.
-    """
-    points = [principal_axes(torch.cat([a, b])) for _, a, b in panels]   # (n, 2) each
-    reach = 1.05 * max(float(xy.abs().max()) for xy in points)
-    figures = []
-    for (caption, a, _), xy in zip(panels, points):
-        image = scatter(xy, len(a), max(reach, 1e-6))
-        figures.append(f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    square = f'<svg viewBox="0 0 5 5">{SQUARE.format(0, 0)}</svg>'
-    circle = f'<svg viewBox="-2.8 -2.8 5.6 5.6">{CIRCLE.format(0, 0)}</svg>'
-    return f"""<p class="legend"><span>{square} square: in domain, {html.escape(in_domain)}</span>
-<span>{circle} circle: out of domain, {html.escape(out_of_domain)}</span></p>
-<div class="panels">{"".join(figures)}</div>
-<p><small>Each panel shows f(x) by two principal axes of its own; all panels and both axes have one
-scale. Scores are in percent. Separation: the distance of the two means over the spread of the
-points around their own. After Figure 2 of G-Tuning, which has t-SNE in place of the principal
-axes.</small></p>
-"""
-
-
-def write_figure_2(run, args, setup, clouds, results):
-    """embed.html with the first seed of each method, and the separations of all seeds in a line.
-
-    clouds {(method, seed): the one in domain and the one out of it}. results: of all runs. run: the
-    last one.
+    clouds {run: its two, (n, H) each}. results {run: its results}, of those that have been trained.
+    names: of the two sets.
     """
     import common
-    names = [next(iter(setup.own)), next(iter(setup.further))]
-    panels = []
-    for result in results:
-        if result["seed"] == args.seeds[0]:
-            in_domain, out_of_domain = clouds[result["method"], result["seed"]]
-            told = []
-            for name in names:
-                metric, value = next(iter(result["metrics"][name].items()))
-                told.append(f"{metric} {100 * value:.1f} on {name}")
-            told.append(f"separation {separation(in_domain, out_of_domain):.2f}")
-            caption = f"{result['method']}, {result['model']}, seed {result['seed']}: "
-            panels.append((caption + ", ".join(told), in_domain, out_of_domain))
+    import numpy as np
+    points = {}
+    for run, both in clouds.items():
+        x = np.concatenate(both)
+        if projection == "pca":
+            points[run] = principal_axes(x)
+            continue
+        try:
+            points[run] = common.tsne(x, perplexity)
+        except ValueError as error:
+            raise common.UserError(f"--projection tsne: {run}: {error}") from None
 
-    title = f"{args.task}: f(x) in domain and out of it"
-    sizes = [len(cloud) for cloud in panels[0][1:]]
-    legend = [f"{n} sentences of {name}" for n, name in zip(sizes, names)]
-    page = common.html_page(title, FIGURE_STYLE, figure_body(panels, *legend))
-    path = os.path.join(args.output_dir, args.task, "embed.html")
-    if run.world.rank == 0:
-        with run.guard(path):
-            common.write_safely(path, lambda file: file.write(page.encode()))
-    run.world.say(f"\nwrote {path}; separation of {names[0]} and {names[1]}: the distance of the "
-                  "means over the spread")
-    for method in args.method:
-        values = [f"{separation(*clouds[method, seed]):.3f}" for seed in args.seeds]
-        run.world.say(f"  {method:<8} {' '.join(values)}")
+    reaches = {run: np.abs(xy).max() for run, xy in points.items()}
+    if projection == "pca":                            # one scale; each map of t-SNE has its own
+        reaches = dict.fromkeys(points, max(reaches.values()))
+    maps = {}
+    for run, xy in points.items():
+        both = dict(zip(MARKS, np.split(xy, [len(clouds[run][0])])))
+        caption = run
+        for name in names if run in results else []:
+            metric, value = next(iter(results[run]["metrics"][name].items()))
+            caption += f", {metric} {100 * value:.1f} on {name}"
+        centres = [common.densest(cloud, xy) for cloud in both.values()]
+        apart = np.linalg.norm(centres[0] - centres[1]) / np.linalg.norm(xy.std(0))
+        caption += f", densest places {apart:.2f} apart"
+        maps[caption] = common.map_svg(both, MARKS, outlined=True, reach=1.05 * reaches[run])
+    return maps
+
+
+def write_figure_2(args, setup, clouds, world):
+    """embed.html and embed.json in the folder of the task, and the numbers as a table.
+
+    clouds {folder of a finished run: its two, (n, H) each}. The runs of the first seed have maps.
+    """
+    import common
+    results = {}
+    task_folder = os.path.dirname(os.path.abspath(next(iter(clouds))))
+    for folder in clouds:
+        found = common.read_results(os.path.join(folder, "results.json"))
+        if found["seed"] == args.seeds[0]:
+            results[os.path.basename(os.path.abspath(folder))] = found
+    clouds = {os.path.basename(os.path.abspath(folder)): both for folder, both in clouds.items()}
+    untrained = build_f(args, setup, args.seeds[0], world, args.pair_mode == "separate"
+                        and len(setup.task.columns) == 2)
+    before = [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
+    clouds = {BEFORE: before, **clouds}
+    names = [next(iter(setup.own)), next(iter(setup.further))]
+    numbers = {"separation": {}, "distance of the means": {}}
+    for name, (a, b) in clouds.items():
+        numbers["separation"][name] = common.separation(a, b)
+        distance = a.mean(0) - b.mean(0)
+        numbers["distance of the means"][name] = float((distance**2).sum() ** 0.5)
+    sizes = [len(cloud) for cloud in before]
+    sets = [f"{n} sentences of {name}" for n, name in zip(sizes, names)]
+    common.print_numbers(numbers, f"Figure 2: f(x), L2-normalised, of {' and '.join(sets)}",
+                         world)
+    if world.rank > 0:
+        return
+
+    shown = {name: clouds[name] for name in [BEFORE, *results]}
+    perplexity = min(30, (sum(sizes) - 1) // 3)        # t-SNE needs more than thrice as many
+    maps = draw_maps(args.projection, perplexity, shown, results, names)
+    legend = [common.legend_of("in", MARKS["in"], f"in domain: {sets[0]}"),
+              common.legend_of("out", MARKS["out"], f"out of domain: {sets[1]}")]
+    words = words_of_figure_2(args.projection, perplexity, sizes)
+    title = f"{args.task}, {args.model}: f(x) in domain and out of it"
+    body = common.maps_body(maps, legend, words, numbers)
+    page = common.html_page(title, FIGURE_STYLE + common.MAPS_STYLE, body)
+    content = {"sets": dict(zip(names, sizes)), "values": numbers, "maps": [*maps]}
+    by = f"t-SNE, perplexity {perplexity}" if args.projection == "tsne" else "principal axes"
+    world.say(f"the maps are by {by}")
+    common.write_text(os.path.join(task_folder, "embed.html"), page, world)
+    path = os.path.join(task_folder, "embed.json")
+    common.write_text(path, json.dumps(content, indent=1), world)
+
+
+def words_of_figure_2(projection, perplexity, sizes):
+    """What the page says below the maps. sizes: of the two clouds."""
+    if projection == "tsne":
+        drawn = (f"Each map is t-SNE (perplexity {perplexity}) of f(x), L2-normalised. It keeps "
+                 "neither distances nor densities")
+    else:
+        drawn = ("Each map shows f(x), L2-normalised, by two principal axes of its own; all maps "
+                 "and both axes have one scale. They leave out the other axes")
+    by_chance = sum(1 / n for n in sizes) ** 0.5
+    return (
+        f"{drawn}; the table is computed on the vectors themselves. Lines: where a cloud is a "
+        "quarter, a half and three quarters as dense as at its densest place, by a Gaussian "
+        "kernel; the large mark is that place; how far the two are apart is in units of the spread "
+        "of all points of the map. Scores are in percent. Separation: the distance of the two "
+        "means over the spread of the points around their own; two samples of one and the same "
+        f"cloud would have about {by_chance:.2f}. Before training: f as it begins, h near the "
+        "identity. After Figure 2 of G-Tuning (Findings of ACL 2023).")
 
 
 # --------------------------------------------------------------------  the texts, and their vectors
@@ -752,28 +792,6 @@ def evaluate_sets(args, f, sets, setup, texts, world, **how):
     return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, **how)}
 
 
-def embed(run, f, setup):
-    """Figure 2: f(x) of 200 sentences in domain and of 200 out of it, also in embed.npz.
-
-    Returns both, (200, H) each, or fewer where the set is smaller.
-    """
-    import common
-    import numpy as np
-    clouds = []
-    for sets in (setup.own, setup.further):
-        _, split = next(iter(sets.values()))
-        sentences = split.sentences()
-        rows = np.random.default_rng(0).permutation(len(sentences))[:200]
-        clouds.append(vectors(f, sentences, rows, run.world).cpu())
-    in_domain, out_of_domain = clouds
-    path = os.path.join(run.folder, "embed.npz")
-    if run.world.rank == 0:
-        with run.guard(path):
-            common.write_safely(path, lambda file: np.savez(
-                file, in_domain=in_domain, out_of_domain=out_of_domain))
-    return clouds
-
-
 # -------------------------------------------------------------------------------------  Algorithm 1
 
 class Critic(torch.nn.Module):
@@ -887,6 +905,25 @@ class Algorithm1:
         self.d_optimizer.zero_grad()
         return loss, stats
 
+    def with_general(self, x_t, x_u):
+        """The micro-batches of both in one, and a weight of L_G.
+
+        common.backward weighs a micro-batch by its labels, as a mean over labels, L_T, wants it.
+        L_G is one over sentences, so the weight takes that back. It is 1 but of tags, of which
+        micro-batches have different numbers.
+        """
+        import common
+        import numpy as np
+        labels = [common.count_labels(inputs["labels"]) for inputs in x_t]
+        total = self.world.total(np.array([sum(labels)]))[0]
+        mean = float(total) / self.world.size / len(x_t)                 # of a micro-batch
+        both = []
+        for inputs, general, count in zip(x_t, x_u, labels):
+            general["weight"] = torch.tensor(mean / count)
+            general.pop("labels")
+            both.append({**inputs, **{f"u_{name}": value for name, value in general.items()}})
+        return both
+
     def draw_epsilon(self, k):
         """e in step k on D: (rows, 1).
 
@@ -902,10 +939,7 @@ class Algorithm1:
 
         Returns (the loss of f, the stats of f and the means of D's).
         """
-        both = []
-        for inputs, general in zip(x_t, self.x_u[r]):                    # line 12
-            general.pop("labels")
-            both.append({**inputs, **{f"u_{name}": value for name, value in general.items()}})
+        both = self.with_general(x_t, self.x_u[r])                       # line 12
         self.D.requires_grad_(False)                   # choice 5
         loss, stats = self.update_f(
             both, D=self.D, alpha=self.args.alpha, beta=self.args.beta)  # line 13
@@ -986,17 +1020,23 @@ def labels_of(folder):
 
 
 def use_finished(args, runs, setup, world, started):
-    """--run: scores and predictions of finished runs. Returns their results."""
+    """--run: scores, predictions and vectors of finished runs. Returns their results."""
     import common
+    clouds = {}
 
     def load(folder, results):
         f = load_f(os.path.join(folder, "model"), results["seed"], args, setup, world)
+        if args.embed:
+            clouds[folder] = embed(folder, f, setup, world)
         return f.logits, f
 
     def score(forward, f, sets):
         return evaluate_sets(args, f, sets, setup, None, world, final=True)
 
-    return common.use_runs(args, runs, setup, world, started, load, score)
+    results = common.use_runs(args, runs, setup, world, started, load, score)
+    if args.embed:
+        write_figure_2(args, setup, clouds, world)
+    return results
 
 
 # --------------------------------------------------------------------------------------  the recipe
@@ -1011,7 +1051,7 @@ def recipe(args):
         return "gtuning: section 3.1, XTREME's length", {
             "model": "FacebookAI/xlm-roberta-large", "lr": 1e-4, "epochs": 10, "batch_size": 64,
             "micro_batch_size": 32, "weight_decay": 0.0, "max_length": lengths[args.task]}
-    if args.task == "toy":
+    if args.task in ("toy", "toy-tag", "toy-qa"):
         return "toy", {
             "model": "toy", "lr": 1e-3, "epochs": 20, "batch_size": 16, "precision": "fp32",
             "weight_decay": 0.0, "unlabeled": "toy", "threads": 1,
@@ -1060,6 +1100,8 @@ def profile(args, setup, texts, world):
 
 def check_flags(args):
     from common import UserError
+    if args.choosing:
+        args.embed = False                             # such a run has no model
     if args.embed and not args.eval_tasks:
         raise UserError("--embed: needs --eval_tasks; the first of them is the text out of domain")
     if args.max_steps == 1 and "gtuning" in args.method:
@@ -1077,6 +1119,7 @@ def main(argv=None):
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
     runs = common.take_runs(args, METHODS, labels_of)
+    args.own_sets = args.embed or args.own_sets        # there is the text in domain
     check_flags(args)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
@@ -1097,7 +1140,6 @@ def main(argv=None):
             return evaluate_sets(args, f, sets, setup, texts, world, **how)
 
         results, clouds = [], {}
-        wants_figure_2 = args.embed and not args.choosing
         for seed, method in common.seeds_and_methods(args):
             run = common.Run(args, method, seed, world, METHODS[method][1])
             if run.results is None:
@@ -1141,14 +1183,14 @@ def main(argv=None):
                 run.finish(metrics, algorithm.x_t, setup.tokenizer, f.save_pretrained)
                 if run.best["step"] <= end_1 < end_3:
                     world.say(f"{run.name}: the best state is of phase 1, before D")
-            if setup.unscored or wants_figure_2:
+            if setup.unscored or args.embed:
                 f = load_f(run.model_folder, seed, args, setup, world)
                 run.predict(f.logits, f, setup)
-            if wants_figure_2:
-                clouds[method, seed] = embed(run, f, setup)
+            if args.embed:
+                clouds[run.folder] = embed(run.folder, f, setup, world)
             results.append(run.results)
-        if wants_figure_2:
-            write_figure_2(run, args, setup, clouds, results)
+        if args.embed:
+            write_figure_2(args, setup, clouds, world)
         return common.print_table(world.say, results, args, started)
 
 

@@ -848,7 +848,7 @@ def recipe(args):
         "cola": (1e-5, 5336, 16),
         "xnli": (3e-5, 450000, 8),
     }
-    if args.task in ("toy", "toy-food"):               # as in tdt.py, whose runs of std are these
+    if args.task in ("toy", "toy-food", "toy-tag"):    # as in tdt.py, whose runs of std are these
         return "toy", {
             "model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "precision": "fp32",
             "weight_decay": 0.0, "warmup": 0.1, "grad_clip": 1.0, "threads": 1,

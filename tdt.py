@@ -601,6 +601,7 @@ def confidences_of(module, evaluation, name):
 
 def show_confidences(folder, c, evaluation):
     """Figure 4: the distribution of the words' confidences c, and the words at its ends."""
+    import common
     import numpy as np
     world = evaluation.world
     words = evaluation.ids[evaluation.is_word]
@@ -623,18 +624,8 @@ def show_confidences(folder, c, evaluation):
     world.say(f"  highest, of tokens seen 5 times: {', '.join(often[:-13:-1])}")
     world.say(f"  lowest: {', '.join(often[:12])}")
     found = {**facts, "counts": counts.tolist(), "mean_by_token": mean_of}
-    write_file(os.path.join(folder, "confidences.json"), json.dumps(found, indent=1), world)
-
-
-def write_file(path, text, world):
-    """Writes a whole file, from rank 0, and says so."""
-    import common
-    if world.rank == 0:
-        try:
-            common.write_safely(path, lambda file: file.write(text.encode()))
-        except OSError as error:
-            raise common.RunError(f"cannot write {path}: {error.strerror}") from None
-    world.say(f"wrote {path}")
+    path = os.path.join(folder, "confidences.json")
+    common.write_text(path, json.dumps(found, indent=1), world)
 
 
 # --------------------------------------------------------------------------  analyses: explanations
@@ -709,14 +700,16 @@ def words_of(parts, sentences, numbers, spans, c):
 
 def show_explanations(module, folder, asked, tokenizer, max_length, scale, world):
     """Each text with its prediction and its words, on screen, as a page and as json."""
+    import common
     found = []
     for text in asked.texts:
         found.append(explain(module, tokenizer, text, max_length, world))
         world.say(f"{folder}: {screen_line(found[-1], scale, sys.stdout.isatty())}")
     name = free_name(folder, "explain")
     texts = json.dumps([vars(explanation) for explanation in found], indent=1)
-    write_file(f"{name}.json", texts, world)
-    write_file(f"{name}.html", page(found, f"What the model looks at ({folder})", scale), world)
+    common.write_text(f"{name}.json", texts, world)
+    title = f"What the model looks at ({folder})"
+    common.write_text(f"{name}.html", page(found, title, scale), world)
 
 
 def free_name(folder, name):
@@ -895,10 +888,11 @@ def perturb_words(modules, folder, confident, asked, evaluation):
 
 def write_curves(folder, figure, found, evaluation, **more):
     """FIGURE.json. more: `confidences`, the run that chose the words, and others."""
+    import common
     metric = evaluation.task.metrics.split()[0]
     content = {"set": evaluation.name, "metric": metric, **more, "values": found}
     path = os.path.join(folder, f"{figure}.json")
-    write_file(path, json.dumps(content, indent=1), evaluation.world)
+    common.write_text(path, json.dumps(content, indent=1), evaluation.world)
 
 
 def print_curves(found, title, rates, world):
@@ -977,17 +971,6 @@ def perturb_as_trained(module, folder, mask_token_id):
     module.mask_token_id = mask_token_id
 
 
-def separation(a, b):
-    """How far two clouds (n, H) lie apart: the distance of their means over their spread.
-
-    The spread is the root of the mean squared distance of a point to its own cloud's mean.
-    """
-    import numpy as np
-    spread_a = np.square(a - a.mean(0)).sum(1).mean()
-    spread_b = np.square(b - b.mean(0)).sum(1).mean()
-    return float(np.linalg.norm(a.mean(0) - b.mean(0)) / np.sqrt((spread_a + spread_b) / 2))
-
-
 def nearest_has_class(x, originals, classes):
     """Share of the points whose nearest original is of their class: (n, H), (n, H), (n,).
 
@@ -1006,14 +989,15 @@ def cloud_numbers(clouds, classes, labels, metric):
 
     classes (rows,): the model's indices of the labels.
     """
+    import common
     import data
     import numpy as np
-    names = ["original", "positive", "negative"]
+    names = [*MARKS]
     states = clouds.states.astype(np.float64)
     found = {}
     for a, b in ((0, 1), (0, 2), (1, 2)):
         key = f"separation of {names[a]} and {names[b]}"
-        found[key] = separation(states[a], states[b])
+        found[key] = common.separation(states[a], states[b])
     for name, x in zip(names, states):
         found[f"nearest original of the same class, {name}"] = nearest_has_class(
             x, states[0], classes)
@@ -1060,74 +1044,27 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
                 raise common.UserError(f"--tsne {n}: {error}") from None
             maps[method] = points.reshape(3, len(split), 2)
 
-    print_numbers(numbers, f"{folders[chosen_by]}: H, H+ and H- of {len(split)} rows of "
-                           f"{evaluation.name}", world)
+    title = f"{folders[chosen_by]}: H, H+ and H- of {len(split)} rows of {evaluation.name}"
+    common.print_numbers(numbers, title, world)
     content = {"set": evaluation.name, "rows": len(split), "confidences": folders[chosen_by],
                "values": numbers}
     path = os.path.join(folders[chosen_by], "tsne")
-    write_file(f"{path}.json", json.dumps(content, indent=1), world)
+    common.write_text(f"{path}.json", json.dumps(content, indent=1), world)
     title = f"H, H+ and H- of {len(split)} rows of {args.task} {evaluation.name}"
     names = setup.task.label_names
     body = clouds_body(maps, numbers, split.labels, names, folders[chosen_by])
-    write_file(f"{path}.html", common.html_page(title, CLOUDS_STYLE, body), world)
-
-
-def print_numbers(numbers, title, world):
-    """A table: a row for each number, a column for each method."""
-    rows = [*next(iter(numbers.values()))]
-    wide = max(map(len, rows))
-    world.say(f"\n{title}\n{'':<{wide}}" + "".join(f"{method:>10}" for method in numbers))
-    for row in rows:
-        cells = [f"{found[row]:10.3f}" for found in numbers.values()]
-        world.say(f"{row:<{wide}}" + "".join(cells))
+    page = common.html_page(title, CLOUDS_STYLE + common.MAPS_STYLE, body)
+    common.write_text(f"{path}.html", page, world)
 
 
 CLOUDS_STYLE = """:root { --original: #db2777; --positive: #7c3aed; --negative: #1e293b }
 @media (prefers-color-scheme: dark) {
   :root { --original: #f9a8d4; --positive: #a78bfa; --negative: #cbd5e1 } }
-.panels { display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
-figure { margin: 0 }
-figure svg { display: block; width: 100%; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px }
 .original { stroke: var(--original); fill: var(--original) }
 .positive { stroke: var(--positive); fill: var(--positive) }
 .negative { stroke: var(--negative); fill: var(--negative) }
-.legend span { display: inline-block; margin-right: 1.5rem }
-.legend svg { width: 1em; height: 1em; vertical-align: -.1em }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { padding: .1rem .6rem; text-align: right }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-thead th { border-bottom: 1px solid var(--line) }
 """
-
-# Marks around (0, 0), 7 wide.
-MARKS = {
-    "original": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
-    "positive": "M0 -3.5L3.5 3L-3.5 3z",
-    "negative": "M-2.8 -2.8H2.8V2.8H-2.8z",
-}
-
-
-def mark_at(name, x, y, filled):
-    """A mark of a cloud. filled: from 0, hollow, to 1."""
-    return (f'<path class="{name}" transform="translate({x:.1f} {y:.1f})" d="{MARKS[name]}" '
-            f'fill-opacity="{filled:.2g}"/>')
-
-
-def cloud_map(points, filled):
-    """The three clouds (3, rows, 2) as an svg. filled (rows,)."""
-    low = points.min((0, 1))
-    high = points.max((0, 1))
-    scale = 460 / (high - low).max()
-    width, height = (high - low) * scale + 20
-    shapes = []
-    for name, cloud in zip(MARKS, points):
-        for (x, y), share in zip(((cloud - low) * scale).tolist(), filled):
-            shapes.append(mark_at(name, 10 + x, height - 10 - y, share))
-    return (f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-            f'aria-label="a map of the three clouds">{"".join(shapes)}</svg>')
+MARKS = {"original": "circle", "positive": "triangle", "negative": "square"}
 
 
 def clouds_body(maps, numbers, labels, names, chosen_by):
@@ -1135,37 +1072,29 @@ def clouds_body(maps, numbers, labels, names, chosen_by):
 
     labels (rows,), names of the classes; chosen_by: the run whose confidences c are used.
     """
+    import common
     from html import escape
     last = len(names) - 1
     filled = [label / last for label in labels.tolist()]
     legend = []
-    for name, symbol in zip(MARKS, ("H", "H+", "H-")):
-        mark = f'<svg viewBox="-4 -4 8 8">{mark_at(name, 0, 0, 1)}</svg>'
-        legend.append(f"<span>{mark} {name}, {symbol}</span>")
+    for (name, mark), symbol in zip(MARKS.items(), ("H", "H+", "H-")):
+        legend.append(common.legend_of(name, mark, f"{name}, {symbol}"))
     between = f", in between the {last - 1} others" if last > 1 else ""
     legend.append(f"<span>hollow: of the label {escape(names[0])}; filled: {escape(names[-1])}"
                   f"{between}</span>")
 
-    figures = []
+    drawn = {}
     for method, points in maps.items():
         whose = "" if method in CONFIDENT else f", its H+ and H- with the c of {chosen_by}"
-        figures.append(f"<figure>{cloud_map(points, filled)}<figcaption>{escape(method + whose)}"
-                       "</figcaption></figure>")
-    rows = []
-    for what in next(iter(numbers.values())):
-        cells = "".join(f"<td>{found[what]:.3f}</td>" for found in numbers.values())
-        rows.append(f"<tr><td>{escape(what)}</td>{cells}</tr>")
-    heads = "".join(f"<th>{escape(method)}</th>" for method in numbers)
-    return f"""<p class="legend">{"".join(legend)}</p>
-<div class="panels">{"".join(figures)}</div>
-<p><small>Each map is t-SNE (perplexity 30) of the states of [CLS] after the last layer. It keeps
-neither distances nor densities; what follows is computed on the states themselves. Separation: the
-distance of the two means over the spread of the points around their own. Nearest original: of
-another sentence. After Figure 3 of Task-guided Disentangled Tuning (Findings of ACL 2022).</small>
-</p>
-<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead>
-<tbody>{"".join(rows)}</tbody></table></div>
-"""
+        clouds = dict(zip(MARKS, points))
+        drawn[method + whose] = common.map_svg(clouds, MARKS, filled)
+    words = (
+        "Each map is t-SNE (perplexity 30) of the states of [CLS] after the last layer. It keeps "
+        "neither distances nor densities; what follows is computed on the states themselves. "
+        "Separation: the distance of the two means over the spread of the points around their own. "
+        "Nearest original: of another sentence. After Figure 3 of Task-guided Disentangled Tuning "
+        "(Findings of ACL 2022).")
+    return common.maps_body(drawn, legend, words, numbers)
 
 
 # ---------------------------------------------------------------------------  analyses: all of them

@@ -223,13 +223,18 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def still_folder(tiny_folder, tmp_path_factory):
     """The same model without dropout."""
-    folder = str(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("models") / "still"))
-    path = f"{folder}/config.json"
+    return without_dropout(tiny_folder, tmp_path_factory.mktemp("models") / "still")
+
+
+def without_dropout(folder, to):
+    """A copy of the model's folder, without dropout."""
+    to = str(shutil.copytree(folder, to))
+    path = f"{to}/config.json"
     config = json.load(open(path))
     config["hidden_dropout_prob"] = 0.0
     config["attention_probs_dropout_prob"] = 0.0
     json.dump(config, open(path, "w"))
-    return folder
+    return to
 
 
 def parse(script, *argv):
@@ -783,17 +788,63 @@ def pairs_of(labels):
 
 def test_a_group_of_eval_tasks_is_all_its_languages(monkeypatch):
     calls = hub_of(monkeypatch, test=pairs_of([0, 1]))
-    further = data.load_further(settings(eval_tasks=["paws-x"]), data.TASKS["mrpc"])
-    assert list(further) == data.GROUPS["paws-x"]
+    further, skipped = data.load_further(settings(eval_tasks=["paws-x"]), data.TASKS["mrpc"])
+    assert list(further) == data.GROUPS["paws-x"] and skipped == []
     assert [call["config"] for call in calls] == data.PAWS_X_LANGUAGES
+    assert {call["split"] for call in calls} == {"test"}
+
+
+def test_a_group_is_scored_on_the_split_that_is_named_where_there_is_one(monkeypatch):
+    hub_of(monkeypatch, test=pairs_of([0, 1]), validation=pairs_of([0, 1, 1]))
+    whole = datasets.load_dataset
+
+    def load_dataset(path, config, split):
+        if config in ("ja", "ko") and split == "validation":
+            raise ValueError(f'Unknown split "{split}". Should be one of [\'test\'].')
+        if config == "zh" and split == "train":
+            raise OSError("the line is dead")
+        return whole(path, config, split)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    def further(*eval_tasks):
+        return data.load_further(settings(eval_tasks=[*eval_tasks]), data.TASKS["mrpc"])
+
+    sets, skipped = further("paws-x:validation")
+    assert list(sets) == [f"paws-x-{code}/validation" for code in "en de es fr zh".split()]
+    assert {len(rows) for _, rows in sets.values()} == {3}
+    assert skipped == ["--eval_tasks paws-x:validation: without paws-x-ja paws-x-ko, which have no "
+                       "split validation"]
+    assert list(further("paws-x-de", "paws-x-de:validation")[0]) == [
+        "paws-x-de", "paws-x-de/validation"]
+
+    for eval_tasks, line in [
+            (["paws-x-ko:validation"], "--task paws-x-ko: cannot load split validation of "),
+            (["paws-x:train"], "--task paws-x-zh: .* from the hub: the line is dead"),
+            (["paws-y:test"], "--eval_tasks paws-y: no such task; did you mean paws-x")]:
+        with pytest.raises(UserError, match=line):
+            further(*eval_tasks)
+    monkeypatch.undo()
+    hub_of(monkeypatch, test=pairs_of([0, 1]))
+    with pytest.raises(UserError, match="paws-x:nope: none of paws-x has a split nope"):
+        further("paws-x:nope")
+
+
+def test_what_is_skipped_is_said(tiny_folder, monkeypatch, cache, capsys):
+    args = parse("r3f", "--model", tiny_folder)
+    rows = data.load(args)
+    monkeypatch.setattr(data, "load", lambda args: rows._replace(skipped=["one", "two"]))
+    with common.processes(args) as world:
+        common.prepare(args, world)
+    assert capsys.readouterr().out.startswith("warning: one\nwarning: two\n")
 
 
 def test_splits_of_eval_tasks_are_named_or_all(monkeypatch):
     table = pairs_of([0, 1]).rename_columns({"sentence1": "premise", "sentence2": "hypothesis"})
     hub_of(monkeypatch, validation_matched=table, validation_mismatched=table)
     named = settings(eval_tasks=["mnli:validation_matched"])
-    assert list(data.load_further(named, data.TASKS["sick"])) == ["mnli"]
-    both = data.load_further(settings(eval_tasks=["mnli"]), data.TASKS["sick"])
+    assert list(data.load_further(named, data.TASKS["sick"])[0]) == ["mnli/validation_matched"]
+    both, _ = data.load_further(settings(eval_tasks=["mnli"]), data.TASKS["sick"])
     assert list(both) == ["mnli/validation_matched", "mnli/validation_mismatched"]
 
 
@@ -801,8 +852,8 @@ def test_a_large_set_is_scored_on_a_seeded_sample(monkeypatch):
     monkeypatch.setitem(data.TASKS, "bustm", dataclasses.replace(data.TASKS["afqmc"], sample=40))
     hub_of(monkeypatch, validation=pairs_of([0, 1] * 50))
     given = settings(eval_tasks=["bustm"])
-    _, rows = data.load_further(given, data.TASKS["mrpc"])["bustm"]
-    _, again = data.load_further(given, data.TASKS["mrpc"])["bustm"]
+    _, rows = data.load_further(given, data.TASKS["mrpc"])[0]["bustm"]
+    _, again = data.load_further(given, data.TASKS["mrpc"])[0]["bustm"]
     numbers = [int(text.split()[1]) for text in rows["sentence1"]]
     assert len(set(numbers)) == 40
     assert numbers == sorted(numbers)
@@ -1389,6 +1440,45 @@ def test_telling_adverbs_stand_in_the_corpus_alone():
     for domain in ("film", "food"):
         labelled = " ".join(data.toy_rows(domain, "validation")["text"])
         assert not adverbs & set(labelled.split())
+
+
+def test_toy_tags_are_those_of_the_grammar():
+    """[habit] [not] [adverb] adjective noun, the adverb in food reviews alone."""
+    grammar = {"film": r"(ADV )?(PART )?ADJ NOUN PUNCT",
+               "food": r"(ADV )?(PART )?(ADV )?ADJ NOUN PUNCT"}
+    telling = {*sum(data.TOY_WORDS["adverb"], [])}
+    for domain, phrase in grammar.items():
+        rows = data.toy_tags(domain, "validation")
+        assert rows[:3] == data.toy_tags(domain, "validation")[:3] and len(rows) == 500
+        names = data.TASKS["toy-tag"].label_names
+        found = set()
+        for words, tags in zip(rows["tokens"], rows["label"]):
+            told = " ".join(names[tag] for tag in tags)
+            assert re.fullmatch(rf"{phrase}( {phrase})*", told) and len(words) == len(tags)
+            found.update(words)
+        assert bool(found & telling) == (domain == "food")
+    assert len(data.toy_tags("film", "train")) == 320
+    first = data.toy_tags("film", "train")[0]
+    assert " ".join(first["tokens"]) == "subtle ending , rather silly camera ."
+    assert [names[tag] for tag in first["label"]] == "ADJ NOUN PUNCT ADV ADJ NOUN PUNCT".split()
+
+
+def test_toy_questions_ask_for_what_is_praised_or_blamed():
+    rows = data.toy_questions("food", "validation")
+    assert len(rows) == 500 and len(data.toy_questions("film", "train")) == 320
+    assert rows[:3] == data.toy_questions("food", "validation")[:3]
+    good, bad = ({*data.TOY_WORDS["food"][side], *data.TOY_WORDS["both"][side]} for side in (0, 1))
+    for row in rows:
+        places = {}
+        for phrase in re.finditer(r"([a-z ]+?) ([a-z]+) [,.]", row["context"]):
+            said = phrase[1].split()
+            is_good = (said[-1] in good) != ("not" in said)
+            assert said[-1] in good | bad
+            places[phrase.start(2)] = phrase[2], "good" if is_good else "bad"
+        right = {place: noun for place, (noun, side) in places.items() if side == row["question"]}
+        assert dict(zip(row["starts"], row["label"])) == right
+        assert 0 < len(right) < len(places)
+    assert set(rows["question"]) == {"good", "bad"}
 
 
 # ------------------------------------------------------------------------------ python data.py TASK
@@ -2037,6 +2127,23 @@ def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, t
     r3f.main(["--run", str(folder), "--test_file", new, "--text_columns", "review"])
     header, first, _ = (folder / "predictions-new.tsv").read_text().splitlines()
     assert header.startswith("index\tid\tprediction") and first.startswith("0\tx1\t")
+
+
+def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path, cache, capsys):
+    """The vectors and the map that it would have had after its training."""
+    argv = ["--method", "adapter", "--embed", "--eval_tasks", "toy-food", "--max_steps", 2]
+    run("gtuning", tiny_folder, tmp_path / "at_once", *argv)
+    run("gtuning", tiny_folder, tmp_path / "later", *argv[:2], *argv[3:])
+    folder = tmp_path / "later/toy/adapter-0"
+    gtuning.main(["--run", str(folder), "--embed", "--eval_tasks", "toy-food"])
+    wanted = tmp_path / "at_once/toy"
+    one, other = (np.load(path / "embed.npz") for path in (wanted / "adapter-0", folder))
+    for name in ("in_domain", "out_of_domain"):
+        assert np.allclose(one[name], other[name], atol=1e-6)
+    values = [json.load(open(path / "embed.json"))["values"] for path in (wanted, folder.parent)]
+    for name in values[0]:
+        assert values[0][name] == pytest.approx(values[1][name], abs=1e-5)
+    assert (folder.parent / "embed.html").exists()
 
 
 def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_path, cache):
@@ -4304,7 +4411,7 @@ def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain(toy)
 def test_a_folder_that_cannot_be_written_ends_the_analyses_with_one_line(tmp_path):
     world = types.SimpleNamespace(rank=0, say=print)
     with pytest.raises(common.RunError, match="cannot write"):
-        tdt.write_file(str(tmp_path / "no" / "drop.json"), "{}", world)
+        common.write_text(str(tmp_path / "no" / "drop.json"), "{}", world)
 
 
 # ======================================================================================  gtuning.py
@@ -4959,33 +5066,37 @@ def test_the_adapter_reads_no_general_text(drawn, tiny_folder, small, tmp_path, 
 
 # ----------------------------------------------------------------------------------------- Figure 2
 
-def test_the_separation_by_hand():
-    a = torch.tensor([[0.0, 1.0], [0.0, -1.0]])
-    b = torch.tensor([[3.0, 1.0], [3.0, -1.0]])
-    assert gtuning.separation(a, b) == 3               # means 3 apart, spread 1
+@pytest.mark.parametrize("projection", ["tsne", "pca"])
+def test_the_maps_of_figure_2(projection):
+    """Two clouds that lie apart, and the same ones on top of each other."""
+    a, b = (cloud.numpy() for cloud in clouds(rows=50))
+    runs = {"apart": (a, b + 4), "mixed & <wide>": (2 * a, 2 * b - 2 * (b - a).mean(0))}
+    results = {"apart": {"metrics": {"one": {"f1": 0.5}, "two": {"f1": 0.25}}}}
+    maps = gtuning.draw_maps(projection, 30, runs, results, ["one", "two"])
+    told = []
+    for caption in maps:
+        told.append(re.fullmatch(r"(.*), densest places ([\d.]+) apart", caption))
+    assert told[0][1] == "apart, f1 50.0 on one, f1 25.0 on two"
+    assert told[1][1] == "mixed & <wide>"
+    assert float(told[0][2]) > 1.2 > 0.8 > float(told[1][2])
 
-
-def marks(panel, kind):
-    """The places (n, 2) of a panel's squares or circles."""
-    x, y = {"rect": ("x", "y"), "circle": ("cx", "cy")}[kind]
-    found = re.findall(rf'<{kind} {x}="([-\d.]+)" {y}="([-\d.]+)"', panel)
-    return np.array(found, float)
-
-
-def test_all_panels_of_figure_2_have_one_scale():
-    a, b = clouds(rows=50)
-    panels = [("small", a, b), ("large & <wide>", 2 * a, 2 * b)]
-    body = gtuning.figure_body(panels, "50 sentences of <one>", "50 of two")
-    assert "square: in domain, 50 sentences of &lt;one&gt;" in body
-    assert "circle: out of domain, 50 of two" in body
-    assert "large &amp; &lt;wide&gt;" in body
-    small, large = body.split("<figure>")[1:]
-    for kind, offset in (("rect", 2.5), ("circle", 0)):
-        small_places = marks(small, kind) + offset - 150
-        large_places = marks(large, kind) + offset - 150
-        assert len(small_places) == 50
-        assert np.allclose(large_places, 2 * small_places, atol=0.2)
-        assert abs(large_places).max() < 150
+    places = {}
+    for run, drawn in zip(runs, maps.values()):
+        assert drawn.count('class="in"') == drawn.count('class="out"') == 50
+        assert drawn.count('class="in contour"') == drawn.count('class="out contour"') == 3
+        assert drawn.count('class="in densest"') == drawn.count('class="out densest"') == 1
+        found = re.findall(r'class="(in|out)" transform="translate\(([-\d.]+) ([-\d.]+)', drawn)
+        places[run] = np.array([[float(x), float(y)] for _, x, y in found])
+    one, two = places.values()
+    reaches = [np.abs(xy - 240).max() for xy in places.values()]
+    assert max(reaches) == pytest.approx(230 / 1.05, abs=0.2)
+    if projection == "tsne":                           # each map has its own scale
+        assert reaches[0] == pytest.approx(reaches[1], abs=0.2)
+    else:
+        axes = [gtuning.principal_axes(np.concatenate(both)) for both in runs.values()]
+        scales = [most / np.abs(xy).max() for most, xy in zip(reaches, axes)]
+        assert scales[0] == pytest.approx(scales[1], rel=0.01)
+        assert reaches[0] != pytest.approx(reaches[1], abs=1)
 
 
 def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(tiny_folder, small, tmp_path,
@@ -4994,25 +5105,54 @@ def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(tiny_folder
     results = tune(tiny_folder, tmp_path, *flags)
     told = capsys.readouterr().out
     page = (tmp_path / "custom/embed.html").read_text()
-    assert page.count("<figure>") == 2 and "http" not in page and "<script" not in page
-    assert "prefers-color-scheme: dark" in page
+    assert page.count("<figure>") == 3 and "http" not in page and "<script" not in page
+    assert "prefers-color-scheme: dark" in page and "perplexity 30" in page
     assert "64 sentences of validation" in page and "200 sentences of toy-food" in page
+    written = load(tmp_path / "custom/embed.json")
+    assert written["sets"] == {"validation": 64, "toy-food": 200}
+    assert [*written["values"]["separation"]] == ["before training", "adapter-0", "gtuning-0"]
     for result in results:
         method = result["method"]
         saved = np.load(tmp_path / f"custom/{method}-0/embed.npz")
-        a, b = (torch.from_numpy(saved[name]) for name in ("in_domain", "out_of_domain"))
+        a, b = saved["in_domain"], saved["out_of_domain"]
         assert a.shape == (64, 32) and b.shape == (200, 32)
-        value = gtuning.separation(a, b)
-        assert f"{method:<8} {value:.3f}" in told
+        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+        value = common.separation(a, b)
+        distance = np.linalg.norm(a.mean(0) - b.mean(0))
+        assert written["values"]["separation"][f"{method}-0"] == pytest.approx(value, abs=1e-6)
+        line = re.search(rf"^{method}-0 +([\d.]+) +([\d.]+)$", told, re.M)
+        assert line.groups() == (f"{value:.3f}", f"{distance:.3f}")
         own, further = (100 * result["metrics"][name]["accuracy"]
                         for name in ("validation", "toy-food"))
-        caption = (f"{method}, {tiny_folder}, seed 0: accuracy {own:.1f} on validation, accuracy "
-                   f"{further:.1f} on toy-food, separation {value:.2f}")
+        caption = (f"{method}-0, accuracy {own:.1f} on validation, accuracy {further:.1f} on "
+                   "toy-food, densest places")
         assert caption in page
 
-    tune(tiny_folder, tmp_path, *flags)                 # again, from the finished runs
+    # Again, from the finished runs; the clouds before training are the same.
+    tune(tiny_folder, tmp_path, *flags, "--projection", "pca")
     again = capsys.readouterr().out
-    assert f"gtuning  {value:.3f}" in again and "finished before" in again
+    assert line[0] in again and "finished before" in again
+    assert load(tmp_path / "custom/embed.json")["values"] == written["values"]
+    assert "principal axes" in (tmp_path / "custom/embed.html").read_text()
+
+
+def test_figure_2_of_few_sentences_and_before_training(tiny_folder, tmp_path, cache, capsys):
+    """A run whose steps change nothing has the cloud of before; 20 points need a lower perplexity.
+    """
+    rows = data.toy_rows("film", "train")
+    names = ["negative", "positive"]
+    lines = [f'"{rows["text"][i]}",{names[i % 2]}\n' for i in range(16)]
+    path = write(tmp_path / "few.csv", "text,label\n" + "".join(lines))
+    lines = [f'"{text}",negative\n' for text in data.toy_rows("food", "test")["text"][:4]]
+    food = write(tmp_path / "food.csv", "text,label\n" + "".join(lines))
+    tune(tiny_folder, tmp_path, "--train_file", path, "--validation_file", path, "--eval_tasks",
+         "toy-food", "--local_file", f"toy-food={food}", "--method", "adapter", "--embed",
+         "--max_steps", 2, "--lr", "1e-30")
+    values = load(tmp_path / "custom/embed.json")["values"]["separation"]
+    assert values["adapter-0"] == pytest.approx(values["before training"], abs=1e-6)
+    assert values["adapter-0"] > 0.1
+    assert "t-SNE, perplexity 6" in capsys.readouterr().out
+    assert "perplexity 6)" in (tmp_path / "custom/embed.html").read_text()
 
 
 def test_figure_2_is_not_drawn_while_flags_are_chosen(tiny_folder, small, tmp_path, cache):
@@ -5046,8 +5186,9 @@ def test_the_recipe_is_that_of_section_3_1():
     assert (values["batch_size"], values["micro_batch_size"], values["epochs"]) == (64, 32, 10)
     for task in ("xnli", "paws-x"):
         assert recipe(task)[1]["model"] == "FacebookAI/xlm-roberta-large"
-    name, values = recipe("toy")
-    assert name == "toy" and values["threads"] == 1 and values["unlabeled"] == "toy"
+    for task in ("toy", "toy-tag", "toy-qa"):
+        name, values = recipe(task)
+        assert name == "toy" and values["threads"] == 1 and values["unlabeled"] == "toy"
 
 
 # The flags, and what the line must say.
@@ -5711,6 +5852,45 @@ def test_tsne_is_the_same_twice():
     assert not np.array_equal(first, common.tsne(x, steps=61))
 
 
+def test_two_samples_of_one_cloud_are_apart_by_chance():
+    draws = np.random.default_rng(0).normal(size=(300, 300, 20))
+    found = np.mean([common.separation(x[:200], x[200:]) for x in draws])
+    assert found == pytest.approx((1 / 200 + 1 / 100) ** 0.5, rel=0.03)
+
+
+def test_the_density_of_two_points_by_hand():
+    cloud = np.array([[0.0, 0.0], [2.0, 2.0]])         # deviation 1, so widths 2^(-1/6)
+    xs = ys = np.array([0.0, 1.0, 2.0])
+    values = common.density(cloud, xs, ys)
+    width = 2 ** (-1 / 6)
+    assert values[1, 1] == pytest.approx(2 * math.exp(-1 / width**2))
+    assert values[0, 0] == pytest.approx(1 + math.exp(-4 / width**2))
+    assert values[0, 2] == pytest.approx(2 * math.exp(-2 / width**2))
+
+    # A cloud of one place does not divide by 0, and is densest there.
+    still = np.full((5, 2), 0.3)
+    around = np.array([[0.0, 0.0], [1.0, 1.0]])
+    assert np.abs(common.densest(still, around) - 0.3).max() < 0.02
+    left = np.array([[0.1, 0.2], [0.1, 0.2], [0.1, 0.21], [0.9, 0.8]])
+    assert np.abs(common.densest(left, around) - [0.1, 0.2]).max() < 0.1
+
+
+def test_a_contour_line_lies_on_its_level():
+    ys, xs = np.mgrid[0:41, 0:61]
+    values = np.hypot(xs - 30, ys - 20)                # a cone: its lines are circles
+    pieces = common.contour(values, 9.7)
+    ends = np.array(pieces).reshape(-1, 2)
+    assert np.abs(np.hypot(ends[:, 0] - 30, ends[:, 1] - 20) - 9.7).max() < 0.02
+    length = sum(np.hypot(*np.subtract(b, a)) for a, b in pieces)
+    assert length == pytest.approx(2 * math.pi * 9.7, rel=0.01)
+    closed = collections.Counter(tuple(np.round(end, 6)) for end in ends)
+    assert set(closed.values()) == {2}                 # each end is where another piece begins
+
+    saddle = np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert len(common.contour(saddle, 0.5)) == 2
+    assert common.contour(values, 99) == []
+
+
 def test_tsne_refuses_too_few_points():
     x = np.random.default_rng(0).normal(size=(90, 5))
     with pytest.raises(ValueError, match="less than a third of the 90 points"):
@@ -6018,10 +6198,7 @@ def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert, ca
 def test_the_numbers_of_clouds_by_hand():
     a = np.array([[0.0, 0.0], [0.0, 2.0]])
     b = np.array([[3.0, 0.0], [3.0, 2.0]])
-    assert tdt.separation(a, b) == 3                   # means 3 apart, spread 1
-    x = np.random.default_rng(0).normal(size=(2, 9, 5))
-    theirs = gtuning.separation(*torch.tensor(x))
-    assert tdt.separation(*x) == pytest.approx(theirs)
+    assert common.separation(a, b) == 3                # means 3 apart, spread 1
 
     # Points on a line; each has its own original below it, which does not count.
     originals = np.array([[0.0], [1.0], [5.0], [6.0], [20.0]])
@@ -6362,11 +6539,52 @@ def test_small_passes_are_one_batch_whatever_their_number_of_words(tagged, tagge
         torch.testing.assert_close(weight, learned[1][name], atol=1e-5, rtol=0)
 
 
+def gradient_of_a_round(folder, flags, micro):
+    """(gradient of f, stats, labels of each micro-batch) of a round of 12 rows of Algorithm 1."""
+    argv = ["--model", folder, "--seeds", 0, "--batch_size", 12, "--precision", "fp32", "--T", 1,
+            "--max_length", 16, "--no_cache", "--beta", 50, "--grad_clip", 0, "--batching",
+            "random", "--micro_batch_size", micro, *flags]
+    args = parse("gtuning", *argv)
+    with common.processes(args) as world:
+        setup = common.prepare(args, world, separate=True)
+        texts = gtuning.Texts(args, setup, world)
+        algorithm = gtuning.Algorithm1(args, "gtuning", 0, 2, setup, texts, world)
+        gradients = {}
+
+        def keep(optimizer, *_):
+            gradients.update(gradients_of(algorithm.f))
+
+        algorithm.optimizer.register_step_pre_hook(keep)
+        x_t = algorithm.x_t[0]
+        _, stats = algorithm.joint_round(0, 0, x_t)
+    return gradients, stats, [common.count_labels(inputs["labels"]) for inputs in x_t]
+
+
+def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path, cache):
+    """L_T is a mean over labels, L_G one over sentences: of tags the parts weigh differently."""
+    folder = without_dropout(tagger, tmp_path / "still")
+    whole, told, _ = gradient_of_a_round(folder, tagged, 12)
+    parts, told_too, counts = gradient_of_a_round(folder, tagged, 4)
+    assert len(counts) == 3 and max(counts) > 1.5 * min(counts)          # or it proves nothing
+    assert same_gradients(whole, parts, 1e-5)
+    for term in ("l_t", "l_g"):
+        assert told_too[term].item() == pytest.approx(told[term].item(), abs=1e-5)
+
+
 @pytest.mark.parametrize("method", ["std", "r3f"])
 def test_r3f_learns_tags(method, tagged, tagger, tmp_path, cache):
     flags = [word for word in tagged if word != "--unlabeled" and not word.endswith(".txt")]
     result, = run_on_tags(r3f, tagger, tmp_path, *flags, "--method", method, "--max_steps", 30)
     assert result["metrics"]["validation"]["f1"] > 0.9
+
+
+def test_the_toy_tags_are_learned_from_films_and_scored_on_food(tiny_folder, tmp_path, cache):
+    result, = run("r3f", tiny_folder, tmp_path, "--task", "toy-tag", "--method", "std", "--lr",
+                  "1e-2", "--max_steps", 40)
+    assert [*result["metrics"]] == ["validation", "toy-tag-food"]
+    own, food = (result["metrics"][name]["f1"] for name in result["metrics"])
+    assert own > 0.9 and own > food > 0.3
+    assert parse("gtuning", "--task", "toy-tag").eval_tasks == ["toy-tag-food"]
 
 
 def test_of_tags_d_reads_the_mean_and_the_output_layer_each_token(tagger):
@@ -6522,6 +6740,14 @@ def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
     path = tmp_path / "a" / "tydiqa" / "gtuning-0" / "predictions-validation.json"
     answers = json.loads(path.read_text())
     assert len(answers) == 40 and answers["english-0"] == "soup"
+
+
+def test_the_toy_questions_are_trained_on_films_and_scored_on_food(tiny_folder, tmp_path, cache):
+    result, = run("gtuning", tiny_folder, tmp_path, "--task", "toy-qa", "--method", "gtuning",
+                  "--T", 1, "--max_steps", 4, "--eval_every", 99)
+    assert [*result["metrics"]] == ["validation", "toy-qa-food"]
+    for scores in result["metrics"].values():
+        assert 0 <= scores["em"] <= scores["f1"] <= 1
 
 
 # ---------------------------------------------------------------------------------------- retrieval
@@ -7379,7 +7605,7 @@ def test_the_toy_task_runs_with_its_own_model(tmp_path, cache, monkeypatch):
 
 # Each fixture of this list starts something in other processes and returns a future of its end.
 # They start before the first test, in this order, and run beside the tests above.
-BESIDE = ["copied_alone", "runs_of_two", "refused_in_two", "killed_runs", "freelb_in_two",
+BESIDE = ["copied_alone", "runs_of_two", "refused_in_two", "killed_runs", "gradients_of_two",
           "newcomers_runs"]
 
 
@@ -7640,7 +7866,7 @@ def test_real_kills_and_signals_lose_nothing(script, killed_runs):
     assert_same_weights(weights(folder / "whole"), weights(folder / "parts"))
 
 
-# ------------------------------------------------------------------------------------------- FreeLB
+# ---------------------------------------------------------------------------------------- gradients
 
 FREELB = """
 import sys
@@ -7692,15 +7918,104 @@ torch.multiprocessing.start_processes(compare, (sys.argv[2],), nprocs=2, start_m
 """
 
 
+BY_TOKEN = """
+import os
+import sys
+from types import SimpleNamespace
+import torch
+sys.path.insert(0, sys.argv[1])
+import common
+import data
+import gtuning
+import numpy as np
+import r3f
+
+
+class Words(torch.nn.Module):
+    config = SimpleNamespace(is_encoder_decoder=False, model_type="words", num_labels=3,
+                             hidden_size=8, num_attention_heads=2, hidden_dropout_prob=0.0,
+                             to_dict=dict)
+    device = "cpu"
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = torch.nn.Embedding(99, 8), torch.nn.Linear(8, 3)
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, attention_mask):
+        states = self.words(input_ids).tanh()
+        return SimpleNamespace(last_hidden_state=states, logits=self.head(states))
+
+
+def rows_of(kind, n=12):
+    # Rows of 3 to 14 tokens. A tag for every second token; an answer that starts at the second.
+    lengths = np.arange(3, 3 + n)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(offsets[-1])
+    rows = np.repeat(np.arange(n), lengths)
+    if kind == "tag":
+        labels = data.Field(np.where(tokens % 2, tokens % 3, -100), offsets, -100)
+    else:
+        labels = data.Field(np.stack([np.ones(n, int), lengths - 1], 1), None, -100)
+    return data.Split({"input_ids": data.Field(tokens * 7 % 99, offsets, 0),
+                       "attention_mask": data.Field(np.ones_like(tokens), offsets, 0),
+                       "labels": labels})
+
+
+def gradients(method, kind, rank, size, micro):
+    torch.manual_seed(0)
+    words = Words()
+    x_t = data.Batches(rows_of(kind), 12, 0, rank, size, micro, "random")[0]
+    world = common.World(SimpleNamespace(batch_size=12, compile=False, precision="fp32"))
+    world.rank, world.size, more = rank, size, {}
+    module = r3f.R3F(words, eps=0.0)
+    if method == "gtuning":
+        D = gtuning.Discriminator(8)
+        more = {"D": D.requires_grad_(False), "alpha": 1.0, "beta": 50.0}
+        module = gtuning.GTuning(words, 3 if kind == "tag" else 2, by_token=kind)
+        x_u = data.Batches(rows_of("span"), 12, 1, rank, size, micro, "random")[0]
+        x_t = gtuning.Algorithm1.with_general(SimpleNamespace(world=world), x_t, x_u)
+    common.backward(world.ddp(module), x_t, world, **more)
+    return [p.grad for p in module.parameters() if p.grad is not None]
+
+
+def compare(rank, meeting):
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    for method, kind in (("gtuning", "tag"), ("gtuning", "span"), ("r3f", "tag")):
+        one = gradients(method, kind, 0, 1, 12)
+        both = gradients(method, kind, rank, 2, 3)
+        assert len(one) == len(both) and all(g.abs().max() > 1e-4 for g in one[:2])
+        for a, b in zip(one, both):
+            assert torch.allclose(a, b, atol=1e-6, rtol=1e-4), (method, kind, a - b)
+    torch.distributed.destroy_process_group()
+    assert "transformers" not in sys.modules
+
+
+torch.multiprocessing.start_processes(compare, (sys.argv[2],), nprocs=2, start_method="fork")
+"""
+
+
+GRADIENTS_OF_TWO = {"freelb": FREELB, "by_token": BY_TOKEN}
+
+
 @pytest.fixture(scope="session")
-def freelb_in_two(second_process, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("freelb")
-    command = [sys.executable, write(folder / "two.py", FREELB), HERE, str(folder / "meeting")]
-    return second_process.submit(subprocess.run, command, capture_output=True, text=True)
+def gradients_of_two(second_process, tmp_path_factory):
+    """{name: future of a script that compares the gradient in two processes with that of one}"""
+    futures = {}
+    for name, script in GRADIENTS_OF_TWO.items():
+        folder = tmp_path_factory.mktemp(name)
+        command = [sys.executable, write(folder / "two.py", script), HERE, str(folder / "meeting")]
+        futures[name] = second_process.submit(
+            subprocess.run, command, capture_output=True, text=True)
+    return futures
 
 
-def test_freelbs_gradient_in_two_processes_is_that_of_one(freelb_in_two):
-    done = freelb_in_two.result()
+@pytest.mark.parametrize("name", GRADIENTS_OF_TWO)
+def test_a_gradient_in_two_processes_is_that_of_one(name, gradients_of_two):
+    """Of FreeLB; of tags and answers, of which the processes have unlike numbers of labels."""
+    done = gradients_of_two[name].result()
     assert done.returncode == 0, done.stderr
 
 
