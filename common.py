@@ -14,7 +14,6 @@
 """
 import argparse
 import contextlib
-import ctypes
 import fcntl
 import functools
 import hashlib
@@ -549,21 +548,6 @@ def handled_signals():
         signals.update(caught=0, in_step=False)
 
 
-def keep_freed_memory():
-    """On glibc: freed memory stays with the process.
-
-    Otherwise glibc gives the large tensors of each step back to the kernel, which fills the pages
-    with zeros before it gives them out again.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3        # of malloc.h
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-    except (OSError, AttributeError):
-        pass                                           # another C library
-
-
 joined = itertools.count()                             # how often `processes` was entered
 
 
@@ -593,8 +577,6 @@ def processes(args):
         threads = torch.get_num_threads()
         if args.threads:
             torch.set_num_threads(args.threads)
-        if not world.gpu:
-            keep_freed_memory()
         try:
             yield world
         finally:
