@@ -59,6 +59,13 @@ Choices, where the paper is silent or the authors' release does otherwise:
         0.01      0.35                55.9 (75.2)    79.5 (78.1)
 
     At 0.001 from zero weights it was 65.5 (71.3) and 75.3 (72.0): a start of zeros is not needed.
+10. --margin is 0, of the 0 and 2 that the paper tries; the class keeps 2. With 2, L_R is also met
+    by sending every e- to one class. MiniLM, 1,000 rows, 160 steps of 32, one seed, 500 held-out
+    rows; best and worst of alpha 0.5 and 2 at rates 1e-4 and 2e-4 (0 is ahead in all pairs):
+
+        margin    SST-2, accuracy    CoLA, mcc
+        0         85.0 to 85.8       8.9 to 14.2
+        2         47.0 to 85.0       2.0 to 11.0
 """
 import contextlib
 import copy
@@ -93,7 +100,8 @@ def flags():
     g.add_argument("--beta", type=weight, default=1.0,
                    help="weight of L_R, Eq. 7; the paper tries 0.5 1")
     g.add_argument("--gamma", type=weight, default=0.01, help="weight of ||C||_2, Eq. 4; choice 3")
-    g.add_argument("--margin", type=weight, default=2.0, help="m, Eq. 6; the paper tries 0 2")
+    g.add_argument("--margin", type=weight, default=0.0,
+                   help="m, Eq. 6; the paper tries 0 2; choice 10")
     g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"], help="mu_0, Eq. 3")
     g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0,
                    help="temperature of tdt-hard, Eq. 9")
@@ -239,7 +247,8 @@ class TDT(torch.nn.Module):
     alpha, beta: weights of L_C and L_R; both 0 is plain fine-tuning. margin: m. mu0: "mean", "zero"
     or "noise". hard: TDT-hard, with temperature tau; it needs mask_token_id. variant: "paper" or
     "released" (choice 4). In eval mode nothing is perturbed: one pass, the plain loss.
-    confidence_layer wants a higher learning rate than the model (choice 9).
+    confidence_layer wants a higher learning rate than the model (choice 9), and margin 0 trains
+    better than 2 (choice 10).
     Source: Eq. 1-9; defaults from the grid of section 3.2.
     """
 
