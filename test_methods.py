@@ -2420,6 +2420,670 @@ def test_wrong_files_are_refused(case, wrong_files, tiny_folder, tmp_path, cache
     assert expected in line
 
 
+# ===========================================================================  common.py: the report
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+def test_wilcoxon_by_hand():
+    """The vectors of the paper's tables, and one of three differences with all patterns listed."""
+    assert common.wilcoxon([1.2, -0.4, 0.7, 2.1, 0.3, -0.2]) == 0.21875
+    assert common.wilcoxon([0.1, 0.2, 1.1, 0.5, 0.7, 1.8, 0.3]) == 0.015625
+    assert common.wilcoxon([0.8, 0.3, 0.6, 0.9, 1.9, 0.6, 2.4, 4.3]) == 2 / 2**8
+
+    # Ranks 1 2 3, observed 3 + 1 - 2 = 2: all patterns but the two of sum 0 are as far.
+    assert common.wilcoxon([1, -2, 3]) == 6 / 8
+
+
+def test_wilcoxon_counts_all_patterns():
+    """Against the list of all patterns of signs, with ties and zeros."""
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 9):
+        for _ in range(10):
+            differences = rng.integers(-3, 4, n).astype(float)
+            kept = differences[differences != 0]
+            ranks = [np.mean([np.sum(abs(kept) < abs(x)) + 1, np.sum(abs(kept) <= abs(x))])
+                     for x in kept]
+            observed = abs(np.dot(np.sign(kept), ranks))
+            count = 0
+            for pattern in range(2**len(kept)):
+                signs = [1 if pattern >> i & 1 else -1 for i in range(len(kept))]
+                count += abs(np.dot(signs, ranks)) >= observed
+            assert common.wilcoxon(differences) == pytest.approx(count / 2**len(kept), abs=1e-12)
+
+
+def test_wilcoxon_limits():
+    assert common.wilcoxon([]) == 1
+    assert common.wilcoxon([0.0, 0.0]) == 1
+    smallest = [common.wilcoxon(np.arange(1, n + 1)) for n in (3, 5, 6, 8, 10)]
+    assert smallest == [0.25, 0.0625, 0.03125, 0.0078125, 0.001953125]
+    assert smallest == [common.smallest_p(n) for n in (3, 5, 6, 8, 10)]
+    assert common.wilcoxon(np.arange(1, 201)) < 1e-30
+
+    # Two accuracies' differences that rounding alone tells apart are tied.
+    tied = [0.3 - 0.2, 0.8 - 0.7, 0.1 - 0.2]
+    assert len(set(map(abs, tied))) > 1
+    assert common.wilcoxon(tied) == common.wilcoxon([1, 1, -1]) == 1
+
+
+def test_needed():
+    """6 differences reach .05, 5 do not; of 12 methods together it takes 9."""
+    assert common.needed() == 6
+    assert common.needed(12) == 9
+    for tests in range(1, 30):
+        n = common.needed(tests)
+        assert common.smallest_p(n, tests) <= 0.05 < common.smallest_p(n - 1, tests)
+
+
+def test_holm_by_hand():
+    assert common.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert common.holm([0.5, 0.6]) == [1, 1]
+    assert common.holm([0.02]) == [0.02]
+    assert common.holm([]) == []
+
+
+def test_t_interval_by_hand():
+    """1, 2, 3: mean 2, std 1, so 2 -+ 4.3027 / sqrt(3)."""
+    low, high = common.t_interval([1, 2, 3])
+    assert (low, high) == pytest.approx((2 - 2.48416, 2 + 2.48416), abs=1e-4)
+    assert np.isnan(common.t_interval([1])).all()
+    assert common.t_interval([2, 2, 2]) == (2, 2)
+
+
+def test_t_quantiles():
+    """97.5 % of Student's density, added up, lies below each."""
+    for df in (1, 2, 5, 12, 30, 31, 60):
+        values = np.arange(df + 1) - (df / 2)          # mean 0, df + 1 of them
+        half = common.t_interval(values)[1]
+        t = half / (values.std(ddof=1) / math.sqrt(df + 1))
+        grid = np.linspace(0, t, 200001)
+        norm = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi * df)
+        density = norm * (1 + grid**2 / df) ** (-(df + 1) / 2)
+        assert np.trapezoid(density, grid) == pytest.approx(0.475, abs=5e-6)
+
+
+def test_bootstrap_interval():
+    """Of 0 and 1 the drawn means are 0, .5 or 1; of many numbers the interval is near z's."""
+    assert common.bootstrap_interval([0, 1]) == (0, 1)
+    assert common.bootstrap_interval([3, 3, 3]) == (3, 3)
+    assert np.isnan(common.bootstrap_interval([1])).all()
+
+    values = np.random.default_rng(1).normal(2, 1, 400)
+    low, high = common.bootstrap_interval(values)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
+    assert common.bootstrap_interval(values) == (low, high)
+    assert common.bootstrap_interval(values, seed=1) != (low, high)
+
+
+def test_paired_bootstrap():
+    """The same rows for both methods: what both get wrong alike takes no part in the interval."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=200)
+    a = np.where(rng.random((4, 200)) < 0.8, labels, 1 - labels)
+    assert common.paired_bootstrap(common.data.accuracy, labels, a, a, draws=200) == (0, 0)
+
+    # b is a, but wrong in 20 more rows: the mean is .1, and rows alone vary it.
+    b = a.copy()
+    b[:, :20] = 1 - labels[:20]
+    b[:, 20:] = labels[20:]
+    a[:] = labels
+    low, high = common.paired_bootstrap(common.data.accuracy, labels, a, b, draws=2000)
+    half = 1.96 * math.sqrt(0.1 * 0.9 / 200)
+    assert (low, high) == pytest.approx((0.1 - half, 0.1 + half), abs=0.01)
+    again = common.paired_bootstrap(common.data.accuracy, labels, b, a, draws=2000)
+    assert again == pytest.approx((-high, -low), abs=1e-12)
+    with pytest.raises(ValueError, match="alike"):
+        common.paired_bootstrap(common.data.accuracy, labels, a, b[:3])
+
+
+# -------------------------------------------------------------------------------- made-up runs
+
+FLAGS = {"lr": 5e-5, "train_samples": 1000, "model": "some/model", "max_length": 512}
+STD = [60, 62, 61, 63, 60, 64, 62, 61]
+BETTER = [62, 63, 63, 64, 63, 65, 64, 62]              # + 2 1 2 1 3 1 2 1
+
+
+def results_of(task, method, seed, score, further=None, **flags):
+    """What a run writes. score: in percent."""
+    args = {name: value for name, value in common.default_flags().items()
+            if name not in common.NOT_THE_RUN}
+    args.update(FLAGS, task=task)
+    args.update(flags)
+    metrics = {"validation": {"accuracy": score / 100, "f1": score / 100 + 0.02}}
+    for name, value in (further or {}).items():
+        metrics[name] = {"accuracy": value / 100}
+    return {"task": task, "method": method, "seed": seed, "metrics": metrics, "steps": 100,
+            "best": {"step": 80, "seconds": 8.0, "value": score / 100, "metrics": metrics},
+            "train_seconds": 10.0 if method == "std" else 25.0, "args": args,
+            "versions": {"device": "1 x CPU", "commit": "abc1234"}}
+
+
+def write_run(folder, results, log=True):
+    place = folder / results["task"] / f"{results['method']}-{results['seed']}"
+    place.mkdir(parents=True)
+    (place / "results.json").write_text(json.dumps(results, indent=1))
+    if log:
+        score = results["metrics"]["validation"]["accuracy"]
+        lines = [{"step": 20, "loss": 0.7}]
+        for step in (40, 80):
+            metrics = {"validation": {"accuracy": score * step / 80}}
+            lines.append({"step": step, "seconds": step / 10, "metrics": metrics})
+        (place / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return place
+
+
+def write_runs(folder, seeds=8, tasks=("rte", "mrpc"), **flags):
+    """std, and a method "more" that is better on every seed, with a flag of its own."""
+    for shift, task in enumerate(tasks):
+        for seed in range(seeds):
+            further = {"sick": STD[seed] - 9}
+            write_run(folder, results_of(task, "std", seed, STD[seed] + shift, further, **flags))
+            further = {"sick": BETTER[seed] - 9}
+            write_run(folder, results_of(task, "more", seed, BETTER[seed] + shift, further,
+                                         lam=1.0, **flags))
+    return folder
+
+
+def printed(capsys, *argv):
+    """What main_report prints, without the lines that say where it wrote."""
+    capsys.readouterr()
+    common.main_report([*map(str, argv)])
+    out = capsys.readouterr()
+    lines = [line for line in out.out.split("\n") if not line.startswith("wrote ")]
+    return "\n".join(lines).strip(), out.err
+
+
+def refused_report(*argv):
+    """The one line that main_report ends with."""
+    with pytest.raises(UserError) as error:
+        common.main_report([*map(str, argv)])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------ the report
+
+
+def test_numbers(tmp_path, capsys):
+    """By hand: std 60 62 61 63 60 64 62 61; the differences are 2 1 2 1 3 1 2 1."""
+    write_runs(tmp_path / "runs", tasks=["rte"])
+    table, = common.main_report([str(tmp_path / "runs")])
+    text = capsys.readouterr().out
+    assert table.columns == ["std", "more"]
+
+    cells = common.score_cells(table.rows["rte", "validation", "accuracy"]["std"])
+    assert cells == ["8", "61.62", "1.41", "61.50", "64.00"]
+    difference = table.differences["rte", "validation", "accuracy"]["more"]
+    assert (difference.n, difference.wins, difference.losses) == (8, 8, 0)
+    assert difference.mean == pytest.approx(13 / 8)
+    assert difference.std == pytest.approx(0.744, abs=1e-3)
+    half = 2.3646 * 0.74402 / math.sqrt(8)
+    assert difference.low == pytest.approx(13 / 8 - half, abs=1e-3)
+    assert difference.high == pytest.approx(13 / 8 + half, abs=1e-3)
+    assert difference.p == 2 / 2**8
+    assert difference.verdict(difference.p) == "better"
+
+    assert re.search(r"mean +61\.62 +63\.25", text)
+    assert re.search(r"more +\+1\.62 +\+1\.00 to \+2\.25 +0\.008 +better +8-0 +0\.74 +8", text)
+    assert re.search(r"more +100 +25\.0 +0\.250 +2\.50 +8\.0", text)      # cost 2.5 of std's
+
+
+def test_bootstrap_is_a_choice(tmp_path, capsys):
+    write_runs(tmp_path / "runs", tasks=["rte"])
+    table, = common.main_report([str(tmp_path / "runs"), "--interval", "bootstrap"])
+    difference = table.differences["rte", "validation", "accuracy"]["more"]
+    expected = common.bootstrap_interval([2, 1, 2, 1, 3, 1, 2, 1])
+    assert (difference.low, difference.high) == pytest.approx(expected)
+
+
+def test_only_shared_seeds_are_paired(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", tasks=["rte"])
+    for seed in (0, 1):
+        os.remove(folder / "rte" / f"std-{seed}" / "results.json")
+    table, = common.main_report([str(folder)])
+    assert "is not finished" in capsys.readouterr().err
+    difference = table.differences["rte", "validation", "f1"]["more"]
+    assert difference.n == 6
+    assert difference.mean == pytest.approx(10 / 6)
+
+
+def test_over_tasks(tmp_path, capsys):
+    """Six tasks, a further method of no difference: Holm doubles the smaller p."""
+    tasks = ["rte", "mrpc", "cola", "sst2", "qqp", "qnli"]
+    folder = write_runs(tmp_path / "runs", 3, tasks)
+    for number, task in enumerate(tasks):
+        for seed in range(3):
+            score = STD[seed] + (1 if number % 2 else -1) + number * 0.1
+            write_run(folder, results_of(task, "same", seed, score))
+    table, = common.main_report([str(folder)])
+    total, p, methods = table.over_tasks["tasks", "more"]
+    assert (total.n, total.p, p, methods) == (6, 0.03125, 0.0625, 2)
+    assert total.mean == pytest.approx(5 / 3)
+    assert total.verdict(p, methods) == "too few to show"
+    assert table.over_tasks["further sets", "more"][0].n == 6
+    assert ("further sets", "same") not in table.over_tasks
+    assert table.tasks == ["cola", "sst2", "mrpc", "qqp", "qnli", "rte"]  # as in data.TASKS
+    out = capsys.readouterr().out
+    assert "3 shared seeds can show nothing: the exact test's smallest p is 0.25" in out
+    assert "6 tasks can show nothing: with 2 methods compared" in " ".join(out.split())
+
+
+def test_few_seeds_are_said(tmp_path, capsys):
+    """Five of five won shows nothing, six of six do."""
+    for seeds, verdict in ((5, "too few to show"), (6, "better")):
+        folder = write_runs(tmp_path / str(seeds), seeds, ["rte"])
+        out, _ = printed(capsys, folder)
+        assert f" {verdict} " in out
+        assert ("5 shared seeds can show nothing" in out) == (seeds == 5)
+    assert "0.0625" in common.remarks(common.main_report([str(tmp_path / "5")])[0])[1]
+
+
+def test_no_difference_and_worse():
+    none = common.summarise_differences([1.0, -1.0, 2.0, -2.0, 0.5, -0.6], "t")
+    assert none.verdict(none.p) == "no difference shown"
+    worse = common.summarise_differences([-1.0, -1.1, -1.2, -0.9, -1.3, -1.4], "t")
+    assert worse.verdict(worse.p) == "worse"
+    assert worse.verdict(1.0) == "no difference shown"
+
+    # It takes both: the test, and an interval without 0.
+    both = common.Difference(8, 1.0, 1.0, -0.1, 2.1, 0.04, 7, 1)
+    assert both.verdict(0.04) == "no difference shown"
+    interval = common.Difference(8, 1.0, 1.0, 0.1, 1.9, 0.06, 7, 1)
+    assert interval.verdict(0.06) == "no difference shown"
+    alone = common.summarise_differences([1.0], "t")
+    assert math.isnan(alone.std) and alone.p == 1
+
+
+def test_without_the_baseline(tmp_path, capsys):
+    folder = tmp_path / "runs"
+    write_run(folder, results_of("rte", "more", 0, 60))
+    out, _ = printed(capsys, folder)
+    assert "no run of the baseline" in out
+    assert "60.00" in out and "Difference" not in out
+    assert "must be one of more" in refused_report(folder, "--baseline", "less")
+    assert "Difference to more" not in printed(capsys, folder, "--baseline", "more")[0]
+
+
+def test_flags_that_are_the_method(tmp_path, capsys):
+    """A flag of METHOD_FLAGS, or of --by, makes a column of its own."""
+    folder = write_runs(tmp_path / "runs", tasks=["rte"])
+    for seed in range(2):
+        results = results_of("rte", "std", seed, 70, weight_noise=0.15)
+        write_run(tmp_path / "runs" / "noise", results)
+        results = results_of("rte", "more", seed, 70, lam=5.0)
+        write_run(tmp_path / "runs" / "other", results)
+    assert "--lam is not the same for the runs of more on rte" in refused_report(folder)
+    table, = common.main_report([str(folder), "--by", "weight_noise", "lam"])
+    assert table.columns == ["std", "more lam=1.0", "more lam=5.0", "std weight_noise=0.15"]
+
+
+# ------------------------------------------------------------------------------------ kept lines
+
+
+def test_lines_give_the_same_tables(tmp_path, capsys):
+    """--keep, and the report of what it wrote: the same text and the same report.tsv."""
+    folder = write_runs(tmp_path / "full")
+    kept = tmp_path / ".results" / "full.jsonl"
+    first = printed(capsys, folder, "--keep", kept)
+    assert printed(capsys, tmp_path / ".results") == first
+    tables = [(place / "report.tsv").read_text() for place in (folder, tmp_path / ".results")]
+    assert tables[0] == tables[1]
+    header, *lines = [line.split("\t") for line in tables[0].strip().split("\n")]
+    assert {len(line) for line in lines} == {len(header)}
+    assert len(lines) == 2 * 3 * 2 + 2                 # tasks x metrics x methods, and over both
+
+    # Kept again: every line once.
+    before = kept.read_text()
+    assert len(before.splitlines()) == 32
+    printed(capsys, folder, "--keep", kept)
+    assert kept.read_text() == before
+
+
+def test_the_readmes_table_is_what_the_kept_lines_say(tmp_path):
+    """Every difference, its interval and its p, of every method on both sets."""
+    path = tmp_path / "toy.jsonl"                      # the report writes beside the lines
+    shutil.copy(os.path.join(HERE, ".results/toy.jsonl"), path)
+    table, = common.main_report([str(path)])
+    names = {"R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop", "SMART": "smart", "FreeLB": "freelb",
+             "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff"}
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    lines = text.partition("| | films | p | food | p |")[2].split("\n\n")[0].split("\n")[2:]
+    seen = set()
+    for line in lines:
+        name, *cells = [cell.strip(" *").replace("**", "") for cell in line.strip("|").split("|")]
+        seen.add(names[name])
+        for at, part in ((0, "validation"), (2, "toy-food")):
+            found = table.differences["toy", part, "accuracy"][names[name]]
+            interval = f"({found.low:+.2f} to {found.high:+.2f})"
+            assert cells[at] == f"{found.mean:+.2f} {interval}"
+            assert abs(float(cells[at + 1]) - found.p) < 0.0051
+    assert seen == set(table.columns) - {"std"}
+
+
+def test_a_line_is_small():
+    """Of the flags that all scripts have it holds those that are not a default."""
+    line = common.result_line(results_of("rte", "more", 3, 60, lam=1.0, lr=1e-5))
+    assert line["flags"] == {"train_samples": 1000, "model": "some/model", "max_length": 512,
+                             "lam": 1.0}
+    assert line["best"] == {"step": 80, "seconds": 8.0}
+    assert line["commit"] == "abc1234"
+    assert len(json.dumps(line)) < 500
+    run = common.finished_run("here", line, [], {})
+    assert run.flags["lr"] == 1e-5 and run.flags["batch_size"] == 32
+
+
+def test_each_file_of_lines_is_a_table(tmp_path, capsys):
+    """Two regimes that may not be compared stand side by side."""
+    small = write_runs(tmp_path / "small", tasks=["rte"])
+    full = write_runs(tmp_path / "full", tasks=["rte"], train_samples=None)
+    printed(capsys, small, "--keep", tmp_path / "kept" / "small.jsonl")
+    printed(capsys, full, "--keep", tmp_path / "kept" / "full.jsonl")
+    assert "--train_samples" in refused_report(small, full)
+    assert "--train_samples" in refused_report(full, "--keep", tmp_path / "kept" / "small.jsonl")
+    tables = common.main_report([str(tmp_path / "kept")])
+    assert [table.title for table in tables] == ["full", "small"]
+    assert tables[0].rows == common.main_report([str(full)])[0].rows
+    out, _ = printed(capsys, tmp_path / "kept" / "small.jsonl")
+    assert out == printed(capsys, small)[0]
+
+
+# --------------------------------------------------------------------------- what is refused, wrong
+
+
+def test_unlike_flags_are_refused(tmp_path):
+    folder = write_runs(tmp_path / "runs", 2, ["rte"])
+    write_run(folder, results_of("rte", "std", 2, 60, lr=1e-5))
+    said = refused_report(folder)
+    assert said.startswith("--lr is not the same for the runs of std on rte: ")
+    assert "5e-05 in" in said and "1e-05 in" in said
+    assert str(folder / "rte" / "std-0") in said and str(folder / "rte" / "std-2") in said
+
+    other = write_runs(tmp_path / "other", 2, ["rte"])
+    write_run(other, results_of("rte", "most", 0, 60, batch_size=16))
+    assert "--batch_size is not the same for the methods on rte: " in refused_report(other)
+    common.main_report([str(other), "--differ", "batch_size"])
+    assert "--differ size: must be a flag" in refused_report(other, "--differ", "size")
+
+    # Another task may have a recipe of its own; what is only looked at or logged does not count.
+    fine = write_runs(tmp_path / "fine", 2, ["rte"])
+    write_run(fine, results_of("mrpc", "std", 0, 60, lr=1e-5))
+    write_run(fine, results_of("rte", "std", 2, 60, log_every=1, eval_tasks=["sick"]))
+    common.main_report([str(fine)])
+
+
+def test_what_all_searched_may_differ(tmp_path, capsys):
+    folder = tmp_path / "runs"
+    searches = {"std": {"lr": [1, 2]}, "more": {"lr": [1, 2], "lam": [1, 2, 3]}}
+    for method, searched in searches.items():
+        lr = 1 if method == "std" else 2
+        results = {**results_of("rte", method, 0, 60, lr=lr), "searched": searched}
+        write_run(folder, results)
+    out, _ = printed(capsys, folder)
+    assert "Settings that were tried for each method before: more 6, std 2." in out
+
+    results = {**results_of("rte", "most", 0, 60, lr=3), "searched": {"lr": [1, 2, 3]}}
+    write_run(folder, results)
+    assert "--lr is not the same for the methods on rte" in refused_report(folder)
+
+
+def test_one_run_twice(tmp_path):
+    folder = write_runs(tmp_path / "a", 2, ["rte"])
+    write_run(tmp_path / "b", results_of("rte", "std", 0, STD[0], {"sick": STD[0] - 9}))
+    table, = common.main_report([str(folder), str(folder), str(tmp_path / "b")])
+    assert len(table.runs) == 4
+    write_run(tmp_path / "c", results_of("rte", "std", 0, 59))
+    said = refused_report(folder, tmp_path / "c")
+    assert "rte std, seed 0: is in" in said and "report them apart" in said
+
+
+def test_wrong_places(tmp_path):
+    assert "nowhere: must be a folder" in refused_report(tmp_path / "nowhere")
+    assert "must hold a finished run" in refused_report(tmp_path)
+    good = write_runs(tmp_path / "good", 2, ["rte"])
+    (tmp_path / "empty").mkdir()
+    assert "empty: must hold" in refused_report(good, tmp_path / "empty")
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "results.json").write_text('{"task": ')
+    assert "is damaged" in refused_report(tmp_path / "bad")
+    (tmp_path / "rows.jsonl").write_text('{"text": "good", "label": 1}\n')
+    assert "holds no line of a run" in refused_report(tmp_path / "rows.jsonl")
+    (tmp_path / "file").write_text("")
+    assert "--out" in refused_report(good, "--out", tmp_path / "file" / "out")
+    assert "--keep" in refused_report(good, "--keep", tmp_path / "rows.jsonl")
+    assert "--interval" in refused_report(good, "--interval", "normal")
+
+
+DAMAGE = {
+    "half": lambda text: text[:200],
+    "empty": lambda text: "",
+    "list": lambda text: "[1]",
+    "keys": lambda text: '{"method": "std", "args": {}, "metrics": {}}',
+    "nan": lambda text: text.replace('"accuracy": 0.6', '"accuracy": NaN, "x": 0.6', 1),
+    "word": lambda text: text.replace('"seed": 0', '"seed": "zero"'),
+    "bytes": lambda text: text.encode()[:50] + b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_results_are_left_out(tmp_path, capsys, kind):
+    folder = write_runs(tmp_path / "runs", tasks=["rte"])
+    path = folder / "rte" / "std-0" / "results.json"
+    damaged = DAMAGE[kind](path.read_text())
+    path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    out, said = printed(capsys, folder)
+    assert said.count("\n") == 1
+    assert said.startswith(f"left out: {path}: ")
+    assert out.startswith("runs: 15 runs")
+
+
+def test_half_written_logs_and_lines(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", tasks=["rte"])
+    kept = tmp_path / "kept.jsonl"
+    whole, _ = printed(capsys, folder, "--keep", kept)
+    log = folder / "rte" / "std-0" / "log.jsonl"
+    log.write_text(log.read_text()[:-9] + '\n[1]\n{"step": 1, "metrics": {}}\n\x00')
+    out, said = printed(capsys, folder)
+    assert out == whole
+    assert said == f"left out: {log}: 4 damaged lines\n"
+    os.remove(log)
+    assert printed(capsys, folder) == (whole, "")      # no log is no damage
+
+    lines = kept.read_text().splitlines()
+    kept.write_text("\n".join([*lines[:3], lines[3][:40], *lines[4:]]))
+    _, said = printed(capsys, kept)
+    assert said.startswith(f"left out: {kept}:4: is damaged") and said.count("\n") == 1
+    assert "is damaged" in refused_report(folder, "--keep", kept)
+    assert len(kept.read_text().splitlines()) == 16    # and nothing is lost
+
+
+def test_different_machines(tmp_path, capsys):
+    """Seconds of two machines are not compared."""
+    folder = write_runs(tmp_path / "runs", 2, ["rte"])
+    for seed in range(2):
+        path = folder / "rte" / f"more-{seed}" / "results.json"
+        path.write_text(path.read_text().replace("1 x CPU", "8 x GPU"))
+    out, _ = printed(capsys, folder)
+    assert "rte ran on different machines" in out
+    assert re.search(r"more +100 +25\.0 +0\.250 +- +8\.0", out)
+    page = (folder / "report.html").read_text()
+    assert "Training to the best state" not in page
+
+
+# -------------------------------------------------------------------------------------- the page
+
+
+def test_page(tmp_path, capsys):
+    """Self-contained: no script, nothing from elsewhere; light and dark; well-formed."""
+    from html.parser import HTMLParser
+    folder = write_runs(tmp_path / "<runs> & more")
+    common.main_report([str(folder)])
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page and "http" not in page and "url(" not in page
+    assert "prefers-color-scheme: dark" in page and "color-scheme: light dark" in page
+    assert "&lt;runs&gt; &amp; more" in page and "<runs>" not in page
+    for heading in ("Scores", "over tasks", "Learning curves", "The spread over seeds",
+                    "Training to the best state", "Cost"):
+        assert heading in page
+    assert page.count("<svg") == page.count("viewBox")
+    assert "nan" not in page
+
+    class Checker(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.open = []
+
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "line", "circle", "polygon", "polyline"):
+                self.open.append(tag)
+
+        def handle_startendtag(self, tag, attributes):
+            pass
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+
+
+def test_curve_svg_by_hand():
+    """The frame of values 0 to 100 and steps 0 to 10; the median goes through the middle."""
+    drawn = common.curve_svg({"std": {0: [0, 50, 100], 10: [0, 50, 100]}}, {"std": "c0"}, "label")
+    assert '<polyline points="46.0,121.0 456.0,121.0"' in drawn
+    band = re.search(r'<polygon points="([^"]+)"', drawn)[1].split()
+    assert band[0].split(",")[1] == band[1].split(",")[1] > "220"         # the least, below
+    assert float(band[2].split(",")[1]) < 25
+
+
+def test_dots_svg_has_a_dot_for_each_value():
+    drawn = common.dots_svg({"std": [1, 1, 1], "a < b": [2]}, {"std": "c0", "a < b": "c1"}, "x")
+    assert drawn.count("<circle") == 4
+    assert drawn.count('class="mark') == 2
+    assert "a &lt; b" in drawn
+    places = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)
+    assert len(set(places)) == 4                       # equal ones do not hide each other
+    assert common.dots_svg({"one": [0.0]}, {"one": "c0"}, "x")
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (59.3, 64.1), (-0.02, 0.031), (3, 120000),
+                                       (0, 3), (0, 299), (0, 0.0006)])
+def test_round_numbers(low, high):
+    numbers = common.round_numbers(low, high)
+    assert 3 <= len(numbers) <= 8
+    assert all(low - 1e-9 <= number <= high + 1e-9 for number in numbers)
+    assert np.ptp(np.diff(numbers)) < 1e-9 * (high - low)
+
+
+def test_many_columns_go_below(tmp_path):
+    header = ["task", "method", *[f"column{i}" for i in range(20)]]
+    grid = [["rte", "std", *["1.00"] * 20], ["rte", "more", *["2.00"] * 20]]
+    lines = common.text_grid(header, grid, 2, width=60)
+    assert max(map(len, lines)) <= 60
+    for i in range(20):
+        assert sum(f"column{i} " in f"{line} " for line in lines) == 1
+    assert sum(line.strip().startswith("std") for line in lines) == len(lines) // 5
+
+
+@pytest.mark.skipif(not hasattr(common, "main_report"), reason="for the code in common.py")
+def test_program_needs_no_torch(tmp_path):
+    """python common.py FOLDER, and its exit status."""
+    write_runs(tmp_path / "runs", 2, ["rte"])
+    for place, status, said in (("runs", 0, ""), ("none", 2, "must be a folder")):
+        script = ("import runpy, sys; sys.modules['torch'] = None; "
+                  f"sys.argv = ['common.py', {str(tmp_path / place)!r}]; "
+                  "runpy.run_path('common.py', run_name='__main__')")
+        done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True,
+                              text=True)
+        assert done.returncode == status
+        assert said in done.stderr and done.stderr.count("\n") == bool(status)
+
+
+# ------------------------------------------------------------------------------------------ t-SNE
+
+
+def test_affinities_have_the_entropy():
+    """Rows sum to 1, and their entropy is log(perplexity), of near and far points alike."""
+    x = np.random.default_rng(0).normal(size=(120, 8))
+    x[:40] *= 0.01
+    x[100:] = 50 + 10 * x[100:]
+    p = common.affinities(x, 20.0)
+    assert p.sum(1) == pytest.approx(np.ones(120))
+    assert not p.diagonal().any()
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(1)
+    assert entropy == pytest.approx(np.full(120, math.log(20)), abs=1e-6)
+
+
+def test_tsne_keeps_two_blobs_apart():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(120, 20))
+    x[60:, 0] += 4
+    x[60:, 1:] *= 0.9
+    y = common.tsne(x)
+    assert y.shape == (120, 2) and np.isfinite(y).all()
+    distances = common.square_distances(np.float64(y))
+    np.fill_diagonal(distances, np.inf)
+    nearest = distances.argmin(1)
+    assert np.mean((nearest >= 60) == (np.arange(120) >= 60)) > 0.9
+
+
+def test_tsne_is_the_same_twice():
+    x = np.random.default_rng(0).normal(size=(100, 5))
+    first = common.tsne(x, steps=60)
+    assert np.array_equal(first, common.tsne(x.copy(), steps=60))
+    assert not np.array_equal(first, common.tsne(x, steps=61))
+
+
+def test_two_samples_of_one_cloud_are_apart_by_chance():
+    draws = np.random.default_rng(0).normal(size=(300, 300, 20))
+    found = np.mean([common.separation(x[:200], x[200:]) for x in draws])
+    assert found == pytest.approx((1 / 200 + 1 / 100) ** 0.5, rel=0.03)
+
+
+def test_the_density_of_two_points_by_hand():
+    cloud = np.array([[0.0, 0.0], [2.0, 2.0]])         # deviation 1, so widths 2^(-1/6)
+    xs = ys = np.array([0.0, 1.0, 2.0])
+    values = common.density(cloud, xs, ys)
+    width = 2 ** (-1 / 6)
+    assert values[1, 1] == pytest.approx(2 * math.exp(-1 / width**2))
+    assert values[0, 0] == pytest.approx(1 + math.exp(-4 / width**2))
+    assert values[0, 2] == pytest.approx(2 * math.exp(-2 / width**2))
+
+    # A cloud of one place does not divide by 0, and is densest there.
+    still = np.full((5, 2), 0.3)
+    around = np.array([[0.0, 0.0], [1.0, 1.0]])
+    assert np.abs(common.densest(still, around) - 0.3).max() < 0.02
+    left = np.array([[0.1, 0.2], [0.1, 0.2], [0.1, 0.21], [0.9, 0.8]])
+    assert np.abs(common.densest(left, around) - [0.1, 0.2]).max() < 0.1
+
+
+def test_a_contour_line_lies_on_its_level():
+    ys, xs = np.mgrid[0:41, 0:61]
+    values = np.hypot(xs - 30, ys - 20)                # a cone: its lines are circles
+    pieces = common.contour(values, 9.7)
+    ends = np.array(pieces).reshape(-1, 2)
+    assert np.abs(np.hypot(ends[:, 0] - 30, ends[:, 1] - 20) - 9.7).max() < 0.02
+    length = sum(np.hypot(*np.subtract(b, a)) for a, b in pieces)
+    assert length == pytest.approx(2 * math.pi * 9.7, rel=0.01)
+    closed = collections.Counter(tuple(np.round(end, 6)) for end in ends)
+    assert set(closed.values()) == {2}                 # each end is where another piece begins
+
+    saddle = np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert len(common.contour(saddle, 0.5)) == 2
+    assert common.contour(values, 99) == []
+
+
+def test_tsne_refuses_too_few_points():
+    x = np.random.default_rng(0).normal(size=(90, 5))
+    with pytest.raises(ValueError, match="less than a third of the 90 points"):
+        common.tsne(x)
+    common.tsne(x, perplexity=29.9, steps=1)
+    with pytest.raises(ValueError, match="all the same"):
+        common.tsne(np.ones((100, 3)))
+
+
 # ==========================================================================================  r3f.py
 
 # -------------------------------------------------------------------- tiny models
@@ -3305,6 +3969,659 @@ def test_micro_batches_of_a_rival_give_the_whole_batchs_gradient(build):
         parts.append(part)
     assert abs(loss - sum(parts) / 2) < 1e-5
     assert same_gradients(gradients_of(model), whole, tolerance=1e-5)
+
+
+# ===============================================================================  r3f.py: summaries
+
+# ------------------------------------------------------------------------------------------ helpers
+
+SUMMARIES = ["toy-sum", "toy-sum-food", "cnndm", "gigaword", "tifu-long", "tifu-short", "xsum"]
+
+
+@pytest.fixture(scope="session")
+def tiny_bart(tmp_path_factory):
+    """A random BART of 1 + 1 layers without dropout that knows the toy language, as a folder."""
+    folder = str(tmp_path_factory.mktemp("models") / "tiny-bart")
+    words = [*data.toy_vocabulary(), "\n"]
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=len(words), d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.0, pad_token_id=0, bos_token_id=2,
+        eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=3)
+    transformers.BartForConditionalGeneration(config).save_pretrained(folder)
+    common.toy_tokenizer(words).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """60 rows to train on and 20 to validate, of the toy language: flags that name them."""
+    folder = tmp_path_factory.mktemp("files")
+    flags = ["--text_columns", "document", "--target_column", "summary", "--name", "own"]
+    for flag, split, n in (("--train_file", "train", 60), ("--validation_file", "test", 20)):
+        rows = data.toy_summaries("film", split).select(range(n))
+        lines = []
+        for i, row in enumerate(rows):
+            lines.append({"id": f"{split} {i}", "document": row["text"], "summary": row["label"]})
+        flags += [flag, write_rows(folder / f"{split}.jsonl", lines)]
+    return flags
+
+
+def summary_settings(**given):
+    """The flags that data.py reads, of the toy summaries."""
+    return settings(**{"task": "toy-sum", "batch_size": None, **given})
+
+
+def summary_own(train, validation=None, **given):
+    columns = {"text_columns": ["document"], "target_column": "summary"}
+    return own(train, validation, **{"batch_size": None, **columns, **given})
+
+
+def summarise(model, out, *more):
+    """r3f.py in this process. Returns the results."""
+    argv = ["--model", model, "--output_dir", out, "--precision", "fp32", "--seeds", 0, *more]
+    return r3f.main([str(word) for word in argv])
+
+
+def split_of_both(lengths, target_lengths):
+    """A Split of rows of these lengths; all tokens of row r are r + 5."""
+    fields = {}
+    for name, sizes, fill in (("input_ids", lengths, 1), ("attention_mask", lengths, 0),
+                              ("labels", target_lengths, -100)):
+        sizes = np.asarray(sizes)
+        values = np.repeat(np.arange(len(sizes)) + 5, sizes).astype(np.int32)
+        if name == "attention_mask":
+            values = np.ones_like(values)
+        fields[name] = data.Field(values, np.concatenate([[0], np.cumsum(sizes)]), fill)
+    return data.Split(fields, has_targets=True)
+
+
+def random_split(n, seed=0, low=5, high=40):
+    rng = np.random.default_rng(seed)
+    return split_of_both(rng.integers(low, high, n), rng.integers(2, 12, n))
+
+
+def predictions_of(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+# -------------------------------------------------------------------------------------------- ROUGE
+
+@pytest.mark.parametrize("prediction, reference, rouge1, rouge2, rouge_l_sum", [
+    ("the cat sat on the mat", "the cat was on the mat", .8333, .6, .8333),
+    ("police killed the gunman", "the gunman was killed by police", .8, .25, .4),
+    ("He runs daily.\nShe was running.", "She runs.\nHe was running daily.", 1, .2, 1),
+    ("a b c d\na c e", "a b c\nc e d", .9231, .5455, .9231),
+    ("U.S. state-of-the-art, 3.5%", "us state of the art 3.5", .8, .7692, .8),
+    ("", "a reference", 0, 0, 0),
+    ("...", "a reference", 0, 0, 0),
+    ("one", "one", 1, 0, 1),
+])
+def test_rouge_by_hand(prediction, reference, rouge1, rouge2, rouge_l_sum):
+    """Without a stemmer: "running" is not "runs". Values by hand and by the rouge-score package."""
+    scores = data.rouge(prediction, reference)
+    assert list(scores) == ["rouge1", "rouge2", "rougeLsum"]
+    assert list(scores.values()) == pytest.approx([rouge1, rouge2, rouge_l_sum], abs=5e-5)
+
+
+def test_lines_are_sentences_of_rouge_l():
+    """Two sentences in the other order: as lines all their words are found, as one line half."""
+    reference = "a b c d\ne f g h"
+    assert data.rouge("e f g h\na b c d", reference)["rougeLsum"] == 1
+    assert data.rouge("e f g h a b c d", "a b c d e f g h")["rougeLsum"] == 0.5
+
+
+def test_a_word_counts_no_more_often_than_it_stands_in_either_text():
+    """Both predicted lines hit "a b", but there is one of them in the reference."""
+    assert data.rouge("a b\na b", "a b")["rougeLsum"] == pytest.approx(2 * 2 / 6)
+    assert data.rouge("a b", "a b\na b")["rougeLsum"] == pytest.approx(2 * 2 / 6)
+
+
+def test_common_in_order_is_a_longest_common_subsequence():
+    rng = random.Random(0)
+    for _ in range(200):
+        a = [rng.choice("abcd") for _ in range(rng.randint(0, 9))]
+        b = [rng.choice("abcd") for _ in range(rng.randint(0, 9))]
+
+        @functools.cache
+        def longest(i, j):
+            if i == len(a) or j == len(b):
+                return 0
+            if a[i] == b[j]:
+                return 1 + longest(i + 1, j + 1)
+            return max(longest(i + 1, j), longest(i, j + 1))
+
+        places = sorted(data.common_in_order(a, b))
+        assert len(places) == longest(0, 0)
+        rest = iter(b)
+        assert all(a[i] in rest for i in places)       # in the order of b
+
+
+def test_scores_are_means_over_all_rows_the_empty_ones_too():
+    rows = datasets.Dataset.from_dict({"label": ["a b", "c d"]})
+    split = argparse.Namespace(column=lambda name: list(rows[name]))
+    scores = data.score_texts(data.TASKS["xsum"], None, ["a b", ""], split)
+    assert scores == {"rouge1": 0.5, "rouge2": 0.5, "rougeLsum": 0.5}
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_a_summary_task_has_what_decoding_needs(name):
+    task = data.TASKS[name]
+    assert task.kind == "generate" and task.metrics == data.ROUGE
+    assert 0 < task.decoding.longest < task.target_length
+    assert task.decoding.shortest < task.decoding.longest
+    if not name.startswith("toy"):
+        assert task.further == f"{name}:test"
+
+
+def test_rows_are_source_and_summary(monkeypatch):
+    table = datasets.Dataset.from_dict(
+        {"article": ["a\nb", "c"], "highlights": [" one .\ntwo .\n", None], "id": ["x", "y"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: table)
+    rows = data.read(data.TASKS["cnndm"], "train", "cnndm", summary_settings())
+    assert rows[:] == {"article": ["a\nb", "c"], "label": ["one .\ntwo .", ""], "id": ["x", "y"]}
+
+
+def test_tifu_is_read_in_slices_of_its_parquet_export(monkeypatch):
+    calls = []
+
+    def load_dataset(path, **more):
+        calls.append({"path": path, **more})
+        return datasets.Dataset.from_dict({"documents": ["a"], "tldr": ["b"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    args = summary_settings(task="tifu-long", eval_tasks=["tifu-long:test"])
+    rows = data.load(args)
+    assert list(rows.own) == ["validation"] and list(rows.further) == ["test"]
+    for call, part in zip(calls, ["train[:80%]", "train[80%:90%]", "train[90%:]"]):
+        assert call == {"path": "ctr4si/reddit_tifu", "revision": "refs/convert/parquet",
+                        "data_files": {"train": "long/train/*.parquet"}, "split": part}
+
+
+def test_own_files_have_a_target_column(tmp_path):
+    path = write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": "b"}] * 3)
+    rows = data.load(summary_own(path, max_target_length=20))
+    assert rows.task.kind == "generate" and rows.train["label"][:] == ["b"] * 3
+    assert rows.task.target_length == rows.task.decoding.longest == 20
+    assert data.load(summary_own(path)).task.target_length == 128
+
+
+def test_a_target_column_that_is_missing_is_refused(tmp_path):
+    path = write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": "b"}] * 3)
+    message = refusal(data.load, summary_own(path, target_column="tldr"))
+    assert message == (f"--target_column tldr: no column 'tldr' (--target_column) in {path}, which "
+                       "has ['document', 'summary']")
+
+
+@pytest.mark.parametrize("empty", ["", " \n ", None])
+def test_an_empty_summary_is_refused_with_its_row_but_for_prediction(empty, tmp_path):
+    good = write_rows(tmp_path / "good.jsonl", [{"document": "a", "summary": "b"}] * 3)
+    rows = [{"document": "a", "summary": "b"}, {"document": "a", "summary": empty}]
+    bad = write_rows(tmp_path / "bad.jsonl", rows)
+    words = "row 2 has a hidden label (-1, an empty text, or no column 'summary')"
+    assert refusal(data.load, summary_own(bad, good)).startswith(f"{bad}: {words}")
+    assert refusal(data.load, summary_own(good, bad)).startswith(f"{bad}: {words}")
+    given = summary_settings(eval_tasks=["xsum"], local_file=[f"xsum={bad}"])
+    message = refusal(data.load_further, given, data.TASKS["toy-sum"])
+    assert message.startswith(f"--eval_tasks xsum: split validation: {words}")
+    assert data.load(summary_own(good, test_file=bad)).unscored["test"]["label"][:] == ["b", ""]
+
+
+def test_a_summary_that_is_no_text_is_refused(tmp_path):
+    path = write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": {"b": 1}}])
+    message = refusal(data.load, summary_own(path))
+    assert message == f"{path}: row 1: column 'summary' must hold texts, has {{'b': 1}}"
+
+
+# --------------------------------------------------------------------------- encoding and the batch
+
+def test_sources_and_targets_are_cut_each_at_its_length(tiny_bart, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bart)
+    sources = ["good plot .", "bad cast , bad plot , bad scene .", "witty script ."]
+    targets = ["good plot .", "bad cast .", "good script .\ngood script ."]
+    rows = datasets.Dataset.from_dict({"text": sources, "label": targets})
+    split = data.encode(rows, data.TASKS["toy-sum"], tokenizer, 8, max_target_length=6)
+    batch = split.collate(np.arange(3))
+
+    word = tokenizer.get_vocab()
+    begin, end = word["[CLS]"], word["[SEP]"]
+    good = [word[name] for name in "good plot .".split()]
+    assert split.cut == 2
+    assert split.lengths.tolist() == [5, 8, 5]
+    assert split.target_lengths.tolist() == [5, 5, 6]
+    assert batch["input_ids"][0].tolist() == [begin, *good, end, 0, 0, 0]
+    assert batch["labels"][0].tolist() == [begin, *good, end, -100]
+    assert batch["labels"][2].tolist() == [
+        begin, word["good"], word["script"], word["."], word["\n"], end]
+    assert batch["attention_mask"].sum(1).tolist() == [5, 8, 5]
+
+
+def test_a_line_break_is_a_word_of_the_toy_language(tiny_bart):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bart)
+    text = "good cast , plot .\nbad ending ."
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    assert tokenizer.unk_token_id not in ids
+    assert data.collect_texts(ids, None, tokenizer) == [text]
+
+
+def test_padded_batches_are_as_wide_as_they_can_be(cache):
+    split = random_split(40)
+    batches = data.Batches(split, 8, 0, batching="padded", width=50, target_width=20)
+    inputs, = batches[0]
+    assert inputs["input_ids"].shape == (8, 50) and inputs["labels"].shape == (8, 20)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("batching", ["length", "random"])
+def test_batches_by_tokens_hold_every_row_once_and_keep_the_budget(world, batching):
+    split = random_split(500)
+    sizes = split.lengths + split.target_lengths
+    parts = [data.Batches(split, None, 7, rank, world, tokens=300, batching=batching)
+             for rank in range(world)]
+    per_epoch = parts[0].per_epoch
+    assert per_epoch == -(-sizes.sum() // 300)
+    for epoch in range(2):
+        seen = collections.Counter()
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            rows = parts[0].rows(step)
+            assert abs(sizes[rows].sum() - sizes.sum() / per_epoch) <= sizes.max()
+            mine = []
+            for part in parts:
+                inputs, = part[step]
+                mine += (inputs["input_ids"][:, 0] - 5).tolist()
+            assert sorted(mine) == sorted(rows.tolist())
+            seen.update(mine)
+        assert sorted(seen) == list(range(500)) and set(seen.values()) == {1}
+
+
+def test_the_order_of_batches_by_tokens_is_a_function_of_seed_and_epoch():
+    def order(seed, step, world=1):
+        batches = data.Batches(random_split(200), None, seed, 0, world, tokens=300)
+        return batches.rows(step).tolist()
+
+    per_epoch = data.Batches(random_split(200), None, 0, tokens=300).per_epoch
+    assert order(0, 5) == order(0, 5) == order(0, 5, world=2)
+    assert order(0, 5) != order(1, 5) and order(0, 5) != order(0, 5 + per_epoch)
+
+
+def test_every_process_has_a_row_in_every_batch_or_it_is_refused():
+    split = split_of_both([90] * 30 + [5] * 30, [10] * 60)                    # 3450 tokens
+    message = refusal(lambda: data.Batches(split, None, 0, 0, 4, tokens=200))
+    assert message == ("--batch_tokens 200: the rows have 58 tokens on average; must be at least "
+                       "230, a row for each of 4 processes")
+    batches = data.Batches(split, None, 0, 0, 4, tokens=230)
+    sizes = [len(batches.rows(step)) for step in range(batches.per_epoch)]
+    assert batches.per_epoch == 15 and min(sizes) >= 4 and sum(sizes) == 60
+
+
+def test_a_row_that_is_longer_than_two_batches_leaves_none_empty():
+    split = split_of_both([90] + [5] * 40, [5] * 41)
+    for seed in range(5):
+        batches = data.Batches(split, None, seed, tokens=30, batching="random")
+        sizes = [len(batches.rows(step)) for step in range(batches.per_epoch)]
+        assert min(sizes) == 1 and sum(sizes) == 41
+
+
+def real_share(batches):
+    """Real tokens of all that are computed in the first epoch, on either side."""
+    split = batches.split
+    computed = np.zeros(2)
+    for step in range(batches.per_epoch):
+        rows = batches.rows(step)[batches.rank::batches.world]
+        computed[0] += len(rows) * split.lengths[rows].max()
+        computed[1] += len(rows) * split.target_lengths[rows].max()
+    return split.lengths.sum() / computed[0], split.target_lengths.sum() / computed[1]
+
+
+@pytest.mark.parametrize("name, source, spread, target, target_spread, n", [
+    ("gigaword", 38, 12, 13, 4.4, 200000),
+    ("xsum", 480, 290, 29, 7.3, 1000),
+])
+def test_95_of_100_computed_tokens_are_real_on_both_sides(name, source, spread, target,
+                                                          target_spread, n):
+    """Means and deviations of real texts, in a BPE of 16000 words; 2048 tokens a batch."""
+    rng = np.random.default_rng(0)
+    shape = (source / spread)**2
+    lengths = rng.gamma(shape, source / shape, n).round().clip(6, 1024).astype(int)
+    targets = rng.normal(target, target_spread, n).round().clip(4, 64).astype(int)
+    fields = {
+        "input_ids": data.Field(None, np.concatenate([[0], np.cumsum(lengths)]), 1),
+        "labels": data.Field(None, np.concatenate([[0], np.cumsum(targets)]), -100)}
+    batches = data.Batches(data.Split(fields, has_targets=True), None, 0, tokens=2048)
+    on_source, on_target = real_share(batches)
+    assert on_source > 0.95 and on_target > 0.95
+
+
+def test_rows_of_a_fixed_number_are_sorted_on_both_sides_too():
+    split = random_split(4000)
+    by_length = real_share(data.Batches(split, 8, 0))
+    at_random = real_share(data.Batches(split, 8, 0, batching="random"))
+    assert min(by_length) > 0.9 and max(at_random) < 0.7
+
+
+def test_real_and_computed_tokens_count_both_sides():
+    split = split_of_both([5, 9], [2, 4])
+    batches = data.Batches(split, 2, 0)
+    batch, = batches[0]
+    assert batch["labels"].shape == (2, 4)
+    assert (batches.real, batches.computed) == (5 + 9 + 2 + 4, 2 * 9 + 2 * 4)
+
+
+def test_a_sample_of_texts_is_seeded():
+    split = random_split(100)
+    chosen = data.subset(split, 10, 0)
+    assert len(set(chosen)) == 10 and chosen.tolist() == sorted(chosen)
+    assert chosen.tolist() == data.subset(split, 10, 0).tolist()
+    assert chosen.tolist() != data.subset(split, 10, 1).tolist()
+
+
+@pytest.mark.parametrize("flags", [[], ["--batch_size", "8"], ["--batch_tokens", "99"]])
+def test_a_batch_has_a_size_or_tokens(flags, files):
+    args = common.parse(r3f.flags(), [*files, *flags], r3f.recipe)
+    wanted = {"": (None, 2048), "--batch_size": (8, None), "--batch_tokens": (None, 99)}
+    assert (args.batch_size, args.batch_tokens) == wanted[flags[0] if flags else ""]
+
+
+def test_micro_batches_of_unlike_targets_give_the_same_gradient(tiny_bart, cache):
+    """The mean is over the real tokens of the whole batch."""
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_bart)
+    module = r3f.R3F(model, lam=0.0, label_smoothing=0.1).train()
+    split = split_of_both([9, 5, 7, 6], [2, 9, 3, 4])
+    world = common.World(argparse.Namespace(batch_size=None, compile=False, precision="fp32"))
+    gradients = []
+    for micro in (4, 1):
+        model.zero_grad()
+        batch = data.Batches(split, 4, 0, micro=micro)[0]
+        loss, _ = common.backward(module, batch, world)
+        gradients.append((loss, model.model.shared.weight.grad.clone()))
+    (loss, gradient), (other_loss, other) = gradients
+    torch.testing.assert_close(loss, other_loss)
+    torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+class Writer:
+    """Stands in for a model: remembers how it was asked."""
+
+    def __init__(self, limit):
+        self.config = argparse.Namespace(max_position_embeddings=limit)
+
+    def generate(self, **asked):
+        self.asked = asked
+
+
+@pytest.mark.parametrize("name, limit, wanted", [
+    ("cnndm", 1024, {"num_beams": 4, "length_penalty": 2.0, "min_length": 56, "max_length": 142,
+                     "no_repeat_ngram_size": 3, "early_stopping": True, "do_sample": False}),
+    ("gigaword", None, {"num_beams": 4, "length_penalty": 1.0, "min_length": 6, "max_length": 34,
+                        "no_repeat_ngram_size": 0}),
+    ("xsum", 20, {"num_beams": 6, "min_length": 11, "max_length": 20, "no_repeat_ngram_size": 3}),
+])
+def test_texts_are_written_as_the_task_says(name, limit, wanted):
+    """cnndm's are the lengths of the config of facebook/bart-large-cnn."""
+    model = Writer(limit)
+    data.decoded(model, data.TASKS[name])(input_ids="ids")
+    assert model.asked["input_ids"] == "ids"
+    assert {**model.asked, **wanted} == model.asked
+
+
+def test_beams_times_batch_fit():
+    for name in SUMMARIES:
+        task = data.TASKS[name]
+        size = data.KINDS["generate"].eval_size(task)
+        assert size["most"] * task.decoding.beams <= 256
+        assert size["tokens"] * task.decoding.beams <= 32768
+
+
+def test_predictions_are_a_json_object_a_line(tmp_path):
+    rows = datasets.Dataset.from_dict({"label": ["wanted\ntwo", ""], "id": ["x", "y"]})
+    split = argparse.Namespace(
+        column=lambda name: list(rows[name]) if name in rows.column_names else None)
+    task = data.TASKS["xsum"]
+    path = data.write_texts(str(tmp_path), "test", task, ["written \u00e9\ntwo", "b"], split)
+    assert path == f"{tmp_path}/predictions-test.jsonl"
+    assert predictions_of(path) == [
+        {"id": "x", "prediction": "written \u00e9\ntwo", "reference": "wanted\ntwo"},
+        {"id": "y", "prediction": "b", "reference": None}]
+    rows = rows.remove_columns("id")
+    data.write_texts(str(tmp_path), "test", task, ["a", "b"], split)
+    assert [line["id"] for line in predictions_of(path)] == [0, 1]
+
+
+# --------------------------------------------------------------------------------------- whole runs
+
+def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, cache, monkeypatch):
+    """Batches by tokens; a sample is scored during training, all rows at the end."""
+    scored = []
+    real = data.score_texts
+
+    def score(task, trained, kept, split):
+        scored.append(len(kept))
+        return real(task, trained, kept, split)
+
+    watched = dataclasses.replace(data.KINDS["generate"], score=score)
+    monkeypatch.setitem(data.KINDS, "generate", watched)
+    unlabelled = write_rows(tmp_path / "t.jsonl", [{"document": "good plot ."}])
+    flags = ("--method std r3f --batch_tokens 400 --max_steps 6 --eval_every 3 --eval_samples 5 "
+             "--lr 1e-3 --eval_tasks toy-sum-food --max_target_length 10 --log_every 2").split()
+    flags += ["--test_file", unlabelled, "--local_file", f"toy-sum-food={food_file(tmp_path)}"]
+    results = summarise(tiny_bart, tmp_path, *files, *flags)
+    assert scored == [5, 5, 20, 3] * 2
+    for result in results:
+        folder = tmp_path / "own" / f"{result['method']}-0"
+        assert list(result["metrics"]) == ["validation", "toy-sum-food"]
+        assert result["main_metric"] == "rouge1" and result["args"]["batch_size"] is None
+        assert result["padding_efficiency"] > 0.8
+        assert [line["step"] for line in log_of(folder, "metrics")] == [3, 6]
+        assert all(line["examples_per_second"] > 0 for line in log_of(folder))
+
+        written = predictions_of(folder / "predictions-validation.jsonl")
+        assert [line["id"] for line in written] == [f"test {i}" for i in range(20)]
+        scores = [data.rouge(line["prediction"], line["reference"])["rouge1"] for line in written]
+        assert np.mean(scores) == pytest.approx(result["metrics"]["validation"]["rouge1"])
+        assert len(predictions_of(folder / "predictions-toy-sum-food.jsonl")) == 3
+        line, = predictions_of(folder / "predictions-test.jsonl")
+        assert line["reference"] is None
+
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "model")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+        source = open(files[files.index("--validation_file") + 1]).readline()
+        inputs = tokenizer(json.loads(source)["document"], return_tensors="pt")
+        ids = model.generate(**inputs, num_beams=4, max_length=12, early_stopping=True)
+        assert data.collect_texts(ids, None, tokenizer) == [written[0]["prediction"]]
+
+
+def food_file(folder):
+    rows = data.toy_summaries("food", "test").select(range(3))
+    lines = [{"text": row["text"], "summary": row["label"]} for row in rows]
+    return write_rows(folder / "food.jsonl", lines)
+
+
+def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(
+    tiny_bart, files, tmp_path, cache, monkeypatch
+):
+    flags = [*files, "--method", "r3f", "--batch_tokens", 300, "--max_steps", 7, "--save_every", 2,
+             "--eval_every", 3, "--eval_samples", 4, "--max_target_length", 8, "--lr", 1e-3]
+    whole, = summarise(tiny_bart, tmp_path / "whole", *flags)
+
+    steps = [3, 5]
+
+    def finish(self, *given):
+        raise KeyError("killed")
+
+    with monkeypatch.context() as dying:
+        killed_at(dying, steps)
+        while steps:
+            with pytest.raises(KeyError):
+                summarise(tiny_bart, tmp_path / "parts", *flags, "--resume")
+        dying.setattr(common.Run, "finish", finish)
+        with pytest.raises(KeyError):
+            summarise(tiny_bart, tmp_path / "parts", *flags, "--resume")
+    parts, = summarise(tiny_bart, tmp_path / "parts", *flags, "--resume")
+    assert parts["metrics"] == whole["metrics"]
+    assert parts["padding_efficiency"] == whole["padding_efficiency"]
+    assert parts["best"]["step"] == whole["best"]["step"]
+    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_init_from_keeps_the_words_that_writing_shares_with_reading(tiny_bart, files, tmp_path,
+                                                                    cache):
+    """A model that writes has no head of its own to draw afresh."""
+    summarise(tiny_bart, tmp_path, *files, "--method", "std", "--max_steps", 1, "--batch_size", 8,
+        "--max_target_length", 8)
+    folder = tmp_path / "own/std-0"
+    again, = summarise("unused", tmp_path / "again", *files, "--method", "std", "--max_steps", 1,
+                 "--batch_size", 8, "--lr", 1e-30, "--max_target_length", 8, "--init_from", folder)
+    assert again["steps"] == 1
+    assert_same_weights(weights(tmp_path / "own"), weights(tmp_path / "again/own"), 1e-12)
+
+
+def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
+    """Also where the old one would fit, as in a chain of tasks with two classes each."""
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_folder)
+    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
+    tuned.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    setup = argparse.Namespace(
+        kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=tokenizer)
+    world = argparse.Namespace(device="cpu", say=print)
+    heads = []
+    for seed in (0, 0, 1):
+        args = argparse.Namespace(
+            path=str(tmp_path), model="m", init_from="run", weight_noise=0.0,
+            post_train=None)
+        model = common.load_model(args, setup, seed, world)
+        torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight,
+                                   tuned.bert.embeddings.word_embeddings.weight)
+        heads.append(model.classifier.weight)
+    assert heads[0].abs().max() < 0.2
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+def test_a_model_without_a_decoder_is_refused(tiny_folder, files, tmp_path, cache):
+    message = refusal(summarise, tiny_folder, tmp_path, *files)
+    assert message == (f"--model {tiny_folder}: a bert has no decoder, which own needs to write "
+                       "texts; must be a model such as facebook/bart-large")
+
+
+@pytest.mark.parametrize("method, others", [("r4f", "std or r3f"), ("smart", "std or r3f")])
+def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files, tmp_path, cache):
+    message = refusal(summarise, tiny_bart, tmp_path, *files, "--method", method)
+    assert message.startswith(f"--method {method}: must be {others} for own, whose kind is "
+                              "generate: R4F finds no head of its own there (paper, section 3.2)")
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--task toy-sum --target_column x", "--target_column x: is for your own files"),
+    ("--task toy --batch_tokens 9", "--batch_tokens 9: is for texts that are written; toy needs "
+                                      "--batch_size"),
+    ("--task toy-sum --max_target_length 65", "--max_target_length 65: must be from 4 to 64, the "
+                                              "limit of"),
+    ("--task toy-sum --batch_tokens 9 --batch_size 9", "--batch_size: not allowed with argument "
+                                                       "--batch_tokens"),
+    ("--task toy-sum --batch_tokens 9", "--batch_tokens 9: the rows have"),
+    ("--task toy-sum --reduction mean", "--reduction: invalid choice: 'mean'"),
+    ("--task toy-sum --label_smoothing 0.6", "--label_smoothing: must be a number from 0 to 0.5"),
+    ("--task toy-sum --eval_tasks toy", "--eval_tasks toy: is of the kind classify, the trained "
+                                        "task generate"),
+    ("--task toy-sum --eval_samples 0", "--eval_samples: must be a whole number from 1"),
+])
+def test_wrong_flags_are_refused_in_one_line_of_summaries(flags, words, tiny_bart, tmp_path, cache):
+    assert refusal(summarise, tiny_bart, tmp_path, *flags.split()).startswith(words)
+
+
+# ------------------------------------------------------------------------- recipes and the toy task
+
+@pytest.mark.parametrize("task, tokens, steps, warmup", [
+    ("cnndm", 1024, 80000, 1000), ("gigaword", 2048, 200000, 5000),
+    ("tifu-long", 2048, 200000, 5000), ("tifu-short", 2048, 200000, 5000),
+])
+def test_recipes_are_those_of_tables_7_and_8(task, tokens, steps, warmup):
+    args = common.parse(r3f.flags(), ["--task", task], r3f.recipe)
+    assert (args.batch_tokens, args.max_steps, args.warmup) == (tokens, steps, warmup)
+    assert (args.lr, args.betas, args.adam_eps) == (3e-5, [0.9, 0.98], 1e-8)
+    assert (args.weight_decay, args.grad_clip, args.batch_size) == (0.01, 0.1, None)
+    assert args.model == "facebook/bart-large" and args.eval_tasks == [f"{task}:test"]
+
+
+def test_methods_get_the_flags_of_summaries(tiny_bart):
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_bart)
+    flags = ["--label_smoothing", "0.2", "--reduction", "sentence", "--lam", "0.3"]
+    args = common.parse(r3f.flags(), flags, r3f.recipe)
+    for method, lam in (("std", 0.0), ("r3f", 0.3)):
+        module = r3f.build_method(method, model, args)
+        assert (module.lam, module.label_smoothing, module.reduction) == (lam, 0.2, "sentence")
+
+
+def test_a_recipes_lengths_give_way_to_the_models(tiny_bart, files, cache):
+    args = common.parse(r3f.flags(), [*files, "--model", tiny_bart], r3f.recipe)
+    assert args.max_length == 1024
+    world = argparse.Namespace(first=None)
+    common.load_tokenizer(args, world, data.load(args).task)
+    assert (args.max_length, args.max_target_length) == (64, 64)
+
+
+def test_toy_summaries_say_what_is_praised_and_what_is_blamed():
+    opinions = [(True, "cast"), (False, "plot"), (True, "scene")]
+    assert data.toy_summary(opinions) == "good cast , scene .\nbad plot ."
+    assert data.toy_summary(opinions[1:2]) == "bad plot ."
+    rows = data.toy_summaries("food", "train")
+    assert rows[:5] == data.toy_summaries("food", "train")[:5] and len(rows) == 320
+    good = {*data.TOY_WORDS["both"][0], *data.TOY_WORDS["food"][0]}
+    for row in rows:
+        lines = dict(line.split(" ", 1) for line in row["label"].split("\n"))
+        praised = lines.get("good", "").split()
+        blamed = lines.get("bad", "").split()
+        for phrase in row["text"].removesuffix(" .").split(" , "):
+            words = phrase.split()
+            praises = (words[-2] in good) != ("not" in words)
+            assert words[-1] in (praised if praises else blamed)
+
+
+class Restorer(torch.nn.Module):
+    """Stands in for a BART: remembers what it is to restore."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = []
+
+    def forward(self, **inputs):
+        self.seen.append(inputs)
+        return argparse.Namespace(loss=self.weight.sum())
+
+
+def test_denoising_restores_a_third_of_the_words():
+    ids = torch.randint(5, 60, (100, 12))
+    ids[:, 0] = 2
+    ids[:50, 8:] = 0
+    model = Restorer()
+    common.learn_to_restore(model, ids, steps=4)
+    for inputs in model.seen:
+        damaged, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+        assert ((labels == -100) == (mask == 0)).all()
+        whole = labels.masked_fill(labels == -100, 0)
+        hidden = damaged != whole
+        assert (damaged[hidden] == 4).all() and (whole[hidden] > 4).all()
+        assert 0.25 < hidden.sum() / (whole > 4).sum() < 0.42
+
+
+def test_the_toy_task_runs_with_its_own_model(tmp_path, cache, monkeypatch):
+    """Its pre-training is cut short here."""
+    real = common.learn_to_restore
+    monkeypatch.setattr(common, "learn_to_restore", lambda model, ids: real(model, ids, steps=3))
+    results = summarise("toy-sum", tmp_path, "--task", "toy-sum", "--max_steps", 2, "--eval_tasks",
+                  "toy-sum-food", "--local_file", f"toy-sum-food={food_file(tmp_path)}",
+                  "--method", "std", "--max_target_length", 8)
+    assert list(results[0]["metrics"]) == ["validation", "toy-sum-food"]
+    assert len(glob.glob(f"{cache}/toy-bart/*/config.json")) == 1
 
 
 # ==========================================================================================  tdt.py
@@ -4414,6 +5731,424 @@ def test_a_folder_that_cannot_be_written_ends_the_analyses_with_one_line(tmp_pat
         common.write_text(str(tmp_path / "no" / "drop.json"), "{}", world)
 
 
+# ==========================================================  tdt.py: learning confidences, Figure 3
+
+WORDS = data.toy_vocabulary()
+
+
+def save_toy_bert(folder, kind="BertForMaskedLM", mask_token="[MASK]"):
+    """A small BERT over the toy words, with its tokenizer. Returns the folder."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64)
+    getattr(transformers, kind)(config).save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64).save_pretrained(folder)
+    path = os.path.join(folder, "tokenizer_config.json")
+    settings = {**load(path), "mask_token": mask_token}
+    write(path, json.dumps(settings))
+    return str(folder)
+
+
+def save_reviews(folder, number=False, pairs=False):
+    """train.jsonl and validation.jsonl; number: labels with a point."""
+    rows = data.toy_rows("film", "train")
+    for name, n in (("train", 64), ("validation", 40)):
+        lines = []
+        for i, row in enumerate(rows.select(range(n))):
+            label = i % 7 + 0.5 if number else "ab"[row["label"]]
+            line = {"text": row["text"], "label": label}
+            if pairs:
+                line = {"sentence1": row["text"], "sentence2": f"great {row['text']}",
+                        "label": label}
+            lines.append(line)
+        write_rows(os.path.join(folder, f"{name}.jsonl"), lines)
+
+
+def flags_on(folder):
+    return ["--train_file", f"{folder}/train.jsonl", "--validation_file",
+            f"{folder}/validation.jsonl", "--model", f"{folder}/model", "--output_dir",
+            f"{folder}/runs", "--batch_size", "16", "--max_steps", "4", "--lr", "1e-3",
+            "--precision", "fp32", "--threads", "1"]
+
+
+@pytest.fixture
+def toy_bert(tmp_path, cache):
+    """A folder with a model and rows."""
+    save_toy_bert(tmp_path / "model")
+    save_reviews(tmp_path)
+    return tmp_path
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+    return load_file(os.path.join(folder, "model.safetensors"))
+
+
+def post_trained_folders(cache):
+    folder = os.path.join(cache, "post-trained")
+    return {os.path.join(folder, name) for name in os.listdir(folder)}
+
+
+# --------------------------------------------------------------- the confidence layer's own rate
+
+def test_a_part_of_a_module_learns_at_its_own_rate_by_the_same_schedule():
+    args = types.SimpleNamespace(
+        lr=0.1, warmup=4, weight_decay=0.5, betas=[0.9, 0.999], adam_eps=1e-8)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    optimizer, schedule = common.build_optimizer(module, args, 10, module[1], 0.3)
+    groups = optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.5, 0.0]
+    found = [p for group in groups for p in group["params"]]
+    wanted = [module[0].weight, module[0].bias, module[1].weight, module[1].bias]
+    assert all(a is b for a, b in zip(found, wanted)) and len(found) == 4
+    for step in range(10):
+        share = step / 4 if step < 4 else (10 - step) / 6
+        assert schedule.get_last_lr() == pytest.approx([0.1 * share] * 2 + [0.3 * share] * 2)
+        optimizer.step()
+        schedule.step()
+
+    for own, rate in ((module[1], 0.0), (None, 0.3)):  # all at --lr, in the usual two groups
+        optimizer, _ = common.build_optimizer(module, args, 10, own, rate)
+        matrices, vectors = [group["params"] for group in optimizer.param_groups]
+        assert matrices[1] is module[1].weight and vectors[1] is module[1].bias
+
+
+def confidence_of(folder, name="confidence"):
+    return torch.load(f"{folder}/custom/tdt-0/model/{name}.pt", weights_only=True)["weight"]
+
+
+def test_at_rate_0_the_layer_learns_as_the_encoder_and_else_further(toy_bert):
+    argv = [*flags_on(toy_bert), "--method", "tdt", "--output_dir"]
+    for rate in ("0", "0.001", "0.1"):                 # --lr is 0.001
+        tdt.main([*argv, str(toy_bert / rate), "--c_lr", rate])
+    old, same, fast = [weights_of(toy_bert / rate / "custom/tdt-0/model") for rate in
+                       ("0", "0.001", "0.1")]
+    assert all(torch.equal(old[name], same[name]) for name in old)
+    assert torch.equal(confidence_of(toy_bert / "0"), confidence_of(toy_bert / "0.001"))
+    start = confidence_of(toy_bert / "0", "confidence-start")
+    assert torch.equal(start, confidence_of(toy_bert / "0.1", "confidence-start"))
+    slow_way = (confidence_of(toy_bert / "0") - start).abs().mean()
+    assert (confidence_of(toy_bert / "0.1") - start).abs().mean() > 20 * slow_way
+
+
+def test_plain_fine_tuning_knows_no_rate_of_the_layer(toy_bert, capsys):
+    argv = [*flags_on(toy_bert), "--method", "std"]
+    tdt.main([*argv, "--c_lr", "0.1"])
+    tdt.main([*argv, "--c_lr", "0.2"])
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_a_killed_run_with_a_rate_of_its_own_resumes_with_the_same_bits(toy_bert, monkeypatch):
+    argv = [*flags_on(toy_bert), "--method", "tdt", "--c_lr", "0.03", "--save_every", "1"]
+    tdt.main([*argv, "--output_dir", str(toy_bert / "whole")])
+    log = common.Run.log
+
+    def breaks(self, *terms, **plain):
+        if self.step == 2:
+            raise KeyError("killed")
+        log(self, *terms, **plain)
+
+    monkeypatch.setattr(common.Run, "log", breaks)
+    with pytest.raises(KeyError):
+        tdt.main([*argv, "--output_dir", str(toy_bert / "parts")])
+    monkeypatch.setattr(common.Run, "log", log)
+    tdt.main([*argv, "--output_dir", str(toy_bert / "parts"), "--resume"])
+    assert torch.equal(confidence_of(toy_bert / "whole"), confidence_of(toy_bert / "parts"))
+    whole = weights_of(toy_bert / "whole/custom/tdt-0/model")
+    parts = weights_of(toy_bert / "parts/custom/tdt-0/model")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+# -------------------------------------------------------------------------------- the main metric
+
+def test_the_main_metric_of_stsb_is_that_of_table_6():
+    args = common.parse(tdt.flags(), ["--task", "stsb"], tdt.recipe)
+    assert args.main_metric == "spearman"
+    assert common.parse(r3f.flags(), ["--task", "stsb"], r3f.recipe).main_metric is None
+    task = common.with_main_metric(data.TASKS["stsb"], "spearman")
+    assert task.metrics == "spearman pearson"
+    assert common.with_main_metric(task, None) is task
+    with pytest.raises(UserError, match="--main_metric f1: must be pearson or spearman"):
+        common.with_main_metric(data.TASKS["stsb"], "f1")
+
+
+def test_the_main_metric_comes_first_and_the_best_state_is_chosen_by_it(toy_bert):
+    save_reviews(toy_bert, number=True)
+    argv = [*flags_on(toy_bert), "--method", "std", "--eval_every", "2", "--main_metric"]
+    result, = tdt.main([*argv, "spearman"])
+    metrics = result["metrics"]["validation"]
+    assert list(metrics) == ["spearman", "pearson"] and result["main_metric"] == "spearman"
+    lines = log_of(toy_bert / "runs/custom/std-0", "metrics")
+    values = [line["metrics"]["validation"]["spearman"] for line in lines]
+    assert result["best"]["value"] == max(values)
+    with pytest.raises(UserError, match="other flags: --main_metric spearman"):
+        tdt.main([*argv, "pearson"])
+
+
+# ------------------------------------------------------------------- masked words, post-training
+
+def test_of_the_words_that_are_hidden_80_percent_are_masked_and_10_changed():
+    torch.manual_seed(0)
+    x = torch.randint(0, 50, (400, 100))
+    special = torch.tensor([0, 7])
+    m_x, places = common.hide_words(x, 0.15, special, mask=99, others=50)
+    assert not places[(x == 0) | (x == 7)].any()
+    allowed = (x != 0) & (x != 7)
+    assert places[allowed].float().mean() == pytest.approx(0.15, abs=0.01)
+    assert torch.equal(m_x[~places], x[~places])
+    masked = (m_x == 99)[places].float().mean()
+    stays = (m_x == x)[places].float().mean()
+    assert masked == pytest.approx(0.8, abs=0.02)
+    assert stays == pytest.approx(0.1 + 0.1 / 50, abs=0.015)
+
+    m_x, places = common.hide_words(x, 0.25, special, mask=99)
+    assert (m_x[places] == 99).all() and torch.equal(m_x[~places], x[~places])
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert", "Albert", "Electra", "MPNet",
+                                  "DebertaV2", "ModernBert"])
+def test_the_logits_at_some_places_are_those_of_the_whole_model(kind):
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "embedding_size": 16,
+             "num_attention_heads": 2, "intermediate_size": 32, "dim": 16, "n_layers": 1,
+             "n_heads": 2, "hidden_dim": 32, "pad_token_id": 1, "cls_token_id": 2,
+             "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}ForMaskedLM")(config).eval()
+    ids = torch.randint(5, 60, (3, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    places = torch.rand(3, 7) < 0.4
+    with torch.no_grad():
+        found = common.logits_at(places, model, inputs)
+        whole = model(**inputs).logits[places]
+    assert found.shape == whole.shape
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_bert, cache, capsys,
+                                                                        monkeypatch):
+    argv = [*flags_on(toy_bert), "--method", "std"]
+    plain, = tdt.main([*argv, "--output_dir", str(toy_bert / "plain")])
+    monkeypatch.setitem(common.POST_TRAINING, "lr", 5e-3)
+    tdt.main([*argv, "--post_train", "30"])
+    folder, = post_trained_folders(cache)
+    said = capsys.readouterr().out.split("post-training: 60 steps, loss ")[1]
+    first, last = said.split("\n")[0].split(", at the end ")
+    assert float(last) < float(first) - 0.1
+    before = weights_of(toy_bert / "model")
+    after = weights_of(folder)
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before
+               if "token_type" not in name)
+
+    def never(*args):
+        raise AssertionError("it is made already")
+
+    monkeypatch.setattr(common, "post_train", never)
+    r3f.main([*argv, "--post_train", "30", "--output_dir", str(toy_bert / "r3f")])
+    name = "bert.encoder.layer.0.output.dense.weight"
+    mine = weights_of(toy_bert / "runs/custom/std-0/model")[name]
+    change = (mine - weights_of(toy_bert / "plain/custom/std-0/model")[name]).abs().max()
+    assert change > 0.01                               # beyond what four steps do
+    assert tdt.main([*argv, "--post_train", "30"])[0]["args"]["post_train"] == 30
+    with pytest.raises(UserError, match="other flags: --post_train 30.0"):
+        tdt.main(argv)
+    assert plain["args"]["post_train"] is None
+
+
+def test_other_rows_or_epochs_are_another_post_training(toy_bert, cache):
+    seen = set()
+    found = []
+    for flags in (["--post_train", "0.5"], ["--post_train", "1"],
+                  ["--post_train", "1", "--train_samples", "32"],
+                  ["--post_train", "1", "--dev_samples", "8"], ["--post_train", "1"]):
+        tdt.main(
+            [*flags_on(toy_bert), "--method", "std", "--max_steps", "1", "--overwrite", *flags]
+        )
+        found.append(len(post_trained_folders(cache) - seen))
+        seen = post_trained_folders(cache)
+    assert found[1:] == [1, 1, 1, 0]
+
+
+def test_the_two_sentences_of_a_pair_are_one_row_in_gtuning_too(toy_bert, cache):
+    save_reviews(toy_bert, pairs=True)
+    argv = [*flags_on(toy_bert), "--post_train", "1", "--max_steps", "1", "--output_dir"]
+    before = set()
+    if os.path.exists(os.path.join(cache, "post-trained")):
+        before = post_trained_folders(cache)
+    tdt.main([*argv, str(toy_bert / "a"), "--method", "std"])
+    gtuning.main([*argv, str(toy_bert / "b"), "--method", "adapter", "--no_cache"])
+    assert len(post_trained_folders(cache) - before) == 1
+
+
+def test_a_kill_leaves_no_half_of_a_post_trained_model(toy_bert, cache, monkeypatch):
+    argv = [*flags_on(toy_bert), "--method", "std", "--post_train", "1.5", "--max_steps", "1"]
+    real = common.hide_words
+
+    def killed(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "hide_words", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tdt.main(argv)
+    monkeypatch.setattr(common, "hide_words", real)
+    tdt.main([*argv, "--resume"])
+    folder = os.path.join(cache, "post-trained")
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+def test_a_model_without_a_head_for_masked_words_gets_a_fresh_one_and_a_word(
+    toy_bert, cache, capsys
+):
+    save_toy_bert(toy_bert / "model", "BertModel")
+    tdt.main([*flags_on(toy_bert), "--method", "std", "--post_train", "1", "--max_steps", "1"])
+    assert "comes without a head for masked words" in capsys.readouterr().out
+
+
+def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert, cache):
+    argv = [*flags_on(toy_bert), "--method", "std", "--post_train", "1"]
+    with pytest.raises(UserError, match="--post_train: must be a number above 0, got '0'"):
+        tdt.main([*argv, "--post_train", "0"])
+    save_toy_bert(toy_bert / "model", mask_token=None)
+    with pytest.raises(UserError, match="model must have a mask token"):
+        tdt.main([*argv, "--overwrite"])
+
+    config = transformers.GPT2Config(
+        vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=0)
+    save_toy_bert(toy_bert / "model")
+    transformers.GPT2LMHeadModel(config).save_pretrained(toy_bert / "model")
+    with pytest.raises(UserError, match="must be a model that predicts masked words") as error:
+        tdt.main([*argv, "--overwrite"])
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------- Figure 3, the clouds
+
+def test_the_numbers_of_clouds_by_hand():
+    a = np.array([[0.0, 0.0], [0.0, 2.0]])
+    b = np.array([[3.0, 0.0], [3.0, 2.0]])
+    assert common.separation(a, b) == 3                # means 3 apart, spread 1
+
+    # Points on a line; each has its own original below it, which does not count.
+    originals = np.array([[0.0], [1.0], [5.0], [6.0], [20.0]])
+    classes = np.array([0, 0, 1, 1, 0])
+    assert tdt.nearest_has_class(originals, originals, classes) == 0.8   # 20 is next to 6
+    moved = np.array([[4.9], [1.0], [5.0], [6.0], [20.0]])
+    assert tdt.nearest_has_class(moved, originals, classes) == 0.6       # now 4.9 to 5 as well
+
+
+def encoded(n=12):
+    """A Split of toy rows, of different lengths."""
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
+    rows = data.toy_rows("film", "train").select(range(n))
+    return data.encode(rows, data.TASKS["toy"], tokenizer, 64), tokenizer
+
+
+WORLD = types.SimpleNamespace(
+    rank=0, size=1, put=dict, gather=list, progress=None, say=print)
+
+
+def small_tdt(**options):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64, initializer_range=0.5)
+    model = transformers.BertForSequenceClassification(config)
+    module = tdt.TDT(model, **options)
+    torch.nn.init.normal_(module.confidence_layer.weight, std=0.8)
+    return module.eval()
+
+
+def test_a_cloud_is_the_last_state_of_cls_of_each_sentence():
+    split, tokenizer = encoded()
+    module = small_tdt()
+    clouds = tdt.clouds_of(module, split, tokenizer.cls_token_id, WORLD, "clouds")
+    assert clouds.states.shape == (3, 12, 16) and clouds.logits.shape == (3, 12, 2)
+    for row in range(12):
+        inputs = split.collate(np.array([row]))
+        inputs.pop("labels")
+        with torch.no_grad():
+            state = module.model.bert(**inputs).last_hidden_state[0, 0]
+            c = module.confidence(**inputs)[..., None]
+            e = module.model.bert.embeddings(inputs["input_ids"])
+        torch.testing.assert_close(torch.tensor(clouds.states[0, row]), state, atol=1e-4, rtol=0)
+        views = {1: c * e + (1 - c) * e.mean(1, keepdim=True), 2: (1 - c) * e}
+        for view, changed in views.items():
+            handle = module.model.bert.embeddings.register_forward_hook(lambda *_: changed)
+            with torch.no_grad():
+                state = module.model.bert(**inputs).last_hidden_state[0, 0]
+            handle.remove()
+            found = torch.tensor(clouds.states[view, row])
+            torch.testing.assert_close(found, state, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_cloud_can_be_made_with_the_confidences_of_another_model(hard):
+    split, tokenizer = encoded()
+    module = small_tdt(hard=hard, mask_token_id=4)
+    own = tdt.clouds_of(module, split, 2, WORLD, "clouds")
+    again = tdt.clouds_of(module, split, 2, WORLD, "clouds", own.c)
+    np.testing.assert_allclose(own.states, again.states, atol=1e-5)
+    assert not np.allclose(own.states[1], own.states[0], atol=1e-2)
+    for value, view in ((1.0, 1), (0.0, 2)):           # all kept: H+ is H; nothing cut: H- is H
+        c = [torch.full_like(part, value) for part in own.c]
+        whole = tdt.clouds_of(module, split, 2, WORLD, "clouds", c).states
+        np.testing.assert_allclose(whole[view], whole[0], atol=1e-5)
+
+
+def test_variants_are_made_as_the_run_was_trained(tmp_path):
+    module = small_tdt()
+    settings = {"mu0": "zero", "variant": "released", "tau": 0.5}
+    results = {"method": "tdt-hard", "args": settings, "metrics": {}}
+    write(tmp_path / "results.json", json.dumps(results))
+    tdt.perturb_as_trained(module, str(tmp_path), 4)
+    assert (module.mu0, module.variant, module.tau) == ("zero", "released", 0.5)
+    assert module.hard and module.mask_token_id == 4
+
+
+def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_bert, capsys):
+    argv = [*flags_on(toy_bert), "--method", "std", "tdt", "tdt-hard"]
+    tdt.main([*argv, "--tsne"])
+    runs = toy_bert / "runs/custom"
+    found = load(runs / "tdt-0/tsne.json")
+    assert found["rows"] == 40 and found["set"] == "validation"
+    assert list(found["values"]) == ["tdt", "std", "tdt-hard"]
+    for numbers in found["values"].values():
+        assert len([name for name in numbers if name.startswith("separation")]) == 3
+        assert all(0 <= numbers[f"accuracy, {name}"] <= 1 for name in tdt.MARKS)
+    score = load(runs / "std-0/results.json")["metrics"]["validation"]["accuracy"]
+    assert found["values"]["std"]["accuracy, original"] == pytest.approx(score, abs=1e-4)
+
+    page = (runs / "tdt-0/tsne.html").read_text()
+    for name in tdt.MARKS:
+        assert page.count(f'<path class="{name}"') == 3 * 40 + 1         # three maps, the legend
+    assert page.count('fill-opacity="0"') > 100 < page.count('fill-opacity="1"')
+    assert (
+        "hollow: of the label a; filled: b" in page and "<script" not in page and "http" not in page
+    )
+    assert "separation of original and negative" in capsys.readouterr().out
+
+    for name in ("tsne.json", "tsne.html"):
+        os.remove(runs / "tdt-0" / name)
+    tdt.main(["--run", str(runs / "tdt-0"), str(runs / "std-0"), "--tsne", "35"])
+    fewer = load(runs / "tdt-0/tsne.json")
+    assert fewer["rows"] == 35 and list(fewer["values"]) == ["tdt", "std"]
+
+
+def test_a_map_that_cannot_be_made_is_refused_in_one_line(toy_bert):
+    argv = flags_on(toy_bert)
+    with pytest.raises(UserError, match="--tsne, --drop: need a run of tdt or tdt-hard"):
+        tdt.main([*argv, "--method", "std", "--tsne"])
+    with pytest.raises(UserError, match="--tsne 9: perplexity 30: must be less than a third"):
+        tdt.main([*argv, "--tsne", "9"])
+    save_reviews(toy_bert, number=True)
+    with pytest.raises(UserError, match="--tsne: must be a task with classes; custom has none"):
+        tdt.main([*argv, "--tsne", "--overwrite"])
+
+
 # ======================================================================================  gtuning.py
 
 # ------------------------------------------------------------------------------------------ helpers
@@ -5236,1089 +6971,7 @@ def test_a_model_that_is_no_encoder_is_refused(tiny_folder, small, tmp_path, cac
         tune(folder, tmp_path / "out", *small, "--method", "adapter")
 
 
-# ===========================================================================  common.py: the report
-
-# -------------------------------------------------------------------------------------- statistics
-
-
-def test_wilcoxon_by_hand():
-    """The vectors of the paper's tables, and one of three differences with all patterns listed."""
-    assert common.wilcoxon([1.2, -0.4, 0.7, 2.1, 0.3, -0.2]) == 0.21875
-    assert common.wilcoxon([0.1, 0.2, 1.1, 0.5, 0.7, 1.8, 0.3]) == 0.015625
-    assert common.wilcoxon([0.8, 0.3, 0.6, 0.9, 1.9, 0.6, 2.4, 4.3]) == 2 / 2**8
-
-    # Ranks 1 2 3, observed 3 + 1 - 2 = 2: all patterns but the two of sum 0 are as far.
-    assert common.wilcoxon([1, -2, 3]) == 6 / 8
-
-
-def test_wilcoxon_counts_all_patterns():
-    """Against the list of all patterns of signs, with ties and zeros."""
-    rng = np.random.default_rng(0)
-    for n in (2, 5, 9):
-        for _ in range(10):
-            differences = rng.integers(-3, 4, n).astype(float)
-            kept = differences[differences != 0]
-            ranks = [np.mean([np.sum(abs(kept) < abs(x)) + 1, np.sum(abs(kept) <= abs(x))])
-                     for x in kept]
-            observed = abs(np.dot(np.sign(kept), ranks))
-            count = 0
-            for pattern in range(2**len(kept)):
-                signs = [1 if pattern >> i & 1 else -1 for i in range(len(kept))]
-                count += abs(np.dot(signs, ranks)) >= observed
-            assert common.wilcoxon(differences) == pytest.approx(count / 2**len(kept), abs=1e-12)
-
-
-def test_wilcoxon_limits():
-    assert common.wilcoxon([]) == 1
-    assert common.wilcoxon([0.0, 0.0]) == 1
-    smallest = [common.wilcoxon(np.arange(1, n + 1)) for n in (3, 5, 6, 8, 10)]
-    assert smallest == [0.25, 0.0625, 0.03125, 0.0078125, 0.001953125]
-    assert smallest == [common.smallest_p(n) for n in (3, 5, 6, 8, 10)]
-    assert common.wilcoxon(np.arange(1, 201)) < 1e-30
-
-    # Two accuracies' differences that rounding alone tells apart are tied.
-    tied = [0.3 - 0.2, 0.8 - 0.7, 0.1 - 0.2]
-    assert len(set(map(abs, tied))) > 1
-    assert common.wilcoxon(tied) == common.wilcoxon([1, 1, -1]) == 1
-
-
-def test_needed():
-    """6 differences reach .05, 5 do not; of 12 methods together it takes 9."""
-    assert common.needed() == 6
-    assert common.needed(12) == 9
-    for tests in range(1, 30):
-        n = common.needed(tests)
-        assert common.smallest_p(n, tests) <= 0.05 < common.smallest_p(n - 1, tests)
-
-
-def test_holm_by_hand():
-    assert common.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert common.holm([0.5, 0.6]) == [1, 1]
-    assert common.holm([0.02]) == [0.02]
-    assert common.holm([]) == []
-
-
-def test_t_interval_by_hand():
-    """1, 2, 3: mean 2, std 1, so 2 -+ 4.3027 / sqrt(3)."""
-    low, high = common.t_interval([1, 2, 3])
-    assert (low, high) == pytest.approx((2 - 2.48416, 2 + 2.48416), abs=1e-4)
-    assert np.isnan(common.t_interval([1])).all()
-    assert common.t_interval([2, 2, 2]) == (2, 2)
-
-
-def test_t_quantiles():
-    """97.5 % of Student's density, added up, lies below each."""
-    for df in (1, 2, 5, 12, 30, 31, 60):
-        values = np.arange(df + 1) - (df / 2)          # mean 0, df + 1 of them
-        half = common.t_interval(values)[1]
-        t = half / (values.std(ddof=1) / math.sqrt(df + 1))
-        grid = np.linspace(0, t, 200001)
-        norm = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi * df)
-        density = norm * (1 + grid**2 / df) ** (-(df + 1) / 2)
-        assert np.trapezoid(density, grid) == pytest.approx(0.475, abs=5e-6)
-
-
-def test_bootstrap_interval():
-    """Of 0 and 1 the drawn means are 0, .5 or 1; of many numbers the interval is near z's."""
-    assert common.bootstrap_interval([0, 1]) == (0, 1)
-    assert common.bootstrap_interval([3, 3, 3]) == (3, 3)
-    assert np.isnan(common.bootstrap_interval([1])).all()
-
-    values = np.random.default_rng(1).normal(2, 1, 400)
-    low, high = common.bootstrap_interval(values)
-    half = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
-    assert common.bootstrap_interval(values) == (low, high)
-    assert common.bootstrap_interval(values, seed=1) != (low, high)
-
-
-def test_paired_bootstrap():
-    """The same rows for both methods: what both get wrong alike takes no part in the interval."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(2, size=200)
-    a = np.where(rng.random((4, 200)) < 0.8, labels, 1 - labels)
-    assert common.paired_bootstrap(common.data.accuracy, labels, a, a, draws=200) == (0, 0)
-
-    # b is a, but wrong in 20 more rows: the mean is .1, and rows alone vary it.
-    b = a.copy()
-    b[:, :20] = 1 - labels[:20]
-    b[:, 20:] = labels[20:]
-    a[:] = labels
-    low, high = common.paired_bootstrap(common.data.accuracy, labels, a, b, draws=2000)
-    half = 1.96 * math.sqrt(0.1 * 0.9 / 200)
-    assert (low, high) == pytest.approx((0.1 - half, 0.1 + half), abs=0.01)
-    again = common.paired_bootstrap(common.data.accuracy, labels, b, a, draws=2000)
-    assert again == pytest.approx((-high, -low), abs=1e-12)
-    with pytest.raises(ValueError, match="alike"):
-        common.paired_bootstrap(common.data.accuracy, labels, a, b[:3])
-
-
-# -------------------------------------------------------------------------------- made-up runs
-
-FLAGS = {"lr": 5e-5, "train_samples": 1000, "model": "some/model", "max_length": 512}
-STD = [60, 62, 61, 63, 60, 64, 62, 61]
-BETTER = [62, 63, 63, 64, 63, 65, 64, 62]              # + 2 1 2 1 3 1 2 1
-
-
-def results_of(task, method, seed, score, further=None, **flags):
-    """What a run writes. score: in percent."""
-    args = {name: value for name, value in common.default_flags().items()
-            if name not in common.NOT_THE_RUN}
-    args.update(FLAGS, task=task)
-    args.update(flags)
-    metrics = {"validation": {"accuracy": score / 100, "f1": score / 100 + 0.02}}
-    for name, value in (further or {}).items():
-        metrics[name] = {"accuracy": value / 100}
-    return {"task": task, "method": method, "seed": seed, "metrics": metrics, "steps": 100,
-            "best": {"step": 80, "seconds": 8.0, "value": score / 100, "metrics": metrics},
-            "train_seconds": 10.0 if method == "std" else 25.0, "args": args,
-            "versions": {"device": "1 x CPU", "commit": "abc1234"}}
-
-
-def write_run(folder, results, log=True):
-    place = folder / results["task"] / f"{results['method']}-{results['seed']}"
-    place.mkdir(parents=True)
-    (place / "results.json").write_text(json.dumps(results, indent=1))
-    if log:
-        score = results["metrics"]["validation"]["accuracy"]
-        lines = [{"step": 20, "loss": 0.7}]
-        for step in (40, 80):
-            metrics = {"validation": {"accuracy": score * step / 80}}
-            lines.append({"step": step, "seconds": step / 10, "metrics": metrics})
-        (place / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return place
-
-
-def write_runs(folder, seeds=8, tasks=("rte", "mrpc"), **flags):
-    """std, and a method "more" that is better on every seed, with a flag of its own."""
-    for shift, task in enumerate(tasks):
-        for seed in range(seeds):
-            further = {"sick": STD[seed] - 9}
-            write_run(folder, results_of(task, "std", seed, STD[seed] + shift, further, **flags))
-            further = {"sick": BETTER[seed] - 9}
-            write_run(folder, results_of(task, "more", seed, BETTER[seed] + shift, further,
-                                         lam=1.0, **flags))
-    return folder
-
-
-def printed(capsys, *argv):
-    """What main_report prints, without the lines that say where it wrote."""
-    capsys.readouterr()
-    common.main_report([*map(str, argv)])
-    out = capsys.readouterr()
-    lines = [line for line in out.out.split("\n") if not line.startswith("wrote ")]
-    return "\n".join(lines).strip(), out.err
-
-
-def refused_report(*argv):
-    """The one line that main_report ends with."""
-    with pytest.raises(UserError) as error:
-        common.main_report([*map(str, argv)])
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-# ------------------------------------------------------------------------------------ the report
-
-
-def test_numbers(tmp_path, capsys):
-    """By hand: std 60 62 61 63 60 64 62 61; the differences are 2 1 2 1 3 1 2 1."""
-    write_runs(tmp_path / "runs", tasks=["rte"])
-    table, = common.main_report([str(tmp_path / "runs")])
-    text = capsys.readouterr().out
-    assert table.columns == ["std", "more"]
-
-    cells = common.score_cells(table.rows["rte", "validation", "accuracy"]["std"])
-    assert cells == ["8", "61.62", "1.41", "61.50", "64.00"]
-    difference = table.differences["rte", "validation", "accuracy"]["more"]
-    assert (difference.n, difference.wins, difference.losses) == (8, 8, 0)
-    assert difference.mean == pytest.approx(13 / 8)
-    assert difference.std == pytest.approx(0.744, abs=1e-3)
-    half = 2.3646 * 0.74402 / math.sqrt(8)
-    assert difference.low == pytest.approx(13 / 8 - half, abs=1e-3)
-    assert difference.high == pytest.approx(13 / 8 + half, abs=1e-3)
-    assert difference.p == 2 / 2**8
-    assert difference.verdict(difference.p) == "better"
-
-    assert re.search(r"mean +61\.62 +63\.25", text)
-    assert re.search(r"more +\+1\.62 +\+1\.00 to \+2\.25 +0\.008 +better +8-0 +0\.74 +8", text)
-    assert re.search(r"more +100 +25\.0 +0\.250 +2\.50 +8\.0", text)      # cost 2.5 of std's
-
-
-def test_bootstrap_is_a_choice(tmp_path, capsys):
-    write_runs(tmp_path / "runs", tasks=["rte"])
-    table, = common.main_report([str(tmp_path / "runs"), "--interval", "bootstrap"])
-    difference = table.differences["rte", "validation", "accuracy"]["more"]
-    expected = common.bootstrap_interval([2, 1, 2, 1, 3, 1, 2, 1])
-    assert (difference.low, difference.high) == pytest.approx(expected)
-
-
-def test_only_shared_seeds_are_paired(tmp_path, capsys):
-    folder = write_runs(tmp_path / "runs", tasks=["rte"])
-    for seed in (0, 1):
-        os.remove(folder / "rte" / f"std-{seed}" / "results.json")
-    table, = common.main_report([str(folder)])
-    assert "is not finished" in capsys.readouterr().err
-    difference = table.differences["rte", "validation", "f1"]["more"]
-    assert difference.n == 6
-    assert difference.mean == pytest.approx(10 / 6)
-
-
-def test_over_tasks(tmp_path, capsys):
-    """Six tasks, a further method of no difference: Holm doubles the smaller p."""
-    tasks = ["rte", "mrpc", "cola", "sst2", "qqp", "qnli"]
-    folder = write_runs(tmp_path / "runs", 3, tasks)
-    for number, task in enumerate(tasks):
-        for seed in range(3):
-            score = STD[seed] + (1 if number % 2 else -1) + number * 0.1
-            write_run(folder, results_of(task, "same", seed, score))
-    table, = common.main_report([str(folder)])
-    total, p, methods = table.over_tasks["tasks", "more"]
-    assert (total.n, total.p, p, methods) == (6, 0.03125, 0.0625, 2)
-    assert total.mean == pytest.approx(5 / 3)
-    assert total.verdict(p, methods) == "too few to show"
-    assert table.over_tasks["further sets", "more"][0].n == 6
-    assert ("further sets", "same") not in table.over_tasks
-    assert table.tasks == ["cola", "sst2", "mrpc", "qqp", "qnli", "rte"]  # as in data.TASKS
-    out = capsys.readouterr().out
-    assert "3 shared seeds can show nothing: the exact test's smallest p is 0.25" in out
-    assert "6 tasks can show nothing: with 2 methods compared" in " ".join(out.split())
-
-
-def test_few_seeds_are_said(tmp_path, capsys):
-    """Five of five won shows nothing, six of six do."""
-    for seeds, verdict in ((5, "too few to show"), (6, "better")):
-        folder = write_runs(tmp_path / str(seeds), seeds, ["rte"])
-        out, _ = printed(capsys, folder)
-        assert f" {verdict} " in out
-        assert ("5 shared seeds can show nothing" in out) == (seeds == 5)
-    assert "0.0625" in common.remarks(common.main_report([str(tmp_path / "5")])[0])[1]
-
-
-def test_no_difference_and_worse():
-    none = common.summarise_differences([1.0, -1.0, 2.0, -2.0, 0.5, -0.6], "t")
-    assert none.verdict(none.p) == "no difference shown"
-    worse = common.summarise_differences([-1.0, -1.1, -1.2, -0.9, -1.3, -1.4], "t")
-    assert worse.verdict(worse.p) == "worse"
-    assert worse.verdict(1.0) == "no difference shown"
-
-    # It takes both: the test, and an interval without 0.
-    both = common.Difference(8, 1.0, 1.0, -0.1, 2.1, 0.04, 7, 1)
-    assert both.verdict(0.04) == "no difference shown"
-    interval = common.Difference(8, 1.0, 1.0, 0.1, 1.9, 0.06, 7, 1)
-    assert interval.verdict(0.06) == "no difference shown"
-    alone = common.summarise_differences([1.0], "t")
-    assert math.isnan(alone.std) and alone.p == 1
-
-
-def test_without_the_baseline(tmp_path, capsys):
-    folder = tmp_path / "runs"
-    write_run(folder, results_of("rte", "more", 0, 60))
-    out, _ = printed(capsys, folder)
-    assert "no run of the baseline" in out
-    assert "60.00" in out and "Difference" not in out
-    assert "must be one of more" in refused_report(folder, "--baseline", "less")
-    assert "Difference to more" not in printed(capsys, folder, "--baseline", "more")[0]
-
-
-def test_flags_that_are_the_method(tmp_path, capsys):
-    """A flag of METHOD_FLAGS, or of --by, makes a column of its own."""
-    folder = write_runs(tmp_path / "runs", tasks=["rte"])
-    for seed in range(2):
-        results = results_of("rte", "std", seed, 70, weight_noise=0.15)
-        write_run(tmp_path / "runs" / "noise", results)
-        results = results_of("rte", "more", seed, 70, lam=5.0)
-        write_run(tmp_path / "runs" / "other", results)
-    assert "--lam is not the same for the runs of more on rte" in refused_report(folder)
-    table, = common.main_report([str(folder), "--by", "weight_noise", "lam"])
-    assert table.columns == ["std", "more lam=1.0", "more lam=5.0", "std weight_noise=0.15"]
-
-
-# ------------------------------------------------------------------------------------ kept lines
-
-
-def test_lines_give_the_same_tables(tmp_path, capsys):
-    """--keep, and the report of what it wrote: the same text and the same report.tsv."""
-    folder = write_runs(tmp_path / "full")
-    kept = tmp_path / ".results" / "full.jsonl"
-    first = printed(capsys, folder, "--keep", kept)
-    assert printed(capsys, tmp_path / ".results") == first
-    tables = [(place / "report.tsv").read_text() for place in (folder, tmp_path / ".results")]
-    assert tables[0] == tables[1]
-    header, *lines = [line.split("\t") for line in tables[0].strip().split("\n")]
-    assert {len(line) for line in lines} == {len(header)}
-    assert len(lines) == 2 * 3 * 2 + 2                 # tasks x metrics x methods, and over both
-
-    # Kept again: every line once.
-    before = kept.read_text()
-    assert len(before.splitlines()) == 32
-    printed(capsys, folder, "--keep", kept)
-    assert kept.read_text() == before
-
-
-def test_the_readmes_table_is_what_the_kept_lines_say(tmp_path):
-    """Every difference, its interval and its p, of every method on both sets."""
-    path = tmp_path / "toy.jsonl"                      # the report writes beside the lines
-    shutil.copy(os.path.join(HERE, ".results/toy.jsonl"), path)
-    table, = common.main_report([str(path)])
-    names = {"R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop", "SMART": "smart", "FreeLB": "freelb",
-             "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff"}
-    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    lines = text.partition("| | films | p | food | p |")[2].split("\n\n")[0].split("\n")[2:]
-    seen = set()
-    for line in lines:
-        name, *cells = [cell.strip(" *").replace("**", "") for cell in line.strip("|").split("|")]
-        seen.add(names[name])
-        for at, part in ((0, "validation"), (2, "toy-food")):
-            found = table.differences["toy", part, "accuracy"][names[name]]
-            interval = f"({found.low:+.2f} to {found.high:+.2f})"
-            assert cells[at] == f"{found.mean:+.2f} {interval}"
-            assert abs(float(cells[at + 1]) - found.p) < 0.0051
-    assert seen == set(table.columns) - {"std"}
-
-
-def test_a_line_is_small():
-    """Of the flags that all scripts have it holds those that are not a default."""
-    line = common.result_line(results_of("rte", "more", 3, 60, lam=1.0, lr=1e-5))
-    assert line["flags"] == {"train_samples": 1000, "model": "some/model", "max_length": 512,
-                             "lam": 1.0}
-    assert line["best"] == {"step": 80, "seconds": 8.0}
-    assert line["commit"] == "abc1234"
-    assert len(json.dumps(line)) < 500
-    run = common.finished_run("here", line, [], {})
-    assert run.flags["lr"] == 1e-5 and run.flags["batch_size"] == 32
-
-
-def test_each_file_of_lines_is_a_table(tmp_path, capsys):
-    """Two regimes that may not be compared stand side by side."""
-    small = write_runs(tmp_path / "small", tasks=["rte"])
-    full = write_runs(tmp_path / "full", tasks=["rte"], train_samples=None)
-    printed(capsys, small, "--keep", tmp_path / "kept" / "small.jsonl")
-    printed(capsys, full, "--keep", tmp_path / "kept" / "full.jsonl")
-    assert "--train_samples" in refused_report(small, full)
-    assert "--train_samples" in refused_report(full, "--keep", tmp_path / "kept" / "small.jsonl")
-    tables = common.main_report([str(tmp_path / "kept")])
-    assert [table.title for table in tables] == ["full", "small"]
-    assert tables[0].rows == common.main_report([str(full)])[0].rows
-    out, _ = printed(capsys, tmp_path / "kept" / "small.jsonl")
-    assert out == printed(capsys, small)[0]
-
-
-# --------------------------------------------------------------------------- what is refused, wrong
-
-
-def test_unlike_flags_are_refused(tmp_path):
-    folder = write_runs(tmp_path / "runs", 2, ["rte"])
-    write_run(folder, results_of("rte", "std", 2, 60, lr=1e-5))
-    said = refused_report(folder)
-    assert said.startswith("--lr is not the same for the runs of std on rte: ")
-    assert "5e-05 in" in said and "1e-05 in" in said
-    assert str(folder / "rte" / "std-0") in said and str(folder / "rte" / "std-2") in said
-
-    other = write_runs(tmp_path / "other", 2, ["rte"])
-    write_run(other, results_of("rte", "most", 0, 60, batch_size=16))
-    assert "--batch_size is not the same for the methods on rte: " in refused_report(other)
-    common.main_report([str(other), "--differ", "batch_size"])
-    assert "--differ size: must be a flag" in refused_report(other, "--differ", "size")
-
-    # Another task may have a recipe of its own; what is only looked at or logged does not count.
-    fine = write_runs(tmp_path / "fine", 2, ["rte"])
-    write_run(fine, results_of("mrpc", "std", 0, 60, lr=1e-5))
-    write_run(fine, results_of("rte", "std", 2, 60, log_every=1, eval_tasks=["sick"]))
-    common.main_report([str(fine)])
-
-
-def test_what_all_searched_may_differ(tmp_path, capsys):
-    folder = tmp_path / "runs"
-    searches = {"std": {"lr": [1, 2]}, "more": {"lr": [1, 2], "lam": [1, 2, 3]}}
-    for method, searched in searches.items():
-        lr = 1 if method == "std" else 2
-        results = {**results_of("rte", method, 0, 60, lr=lr), "searched": searched}
-        write_run(folder, results)
-    out, _ = printed(capsys, folder)
-    assert "Settings that were tried for each method before: more 6, std 2." in out
-
-    results = {**results_of("rte", "most", 0, 60, lr=3), "searched": {"lr": [1, 2, 3]}}
-    write_run(folder, results)
-    assert "--lr is not the same for the methods on rte" in refused_report(folder)
-
-
-def test_one_run_twice(tmp_path):
-    folder = write_runs(tmp_path / "a", 2, ["rte"])
-    write_run(tmp_path / "b", results_of("rte", "std", 0, STD[0], {"sick": STD[0] - 9}))
-    table, = common.main_report([str(folder), str(folder), str(tmp_path / "b")])
-    assert len(table.runs) == 4
-    write_run(tmp_path / "c", results_of("rte", "std", 0, 59))
-    said = refused_report(folder, tmp_path / "c")
-    assert "rte std, seed 0: is in" in said and "report them apart" in said
-
-
-def test_wrong_places(tmp_path):
-    assert "nowhere: must be a folder" in refused_report(tmp_path / "nowhere")
-    assert "must hold a finished run" in refused_report(tmp_path)
-    good = write_runs(tmp_path / "good", 2, ["rte"])
-    (tmp_path / "empty").mkdir()
-    assert "empty: must hold" in refused_report(good, tmp_path / "empty")
-    (tmp_path / "log.jsonl").write_text("{}\n")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "results.json").write_text('{"task": ')
-    assert "is damaged" in refused_report(tmp_path / "bad")
-    (tmp_path / "rows.jsonl").write_text('{"text": "good", "label": 1}\n')
-    assert "holds no line of a run" in refused_report(tmp_path / "rows.jsonl")
-    (tmp_path / "file").write_text("")
-    assert "--out" in refused_report(good, "--out", tmp_path / "file" / "out")
-    assert "--keep" in refused_report(good, "--keep", tmp_path / "rows.jsonl")
-    assert "--interval" in refused_report(good, "--interval", "normal")
-
-
-DAMAGE = {
-    "half": lambda text: text[:200],
-    "empty": lambda text: "",
-    "list": lambda text: "[1]",
-    "keys": lambda text: '{"method": "std", "args": {}, "metrics": {}}',
-    "nan": lambda text: text.replace('"accuracy": 0.6', '"accuracy": NaN, "x": 0.6', 1),
-    "word": lambda text: text.replace('"seed": 0', '"seed": "zero"'),
-    "bytes": lambda text: text.encode()[:50] + b"\xff\xfe",
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_results_are_left_out(tmp_path, capsys, kind):
-    folder = write_runs(tmp_path / "runs", tasks=["rte"])
-    path = folder / "rte" / "std-0" / "results.json"
-    damaged = DAMAGE[kind](path.read_text())
-    path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
-    out, said = printed(capsys, folder)
-    assert said.count("\n") == 1
-    assert said.startswith(f"left out: {path}: ")
-    assert out.startswith("runs: 15 runs")
-
-
-def test_half_written_logs_and_lines(tmp_path, capsys):
-    folder = write_runs(tmp_path / "runs", tasks=["rte"])
-    kept = tmp_path / "kept.jsonl"
-    whole, _ = printed(capsys, folder, "--keep", kept)
-    log = folder / "rte" / "std-0" / "log.jsonl"
-    log.write_text(log.read_text()[:-9] + '\n[1]\n{"step": 1, "metrics": {}}\n\x00')
-    out, said = printed(capsys, folder)
-    assert out == whole
-    assert said == f"left out: {log}: 4 damaged lines\n"
-    os.remove(log)
-    assert printed(capsys, folder) == (whole, "")      # no log is no damage
-
-    lines = kept.read_text().splitlines()
-    kept.write_text("\n".join([*lines[:3], lines[3][:40], *lines[4:]]))
-    _, said = printed(capsys, kept)
-    assert said.startswith(f"left out: {kept}:4: is damaged") and said.count("\n") == 1
-    assert "is damaged" in refused_report(folder, "--keep", kept)
-    assert len(kept.read_text().splitlines()) == 16    # and nothing is lost
-
-
-def test_different_machines(tmp_path, capsys):
-    """Seconds of two machines are not compared."""
-    folder = write_runs(tmp_path / "runs", 2, ["rte"])
-    for seed in range(2):
-        path = folder / "rte" / f"more-{seed}" / "results.json"
-        path.write_text(path.read_text().replace("1 x CPU", "8 x GPU"))
-    out, _ = printed(capsys, folder)
-    assert "rte ran on different machines" in out
-    assert re.search(r"more +100 +25\.0 +0\.250 +- +8\.0", out)
-    page = (folder / "report.html").read_text()
-    assert "Training to the best state" not in page
-
-
-# -------------------------------------------------------------------------------------- the page
-
-
-def test_page(tmp_path, capsys):
-    """Self-contained: no script, nothing from elsewhere; light and dark; well-formed."""
-    from html.parser import HTMLParser
-    folder = write_runs(tmp_path / "<runs> & more")
-    common.main_report([str(folder)])
-    page = (folder / "report.html").read_text()
-    assert "<script" not in page and "http" not in page and "url(" not in page
-    assert "prefers-color-scheme: dark" in page and "color-scheme: light dark" in page
-    assert "&lt;runs&gt; &amp; more" in page and "<runs>" not in page
-    for heading in ("Scores", "over tasks", "Learning curves", "The spread over seeds",
-                    "Training to the best state", "Cost"):
-        assert heading in page
-    assert page.count("<svg") == page.count("viewBox")
-    assert "nan" not in page
-
-    class Checker(HTMLParser):
-        def __init__(self):
-            super().__init__()
-            self.open = []
-
-        def handle_starttag(self, tag, attributes):
-            if tag not in ("meta", "line", "circle", "polygon", "polyline"):
-                self.open.append(tag)
-
-        def handle_startendtag(self, tag, attributes):
-            pass
-
-        def handle_endtag(self, tag):
-            assert self.open.pop() == tag
-
-    checker = Checker()
-    checker.feed(page)
-    assert checker.open == []
-
-
-def test_curve_svg_by_hand():
-    """The frame of values 0 to 100 and steps 0 to 10; the median goes through the middle."""
-    drawn = common.curve_svg({"std": {0: [0, 50, 100], 10: [0, 50, 100]}}, {"std": "c0"}, "label")
-    assert '<polyline points="46.0,121.0 456.0,121.0"' in drawn
-    band = re.search(r'<polygon points="([^"]+)"', drawn)[1].split()
-    assert band[0].split(",")[1] == band[1].split(",")[1] > "220"         # the least, below
-    assert float(band[2].split(",")[1]) < 25
-
-
-def test_dots_svg_has_a_dot_for_each_value():
-    drawn = common.dots_svg({"std": [1, 1, 1], "a < b": [2]}, {"std": "c0", "a < b": "c1"}, "x")
-    assert drawn.count("<circle") == 4
-    assert drawn.count('class="mark') == 2
-    assert "a &lt; b" in drawn
-    places = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)
-    assert len(set(places)) == 4                       # equal ones do not hide each other
-    assert common.dots_svg({"one": [0.0]}, {"one": "c0"}, "x")
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (59.3, 64.1), (-0.02, 0.031), (3, 120000),
-                                       (0, 3), (0, 299), (0, 0.0006)])
-def test_round_numbers(low, high):
-    numbers = common.round_numbers(low, high)
-    assert 3 <= len(numbers) <= 8
-    assert all(low - 1e-9 <= number <= high + 1e-9 for number in numbers)
-    assert np.ptp(np.diff(numbers)) < 1e-9 * (high - low)
-
-
-def test_many_columns_go_below(tmp_path):
-    header = ["task", "method", *[f"column{i}" for i in range(20)]]
-    grid = [["rte", "std", *["1.00"] * 20], ["rte", "more", *["2.00"] * 20]]
-    lines = common.text_grid(header, grid, 2, width=60)
-    assert max(map(len, lines)) <= 60
-    for i in range(20):
-        assert sum(f"column{i} " in f"{line} " for line in lines) == 1
-    assert sum(line.strip().startswith("std") for line in lines) == len(lines) // 5
-
-
-@pytest.mark.skipif(not hasattr(common, "main_report"), reason="for the code in common.py")
-def test_program_needs_no_torch(tmp_path):
-    """python common.py FOLDER, and its exit status."""
-    write_runs(tmp_path / "runs", 2, ["rte"])
-    for place, status, said in (("runs", 0, ""), ("none", 2, "must be a folder")):
-        script = ("import runpy, sys; sys.modules['torch'] = None; "
-                  f"sys.argv = ['common.py', {str(tmp_path / place)!r}]; "
-                  "runpy.run_path('common.py', run_name='__main__')")
-        done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True,
-                              text=True)
-        assert done.returncode == status
-        assert said in done.stderr and done.stderr.count("\n") == bool(status)
-
-
-# ------------------------------------------------------------------------------------------ t-SNE
-
-
-def test_affinities_have_the_entropy():
-    """Rows sum to 1, and their entropy is log(perplexity), of near and far points alike."""
-    x = np.random.default_rng(0).normal(size=(120, 8))
-    x[:40] *= 0.01
-    x[100:] = 50 + 10 * x[100:]
-    p = common.affinities(x, 20.0)
-    assert p.sum(1) == pytest.approx(np.ones(120))
-    assert not p.diagonal().any()
-    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(1)
-    assert entropy == pytest.approx(np.full(120, math.log(20)), abs=1e-6)
-
-
-def test_tsne_keeps_two_blobs_apart():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(120, 20))
-    x[60:, 0] += 4
-    x[60:, 1:] *= 0.9
-    y = common.tsne(x)
-    assert y.shape == (120, 2) and np.isfinite(y).all()
-    distances = common.square_distances(np.float64(y))
-    np.fill_diagonal(distances, np.inf)
-    nearest = distances.argmin(1)
-    assert np.mean((nearest >= 60) == (np.arange(120) >= 60)) > 0.9
-
-
-def test_tsne_is_the_same_twice():
-    x = np.random.default_rng(0).normal(size=(100, 5))
-    first = common.tsne(x, steps=60)
-    assert np.array_equal(first, common.tsne(x.copy(), steps=60))
-    assert not np.array_equal(first, common.tsne(x, steps=61))
-
-
-def test_two_samples_of_one_cloud_are_apart_by_chance():
-    draws = np.random.default_rng(0).normal(size=(300, 300, 20))
-    found = np.mean([common.separation(x[:200], x[200:]) for x in draws])
-    assert found == pytest.approx((1 / 200 + 1 / 100) ** 0.5, rel=0.03)
-
-
-def test_the_density_of_two_points_by_hand():
-    cloud = np.array([[0.0, 0.0], [2.0, 2.0]])         # deviation 1, so widths 2^(-1/6)
-    xs = ys = np.array([0.0, 1.0, 2.0])
-    values = common.density(cloud, xs, ys)
-    width = 2 ** (-1 / 6)
-    assert values[1, 1] == pytest.approx(2 * math.exp(-1 / width**2))
-    assert values[0, 0] == pytest.approx(1 + math.exp(-4 / width**2))
-    assert values[0, 2] == pytest.approx(2 * math.exp(-2 / width**2))
-
-    # A cloud of one place does not divide by 0, and is densest there.
-    still = np.full((5, 2), 0.3)
-    around = np.array([[0.0, 0.0], [1.0, 1.0]])
-    assert np.abs(common.densest(still, around) - 0.3).max() < 0.02
-    left = np.array([[0.1, 0.2], [0.1, 0.2], [0.1, 0.21], [0.9, 0.8]])
-    assert np.abs(common.densest(left, around) - [0.1, 0.2]).max() < 0.1
-
-
-def test_a_contour_line_lies_on_its_level():
-    ys, xs = np.mgrid[0:41, 0:61]
-    values = np.hypot(xs - 30, ys - 20)                # a cone: its lines are circles
-    pieces = common.contour(values, 9.7)
-    ends = np.array(pieces).reshape(-1, 2)
-    assert np.abs(np.hypot(ends[:, 0] - 30, ends[:, 1] - 20) - 9.7).max() < 0.02
-    length = sum(np.hypot(*np.subtract(b, a)) for a, b in pieces)
-    assert length == pytest.approx(2 * math.pi * 9.7, rel=0.01)
-    closed = collections.Counter(tuple(np.round(end, 6)) for end in ends)
-    assert set(closed.values()) == {2}                 # each end is where another piece begins
-
-    saddle = np.array([[1.0, 0.0], [0.0, 1.0]])
-    assert len(common.contour(saddle, 0.5)) == 2
-    assert common.contour(values, 99) == []
-
-
-def test_tsne_refuses_too_few_points():
-    x = np.random.default_rng(0).normal(size=(90, 5))
-    with pytest.raises(ValueError, match="less than a third of the 90 points"):
-        common.tsne(x)
-    common.tsne(x, perplexity=29.9, steps=1)
-    with pytest.raises(ValueError, match="all the same"):
-        common.tsne(np.ones((100, 3)))
-
-
-# ==========================================================  tdt.py: learning confidences, Figure 3
-
-WORDS = data.toy_vocabulary()
-
-
-def save_toy_bert(folder, kind="BertForMaskedLM", mask_token="[MASK]"):
-    """A small BERT over the toy words, with its tokenizer. Returns the folder."""
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64)
-    getattr(transformers, kind)(config).save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64).save_pretrained(folder)
-    path = os.path.join(folder, "tokenizer_config.json")
-    settings = {**load(path), "mask_token": mask_token}
-    write(path, json.dumps(settings))
-    return str(folder)
-
-
-def save_reviews(folder, number=False, pairs=False):
-    """train.jsonl and validation.jsonl; number: labels with a point."""
-    rows = data.toy_rows("film", "train")
-    for name, n in (("train", 64), ("validation", 40)):
-        lines = []
-        for i, row in enumerate(rows.select(range(n))):
-            label = i % 7 + 0.5 if number else "ab"[row["label"]]
-            line = {"text": row["text"], "label": label}
-            if pairs:
-                line = {"sentence1": row["text"], "sentence2": f"great {row['text']}",
-                        "label": label}
-            lines.append(line)
-        write_rows(os.path.join(folder, f"{name}.jsonl"), lines)
-
-
-def flags_on(folder):
-    return ["--train_file", f"{folder}/train.jsonl", "--validation_file",
-            f"{folder}/validation.jsonl", "--model", f"{folder}/model", "--output_dir",
-            f"{folder}/runs", "--batch_size", "16", "--max_steps", "4", "--lr", "1e-3",
-            "--precision", "fp32", "--threads", "1"]
-
-
-@pytest.fixture
-def toy_bert(tmp_path, cache):
-    """A folder with a model and rows."""
-    save_toy_bert(tmp_path / "model")
-    save_reviews(tmp_path)
-    return tmp_path
-
-
-def weights_of(folder):
-    from safetensors.torch import load_file
-    return load_file(os.path.join(folder, "model.safetensors"))
-
-
-def post_trained_folders(cache):
-    folder = os.path.join(cache, "post-trained")
-    return {os.path.join(folder, name) for name in os.listdir(folder)}
-
-
-# --------------------------------------------------------------- the confidence layer's own rate
-
-def test_a_part_of_a_module_learns_at_its_own_rate_by_the_same_schedule():
-    args = types.SimpleNamespace(
-        lr=0.1, warmup=4, weight_decay=0.5, betas=[0.9, 0.999], adam_eps=1e-8)
-    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
-    optimizer, schedule = common.build_optimizer(module, args, 10, module[1], 0.3)
-    groups = optimizer.param_groups
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.5, 0.0]
-    found = [p for group in groups for p in group["params"]]
-    wanted = [module[0].weight, module[0].bias, module[1].weight, module[1].bias]
-    assert all(a is b for a, b in zip(found, wanted)) and len(found) == 4
-    for step in range(10):
-        share = step / 4 if step < 4 else (10 - step) / 6
-        assert schedule.get_last_lr() == pytest.approx([0.1 * share] * 2 + [0.3 * share] * 2)
-        optimizer.step()
-        schedule.step()
-
-    for own, rate in ((module[1], 0.0), (None, 0.3)):  # all at --lr, in the usual two groups
-        optimizer, _ = common.build_optimizer(module, args, 10, own, rate)
-        matrices, vectors = [group["params"] for group in optimizer.param_groups]
-        assert matrices[1] is module[1].weight and vectors[1] is module[1].bias
-
-
-def confidence_of(folder, name="confidence"):
-    return torch.load(f"{folder}/custom/tdt-0/model/{name}.pt", weights_only=True)["weight"]
-
-
-def test_at_rate_0_the_layer_learns_as_the_encoder_and_else_further(toy_bert):
-    argv = [*flags_on(toy_bert), "--method", "tdt", "--output_dir"]
-    for rate in ("0", "0.001", "0.1"):                 # --lr is 0.001
-        tdt.main([*argv, str(toy_bert / rate), "--c_lr", rate])
-    old, same, fast = [weights_of(toy_bert / rate / "custom/tdt-0/model") for rate in
-                       ("0", "0.001", "0.1")]
-    assert all(torch.equal(old[name], same[name]) for name in old)
-    assert torch.equal(confidence_of(toy_bert / "0"), confidence_of(toy_bert / "0.001"))
-    start = confidence_of(toy_bert / "0", "confidence-start")
-    assert torch.equal(start, confidence_of(toy_bert / "0.1", "confidence-start"))
-    slow_way = (confidence_of(toy_bert / "0") - start).abs().mean()
-    assert (confidence_of(toy_bert / "0.1") - start).abs().mean() > 20 * slow_way
-
-
-def test_plain_fine_tuning_knows_no_rate_of_the_layer(toy_bert, capsys):
-    argv = [*flags_on(toy_bert), "--method", "std"]
-    tdt.main([*argv, "--c_lr", "0.1"])
-    tdt.main([*argv, "--c_lr", "0.2"])
-    assert "finished before" in capsys.readouterr().out
-
-
-def test_a_killed_run_with_a_rate_of_its_own_resumes_with_the_same_bits(toy_bert, monkeypatch):
-    argv = [*flags_on(toy_bert), "--method", "tdt", "--c_lr", "0.03", "--save_every", "1"]
-    tdt.main([*argv, "--output_dir", str(toy_bert / "whole")])
-    log = common.Run.log
-
-    def breaks(self, *terms, **plain):
-        if self.step == 2:
-            raise KeyError("killed")
-        log(self, *terms, **plain)
-
-    monkeypatch.setattr(common.Run, "log", breaks)
-    with pytest.raises(KeyError):
-        tdt.main([*argv, "--output_dir", str(toy_bert / "parts")])
-    monkeypatch.setattr(common.Run, "log", log)
-    tdt.main([*argv, "--output_dir", str(toy_bert / "parts"), "--resume"])
-    assert torch.equal(confidence_of(toy_bert / "whole"), confidence_of(toy_bert / "parts"))
-    whole = weights_of(toy_bert / "whole/custom/tdt-0/model")
-    parts = weights_of(toy_bert / "parts/custom/tdt-0/model")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-# -------------------------------------------------------------------------------- the main metric
-
-def test_the_main_metric_of_stsb_is_that_of_table_6():
-    args = common.parse(tdt.flags(), ["--task", "stsb"], tdt.recipe)
-    assert args.main_metric == "spearman"
-    assert common.parse(r3f.flags(), ["--task", "stsb"], r3f.recipe).main_metric is None
-    task = common.with_main_metric(data.TASKS["stsb"], "spearman")
-    assert task.metrics == "spearman pearson"
-    assert common.with_main_metric(task, None) is task
-    with pytest.raises(UserError, match="--main_metric f1: must be pearson or spearman"):
-        common.with_main_metric(data.TASKS["stsb"], "f1")
-
-
-def test_the_main_metric_comes_first_and_the_best_state_is_chosen_by_it(toy_bert):
-    save_reviews(toy_bert, number=True)
-    argv = [*flags_on(toy_bert), "--method", "std", "--eval_every", "2", "--main_metric"]
-    result, = tdt.main([*argv, "spearman"])
-    metrics = result["metrics"]["validation"]
-    assert list(metrics) == ["spearman", "pearson"] and result["main_metric"] == "spearman"
-    lines = log_of(toy_bert / "runs/custom/std-0", "metrics")
-    values = [line["metrics"]["validation"]["spearman"] for line in lines]
-    assert result["best"]["value"] == max(values)
-    with pytest.raises(UserError, match="other flags: --main_metric spearman"):
-        tdt.main([*argv, "pearson"])
-
-
-# ------------------------------------------------------------------- masked words, post-training
-
-def test_of_the_words_that_are_hidden_80_percent_are_masked_and_10_changed():
-    torch.manual_seed(0)
-    x = torch.randint(0, 50, (400, 100))
-    special = torch.tensor([0, 7])
-    m_x, places = common.hide_words(x, 0.15, special, mask=99, others=50)
-    assert not places[(x == 0) | (x == 7)].any()
-    allowed = (x != 0) & (x != 7)
-    assert places[allowed].float().mean() == pytest.approx(0.15, abs=0.01)
-    assert torch.equal(m_x[~places], x[~places])
-    masked = (m_x == 99)[places].float().mean()
-    stays = (m_x == x)[places].float().mean()
-    assert masked == pytest.approx(0.8, abs=0.02)
-    assert stays == pytest.approx(0.1 + 0.1 / 50, abs=0.015)
-
-    m_x, places = common.hide_words(x, 0.25, special, mask=99)
-    assert (m_x[places] == 99).all() and torch.equal(m_x[~places], x[~places])
-
-
-@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert", "Albert", "Electra", "MPNet",
-                                  "DebertaV2", "ModernBert"])
-def test_the_logits_at_some_places_are_those_of_the_whole_model(kind):
-    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "embedding_size": 16,
-             "num_attention_heads": 2, "intermediate_size": 32, "dim": 16, "n_layers": 1,
-             "n_heads": 2, "hidden_dim": 32, "pad_token_id": 1, "cls_token_id": 2,
-             "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**sizes)
-    model = getattr(transformers, f"{kind}ForMaskedLM")(config).eval()
-    ids = torch.randint(5, 60, (3, 7))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    places = torch.rand(3, 7) < 0.4
-    with torch.no_grad():
-        found = common.logits_at(places, model, inputs)
-        whole = model(**inputs).logits[places]
-    assert found.shape == whole.shape
-    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
-
-
-def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_bert, cache, capsys,
-                                                                        monkeypatch):
-    argv = [*flags_on(toy_bert), "--method", "std"]
-    plain, = tdt.main([*argv, "--output_dir", str(toy_bert / "plain")])
-    monkeypatch.setitem(common.POST_TRAINING, "lr", 5e-3)
-    tdt.main([*argv, "--post_train", "30"])
-    folder, = post_trained_folders(cache)
-    said = capsys.readouterr().out.split("post-training: 60 steps, loss ")[1]
-    first, last = said.split("\n")[0].split(", at the end ")
-    assert float(last) < float(first) - 0.1
-    before = weights_of(toy_bert / "model")
-    after = weights_of(folder)
-    assert before.keys() == after.keys()
-    assert all(not torch.equal(before[name], after[name]) for name in before
-               if "token_type" not in name)
-
-    def never(*args):
-        raise AssertionError("it is made already")
-
-    monkeypatch.setattr(common, "post_train", never)
-    r3f.main([*argv, "--post_train", "30", "--output_dir", str(toy_bert / "r3f")])
-    name = "bert.encoder.layer.0.output.dense.weight"
-    mine = weights_of(toy_bert / "runs/custom/std-0/model")[name]
-    change = (mine - weights_of(toy_bert / "plain/custom/std-0/model")[name]).abs().max()
-    assert change > 0.01                               # beyond what four steps do
-    assert tdt.main([*argv, "--post_train", "30"])[0]["args"]["post_train"] == 30
-    with pytest.raises(UserError, match="other flags: --post_train 30.0"):
-        tdt.main(argv)
-    assert plain["args"]["post_train"] is None
-
-
-def test_other_rows_or_epochs_are_another_post_training(toy_bert, cache):
-    seen = set()
-    found = []
-    for flags in (["--post_train", "0.5"], ["--post_train", "1"],
-                  ["--post_train", "1", "--train_samples", "32"],
-                  ["--post_train", "1", "--dev_samples", "8"], ["--post_train", "1"]):
-        tdt.main(
-            [*flags_on(toy_bert), "--method", "std", "--max_steps", "1", "--overwrite", *flags]
-        )
-        found.append(len(post_trained_folders(cache) - seen))
-        seen = post_trained_folders(cache)
-    assert found[1:] == [1, 1, 1, 0]
-
-
-def test_the_two_sentences_of_a_pair_are_one_row_in_gtuning_too(toy_bert, cache):
-    save_reviews(toy_bert, pairs=True)
-    argv = [*flags_on(toy_bert), "--post_train", "1", "--max_steps", "1", "--output_dir"]
-    before = set()
-    if os.path.exists(os.path.join(cache, "post-trained")):
-        before = post_trained_folders(cache)
-    tdt.main([*argv, str(toy_bert / "a"), "--method", "std"])
-    gtuning.main([*argv, str(toy_bert / "b"), "--method", "adapter", "--no_cache"])
-    assert len(post_trained_folders(cache) - before) == 1
-
-
-def test_a_kill_leaves_no_half_of_a_post_trained_model(toy_bert, cache, monkeypatch):
-    argv = [*flags_on(toy_bert), "--method", "std", "--post_train", "1.5", "--max_steps", "1"]
-    real = common.hide_words
-
-    def killed(*args, **settings):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(common, "hide_words", killed)
-    with pytest.raises(KeyboardInterrupt):
-        tdt.main(argv)
-    monkeypatch.setattr(common, "hide_words", real)
-    tdt.main([*argv, "--resume"])
-    folder = os.path.join(cache, "post-trained")
-    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
-
-
-def test_a_model_without_a_head_for_masked_words_gets_a_fresh_one_and_a_word(
-    toy_bert, cache, capsys
-):
-    save_toy_bert(toy_bert / "model", "BertModel")
-    tdt.main([*flags_on(toy_bert), "--method", "std", "--post_train", "1", "--max_steps", "1"])
-    assert "comes without a head for masked words" in capsys.readouterr().out
-
-
-def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert, cache):
-    argv = [*flags_on(toy_bert), "--method", "std", "--post_train", "1"]
-    with pytest.raises(UserError, match="--post_train: must be a number above 0, got '0'"):
-        tdt.main([*argv, "--post_train", "0"])
-    save_toy_bert(toy_bert / "model", mask_token=None)
-    with pytest.raises(UserError, match="model must have a mask token"):
-        tdt.main([*argv, "--overwrite"])
-
-    config = transformers.GPT2Config(
-        vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=0)
-    save_toy_bert(toy_bert / "model")
-    transformers.GPT2LMHeadModel(config).save_pretrained(toy_bert / "model")
-    with pytest.raises(UserError, match="must be a model that predicts masked words") as error:
-        tdt.main([*argv, "--overwrite"])
-    assert "\n" not in str(error.value)
-
-
-# ------------------------------------------------------------------------- Figure 3, the clouds
-
-def test_the_numbers_of_clouds_by_hand():
-    a = np.array([[0.0, 0.0], [0.0, 2.0]])
-    b = np.array([[3.0, 0.0], [3.0, 2.0]])
-    assert common.separation(a, b) == 3                # means 3 apart, spread 1
-
-    # Points on a line; each has its own original below it, which does not count.
-    originals = np.array([[0.0], [1.0], [5.0], [6.0], [20.0]])
-    classes = np.array([0, 0, 1, 1, 0])
-    assert tdt.nearest_has_class(originals, originals, classes) == 0.8   # 20 is next to 6
-    moved = np.array([[4.9], [1.0], [5.0], [6.0], [20.0]])
-    assert tdt.nearest_has_class(moved, originals, classes) == 0.6       # now 4.9 to 5 as well
-
-
-def encoded(n=12):
-    """A Split of toy rows, of different lengths."""
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    tokenizer = transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
-    rows = data.toy_rows("film", "train").select(range(n))
-    return data.encode(rows, data.TASKS["toy"], tokenizer, 64), tokenizer
-
-
-WORLD = types.SimpleNamespace(
-    rank=0, size=1, put=dict, gather=list, progress=None, say=print)
-
-
-def small_tdt(**options):
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64, initializer_range=0.5)
-    model = transformers.BertForSequenceClassification(config)
-    module = tdt.TDT(model, **options)
-    torch.nn.init.normal_(module.confidence_layer.weight, std=0.8)
-    return module.eval()
-
-
-def test_a_cloud_is_the_last_state_of_cls_of_each_sentence():
-    split, tokenizer = encoded()
-    module = small_tdt()
-    clouds = tdt.clouds_of(module, split, tokenizer.cls_token_id, WORLD, "clouds")
-    assert clouds.states.shape == (3, 12, 16) and clouds.logits.shape == (3, 12, 2)
-    for row in range(12):
-        inputs = split.collate(np.array([row]))
-        inputs.pop("labels")
-        with torch.no_grad():
-            state = module.model.bert(**inputs).last_hidden_state[0, 0]
-            c = module.confidence(**inputs)[..., None]
-            e = module.model.bert.embeddings(inputs["input_ids"])
-        torch.testing.assert_close(torch.tensor(clouds.states[0, row]), state, atol=1e-4, rtol=0)
-        views = {1: c * e + (1 - c) * e.mean(1, keepdim=True), 2: (1 - c) * e}
-        for view, changed in views.items():
-            handle = module.model.bert.embeddings.register_forward_hook(lambda *_: changed)
-            with torch.no_grad():
-                state = module.model.bert(**inputs).last_hidden_state[0, 0]
-            handle.remove()
-            found = torch.tensor(clouds.states[view, row])
-            torch.testing.assert_close(found, state, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("hard", [False, True])
-def test_a_cloud_can_be_made_with_the_confidences_of_another_model(hard):
-    split, tokenizer = encoded()
-    module = small_tdt(hard=hard, mask_token_id=4)
-    own = tdt.clouds_of(module, split, 2, WORLD, "clouds")
-    again = tdt.clouds_of(module, split, 2, WORLD, "clouds", own.c)
-    np.testing.assert_allclose(own.states, again.states, atol=1e-5)
-    assert not np.allclose(own.states[1], own.states[0], atol=1e-2)
-    for value, view in ((1.0, 1), (0.0, 2)):           # all kept: H+ is H; nothing cut: H- is H
-        c = [torch.full_like(part, value) for part in own.c]
-        whole = tdt.clouds_of(module, split, 2, WORLD, "clouds", c).states
-        np.testing.assert_allclose(whole[view], whole[0], atol=1e-5)
-
-
-def test_variants_are_made_as_the_run_was_trained(tmp_path):
-    module = small_tdt()
-    settings = {"mu0": "zero", "variant": "released", "tau": 0.5}
-    results = {"method": "tdt-hard", "args": settings, "metrics": {}}
-    write(tmp_path / "results.json", json.dumps(results))
-    tdt.perturb_as_trained(module, str(tmp_path), 4)
-    assert (module.mu0, module.variant, module.tau) == ("zero", "released", 0.5)
-    assert module.hard and module.mask_token_id == 4
-
-
-def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_bert, capsys):
-    argv = [*flags_on(toy_bert), "--method", "std", "tdt", "tdt-hard"]
-    tdt.main([*argv, "--tsne"])
-    runs = toy_bert / "runs/custom"
-    found = load(runs / "tdt-0/tsne.json")
-    assert found["rows"] == 40 and found["set"] == "validation"
-    assert list(found["values"]) == ["tdt", "std", "tdt-hard"]
-    for numbers in found["values"].values():
-        assert len([name for name in numbers if name.startswith("separation")]) == 3
-        assert all(0 <= numbers[f"accuracy, {name}"] <= 1 for name in tdt.MARKS)
-    score = load(runs / "std-0/results.json")["metrics"]["validation"]["accuracy"]
-    assert found["values"]["std"]["accuracy, original"] == pytest.approx(score, abs=1e-4)
-
-    page = (runs / "tdt-0/tsne.html").read_text()
-    for name in tdt.MARKS:
-        assert page.count(f'<path class="{name}"') == 3 * 40 + 1         # three maps, the legend
-    assert page.count('fill-opacity="0"') > 100 < page.count('fill-opacity="1"')
-    assert (
-        "hollow: of the label a; filled: b" in page and "<script" not in page and "http" not in page
-    )
-    assert "separation of original and negative" in capsys.readouterr().out
-
-    for name in ("tsne.json", "tsne.html"):
-        os.remove(runs / "tdt-0" / name)
-    tdt.main(["--run", str(runs / "tdt-0"), str(runs / "std-0"), "--tsne", "35"])
-    fewer = load(runs / "tdt-0/tsne.json")
-    assert fewer["rows"] == 35 and list(fewer["values"]) == ["tdt", "std"]
-
-
-def test_a_map_that_cannot_be_made_is_refused_in_one_line(toy_bert):
-    argv = flags_on(toy_bert)
-    with pytest.raises(UserError, match="--tsne, --drop: need a run of tdt or tdt-hard"):
-        tdt.main([*argv, "--method", "std", "--tsne"])
-    with pytest.raises(UserError, match="--tsne 9: perplexity 30: must be less than a third"):
-        tdt.main([*argv, "--tsne", "9"])
-    save_reviews(toy_bert, number=True)
-    with pytest.raises(UserError, match="--tsne: must be a task with classes; custom has none"):
-        tdt.main([*argv, "--tsne", "--overwrite"])
-
-
-# ========================================================================  tags, answers, retrieval
+# ============================================================  gtuning.py: tags, answers, retrieval
 
 # ------------------------------------------------------------------------------------------ helpers
 
@@ -6946,659 +7599,6 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
             tmp_path / "other" / "adapter-0")
     with pytest.raises(UserError, match="whose kind is tag"):
         run_on_tags(gtuning, tagger, tmp_path, *tagged, "--method", "self-teach")
-
-
-# =======================================================================================  summaries
-
-# ------------------------------------------------------------------------------------------ helpers
-
-SUMMARIES = ["toy-sum", "toy-sum-food", "cnndm", "gigaword", "tifu-long", "tifu-short", "xsum"]
-
-
-@pytest.fixture(scope="session")
-def tiny_bart(tmp_path_factory):
-    """A random BART of 1 + 1 layers without dropout that knows the toy language, as a folder."""
-    folder = str(tmp_path_factory.mktemp("models") / "tiny-bart")
-    words = [*data.toy_vocabulary(), "\n"]
-    torch.manual_seed(0)
-    config = transformers.BartConfig(
-        vocab_size=len(words), d_model=32, encoder_layers=1, decoder_layers=1,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
-        decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.0, pad_token_id=0, bos_token_id=2,
-        eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=3)
-    transformers.BartForConditionalGeneration(config).save_pretrained(folder)
-    common.toy_tokenizer(words).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory):
-    """60 rows to train on and 20 to validate, of the toy language: flags that name them."""
-    folder = tmp_path_factory.mktemp("files")
-    flags = ["--text_columns", "document", "--target_column", "summary", "--name", "own"]
-    for flag, split, n in (("--train_file", "train", 60), ("--validation_file", "test", 20)):
-        rows = data.toy_summaries("film", split).select(range(n))
-        lines = []
-        for i, row in enumerate(rows):
-            lines.append({"id": f"{split} {i}", "document": row["text"], "summary": row["label"]})
-        flags += [flag, write_rows(folder / f"{split}.jsonl", lines)]
-    return flags
-
-
-def summary_settings(**given):
-    """The flags that data.py reads, of the toy summaries."""
-    return settings(**{"task": "toy-sum", "batch_size": None, **given})
-
-
-def summary_own(train, validation=None, **given):
-    columns = {"text_columns": ["document"], "target_column": "summary"}
-    return own(train, validation, **{"batch_size": None, **columns, **given})
-
-
-def summarise(model, out, *more):
-    """r3f.py in this process. Returns the results."""
-    argv = ["--model", model, "--output_dir", out, "--precision", "fp32", "--seeds", 0, *more]
-    return r3f.main([str(word) for word in argv])
-
-
-def split_of_both(lengths, target_lengths):
-    """A Split of rows of these lengths; all tokens of row r are r + 5."""
-    fields = {}
-    for name, sizes, fill in (("input_ids", lengths, 1), ("attention_mask", lengths, 0),
-                              ("labels", target_lengths, -100)):
-        sizes = np.asarray(sizes)
-        values = np.repeat(np.arange(len(sizes)) + 5, sizes).astype(np.int32)
-        if name == "attention_mask":
-            values = np.ones_like(values)
-        fields[name] = data.Field(values, np.concatenate([[0], np.cumsum(sizes)]), fill)
-    return data.Split(fields, has_targets=True)
-
-
-def random_split(n, seed=0, low=5, high=40):
-    rng = np.random.default_rng(seed)
-    return split_of_both(rng.integers(low, high, n), rng.integers(2, 12, n))
-
-
-def predictions_of(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
-
-
-# -------------------------------------------------------------------------------------------- ROUGE
-
-@pytest.mark.parametrize("prediction, reference, rouge1, rouge2, rouge_l_sum", [
-    ("the cat sat on the mat", "the cat was on the mat", .8333, .6, .8333),
-    ("police killed the gunman", "the gunman was killed by police", .8, .25, .4),
-    ("He runs daily.\nShe was running.", "She runs.\nHe was running daily.", 1, .2, 1),
-    ("a b c d\na c e", "a b c\nc e d", .9231, .5455, .9231),
-    ("U.S. state-of-the-art, 3.5%", "us state of the art 3.5", .8, .7692, .8),
-    ("", "a reference", 0, 0, 0),
-    ("...", "a reference", 0, 0, 0),
-    ("one", "one", 1, 0, 1),
-])
-def test_rouge_by_hand(prediction, reference, rouge1, rouge2, rouge_l_sum):
-    """Without a stemmer: "running" is not "runs". Values by hand and by the rouge-score package."""
-    scores = data.rouge(prediction, reference)
-    assert list(scores) == ["rouge1", "rouge2", "rougeLsum"]
-    assert list(scores.values()) == pytest.approx([rouge1, rouge2, rouge_l_sum], abs=5e-5)
-
-
-def test_lines_are_sentences_of_rouge_l():
-    """Two sentences in the other order: as lines all their words are found, as one line half."""
-    reference = "a b c d\ne f g h"
-    assert data.rouge("e f g h\na b c d", reference)["rougeLsum"] == 1
-    assert data.rouge("e f g h a b c d", "a b c d e f g h")["rougeLsum"] == 0.5
-
-
-def test_a_word_counts_no_more_often_than_it_stands_in_either_text():
-    """Both predicted lines hit "a b", but there is one of them in the reference."""
-    assert data.rouge("a b\na b", "a b")["rougeLsum"] == pytest.approx(2 * 2 / 6)
-    assert data.rouge("a b", "a b\na b")["rougeLsum"] == pytest.approx(2 * 2 / 6)
-
-
-def test_common_in_order_is_a_longest_common_subsequence():
-    rng = random.Random(0)
-    for _ in range(200):
-        a = [rng.choice("abcd") for _ in range(rng.randint(0, 9))]
-        b = [rng.choice("abcd") for _ in range(rng.randint(0, 9))]
-
-        @functools.cache
-        def longest(i, j):
-            if i == len(a) or j == len(b):
-                return 0
-            if a[i] == b[j]:
-                return 1 + longest(i + 1, j + 1)
-            return max(longest(i + 1, j), longest(i, j + 1))
-
-        places = sorted(data.common_in_order(a, b))
-        assert len(places) == longest(0, 0)
-        rest = iter(b)
-        assert all(a[i] in rest for i in places)       # in the order of b
-
-
-def test_scores_are_means_over_all_rows_the_empty_ones_too():
-    rows = datasets.Dataset.from_dict({"label": ["a b", "c d"]})
-    split = argparse.Namespace(column=lambda name: list(rows[name]))
-    scores = data.score_texts(data.TASKS["xsum"], None, ["a b", ""], split)
-    assert scores == {"rouge1": 0.5, "rouge2": 0.5, "rougeLsum": 0.5}
-
-
-# ------------------------------------------------------------------------------------------ reading
-
-@pytest.mark.parametrize("name", SUMMARIES)
-def test_a_summary_task_has_what_decoding_needs(name):
-    task = data.TASKS[name]
-    assert task.kind == "generate" and task.metrics == data.ROUGE
-    assert 0 < task.decoding.longest < task.target_length
-    assert task.decoding.shortest < task.decoding.longest
-    if not name.startswith("toy"):
-        assert task.further == f"{name}:test"
-
-
-def test_rows_are_source_and_summary(monkeypatch):
-    table = datasets.Dataset.from_dict(
-        {"article": ["a\nb", "c"], "highlights": [" one .\ntwo .\n", None], "id": ["x", "y"]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: table)
-    rows = data.read(data.TASKS["cnndm"], "train", "cnndm", summary_settings())
-    assert rows[:] == {"article": ["a\nb", "c"], "label": ["one .\ntwo .", ""], "id": ["x", "y"]}
-
-
-def test_tifu_is_read_in_slices_of_its_parquet_export(monkeypatch):
-    calls = []
-
-    def load_dataset(path, **more):
-        calls.append({"path": path, **more})
-        return datasets.Dataset.from_dict({"documents": ["a"], "tldr": ["b"]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    args = summary_settings(task="tifu-long", eval_tasks=["tifu-long:test"])
-    rows = data.load(args)
-    assert list(rows.own) == ["validation"] and list(rows.further) == ["test"]
-    for call, part in zip(calls, ["train[:80%]", "train[80%:90%]", "train[90%:]"]):
-        assert call == {"path": "ctr4si/reddit_tifu", "revision": "refs/convert/parquet",
-                        "data_files": {"train": "long/train/*.parquet"}, "split": part}
-
-
-def test_own_files_have_a_target_column(tmp_path):
-    path = write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": "b"}] * 3)
-    rows = data.load(summary_own(path, max_target_length=20))
-    assert rows.task.kind == "generate" and rows.train["label"][:] == ["b"] * 3
-    assert rows.task.target_length == rows.task.decoding.longest == 20
-    assert data.load(summary_own(path)).task.target_length == 128
-
-
-def test_a_target_column_that_is_missing_is_refused(tmp_path):
-    path = write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": "b"}] * 3)
-    message = refusal(data.load, summary_own(path, target_column="tldr"))
-    assert message == (f"--target_column tldr: no column 'tldr' (--target_column) in {path}, which "
-                       "has ['document', 'summary']")
-
-
-@pytest.mark.parametrize("empty", ["", " \n ", None])
-def test_an_empty_summary_is_refused_with_its_row_but_for_prediction(empty, tmp_path):
-    good = write_rows(tmp_path / "good.jsonl", [{"document": "a", "summary": "b"}] * 3)
-    rows = [{"document": "a", "summary": "b"}, {"document": "a", "summary": empty}]
-    bad = write_rows(tmp_path / "bad.jsonl", rows)
-    words = "row 2 has a hidden label (-1, an empty text, or no column 'summary')"
-    assert refusal(data.load, summary_own(bad, good)).startswith(f"{bad}: {words}")
-    assert refusal(data.load, summary_own(good, bad)).startswith(f"{bad}: {words}")
-    given = summary_settings(eval_tasks=["xsum"], local_file=[f"xsum={bad}"])
-    message = refusal(data.load_further, given, data.TASKS["toy-sum"])
-    assert message.startswith(f"--eval_tasks xsum: split validation: {words}")
-    assert data.load(summary_own(good, test_file=bad)).unscored["test"]["label"][:] == ["b", ""]
-
-
-def test_a_summary_that_is_no_text_is_refused(tmp_path):
-    path = write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": {"b": 1}}])
-    message = refusal(data.load, summary_own(path))
-    assert message == f"{path}: row 1: column 'summary' must hold texts, has {{'b': 1}}"
-
-
-# --------------------------------------------------------------------------- encoding and the batch
-
-def test_sources_and_targets_are_cut_each_at_its_length(tiny_bart, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bart)
-    sources = ["good plot .", "bad cast , bad plot , bad scene .", "witty script ."]
-    targets = ["good plot .", "bad cast .", "good script .\ngood script ."]
-    rows = datasets.Dataset.from_dict({"text": sources, "label": targets})
-    split = data.encode(rows, data.TASKS["toy-sum"], tokenizer, 8, max_target_length=6)
-    batch = split.collate(np.arange(3))
-
-    word = tokenizer.get_vocab()
-    begin, end = word["[CLS]"], word["[SEP]"]
-    good = [word[name] for name in "good plot .".split()]
-    assert split.cut == 2
-    assert split.lengths.tolist() == [5, 8, 5]
-    assert split.target_lengths.tolist() == [5, 5, 6]
-    assert batch["input_ids"][0].tolist() == [begin, *good, end, 0, 0, 0]
-    assert batch["labels"][0].tolist() == [begin, *good, end, -100]
-    assert batch["labels"][2].tolist() == [
-        begin, word["good"], word["script"], word["."], word["\n"], end]
-    assert batch["attention_mask"].sum(1).tolist() == [5, 8, 5]
-
-
-def test_a_line_break_is_a_word_of_the_toy_language(tiny_bart):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bart)
-    text = "good cast , plot .\nbad ending ."
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
-    assert tokenizer.unk_token_id not in ids
-    assert data.collect_texts(ids, None, tokenizer) == [text]
-
-
-def test_padded_batches_are_as_wide_as_they_can_be(cache):
-    split = random_split(40)
-    batches = data.Batches(split, 8, 0, batching="padded", width=50, target_width=20)
-    inputs, = batches[0]
-    assert inputs["input_ids"].shape == (8, 50) and inputs["labels"].shape == (8, 20)
-
-
-@pytest.mark.parametrize("world", [1, 3])
-@pytest.mark.parametrize("batching", ["length", "random"])
-def test_batches_by_tokens_hold_every_row_once_and_keep_the_budget(world, batching):
-    split = random_split(500)
-    sizes = split.lengths + split.target_lengths
-    parts = [data.Batches(split, None, 7, rank, world, tokens=300, batching=batching)
-             for rank in range(world)]
-    per_epoch = parts[0].per_epoch
-    assert per_epoch == -(-sizes.sum() // 300)
-    for epoch in range(2):
-        seen = collections.Counter()
-        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-            rows = parts[0].rows(step)
-            assert abs(sizes[rows].sum() - sizes.sum() / per_epoch) <= sizes.max()
-            mine = []
-            for part in parts:
-                inputs, = part[step]
-                mine += (inputs["input_ids"][:, 0] - 5).tolist()
-            assert sorted(mine) == sorted(rows.tolist())
-            seen.update(mine)
-        assert sorted(seen) == list(range(500)) and set(seen.values()) == {1}
-
-
-def test_the_order_of_batches_by_tokens_is_a_function_of_seed_and_epoch():
-    def order(seed, step, world=1):
-        batches = data.Batches(random_split(200), None, seed, 0, world, tokens=300)
-        return batches.rows(step).tolist()
-
-    per_epoch = data.Batches(random_split(200), None, 0, tokens=300).per_epoch
-    assert order(0, 5) == order(0, 5) == order(0, 5, world=2)
-    assert order(0, 5) != order(1, 5) and order(0, 5) != order(0, 5 + per_epoch)
-
-
-def test_every_process_has_a_row_in_every_batch_or_it_is_refused():
-    split = split_of_both([90] * 30 + [5] * 30, [10] * 60)                    # 3450 tokens
-    message = refusal(lambda: data.Batches(split, None, 0, 0, 4, tokens=200))
-    assert message == ("--batch_tokens 200: the rows have 58 tokens on average; must be at least "
-                       "230, a row for each of 4 processes")
-    batches = data.Batches(split, None, 0, 0, 4, tokens=230)
-    sizes = [len(batches.rows(step)) for step in range(batches.per_epoch)]
-    assert batches.per_epoch == 15 and min(sizes) >= 4 and sum(sizes) == 60
-
-
-def test_a_row_that_is_longer_than_two_batches_leaves_none_empty():
-    split = split_of_both([90] + [5] * 40, [5] * 41)
-    for seed in range(5):
-        batches = data.Batches(split, None, seed, tokens=30, batching="random")
-        sizes = [len(batches.rows(step)) for step in range(batches.per_epoch)]
-        assert min(sizes) == 1 and sum(sizes) == 41
-
-
-def real_share(batches):
-    """Real tokens of all that are computed in the first epoch, on either side."""
-    split = batches.split
-    computed = np.zeros(2)
-    for step in range(batches.per_epoch):
-        rows = batches.rows(step)[batches.rank::batches.world]
-        computed[0] += len(rows) * split.lengths[rows].max()
-        computed[1] += len(rows) * split.target_lengths[rows].max()
-    return split.lengths.sum() / computed[0], split.target_lengths.sum() / computed[1]
-
-
-@pytest.mark.parametrize("name, source, spread, target, target_spread, n", [
-    ("gigaword", 38, 12, 13, 4.4, 200000),
-    ("xsum", 480, 290, 29, 7.3, 1000),
-])
-def test_95_of_100_computed_tokens_are_real_on_both_sides(name, source, spread, target,
-                                                          target_spread, n):
-    """Means and deviations of real texts, in a BPE of 16000 words; 2048 tokens a batch."""
-    rng = np.random.default_rng(0)
-    shape = (source / spread)**2
-    lengths = rng.gamma(shape, source / shape, n).round().clip(6, 1024).astype(int)
-    targets = rng.normal(target, target_spread, n).round().clip(4, 64).astype(int)
-    fields = {
-        "input_ids": data.Field(None, np.concatenate([[0], np.cumsum(lengths)]), 1),
-        "labels": data.Field(None, np.concatenate([[0], np.cumsum(targets)]), -100)}
-    batches = data.Batches(data.Split(fields, has_targets=True), None, 0, tokens=2048)
-    on_source, on_target = real_share(batches)
-    assert on_source > 0.95 and on_target > 0.95
-
-
-def test_rows_of_a_fixed_number_are_sorted_on_both_sides_too():
-    split = random_split(4000)
-    by_length = real_share(data.Batches(split, 8, 0))
-    at_random = real_share(data.Batches(split, 8, 0, batching="random"))
-    assert min(by_length) > 0.9 and max(at_random) < 0.7
-
-
-def test_real_and_computed_tokens_count_both_sides():
-    split = split_of_both([5, 9], [2, 4])
-    batches = data.Batches(split, 2, 0)
-    batch, = batches[0]
-    assert batch["labels"].shape == (2, 4)
-    assert (batches.real, batches.computed) == (5 + 9 + 2 + 4, 2 * 9 + 2 * 4)
-
-
-def test_a_sample_of_texts_is_seeded():
-    split = random_split(100)
-    chosen = data.subset(split, 10, 0)
-    assert len(set(chosen)) == 10 and chosen.tolist() == sorted(chosen)
-    assert chosen.tolist() == data.subset(split, 10, 0).tolist()
-    assert chosen.tolist() != data.subset(split, 10, 1).tolist()
-
-
-@pytest.mark.parametrize("flags", [[], ["--batch_size", "8"], ["--batch_tokens", "99"]])
-def test_a_batch_has_a_size_or_tokens(flags, files):
-    args = common.parse(r3f.flags(), [*files, *flags], r3f.recipe)
-    wanted = {"": (None, 2048), "--batch_size": (8, None), "--batch_tokens": (None, 99)}
-    assert (args.batch_size, args.batch_tokens) == wanted[flags[0] if flags else ""]
-
-
-def test_micro_batches_of_unlike_targets_give_the_same_gradient(tiny_bart, cache):
-    """The mean is over the real tokens of the whole batch."""
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_bart)
-    module = r3f.R3F(model, lam=0.0, label_smoothing=0.1).train()
-    split = split_of_both([9, 5, 7, 6], [2, 9, 3, 4])
-    world = common.World(argparse.Namespace(batch_size=None, compile=False, precision="fp32"))
-    gradients = []
-    for micro in (4, 1):
-        model.zero_grad()
-        batch = data.Batches(split, 4, 0, micro=micro)[0]
-        loss, _ = common.backward(module, batch, world)
-        gradients.append((loss, model.model.shared.weight.grad.clone()))
-    (loss, gradient), (other_loss, other) = gradients
-    torch.testing.assert_close(loss, other_loss)
-    torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-5)
-
-
-# ----------------------------------------------------------------------------------------- decoding
-
-class Writer:
-    """Stands in for a model: remembers how it was asked."""
-
-    def __init__(self, limit):
-        self.config = argparse.Namespace(max_position_embeddings=limit)
-
-    def generate(self, **asked):
-        self.asked = asked
-
-
-@pytest.mark.parametrize("name, limit, wanted", [
-    ("cnndm", 1024, {"num_beams": 4, "length_penalty": 2.0, "min_length": 56, "max_length": 142,
-                     "no_repeat_ngram_size": 3, "early_stopping": True, "do_sample": False}),
-    ("gigaword", None, {"num_beams": 4, "length_penalty": 1.0, "min_length": 6, "max_length": 34,
-                        "no_repeat_ngram_size": 0}),
-    ("xsum", 20, {"num_beams": 6, "min_length": 11, "max_length": 20, "no_repeat_ngram_size": 3}),
-])
-def test_texts_are_written_as_the_task_says(name, limit, wanted):
-    """cnndm's are the lengths of the config of facebook/bart-large-cnn."""
-    model = Writer(limit)
-    data.decoded(model, data.TASKS[name])(input_ids="ids")
-    assert model.asked["input_ids"] == "ids"
-    assert {**model.asked, **wanted} == model.asked
-
-
-def test_beams_times_batch_fit():
-    for name in SUMMARIES:
-        task = data.TASKS[name]
-        size = data.KINDS["generate"].eval_size(task)
-        assert size["most"] * task.decoding.beams <= 256
-        assert size["tokens"] * task.decoding.beams <= 32768
-
-
-def test_predictions_are_a_json_object_a_line(tmp_path):
-    rows = datasets.Dataset.from_dict({"label": ["wanted\ntwo", ""], "id": ["x", "y"]})
-    split = argparse.Namespace(
-        column=lambda name: list(rows[name]) if name in rows.column_names else None)
-    task = data.TASKS["xsum"]
-    path = data.write_texts(str(tmp_path), "test", task, ["written \u00e9\ntwo", "b"], split)
-    assert path == f"{tmp_path}/predictions-test.jsonl"
-    assert predictions_of(path) == [
-        {"id": "x", "prediction": "written \u00e9\ntwo", "reference": "wanted\ntwo"},
-        {"id": "y", "prediction": "b", "reference": None}]
-    rows = rows.remove_columns("id")
-    data.write_texts(str(tmp_path), "test", task, ["a", "b"], split)
-    assert [line["id"] for line in predictions_of(path)] == [0, 1]
-
-
-# --------------------------------------------------------------------------------------- whole runs
-
-def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, cache, monkeypatch):
-    """Batches by tokens; a sample is scored during training, all rows at the end."""
-    scored = []
-    real = data.score_texts
-
-    def score(task, trained, kept, split):
-        scored.append(len(kept))
-        return real(task, trained, kept, split)
-
-    watched = dataclasses.replace(data.KINDS["generate"], score=score)
-    monkeypatch.setitem(data.KINDS, "generate", watched)
-    unlabelled = write_rows(tmp_path / "t.jsonl", [{"document": "good plot ."}])
-    flags = ("--method std r3f --batch_tokens 400 --max_steps 6 --eval_every 3 --eval_samples 5 "
-             "--lr 1e-3 --eval_tasks toy-sum-food --max_target_length 10 --log_every 2").split()
-    flags += ["--test_file", unlabelled, "--local_file", f"toy-sum-food={food_file(tmp_path)}"]
-    results = summarise(tiny_bart, tmp_path, *files, *flags)
-    assert scored == [5, 5, 20, 3] * 2
-    for result in results:
-        folder = tmp_path / "own" / f"{result['method']}-0"
-        assert list(result["metrics"]) == ["validation", "toy-sum-food"]
-        assert result["main_metric"] == "rouge1" and result["args"]["batch_size"] is None
-        assert result["padding_efficiency"] > 0.8
-        assert [line["step"] for line in log_of(folder, "metrics")] == [3, 6]
-        assert all(line["examples_per_second"] > 0 for line in log_of(folder))
-
-        written = predictions_of(folder / "predictions-validation.jsonl")
-        assert [line["id"] for line in written] == [f"test {i}" for i in range(20)]
-        scores = [data.rouge(line["prediction"], line["reference"])["rouge1"] for line in written]
-        assert np.mean(scores) == pytest.approx(result["metrics"]["validation"]["rouge1"])
-        assert len(predictions_of(folder / "predictions-toy-sum-food.jsonl")) == 3
-        line, = predictions_of(folder / "predictions-test.jsonl")
-        assert line["reference"] is None
-
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "model")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
-        source = open(files[files.index("--validation_file") + 1]).readline()
-        inputs = tokenizer(json.loads(source)["document"], return_tensors="pt")
-        ids = model.generate(**inputs, num_beams=4, max_length=12, early_stopping=True)
-        assert data.collect_texts(ids, None, tokenizer) == [written[0]["prediction"]]
-
-
-def food_file(folder):
-    rows = data.toy_summaries("food", "test").select(range(3))
-    lines = [{"text": row["text"], "summary": row["label"]} for row in rows]
-    return write_rows(folder / "food.jsonl", lines)
-
-
-def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(
-    tiny_bart, files, tmp_path, cache, monkeypatch
-):
-    flags = [*files, "--method", "r3f", "--batch_tokens", 300, "--max_steps", 7, "--save_every", 2,
-             "--eval_every", 3, "--eval_samples", 4, "--max_target_length", 8, "--lr", 1e-3]
-    whole, = summarise(tiny_bart, tmp_path / "whole", *flags)
-
-    steps = [3, 5]
-
-    def finish(self, *given):
-        raise KeyError("killed")
-
-    with monkeypatch.context() as dying:
-        killed_at(dying, steps)
-        while steps:
-            with pytest.raises(KeyError):
-                summarise(tiny_bart, tmp_path / "parts", *flags, "--resume")
-        dying.setattr(common.Run, "finish", finish)
-        with pytest.raises(KeyError):
-            summarise(tiny_bart, tmp_path / "parts", *flags, "--resume")
-    parts, = summarise(tiny_bart, tmp_path / "parts", *flags, "--resume")
-    assert parts["metrics"] == whole["metrics"]
-    assert parts["padding_efficiency"] == whole["padding_efficiency"]
-    assert parts["best"]["step"] == whole["best"]["step"]
-    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-
-
-def test_init_from_keeps_the_words_that_writing_shares_with_reading(tiny_bart, files, tmp_path,
-                                                                    cache):
-    """A model that writes has no head of its own to draw afresh."""
-    summarise(tiny_bart, tmp_path, *files, "--method", "std", "--max_steps", 1, "--batch_size", 8,
-        "--max_target_length", 8)
-    folder = tmp_path / "own/std-0"
-    again, = summarise("unused", tmp_path / "again", *files, "--method", "std", "--max_steps", 1,
-                 "--batch_size", 8, "--lr", 1e-30, "--max_target_length", 8, "--init_from", folder)
-    assert again["steps"] == 1
-    assert_same_weights(weights(tmp_path / "own"), weights(tmp_path / "again/own"), 1e-12)
-
-
-def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
-    """Also where the old one would fit, as in a chain of tasks with two classes each."""
-    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_folder)
-    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
-    tuned.save_pretrained(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
-    setup = argparse.Namespace(
-        kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=tokenizer)
-    world = argparse.Namespace(device="cpu", say=print)
-    heads = []
-    for seed in (0, 0, 1):
-        args = argparse.Namespace(
-            path=str(tmp_path), model="m", init_from="run", weight_noise=0.0,
-            post_train=None)
-        model = common.load_model(args, setup, seed, world)
-        torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight,
-                                   tuned.bert.embeddings.word_embeddings.weight)
-        heads.append(model.classifier.weight)
-    assert heads[0].abs().max() < 0.2
-    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-
-
-# ---------------------------------------------------------------------------------------- bad input
-
-def test_a_model_without_a_decoder_is_refused(tiny_folder, files, tmp_path, cache):
-    message = refusal(summarise, tiny_folder, tmp_path, *files)
-    assert message == (f"--model {tiny_folder}: a bert has no decoder, which own needs to write "
-                       "texts; must be a model such as facebook/bart-large")
-
-
-@pytest.mark.parametrize("method, others", [("r4f", "std or r3f"), ("smart", "std or r3f")])
-def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files, tmp_path, cache):
-    message = refusal(summarise, tiny_bart, tmp_path, *files, "--method", method)
-    assert message.startswith(f"--method {method}: must be {others} for own, whose kind is "
-                              "generate: R4F finds no head of its own there (paper, section 3.2)")
-
-
-@pytest.mark.parametrize("flags, words", [
-    ("--task toy-sum --target_column x", "--target_column x: is for your own files"),
-    ("--task toy --batch_tokens 9", "--batch_tokens 9: is for texts that are written; toy needs "
-                                      "--batch_size"),
-    ("--task toy-sum --max_target_length 65", "--max_target_length 65: must be from 4 to 64, the "
-                                              "limit of"),
-    ("--task toy-sum --batch_tokens 9 --batch_size 9", "--batch_size: not allowed with argument "
-                                                       "--batch_tokens"),
-    ("--task toy-sum --batch_tokens 9", "--batch_tokens 9: the rows have"),
-    ("--task toy-sum --reduction mean", "--reduction: invalid choice: 'mean'"),
-    ("--task toy-sum --label_smoothing 0.6", "--label_smoothing: must be a number from 0 to 0.5"),
-    ("--task toy-sum --eval_tasks toy", "--eval_tasks toy: is of the kind classify, the trained "
-                                        "task generate"),
-    ("--task toy-sum --eval_samples 0", "--eval_samples: must be a whole number from 1"),
-])
-def test_wrong_flags_are_refused_in_one_line_of_summaries(flags, words, tiny_bart, tmp_path, cache):
-    assert refusal(summarise, tiny_bart, tmp_path, *flags.split()).startswith(words)
-
-
-# ------------------------------------------------------------------------- recipes and the toy task
-
-@pytest.mark.parametrize("task, tokens, steps, warmup", [
-    ("cnndm", 1024, 80000, 1000), ("gigaword", 2048, 200000, 5000),
-    ("tifu-long", 2048, 200000, 5000), ("tifu-short", 2048, 200000, 5000),
-])
-def test_recipes_are_those_of_tables_7_and_8(task, tokens, steps, warmup):
-    args = common.parse(r3f.flags(), ["--task", task], r3f.recipe)
-    assert (args.batch_tokens, args.max_steps, args.warmup) == (tokens, steps, warmup)
-    assert (args.lr, args.betas, args.adam_eps) == (3e-5, [0.9, 0.98], 1e-8)
-    assert (args.weight_decay, args.grad_clip, args.batch_size) == (0.01, 0.1, None)
-    assert args.model == "facebook/bart-large" and args.eval_tasks == [f"{task}:test"]
-
-
-def test_methods_get_the_flags_of_summaries(tiny_bart):
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_bart)
-    flags = ["--label_smoothing", "0.2", "--reduction", "sentence", "--lam", "0.3"]
-    args = common.parse(r3f.flags(), flags, r3f.recipe)
-    for method, lam in (("std", 0.0), ("r3f", 0.3)):
-        module = r3f.build_method(method, model, args)
-        assert (module.lam, module.label_smoothing, module.reduction) == (lam, 0.2, "sentence")
-
-
-def test_a_recipes_lengths_give_way_to_the_models(tiny_bart, files, cache):
-    args = common.parse(r3f.flags(), [*files, "--model", tiny_bart], r3f.recipe)
-    assert args.max_length == 1024
-    world = argparse.Namespace(first=None)
-    common.load_tokenizer(args, world, data.load(args).task)
-    assert (args.max_length, args.max_target_length) == (64, 64)
-
-
-def test_toy_summaries_say_what_is_praised_and_what_is_blamed():
-    opinions = [(True, "cast"), (False, "plot"), (True, "scene")]
-    assert data.toy_summary(opinions) == "good cast , scene .\nbad plot ."
-    assert data.toy_summary(opinions[1:2]) == "bad plot ."
-    rows = data.toy_summaries("food", "train")
-    assert rows[:5] == data.toy_summaries("food", "train")[:5] and len(rows) == 320
-    good = {*data.TOY_WORDS["both"][0], *data.TOY_WORDS["food"][0]}
-    for row in rows:
-        lines = dict(line.split(" ", 1) for line in row["label"].split("\n"))
-        praised = lines.get("good", "").split()
-        blamed = lines.get("bad", "").split()
-        for phrase in row["text"].removesuffix(" .").split(" , "):
-            words = phrase.split()
-            praises = (words[-2] in good) != ("not" in words)
-            assert words[-1] in (praised if praises else blamed)
-
-
-class Restorer(torch.nn.Module):
-    """Stands in for a BART: remembers what it is to restore."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen = []
-
-    def forward(self, **inputs):
-        self.seen.append(inputs)
-        return argparse.Namespace(loss=self.weight.sum())
-
-
-def test_denoising_restores_a_third_of_the_words():
-    ids = torch.randint(5, 60, (100, 12))
-    ids[:, 0] = 2
-    ids[:50, 8:] = 0
-    model = Restorer()
-    common.learn_to_restore(model, ids, steps=4)
-    for inputs in model.seen:
-        damaged, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
-        assert ((labels == -100) == (mask == 0)).all()
-        whole = labels.masked_fill(labels == -100, 0)
-        hidden = damaged != whole
-        assert (damaged[hidden] == 4).all() and (whole[hidden] > 4).all()
-        assert 0.25 < hidden.sum() / (whole > 4).sum() < 0.42
-
-
-def test_the_toy_task_runs_with_its_own_model(tmp_path, cache, monkeypatch):
-    """Its pre-training is cut short here."""
-    real = common.learn_to_restore
-    monkeypatch.setattr(common, "learn_to_restore", lambda model, ids: real(model, ids, steps=3))
-    results = summarise("toy-sum", tmp_path, "--task", "toy-sum", "--max_steps", 2, "--eval_tasks",
-                  "toy-sum-food", "--local_file", f"toy-sum-food={food_file(tmp_path)}",
-                  "--method", "std", "--max_target_length", 8)
-    assert list(results[0]["metrics"]) == ["validation", "toy-sum-food"]
-    assert len(glob.glob(f"{cache}/toy-bart/*/config.json")) == 1
 
 
 # =========================================================================  processes of their own
