@@ -69,6 +69,9 @@ Choices, where the paper is silent (its authors released no code):
     tokens whatever --pooling; --retrieve_layer takes the mean of a block of g in its place.
 16. Figure 2 (--embed): t-SNE as in the paper. It keeps no distances, so a table of numbers that are
     computed on the vectors stands beside it, with those of f before training.
+17. What the cache can save: a round with T 5 on SST-2 (MiniLM, 32 rows) takes 397 GFLOP without
+    it and 139 with it, those of h and D, so at most 2.85 times less (2.5 in measured time). g has 6
+    layers there; with 24 of the same width it would be 8 times.
 """
 import copy
 import dataclasses
