@@ -391,9 +391,17 @@ def with_decoder_inputs(model, labels, inputs):
 
 def logits_of(model, inputs):
     """One pass: (B, C), (B, n, C) or (B, m, V)."""
-    if "decoder_input_ids" in inputs:
+    if "decoder_input_ids" not in inputs:
+        return model(**inputs).logits
+    bias = getattr(model, "final_logits_bias", None)                # (1, V)
+    head = model.get_output_embeddings()
+    if bias is None or head.bias is not None:
         return model(**inputs, use_cache=False).logits              # it is for decoding, and large
-    return model(**inputs).logits
+
+    # What BART and its kin do, but for a second tensor of the logits' size, in fp32 whatever the
+    # autocast, which their sum with the bias would be.
+    states = model.base_model(**inputs, use_cache=False).last_hidden_state
+    return F.linear(states, head.weight, bias[0])                   # (B, m, V)
 
 
 # --------------------------------------------------------------------------  shared with its rivals

@@ -3144,9 +3144,9 @@ def passes_of(method, labels, inputs):
     seen = []
 
     def hook(module, args, settings):
-        seen.append(len(settings["input_ids"]))
+        seen.append(len(args[0] if args else settings["input_ids"]))
 
-    handle = method.model.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = method.model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
     method(labels, **inputs)
     handle.remove()
     return seen
@@ -3407,6 +3407,25 @@ def test_r4f_refuses_a_head_that_it_cannot_bound():
         r3f.spectral_normalize(tiny().base_model)
     with pytest.raises(ValueError, match="ParametrizationList"):
         r3f.spectral_normalize(r3f.spectral_normalize(tiny()))
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_logits_of_a_generator_are_the_models_own(name):
+    """Also with a bias on them; under autocast in bf16, half the size."""
+    torch.manual_seed(0)
+    kind, settings = GENERATORS[name]
+    model = built("AutoModelForSeq2SeqLM", kind, settings).eval()
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()
+    labels = torch.randint(6, 99, (3, 5))
+    ids = torch.randint(6, 99, (3, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    wanted = model(**inputs, labels=labels).logits
+    inputs = r3f.with_decoder_inputs(model, labels, inputs)
+    assert torch.allclose(r3f.logits_of(model, inputs), wanted, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = r3f.logits_of(model, inputs)
+    assert logits.dtype == torch.bfloat16 and torch.allclose(logits.float(), wanted, atol=0.1)
 
 
 @pytest.mark.parametrize("name", GENERATORS)
