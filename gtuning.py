@@ -59,7 +59,14 @@ Choices, where the paper is silent (its authors released no code):
     --pooling mean takes the mean before the LayerNorm, so its length is the same.
 12. "Adam" is all that the paper says of f's rate. --schedule decay: one warm-up and one linear
     decay to 0 over the N steps on f, so phase 3 begins at about half the rate, while D's stays.
-    constant: --lr after the warm-up.
+    constant: --lr after the warm-up. Measured on the toy task (8 seeds: mean and deviation, median,
+    and how many of the best states are of phase 3):
+
+                    films           food                   phase 3
+        decay       90.2 +- 0.3     86.9 +- 0.8 (86.9)     2
+        constant    90.4 +- 0.2     84.5 +- 7.6 (87.6)     5
+
+    At a constant rate one run has 65.9 on food, with 90.5 on films; hence decay.
 13. Algorithm 1 returns the f of its last step: --keep last. --keep best is choice 8.
 14. Self-Teach is FILTER's loss (Fang et al., 2021), whose teacher sees translations; the paper
     does not say what it sees here. It is x_u; of pairs two neighbouring sentences of M. The
