@@ -79,6 +79,31 @@ Choices, where the paper is silent (its authors released no code):
 17. What the cache can save: a round with T 5 on SST-2 (MiniLM, 32 rows) takes 397 GFLOP without
     it and 139 with it, those of h and D, so at most 2.85 times less (2.5 in measured time). g has 6
     layers there; with 24 of the same width it would be 8 times.
+
+The third loop of Algorithm 1 in a project of your own, with tokenized x_t and x_u (general text):
+
+    f = GTuning(AutoModel.from_pretrained(name), num_labels=2)
+    D = Discriminator(f.config.hidden_size)
+    f_optimizer = torch.optim.AdamW(f.trained.parameters(), lr=1e-4)
+    d_optimizer = torch.optim.Adam(D.parameters(), lr=1e-4)
+    for x_t, y_t, x_u in batches:
+        D.requires_grad_(False)
+        general = {f"u_{name}": value for name, value in x_u.items()}
+        loss, stats = f(y_t, D, beta=0.5, **x_t, **general)              # Eq. 6
+        loss.backward()
+        f_optimizer.step()
+        f_optimizer.zero_grad()
+        D.requires_grad_(True)
+        for t in range(5):                                               # T
+            with torch.no_grad():
+                f_t = f.eval().features(**x_t)
+                f_u = f.features(**x_u)
+            loss, stats = discriminator_loss(D, f_t, f_u)                # Eq. 3
+            loss.backward()
+            d_optimizer.step()
+            d_optimizer.zero_grad()
+        f.train()
+    f.save_pretrained("my-f")           # GTuning.from_pretrained("my-f").logits(**x_t)
 """
 import copy
 import dataclasses

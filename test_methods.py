@@ -28,6 +28,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import types
 from concurrent.futures import ProcessPoolExecutor
@@ -2129,6 +2130,21 @@ def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, t
     assert header.startswith("index\tid\tprediction") and first.startswith("0\tx1\t")
 
 
+def test_the_loop_in_gtunings_own_words_trains(still_folder, tmp_path, monkeypatch):
+    """The one that its first comment gives to projects of one's own."""
+    monkeypatch.chdir(tmp_path)
+    code = gtuning.__doc__.partition("in a project of your own")[2].partition("\n\n")[2]
+    torch.manual_seed(0)
+    ids = torch.randint(5, 30, (8, 6))
+    x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    names = {**vars(gtuning), "AutoModel": transformers.AutoModel, "name": still_folder,
+             "batches": [(x, torch.arange(8) % 2, x)] * 3}
+    exec(textwrap.dedent(code), names)
+    loaded = gtuning.GTuning.from_pretrained("my-f")
+    assert torch.allclose(loaded.logits(**x), names["f"].eval().logits(**x), atol=1e-6)
+    assert names["loss"].item() != 0 and {"wasserstein", "penalty"} <= set(names["stats"])
+
+
 def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path, cache, capsys):
     """The vectors and the map that it would have had after its training."""
     argv = ["--method", "adapter", "--embed", "--eval_tasks", "toy-food", "--max_steps", 2]
@@ -2740,24 +2756,35 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
     assert kept.read_text() == before
 
 
-def test_the_readmes_table_is_what_the_kept_lines_say(tmp_path):
-    """Every difference, its interval and its p, of every method on both sets."""
-    path = tmp_path / "toy.jsonl"                      # the report writes beside the lines
-    shutil.copy(os.path.join(HERE, ".results/toy.jsonl"), path)
+NAMES = {"R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop", "SMART": "smart", "FreeLB": "freelb",
+         "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff"}
+
+# Files of kept lines; their table's first line in the README; what its pairs of columns are.
+README_TABLES = [
+    ("toy.jsonl", "| | films | p | food | p |",
+     [("toy", "validation", "accuracy"), ("toy", "toy-food", "accuracy")]),
+    ("1000.jsonl", "| | SST-2, accuracy | p | CoLA, MCC | p |",
+     [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
+]
+
+
+@pytest.mark.parametrize("name, header, keys", README_TABLES)
+def test_the_readmes_tables_are_what_the_kept_lines_say(name, header, keys, tmp_path):
+    """Every difference, its interval and its p, of every method."""
+    path = tmp_path / name                             # the report writes beside the lines
+    shutil.copy(os.path.join(HERE, ".results", name), path)
     table, = common.main_report([str(path)])
-    names = {"R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop", "SMART": "smart", "FreeLB": "freelb",
-             "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff"}
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    lines = text.partition("| | films | p | food | p |")[2].split("\n\n")[0].split("\n")[2:]
+    lines = text.partition(header)[2].split("\n\n")[0].split("\n")[2:]
     seen = set()
     for line in lines:
-        name, *cells = [cell.strip(" *").replace("**", "") for cell in line.strip("|").split("|")]
-        seen.add(names[name])
-        for at, part in ((0, "validation"), (2, "toy-food")):
-            found = table.differences["toy", part, "accuracy"][names[name]]
+        method, *cells = [cell.strip() for cell in line.replace("**", "").strip("|").split("|")]
+        seen.add(NAMES[method])
+        for i, key in enumerate(keys):
+            found = table.differences[key][NAMES[method]]
             interval = f"({found.low:+.2f} to {found.high:+.2f})"
-            assert cells[at] == f"{found.mean:+.2f} {interval}"
-            assert abs(float(cells[at + 1]) - found.p) < 0.0051
+            assert cells[2 * i] == f"{found.mean:+.2f} {interval}"
+            assert abs(float(cells[2 * i + 1]) - found.p) < 0.0051
     assert seen == set(table.columns) - {"std"}
 
 
