@@ -371,7 +371,8 @@ class World:
     def __init__(self, args):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        if args.batch_size and args.batch_size % self.size:
+        trains = not getattr(args, "run", None)
+        if trains and args.batch_size and args.batch_size % self.size:
             raise UserError(f"--batch_size {args.batch_size}: must be divisible by the {self.size} "
                             "processes")
         self.gpu = torch.cuda.is_available()
@@ -711,7 +712,7 @@ def tell_settings(args, setup, world):
     for name, split in setup.unscored.items():
         sets[f"{name} (to predict)"] = setup.task, split
     sizes = {name: str(len(split)) for name, (_, split) in sets.items()}
-    if args.train_samples:
+    if args.train_samples and setup.train is not None:
         sizes["train"] = f"{args.train_samples} of {len(setup.train)}"
     cut = [f"{name} {split.cut}" for name, (_, split) in sets.items() if split.cut]
     names = setup.task.label_names
@@ -1468,6 +1469,13 @@ def use_runs(args, runs, setup, world, started, load, score):
     load(folder, results) -> (forward, module), score(forward, module, sets) -> the scores, which
     join those in results.json. Predictions lie beside it. Returns all results.
     """
+    own = {"eval_tasks", "validation_file", "test_file", "text_columns"}
+    for (folder, results), name in itertools.product(runs.items(), args.by_hand):
+        saved = results["args"].get(name)
+        if name in results["args"] and name not in own and getattr(args, name) != saved:
+            raise UserError(f"--{name}: must be {saved}, as of --run {folder}, whose results.json "
+                            "gets the scores")
+
     for folder, results in runs.items():
         world.say(f"\n{folder}")
         forward, module = load(folder, results)

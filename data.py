@@ -456,10 +456,13 @@ def read_own(args, flag, task):
 
 
 def set_name(args, flag):
-    """What a file is called among the sets: its own name, without its endings."""
+    """What a file is called among the sets: its own name, without endings if no set has that."""
     if flag not in args.by_hand:
         return "validation"
-    return os.path.basename(getattr(args, flag)).partition(".")[0] or "test"
+    name = os.path.basename(getattr(args, flag))
+    stem = name.partition(".")[0]
+    taken = stem in TASKS or stem.startswith(("validation", "test", "held-out"))
+    return name.replace(".", "-") if taken or not stem else stem
 
 
 def load_unscored(args, task):

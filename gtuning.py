@@ -606,8 +606,8 @@ def write_figure_2(args, setup, clouds, world):
         if found["seed"] == args.seeds[0]:
             results[os.path.basename(os.path.abspath(folder))] = found
     clouds = {os.path.basename(os.path.abspath(folder)): both for folder, both in clouds.items()}
-    untrained = build_f(args, setup, args.seeds[0], world, args.pair_mode == "separate"
-                        and len(setup.task.columns) == 2)
+    pair = args.pair_mode == "separate" and len(setup.task.columns) == 2
+    untrained = build_f(as_before(args, results, world), setup, args.seeds[0], world, pair)
     before = [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
     clouds = {BEFORE: before, **clouds}
     names = [next(iter(setup.own)), next(iter(setup.further))]
@@ -638,6 +638,16 @@ def write_figure_2(args, setup, clouds, world):
     common.write_text(os.path.join(task_folder, "embed.html"), page, world)
     path = os.path.join(task_folder, "embed.json")
     common.write_text(path, json.dumps(content, indent=1), world)
+
+
+def as_before(args, results, world):
+    """The flags with the model that these runs {name: results} began with, not that of a run."""
+    import common
+    args = copy.copy(args)
+    args.model = next(iter(results.values()))["model"]
+    if args.run:
+        args.path = common.toy_model(world) if args.model == "toy" else args.model
+    return args
 
 
 def words_of_figure_2(projection, perplexity, sizes):
@@ -954,7 +964,7 @@ class Algorithm1:
         mean = float(total) / self.world.size / len(x_t)                 # of a micro-batch
         both = []
         for inputs, general, count in zip(x_t, x_u, labels):
-            general["weight"] = torch.tensor(mean / count)
+            general["weight"] = torch.tensor(mean / max(count, 1))
             general.pop("labels")
             both.append({**inputs, **{f"u_{name}": value for name, value in general.items()}})
         return both
@@ -1058,6 +1068,9 @@ def use_finished(args, runs, setup, world, started):
     """--run: scores, predictions and vectors of finished runs. Returns their results."""
     import common
     clouds = {}
+    names = {os.path.basename(os.path.abspath(folder)) for folder in runs}
+    if args.embed and len(names) < len(runs):
+        raise common.UserError(f"--run {' '.join(runs)}: must be runs of unlike names for --embed")
 
     def load(folder, results):
         f = load_f(os.path.join(folder, "model"), results["seed"], args, setup, world)

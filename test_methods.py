@@ -2162,6 +2162,24 @@ def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path, cache, capsys):
     assert (folder.parent / "embed.html").exists()
 
 
+def test_scores_that_are_there_are_not_overwritten_by_those_of_a_file(tiny_folder, tmp_path, cache):
+    """A run of few rows, scored on a file that is called as its own set is."""
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_samples", 64, "--max_steps", 2)
+    folder = tmp_path / "toy/std-0"
+    before = json.load(open(folder / "results.json"))["metrics"]
+    rows = [{"text": "good plot", "label": "positive"}, {"text": "bad plot", "label": "negative"}]
+    for name in ("validation", "toy-food", "test"):
+        path = write_rows(tmp_path / f"{name}.jsonl", rows)
+        flag = "--test_file" if name == "test" else "--validation_file"
+        r3f.main(["--run", str(folder), flag, path, "--text_columns", "text"])
+    after = json.load(open(folder / "results.json"))["metrics"]
+    assert {name: after[name] for name in before} == before
+    assert list(after)[2:] == ["validation-jsonl", "toy-food-jsonl"]
+    assert (folder / "predictions-test-jsonl.tsv").exists()
+    with pytest.raises(UserError, match="--max_length: must be 64, as of --run .*, whose results"):
+        r3f.main(["--run", str(folder), "--max_length", "16"])
+
+
 def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_path, cache):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "r3f", "--max_steps", 2)
     std, other = tmp_path / "toy/std-0", tmp_path / "toy/r3f-0"
