@@ -1402,9 +1402,11 @@ def take_runs(args, methods, labels_of=None):
         if other["task"] != task:
             raise UserError(f"--run {other_folder}: is a run of {other['task']}; must be of "
                             f"{task}, as --task or the one before")
-        if other.get("model") != results.get("model"):
-            raise UserError(f"--run {other_folder}: its model is {other.get('model')}; must be "
-                            f"{results.get('model')}, as of {folder}")
+        for name in ("model", "max_length", "pair_mode"):    # by which rows are encoded
+            mine, first = (found["args"].get(name) for found in (other, results))
+            if mine != first:
+                raise UserError(f"--run {other_folder}: its {name} is {mine}; must be {first}, "
+                                f"as of {folder}")
 
     if "threads" not in by_hand:
         args.threads = 0                               # the toy recipe's does not hold here

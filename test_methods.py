@@ -2194,7 +2194,8 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
 
     def changed(name, value):
         results = json.load(open(other / "results.json"))
-        (other / "results.json").write_text(json.dumps({**results, name: value}))
+        changed = {**results, name: value, "args": {**results["args"], name: value}}
+        (other / "results.json").write_text(json.dumps(changed))
         with pytest.raises(UserError) as caught:
             r3f.main(["--run", str(std), str(other), "--eval_tasks", "toy-food"])
         (other / "results.json").write_text(json.dumps(results))
@@ -2204,6 +2205,8 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
                                        "--task or the one before")
     assert changed("model", "b") == (f"--run {other}: its model is b; must be {tiny_folder}, as of "
                                      f"{std}")
+    assert changed("max_length", 9) == (f"--run {other}: its max_length is 9; must be 64, as of "
+                                        f"{std}")
 
 
 @pytest.mark.parametrize("flags, line", [
