@@ -1243,8 +1243,8 @@ class Batches:
     each batch.
 
     tokens: a batch is not `batch_size` rows but about that many tokens, labels that are lists
-    counted in: ceil(all tokens / tokens) batches an epoch, of equal size to within a row, with each
-    row once.
+    counted in: ceil(all tokens / tokens) batches an epoch, of equal size to within two rows, with
+    each row once. Rows with targets are put into batches by both lengths, see `halve`.
 
     batching: "length" is that; "random" leaves the shuffled order; "padded" also pads to `width`
     and `target_width`. The last two are what other scripts do, kept for --profile to compare with.
@@ -1309,38 +1309,52 @@ class Batches:
         if self.batching != "length":
             return self.cut(rows)
 
-        blur = rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(rows))
         if self.split.has_targets:
-            rows = self.sort_by_both(rows, blur)
+            sides = self.split.lengths, self.split.target_lengths
+            lengths = [self.blurred(side, rng) / side.mean() for side in sides]
+            batches = self.halve(rows, self.per_epoch, lengths)
         else:
-            rows = self.sort(rows, blur)
-        batches = self.cut(rows)
+            batches = self.cut(self.sort(rows, self.blurred(self.split.lengths[rows], rng)))
         return [batches[i] for i in rng.permutation(self.per_epoch)]
 
-    def sort(self, rows, blur):
-        """The rows in chunks, each sorted by length."""
-        lengths = self.split.lengths[rows] * blur
+    def blurred(self, lengths, rng):
+        return lengths * rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(lengths))
+
+    def sort(self, rows, lengths):
+        """The rows, of these lengths, in chunks, each sorted by length."""
         chunks = np.array_split(np.arange(len(rows)), -(-self.per_epoch // self.CHUNK))
         by_length = [chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks]
         return rows[np.concatenate(by_length)]
 
-    def sort_by_both(self, rows, blur):
-        """The rows in chunks, each sorted by length, and groups of it by their targets' length.
+    def halve(self, rows, count, lengths):
+        """The rows as `count` batches, of texts alike in both lengths: halves of halves.
 
-        Of k batches there are sqrt(k) groups. Every second one is sorted backwards, so that the
-        rows where two of them meet are alike.
+        lengths: of all texts, and of all targets, each over their mean. A part is sorted by one of
+        the two and cut into short and long rows: by the one that leaves less padding.
         """
-        lengths = self.split.lengths[rows] * blur
-        target_lengths = self.split.target_lengths[rows] * blur
-        chunks = -(-self.per_epoch // self.CHUNK_OF_TWO)
-        groups = max(1, round((self.per_epoch / chunks)**0.5))
-        order = []
-        for chunk in np.array_split(np.arange(len(rows)), chunks):
-            chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-            for number, group in enumerate(np.array_split(chunk, groups)):
-                group = group[np.argsort(target_lengths[group], kind="stable")]
-                order.append(group[::-1] if number % 2 else group)
-        return rows[np.concatenate(order)]
+        if count == 1:
+            return [rows]
+        left = count // 2
+        orders = [rows]                                # a part so large is cut at random
+        if count <= self.CHUNK_OF_TWO:
+            orders = [rows[np.argsort(length[rows], kind="stable")] for length in lengths]
+
+        def padded_size(halves):
+            return sum(len(half) * sum(length[half].max() for length in lengths) for half in halves)
+
+        halves = [self.cut_in_two(order, left, count - left) for order in orders]
+        short, long = min(halves, key=padded_size)
+        return [*self.halve(short, left, lengths), *self.halve(long, count - left, lengths)]
+
+    def cut_in_two(self, rows, left, right):
+        """Rows in order as two parts, which are to become `left` and `right` batches."""
+        sizes = np.ones(len(rows))
+        if self.tokens:
+            sizes = self.split.lengths[rows] + self.split.target_lengths[rows]
+        middles = np.cumsum(sizes) - sizes / 2
+        end = np.searchsorted(middles, sizes.sum() * left / (left + right))
+        end = min(max(end, left * self.world), len(rows) - right * self.world)
+        return rows[:end], rows[end:]
 
     def cut(self, rows):
         """Rows in order as batches: by number, or by tokens, then with a row for each process."""
