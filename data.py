@@ -1027,7 +1027,7 @@ def encode(rows, task, tokenizer, max_length, **how):
         state = [type(tokenizer).__name__, tokenizer.get_vocab()]
     wanted = [tokenizer.model_input_names, tokenizer.padding_side]
     settings = [task.kind, task.columns, max_length, sorted(how.items())]
-    key = Hasher.hash([rows._fingerprint, state, wanted, settings, "2"])
+    key = Hasher.hash([rows._fingerprint, state, wanted, settings, "3"])
 
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "tokenised")
     os.makedirs(folder, exist_ok=True)
@@ -1076,16 +1076,14 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
     perturb: adds `perturbable`, 1 at the tokens of the texts ("special": all but the special ones)
     or of one column alone (its name).
     """
-    wanted = {*tokenizer.model_input_names, "attention_mask"}
     found = {"labels": rows["label"], "cut": [0] * len(rows["label"])}
     groups = [[column] for column in task.columns] if separate else [task.columns]
     for group, suffix in zip(groups, ["", "_2"]):
         texts = [rows[column] for column in group]
         encoded = tokenizer(
             *texts, truncation=True, max_length=max_length, return_attention_mask=True)
-        for name in ("input_ids", "attention_mask", "token_type_ids"):
-            if name in encoded and name in wanted:
-                found[name + suffix] = encoded[name]
+        for name, values in model_inputs(encoded).items():
+            found[name + suffix] = values
 
         if encoded.is_fast:
             overflows = [bool(encoding.overflowing) for encoding in encoded.encodings]
@@ -1097,6 +1095,22 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
                 marks.append([int(part in allowed) for part in encoded.sequence_ids(row)])
             found["perturbable" + suffix] = marks
     return found
+
+
+def model_inputs(encoded):
+    """Of what a tokenizer gives, the model's inputs."""
+    names = "input_ids", "attention_mask", "token_type_ids"
+    return {name: encoded[name] for name in names if name in encoded}
+
+
+def tokenise_in_windows(tokenizer, *texts, **settings):
+    """A tokenizer's encoding of texts, too long ones in several rows, with the characters that each
+    token is: offset_mapping. UserError if it does not know them."""
+    if not tokenizer.is_fast:
+        raise UserError(f"tags and answers need a fast tokenizer, {type(tokenizer).__name__} is "
+                        "none")
+    return tokenizer(*texts, return_overflowing_tokens=True, return_offsets_mapping=True,
+                     return_attention_mask=True, **settings)
 
 
 def tokenise_generate(rows, task, tokenizer, max_length, max_target_length):
@@ -1751,127 +1765,42 @@ def same_tags(task, trained):
                         f"{trained.label_names}")
 
 
-class Frame(NamedTuple):
-    """The special tokens around one text, or around two.
-
-    parts: lists of ids, before the first text, behind it, and so on. types: the same of
-    token_type_ids, and then those of each text.
-    """
-    parts: list
-    types: list
-    text_types: list
-
-    @property
-    def size(self):
-        return sum(len(part) for part in self.parts)
-
-
-def frame_of(tokenizer, texts):
-    """The Frame of so many texts, 1 or 2, as the tokenizer puts it around the word "a"."""
-    word = tokenizer("a", add_special_tokens=False)["input_ids"]
-    encoded = tokenizer(*["a"] * texts, return_token_type_ids=True)
-    ids = encoded["input_ids"]
-    given = encoded["token_type_ids"]
-    parts = [[]]
-    types = [[]]
-    text_types = []
-    at = 0
-    while at < len(ids):
-        if len(text_types) < texts and ids[at:at + len(word)] == word:
-            text_types.append(given[at])
-            parts.append([])
-            types.append([])
-            at += len(word)
-        else:
-            parts[-1].append(ids[at])
-            types[-1].append(given[at])
-            at += 1
-    return Frame(parts, types, text_types)
-
-
-def framed(frame, texts, fill=None):
-    """The ids of texts, or with `fill` one list each of other things, between special tokens.
-
-    fill: what stands at each special token, in place of its id.
-    """
-    row = list(frame.parts[0]) if fill is None else [fill] * len(frame.parts[0])
-    for text, part in zip(texts, frame.parts[1:]):
-        row += text
-        row += part if fill is None else [fill] * len(part)
-    return row
-
-
-def framed_types(frame, sizes):
-    """The token_type_ids of texts of these sizes."""
-    row = list(frame.types[0])
-    for size, kind, part in zip(sizes, frame.text_types, frame.types[1:]):
-        row += [kind] * size
-        row += part
-    return row
-
-
 def tokenise_tags(rows, task, tokenizer, max_length, separate=False):
     """A list of words as the model's inputs. The first piece of a word has its tag, all else -100.
 
     A sentence that is too long becomes several rows. Fields beside those of tokenise_texts:
     note_begins, 1 at the first row of a sentence; note_words, the words that have a label in a row,
-    by their place in the sentence. A word without a piece has none. `cut` is 1 for a row with a
-    word longer than a row, which is cut. separate: there is one text alone.
+    by their place in the sentence. A word without a piece has none. separate: there is one text
+    alone.
     """
     sentences = rows[task.columns[0]]
-    flat_words = []
-    for words in sentences:
-        # A space is part of a word for some models, and means nothing to others.
-        flat_words += [" " + word if place else word for place, word in enumerate(words)]
-    pieces = iter(())
-    if flat_words:
-        pieces = iter(tokenizer(flat_words, add_special_tokens=False)["input_ids"])
-
-    frame = frame_of(tokenizer, 1)
-    room = max_length - frame.size
-    wanted = {*tokenizer.model_input_names, "attention_mask"}
-    names = ["input_ids", "attention_mask", "labels", "note_words", "note_begins", "cut"]
-    if "token_type_ids" in wanted:
-        names.append("token_type_ids")
-    found = {name: [] for name in names}
-    for words, tags in zip(sentences, rows["label"]):
-        for number, part in enumerate(parts_of(words, tags, pieces, room)):
-            ids = framed(frame, [part["ids"]])
-            found["input_ids"].append(ids)
-            found["attention_mask"].append([1] * len(ids))
-            found["labels"].append(framed(frame, [part["labels"]], fill=-100))
-            found["note_words"].append(part["words"])
-            found["note_begins"].append(int(number == 0))
-            found["cut"].append(part["cut"])
-            if "token_type_ids" in wanted:
-                found["token_type_ids"].append(framed_types(frame, [len(part["ids"])]))
+    texts = [" ".join(words) for words in sentences]
+    encoded = tokenise_in_windows(tokenizer, texts, truncation=True, max_length=max_length)
+    found = model_inputs(encoded)
+    sources = encoded["overflow_to_sample_mapping"]
+    found.update(labels=[], note_words=[], note_begins=[], cut=[0] * len(sources))
+    row = -1
+    for source, offsets in zip(sources, encoded["offset_mapping"]):
+        found["note_begins"].append(int(source != row))
+        if source != row:
+            row = source
+            word = -1                                  # that of the last piece
+            starts = np.cumsum([0] + [len(one) + 1 for one in sentences[row]])
+        labels = []
+        labelled = []
+        for begin, end in offsets:
+            begin = end - len(texts[row][begin:end].lstrip())           # some hold the space
+            label = -100
+            if begin < end:                            # else a special token, or a space alone
+                its_word = int(np.searchsorted(starts, begin, "right")) - 1
+                if its_word != word:
+                    label = rows["label"][row][its_word]
+                    labelled.append(its_word)
+                word = its_word
+            labels.append(label)
+        found["labels"].append(labels)
+        found["note_words"].append(labelled)
     return found
-
-
-def parts_of(words, tags, pieces, room):
-    """A sentence in parts of at most `room` pieces, at least one part.
-
-    pieces: an iterator, from which each word takes its own. Each part has `ids`, `labels`, the
-    places of its `words`, and `cut`, 1 if one of them was longer than `room`.
-    """
-    def empty():
-        return {"ids": [], "labels": [], "words": [], "cut": 0}
-
-    parts = [empty()]
-    for place, tag in zip(range(len(words)), tags):
-        ids = next(pieces)
-        if not ids:
-            continue
-        if len(parts[-1]["ids"]) + min(len(ids), room) > room:
-            parts.append(empty())
-        part = parts[-1]
-        if len(ids) > room:
-            ids = ids[:room]
-            part["cut"] = 1
-        part["ids"] += ids
-        part["labels"] += [tag] + [-100] * (len(ids) - 1)
-        part["words"].append(place)
-    return parts
 
 
 def collect_tags(outputs, labels, tokenizer):
@@ -2035,64 +1964,58 @@ def tokenise_span(rows, task, tokenizer, max_length, separate=False):
     note_from and note_to, the characters of the context that each token is, -1 where it is none.
     `cut` is 1 for a question that was cut. separate: the two are never apart.
     """
-    if not tokenizer.is_fast or tokenizer.padding_side == "left":
-        raise UserError("answers need a fast tokenizer that pads on the right, "
-                        f"{type(tokenizer).__name__} is none")
-    frame = frame_of(tokenizer, 2)
-    questions = tokenizer(rows["question"], add_special_tokens=False)["input_ids"]
-    contexts = tokenizer(                              # verbose: they may be longer than a model's
-        rows["context"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    wanted = {*tokenizer.model_input_names, "attention_mask"}
-    names = ["input_ids", "attention_mask", "labels_start", "labels_end", "note_begins",
-             "note_from", "note_to", "cut"]
-    if "token_type_ids" in wanted:
-        names.append("token_type_ids")
-    found = {name: [] for name in names}
-    for row, (ids, offsets) in enumerate(zip(contexts["input_ids"], contexts["offset_mapping"])):
-        most = min(LONGEST_QUESTION, max(1, max_length // 2 - frame.size))
-        question = questions[row][:most]
-        answer = answer_tokens(rows, row, offsets)
-        room = max_length - frame.size - len(question)
-        before = len(frame.parts[0]) + len(question) + len(frame.parts[1])
-        for first, end in windows(len(ids), room):
-            text = framed(frame, [question, ids[first:end]])
-            inside = answer is not None and first <= answer[0] and answer[1] < end
-            none = [-1] * len(question)
-            starts = [start for start, _ in offsets[first:end]]
-            ends = [stop for _, stop in offsets[first:end]]
-            found["input_ids"].append(text)
-            found["attention_mask"].append([1] * len(text))
-            found["labels_start"].append(answer[0] - first + before if inside else 0)
-            found["labels_end"].append(answer[1] - first + before if inside else 0)
-            found["note_begins"].append(int(first == 0))
-            found["note_from"].append(framed(frame, [none, starts], fill=-1))
-            found["note_to"].append(framed(frame, [none, ends], fill=-1))
-            found["cut"].append(int(first == 0 and len(question) < len(questions[row])))
-            if "token_type_ids" in wanted:
-                sizes = [len(question), end - first]
-                found["token_type_ids"].append(framed_types(frame, sizes))
-    return found
+    if tokenizer.padding_side == "left":
+        raise UserError("answers need a tokenizer that pads on the right, "
+                        f"{type(tokenizer).__name__} pads on the left")
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    most = min(LONGEST_QUESTION, max(1, max_length // 2 - special))
+    found = collections.defaultdict(list)
+    for row, (question, context) in enumerate(zip(rows["question"], rows["context"])):
+        short, length = shortened(question, tokenizer, most)
+        room = max_length - special - length           # for the context
+        encoded = tokenise_in_windows(
+            tokenizer, short, context, truncation="only_second", max_length=max_length,
+            stride=room - min(STRIDE, room))           # theirs is what two windows share
+        for name, windows in model_inputs(encoded).items():
+            found[name] += windows
+        for window, offsets in enumerate(encoded["offset_mapping"]):
+            in_context = [part == 1 for part in encoded.sequence_ids(window)]
+            begins = [begin if inside else -1 for inside, (begin, _) in zip(in_context, offsets)]
+            ends = [end if inside else -1 for inside, (_, end) in zip(in_context, offsets)]
+            first, last = answer_tokens(rows, row, begins, ends)
+            found["labels_start"].append(first)
+            found["labels_end"].append(last)
+            found["note_begins"].append(int(window == 0))
+            found["note_from"].append(begins)
+            found["note_to"].append(ends)
+            found["cut"].append(int(window == 0 and short != question))
+    return dict(found)
 
 
-def windows(tokens, room):
-    """(first, end) of windows of at most `room` tokens that cover a text of so many tokens."""
-    first = 0
-    yield 0, min(room, tokens)
-    while first + room < tokens:
-        first += min(STRIDE, room)
-        yield first, min(first + room, tokens)
+def shortened(question, tokenizer, most):
+    """(The question, or what its first `most` tokens are of it; how many tokens that has)."""
+    encoded = tokenise_in_windows(tokenizer, question, add_special_tokens=False)
+    offsets, = encoded["offset_mapping"]
+    if len(offsets) <= most:
+        return question, len(offsets)
+    question = question[:offsets[most - 1][1]]
+    return question, len(tokenizer(question, add_special_tokens=False)["input_ids"])
 
 
-def answer_tokens(rows, row, offsets):
-    """(first, last) token of a row's first answer in the context, or None if it is not there."""
+def answer_tokens(rows, row, begins, ends):
+    """(first, last) token of a row's first answer in a window, or (0, 0) if it is not all there.
+
+    begins, ends: the characters of the context that each token is, -1 where it is none.
+    """
     starts = rows["starts"][row]
     if not starts or starts[0] < 0:
-        return None
+        return 0, 0
     start = starts[0]
     end = start + len(rows["label"][row][0])
-    inside = [token for token, (begin, stop) in enumerate(offsets) if begin < end and stop > start]
-    if not inside:
-        return None
+    in_context = [token for token, begin in enumerate(begins) if begin >= 0]
+    inside = [token for token in in_context if begins[token] < end and ends[token] > start]
+    if not inside or begins[in_context[0]] > start or ends[in_context[-1]] < end:
+        return 0, 0
     return inside[0], inside[-1]
 
 

@@ -7130,10 +7130,12 @@ def test_a_long_sentence_is_split_and_no_word_is_lost(cache):
     gold = [[0, 1, 2], [0, 1, 2, 0], [0, 1]]
     assert data.score_tags(TAGS, TAGS, gold, split) == {"accuracy": 1.0, "f1": 1.0}
 
-    # A word longer than a row is cut, and still tagged.
+    # A word that stands in two rows has its tag in the first.
     split = data.encode(tag_rows(("the untolded plot", "0 1 2")), TAGS, tokenizer_of(), 4)
-    assert split.cut == 1
-    assert [split.note("words", i).tolist() for i in range(len(split))] == [[0], [1], [2]]
+    texts = [pieces(split.collate(np.array([i]))["input_ids"][0]) for i in range(len(split))]
+    assert texts == ["[CLS] the un [SEP]", "[CLS] ##told ##ed [SEP]", "[CLS] plot [SEP]"]
+    assert [split.note("words", i).tolist() for i in range(len(split))] == [[0, 1], [], [2]]
+    assert split.collate(np.array([1]))["labels"].tolist() == [[-100] * 4]
 
 
 def test_a_word_without_a_piece_is_an_error_and_not_left_out(cache):
@@ -7178,13 +7180,26 @@ def test_every_language_has_a_row():
         assert data.TASKS[name].validation == "test"
 
 
-def test_the_frame_of_special_tokens_is_the_tokenizers():
-    frame = data.frame_of(tokenizer_of(), 2)
-    ids = data.framed(frame, [[7], [8, 9]])
-    assert pieces(ids) == "[CLS] film [SEP] soup is [SEP]"
-    assert data.framed_types(frame, [1, 2]) == [0, 0, 0, 1, 1, 1]
-    assert data.framed(frame, [[7], [8, 9]], fill=-1) == [-1, 7, -1, 8, 9, -1]
-    assert frame.size == 3
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+def test_a_space_that_belongs_to_a_piece_is_no_word(cache, kind):
+    """As RoBERTa and GPT-2 (byte-level) and XLM-R (metaspace) have it."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+    if kind == "byte-level":
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        inner = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        inner.decoder = decoders.ByteLevel()
+    else:
+        pieces = [(piece, -1.0) for piece in ["<unk>", "\u2581", *"abcdefg"]]
+        inner = tokenizers.Tokenizer(models.Unigram(pieces, 0))
+        inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.add_special_tokens(["<pad>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    split = data.encode(tag_rows(("ab c dd", "0 1 2")), TAGS, tokenizer, 12)
+    assert split.note("words", 0).tolist() == [0, 1, 2]
+    tags = [tag for tag in split.collate(np.array([0]))["labels"][0].tolist() if tag >= 0]
+    assert tags == [0, 1, 2]
 
 
 @pytest.fixture(scope="session")
@@ -7418,11 +7433,26 @@ def test_spans_are_at_most_30_tokens_long(cache):
     assert data.best_answers([longer], split) == {0: ""}
 
 
-def test_windows_cover_a_text_and_are_a_stride_apart():
-    assert list(data.windows(5, 10)) == [(0, 5)]
-    assert list(data.windows(700, 370)) == [(0, 370), (128, 498), (256, 626), (384, 700)]
-    assert list(data.windows(7, 3)) == [(0, 3), (3, 6), (6, 7)]
-    assert list(data.windows(0, 3)) == [(0, 0)]
+def test_windows_cover_a_text_and_are_a_stride_apart(cache):
+    context = " ".join(["the film was dull ."] * 140)                 # 700 tokens
+    rows = data.read_span(span_rows(("a", "is ?", context, "film", 4)), QUESTIONS, "here")
+    split = data.encode(rows, QUESTIONS, tokenizer_of(), 375)         # 370 are for the context
+    tokens = {character: token for token, character in enumerate(
+        match.start() for match in re.finditer(r"\S+", context))}
+    found = []
+    for row in range(len(split)):
+        begins = [begin for begin in split.note("from", row) if begin >= 0]
+        found.append((tokens[begins[0]], tokens[begins[-1]] + 1))
+    assert found == [(0, 370), (128, 498), (256, 626), (384, 700)]
+
+
+def test_a_long_question_is_cut(cache):
+    rows = data.read_span(span_rows(
+        ("a", "is it bad ? " * 9, "the film was dull .", "film", 4)), QUESTIONS, "here")
+    split = data.encode(rows, QUESTIONS, tokenizer_of(), 16)
+    assert split.cut == 1 and len(split) == 1
+    text = pieces(split.collate(np.array([0]))["input_ids"][0])
+    assert text == "[CLS] is [UNK] bad ? is [SEP] the film was dull . [SEP]"
 
 
 def test_every_language_has_its_questions():
