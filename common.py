@@ -438,11 +438,16 @@ class World:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def put(self, inputs):
-        """Tensors on the device; the copy to a GPU does not wait."""
+        """Tensors by name, or such in turn, on the device; the copy to a GPU does not wait."""
         if not self.gpu:
             return inputs
-        return {name: value.pin_memory().to(self.device, non_blocking=True)
-                for name, value in inputs.items()}
+        moved = {}
+        for name, value in inputs.items():
+            if isinstance(value, dict):
+                moved[name] = self.put(value)
+            else:
+                moved[name] = value.pin_memory().to(self.device, non_blocking=True)
+        return moved
 
     def ddp(self, module, unused=True):
         """The module with its gradients averaged over the processes.

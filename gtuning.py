@@ -88,8 +88,7 @@ The third loop of Algorithm 1 in a project of your own, with tokenized x_t and x
     d_optimizer = torch.optim.Adam(D.parameters(), lr=1e-4)
     for x_t, y_t, x_u in batches:
         D.requires_grad_(False)
-        general = {f"u_{name}": value for name, value in x_u.items()}
-        loss, stats = f(y_t, D, beta=0.5, **x_t, **general)              # Eq. 6
+        loss, stats = f(y_t, D, beta=0.5, general=x_u, **x_t)            # Eq. 6
         loss.backward()
         f_optimizer.step()
         f_optimizer.zero_grad()
@@ -107,6 +106,7 @@ The third loop of Algorithm 1 in a project of your own, with tokenized x_t and x
 """
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -355,38 +355,34 @@ class GTuning(torch.nn.Module):
         v = self.scale * self.features(**second)                         # (B, H)
         return self.output(torch.cat([u, v, (u - v).abs(), u * v], -1))  # choice 6
 
-    def forward(self, labels, D=None, alpha=1.0, beta=0.5, teach_weight=0.0, **inputs):
+    def forward(self, labels, D=None, alpha=1.0, beta=0.5, general=None, general_weight=1.0,
+                teacher=None, teach_weight=1.0, **inputs):
         """labels (B,) -> (L_T, {"l_t"}): cross entropy, for one output the mean squared error.
 
         Labels of tags are (B, n), -100 where there is none; of spans (B, 2), the tokens.
 
-        With D, and general text x_u as inputs with the prefix u_:
-        (alpha L_T + beta L_G, {"l_t", "l_g"}), L_G times u_weight. With the teacher's logits of
-        it, u_teacher (B, C): (L_T + teach_weight KL, {"l_t", "kl"}).
+        general: the inputs of general text x_u. With D: (alpha L_T + beta L_G, {"l_t", "l_g"}),
+        L_G times general_weight. With a teacher's logits of x_u, (B, C): (L_T + teach_weight KL,
+        {"l_t", "kl"}).
         """
-        general = {}
-        for name in list(inputs):
-            if name.startswith("u_"):
-                general[name.removeprefix("u_")] = inputs.pop(name)
-        logits = self.logits(**inputs).float()                           # (B, C)
-        if self.by_token == "tag":
-            l_t = F.cross_entropy(logits.transpose(1, 2), labels)        # Eq. 2, by token
-        elif self.by_token == "span":
-            l_t = F.cross_entropy(logits, labels)                        # Eq. 2, over tokens
-        elif self.num_labels == 1:
-            l_t = F.mse_loss(logits.squeeze(-1), labels.float())         # Eq. 2, of a number
-        else:
-            l_t = F.cross_entropy(logits, labels)                        # Eq. 2
-        if "teacher" in general:
-            kl = kl_to_teacher(general.pop("teacher"), self.logits(**general))
+        l_t = self.task_loss(self.logits(**inputs).float(), labels)      # Eq. 2
+        if teacher is not None:
+            kl = kl_to_teacher(teacher, self.logits(**general))
             return l_t + teach_weight * kl, {"l_t": l_t.detach(), "kl": kl.detach()}
         if D is None:
             return l_t, {"l_t": l_t.detach()}
 
-        weight = general.pop("weight", 1.0)
-        l_g = weight * generator_loss(D, self.features(**general))
+        l_g = general_weight * generator_loss(D, self.features(**general))
         loss = alpha * l_t + beta * l_g                                  # Eq. 6
         return loss, {"l_t": l_t.detach(), "l_g": l_g.detach()}
+
+    def task_loss(self, logits, labels):
+        """L_T of Eq. 2, a mean over the labels."""
+        if self.by_token == "tag":                     # (B, n, C) and (B, n)
+            return F.cross_entropy(logits.transpose(1, 2), labels)
+        if self.num_labels == 1:
+            return F.mse_loss(logits.squeeze(-1), labels.float())
+        return F.cross_entropy(logits, labels)         # of spans over the tokens: (B, n, 2), (B, 2)
 
     @property
     def trained(self):
@@ -529,7 +525,7 @@ def clouds_of(f, setup, world):
 
 
 def embed(folder, f, setup, world):
-    """The clouds of a run, which stand in its embed.npz as they are, L2-normalised."""
+    """Both clouds of a run, L2-normalised. As they are, they are written to its embed.npz."""
     import common
     import numpy as np
     in_domain, out_of_domain = clouds_of(f, setup, world)
@@ -641,7 +637,8 @@ def write_figure_2(args, setup, clouds, world):
 
 
 def as_before(args, results, world):
-    """The flags with the model that these runs {name: results} began with, not that of a run."""
+    """The flags, but with the model that the runs {name: results} started from: for f before
+    training."""
     import common
     args = copy.copy(args)
     args.model = next(iter(results.values()))["model"]
@@ -752,16 +749,16 @@ def draw_taught(args, setup, wanted, world):
 
 
 def logits_of_teacher(args, split, pair, world):
-    """The logits of --teacher, in eval mode, of all rows: (rows, C)."""
+    """The logits of --teacher, in eval mode, of all rows: (rows, C), not on the GPU."""
     import common
     import data
     f = load_teacher(args, pair).to(world.device)
-    found = torch.empty(len(split), f.num_labels, device=world.device)
+    found = torch.empty(len(split), f.num_labels)
     with common.Progress(world, "teacher", len(split), unit="row") as progress, torch.no_grad():
         with world.autocast():
             for rows, inputs in data.eval_batches(split):
                 inputs.pop("labels")
-                found[torch.from_numpy(rows)] = f.logits(**world.put(inputs)).float()
+                found[torch.from_numpy(rows)] = f.logits(**world.put(inputs)).float().cpu()
                 progress.update(len(rows))
     return found
 
@@ -814,7 +811,7 @@ def vectors(f, split, rows, world, progress=None):
 
 
 def evaluate_sets(args, f, sets, setup, texts, world, **how):
-    """common.evaluate, and the accuracies of the sets to retrieve from (choice 11).
+    """common.evaluate, and the accuracies of the sets to retrieve from (choice 15).
 
     texts: the Texts that may have g's states; None: all is encoded.
     """
@@ -855,8 +852,8 @@ class Algorithm1:
     """f, D and all else that a run changes, with a method for each line of Algorithm 1.
 
     N: the steps on f. x_t, x_u: batches of B and of M, for the steps on f. B, M: batches of their
-    single sentences, for the steps on D; a pair has two. The method adapter has neither D nor x_u,
-    B and M. parts: what a checkpoint holds.
+    single sentences, for the steps on D; a pair has two. gtuning has all of these, self-teach x_t
+    and x_u, adapter x_t alone. parts: what a checkpoint holds.
     """
 
     def __init__(self, args, method, seed, N, setup, texts, world):
@@ -900,20 +897,21 @@ class Algorithm1:
                             self.args.max_length)
 
     def fit_task(self, x_t, step=0):
-        """Line 5: optimize f by Eq. 2. x_t: the micro-batches of a step. Of Self-Teach with x_u."""
+        """Line 5: optimize f by Eq. 2. x_t: the micro-batches of a step. Of Self-Teach by its own
+        loss, with the x_u of that step."""
         if self.teacher_logits is None:
             return self.update_f(x_t)
         both = []
         for inputs, general in zip(x_t, self.x_u[step]):
-            rows = general.pop("labels")
-            general["teacher"] = self.teacher_logits[rows.to(self.world.device)]
-            both.append({**inputs, **{f"u_{name}": value for name, value in general.items()}})
+            teacher = self.teacher_logits[general.pop("labels")]
+            both.append({**inputs, "general": general, "teacher": teacher})
         return self.update_f(both, teach_weight=self.args.teach_weight)
 
     def update_f(self, batch, **joint):
         """A step on f: by Eq. 2, or with D, alpha and beta by Eq. 6. Returns (loss, stats)."""
         import common
         module, optimizer, schedule, args = self.f, self.optimizer, self.schedule, self.args
+        self.lr = schedule.get_last_lr()[0]            # of this step, for the log
         loss, stats = common.backward(self.ddp, batch, self.world, **joint)
         # same: update
         if args.grad_clip:
@@ -925,7 +923,7 @@ class Algorithm1:
         return loss, stats
 
     def mine(self, batches, k):
-        """Lines 8 and 15: this process's sentences of B or of M in step k on D: (rows,)."""
+        """Lines 8 and 15: the rows of step k on D that this process takes, of B or of M."""
         return batches.rows(k)[self.world.rank::self.world.size]
 
     def vectors(self, batches, steps):
@@ -951,11 +949,11 @@ class Algorithm1:
         return loss, stats
 
     def with_general(self, x_t, x_u):
-        """The micro-batches of both in one, and a weight of L_G.
+        """Micro-batches that hold both, with a weight for L_G.
 
-        common.backward weighs a micro-batch by its labels, as a mean over labels, L_T, wants it.
-        L_G is one over sentences, so the weight takes that back. It is 1 but of tags, of which
-        micro-batches have different numbers.
+        common.backward weighs a micro-batch by its labels, which is right for L_T, a mean over
+        labels. L_G is a mean over sentences: the weight takes the other one back. It is 1, but for
+        tags, of which micro-batches have different numbers.
         """
         import common
         import numpy as np
@@ -964,9 +962,9 @@ class Algorithm1:
         mean = float(total) / self.world.size / len(x_t)                 # of a micro-batch
         both = []
         for inputs, general, count in zip(x_t, x_u, labels):
-            general["weight"] = torch.tensor(mean / max(count, 1))
             general.pop("labels")
-            both.append({**inputs, **{f"u_{name}": value for name, value in general.items()}})
+            weight = torch.tensor(mean / max(count, 1))
+            both.append({**inputs, "general": general, "general_weight": weight})
         return both
 
     def draw_epsilon(self, k):
@@ -994,12 +992,12 @@ class Algorithm1:
         steps = range(k, k + self.args.T)
         f_t = self.vectors(self.B, steps)                                # line 15, T times
         f_u = self.vectors(self.M, steps)
-        rounds = []
+        critic_steps = []
         for i, step in enumerate(steps):                                 # line 14
             l_d, terms = self.fit_critic(step, f_t[i], f_u[i])           # line 16
-            rounds.append({"l_d": l_d.detach(), **terms})
-        for name in rounds[0]:
-            stats[name] = torch.stack([terms[name] for terms in rounds]).mean()
+            critic_steps.append({"l_d": l_d.detach(), **terms})
+        for name in critic_steps[0]:
+            stats[name] = torch.stack([terms[name] for terms in critic_steps]).mean()
         return loss, stats
 
     def next_round(self, x_t):
@@ -1172,9 +1170,7 @@ def main(argv=None):
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
 
-    def check(task):
-        common.check_methods(args, task, METHODS)
-
+    check = functools.partial(common.check_methods, args, methods=METHODS)
     with common.processes(args) as world:
         setup = common.prepare(args, world, check, separate=args.pair_mode == "separate")
         if runs:
@@ -1187,7 +1183,8 @@ def main(argv=None):
         def evaluate(f, sets, **how):
             return evaluate_sets(args, f, sets, setup, texts, world, **how)
 
-        results, clouds = [], {}
+        results = []
+        clouds = {}
         for seed, method in common.seeds_and_methods(args):
             run = common.Run(args, method, seed, world, METHODS[method][1])
             if run.results is None:
@@ -1201,7 +1198,7 @@ def main(argv=None):
                 phase_1 = "phase 1 of 3, f" if method == "gtuning" else ""
                 for step, x_t in run.steps(end_1, algorithm.x_t, phase=phase_1):
                     loss, stats = algorithm.fit_task(x_t, step)
-                    run.log(loss, stats, lr=algorithm.schedule.get_last_lr()[0], phase=1)
+                    run.log(loss, stats, lr=algorithm.lr, phase=1)
                     if run.every(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
 
@@ -1222,7 +1219,7 @@ def main(argv=None):
                                            phase="phase 3 of 3, f and D"):
                     r = step - end_2
                     loss, stats = algorithm.joint_round(r, end_1 + r * args.T, x_t)
-                    run.log(loss, stats, lr=algorithm.schedule.get_last_lr()[0], phase=3)
+                    run.log(loss, stats, lr=algorithm.lr, phase=3)
                     if run.every(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
 

@@ -6416,20 +6416,19 @@ def test_the_losses_of_f_are_equations_2_and_6_in_numpy():
     assert loss.item() == pytest.approx(l_t, abs=1e-5)
     assert stats["l_t"].item() == pytest.approx(l_t, abs=1e-5)
 
-    general = {f"u_{name}": value.flip(0) for name, value in inputs.items()}
-    joint, stats = f(labels, D, 0.7, 0.3, **inputs, **general)
+    general = {name: value.flip(0) for name, value in inputs.items()}
+    joint, stats = f(labels, D, 0.7, 0.3, general, **inputs)
     l_g = -D(f.features(**inputs)).mean().item()
     assert joint.item() == pytest.approx(0.7 * l_t + 0.3 * l_g, abs=1e-5)
     assert stats["l_g"].item() == pytest.approx(l_g, abs=1e-5)
-    assert torch.isclose(f(labels, D, 1.0, 0.0, **inputs, **general)[0], loss)
+    assert torch.isclose(f(labels, D, 1.0, 0.0, general, **inputs)[0], loss)
 
 
 def test_while_f_learns_neither_d_nor_g_does():
     f = f_of()
     D = gtuning.Discriminator(32).requires_grad_(False)
     labels, inputs = batch()
-    general = {f"u_{name}": value for name, value in inputs.items()}
-    f(labels, D, **inputs, **general)[0].backward()
+    f(labels, D, general=inputs, **inputs)[0].backward()
     assert all(p.grad is None for p in [*D.parameters(), *f.plm.parameters()])
     assert all(p.grad is not None for p in f.trained.parameters())
 
