@@ -101,7 +101,8 @@ def flags():
     g.add_argument("--smart_steps", type=common.number(int, 1), default=1, help="SMART: ascents, K")
     g.add_argument("--bregman", type=weight, default=0.0, help="SMART: mu; its paper: 1")
     g.add_argument("--adv_steps", type=common.number(int, 1), default=2, help="FreeLB: ascents, K")
-    g.add_argument("--adv_lr", type=weight, default=0.1, help="FreeLB: length of an ascent")
+    g.add_argument("--adv_lr", type=weight, default=0.1,
+                   help="FreeLB: length of an ascent; a GLUE task has its release's")
     g.add_argument("--adv_init", type=weight, default=0.6, help="FreeLB: size of z_0")
     g.add_argument("--adv_eps", type=weight, default=0.0, help="FreeLB: bound of |z|; 0: none")
     g = p.add_argument_group("probes of finished runs (section 4.1)")
@@ -616,9 +617,8 @@ class FreeLB(torch.nn.Module):
        one loss it works with micro-batches and DistributedDataParallel as they are.
     b. One set of dropout masks for all passes, as in the release. z is 0 at padding.
     c. `steps` counts the ascents, as --adv-steps of the release's RoBERTa code does.
-    d. The release's grid, as adv_lr / steps / init / eps: RTE .06/3/.16/.14, MRPC .04/3/.64/.4,
-       CoLA .025/3/.4/.3, SST-2 .1/2/1/.6, MNLI .1/2/.1/.3, QNLI .1/2/.2/.2, QQP .15/2/.32/.62,
-       STS-B .1/3/.16/.28. Regression is the squared error.
+    d. The release has values for each task (FREELB below), which are its recipe here. Regression
+       is the squared error.
     """
 
     def __init__(self, model, steps=2, adv_lr=0.1, init=0.6, eps=0.0):
@@ -874,6 +874,9 @@ def recipe(args):
               "weight_decay": 0.01, "warmup": 0.06}
     if args.task in table:
         values["lr"], values["max_steps"], values["batch_size"] = table[args.task]
+    if args.task in FREELB and "freelb" in args.method:
+        names = "adv_lr", "adv_steps", "adv_init", "adv_eps"
+        values.update(zip(names, FREELB[args.task]))
     if args.task in ("pos", "ner"):                    # not in the paper
         return "r3f: Table 6, XTREME's length and rate", {
             **values, "model": "FacebookAI/xlm-roberta-large", "lr": 2e-5, "epochs": 10,
@@ -885,6 +888,18 @@ def recipe(args):
         return "r3f: Table 9", values
     return "r3f: Tables 5 and 6", values
 
+
+# FreeLB's release, for RoBERTa: length of an ascent, ascents, size of z_0, bound of |z|.
+FREELB = {
+    "mnli": (0.1, 2, 0.1, 0.3),
+    "qnli": (0.1, 2, 0.2, 0.2),
+    "qqp": (0.15, 2, 0.32, 0.62),
+    "sst2": (0.1, 2, 1.0, 0.6),
+    "rte": (0.06, 3, 0.16, 0.14),
+    "mrpc": (0.04, 3, 0.64, 0.4),
+    "cola": (0.025, 3, 0.4, 0.3),
+    "stsb": (0.1, 3, 0.16, 0.28),
+}
 
 # Tables 7 and 8: real tokens a batch, updates, warm-up; XSum is not in the paper.
 SUMMARIES = {

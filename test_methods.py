@@ -3968,6 +3968,17 @@ def test_smarts_average_survives_a_resume():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_freelb_has_its_releases_values_where_a_task_has_them():
+    def values(*words):
+        args = common.parse(r3f.flags(), list(words), r3f.recipe)
+        return args.adv_lr, args.adv_steps, args.adv_init, args.adv_eps
+
+    assert values("--task", "cola", "--method", "std", "freelb") == (0.025, 3, 0.4, 0.3)
+    assert values("--task", "cola", "--method", "freelb", "--adv_lr", "1") == (1, 3, 0.4, 0.3)
+    assert values("--task", "hans", "--method", "freelb") == (0.1, 2, 0.6, 0.0)
+    assert values("--task", "cola", "--method", "r3f") == (0.1, 2, 0.6, 0.0)
+
+
 @pytest.mark.parametrize("settings", [{}, {"steps": 3, "eps": 0.2, "init": 0.3},
                                       {"adv_lr": 0.0}, {"init": 0.0, "steps": 1}])
 @pytest.mark.parametrize("num_labels", [3, 1])
