@@ -7197,7 +7197,8 @@ def test_a_space_that_belongs_to_a_piece_is_no_word(cache, kind):
     from tokenizers import decoders, models, pre_tokenizers
     if kind == "byte-level":
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        inner = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+        numbers = {letter: number for number, letter in enumerate(letters)}
+        inner = tokenizers.Tokenizer(models.BPE(numbers, []))
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         inner.decoder = decoders.ByteLevel()
     else:
