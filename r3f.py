@@ -745,16 +745,19 @@ def probe_score(train, validation, task, args):
     return next(iter(data.score_classes(task, task, list(logits), scored).values()))
 
 
-def untuned_model(results):
-    """What a run's encoder was before it, and before the runs that it was started from."""
+def links_of(results):
+    """The results of the runs that made an encoder, the first one first: that of `results`, before
+    it those that it was started from."""
     import common
-    while results["args"].get("init_from"):
-        results = common.read_results(os.path.join(results["args"]["init_from"], "results.json"))
-    return results["model"]
+    links = [results]
+    while links[0]["args"].get("init_from"):
+        folder = links[0]["args"]["init_from"]
+        links.insert(0, common.read_results(os.path.join(folder, "results.json")))
+    return links
 
 
 def probed_encoders(args, world):
-    """{name: (folder or hub id, its run's results or None)}: the untuned ones, then the runs."""
+    """{name: (folder or hub id, the results of the runs that made it)}: the untuned ones first."""
     import common
     untuned = {}
     runs = {}
@@ -763,10 +766,11 @@ def probed_encoders(args, world):
         if not os.path.isfile(path):
             raise common.UserError(f"--probe {folder}: must be the folder of a finished run")
         results = common.read_results(path)
-        name = untuned_model(results)
+        links = links_of(results)
+        name = links[0]["model"]
         source = common.toy_model(world) if name == "toy" else name
-        untuned[f"untuned {name}"] = source, None
-        runs[folder] = os.path.join(folder, "model"), results
+        untuned[f"untuned {name}"] = source, []
+        runs[folder] = os.path.join(folder, "model"), links
     return {**untuned, **runs}
 
 
@@ -791,7 +795,7 @@ def probe_task(name, encoders, args, world):
         raise common.UserError(f"--probe_tasks {name}: its kind is {task.kind}, must be classify")
     rows = data.load(settings)
     lines = []
-    for encoder_name, (path, results) in encoders.items():
+    for encoder_name, (path, links) in encoders.items():
         settings.path = path
         tokenizer = common.load_tokenizer(settings, world)
         encoder = AutoModel.from_pretrained(path, dtype=torch.float32).to(world.device)
@@ -808,9 +812,9 @@ def probe_task(name, encoders, args, world):
         line = {"run": encoder_name, "task": name, "recipe": args.probe_recipe,
                 "seed": args.seeds[0], "rows": len(train[0]), "metric": task.metrics.split()[0],
                 "score": score}
-        if results:
-            line.update(method=results["method"], run_seed=results["seed"],
-                        run_task=results["task"])
+        if links:
+            line.update(method=links[-1]["method"], run_seed=links[-1]["seed"],
+                        links=[link["task"] for link in links])
         lines.append(line)
     return lines
 

@@ -8184,3 +8184,87 @@ def test_a_run_of_the_toy_model_is_the_same_wherever_the_model_lies(newcomers_ru
     monkeypatch.setattr(common, "toy_model",
                         lambda world: str(shutil.copytree(found(world), tmp_path / "elsewhere")))
     assert r3f.main(argv)[0]["metrics"] == results["metrics"]
+
+
+# --------------------------------------------------------------------------------- probes of runs
+
+def probe(out, *words):
+    """The lines of r3f.py --probe."""
+    return r3f.main(["--output_dir", str(out), *map(str, words)])
+
+
+def test_a_probe_finds_what_a_model_was_trained_for(newcomers_runs, all_toy_rows, tmp_path):
+    """A converged layer scores as the model does; f stays as it is; the same lines twice."""
+    folder, future = newcomers_runs
+    scores = {result["method"]: result["metrics"]["validation"]["accuracy"]
+              for result in future.result()[0]}
+    run = folder / "toy-model/toy/std-0"
+    weights = (run / "model/model.safetensors").read_bytes()
+    words = ["--probe", run, "--probe_tasks", "toy", "toy-food", "--probe_recipe", "converged"]
+    lines = probe(tmp_path / "a", *words)
+    assert (run / "model/model.safetensors").read_bytes() == weights
+    assert probe(tmp_path / "b", *words) == lines
+    written = (tmp_path / "a/probes.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == lines
+
+    found = {(line["task"], line["run"]): line for line in lines}
+    tuned = found["toy", str(run)]
+    untuned = found["toy", "untuned toy"]
+    assert abs(tuned["score"] - scores["std"]) < 0.03
+    assert untuned["score"] < tuned["score"] - 0.02
+    assert tuned["links"] == ["toy"] and tuned["method"] == "std" and tuned["run_seed"] == 0
+    assert "links" not in untuned and untuned["metric"] == "accuracy"
+    assert len(found) == 4
+
+
+def test_a_probe_by_the_papers_recipe_hardly_moves(newcomers_runs, tmp_path):
+    """Its layer starts at the same place for every encoder, and moves by lr * updates / 2."""
+    newcomers_runs[1].result()
+    run = newcomers_runs[0] / "toy-model/toy/std-0"
+    words = ["--probe", run, "--probe_tasks", "toy", "--lr", "1e-5", "--max_steps", "50"]
+    lines = probe(tmp_path, *words)
+    assert {line["recipe"] for line in lines} == {"paper"}
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    args = types.SimpleNamespace(batch_size=16, max_steps=50, warmup=0.1, lr=1e-3,
+                                 betas=[0.9, 0.98], weight_decay=0.0, adam_eps=1e-6)
+    torch.manual_seed(1)
+    start = torch.nn.Linear(8, 2).weight.detach()
+    torch.manual_seed(1)
+    layer = r3f.fit_by_recipe(x, (x[:, 0] > 0).long(), 2, args)
+    moved = (layer.weight - start).abs().max()
+    assert 0.005 < moved < 1.1 * 1e-3 * 50 / 2
+    converged = r3f.fit_converged(x, (x[:, 0] > 0).long(), 2)
+    hits = (converged(x).argmax(1) == (x[:, 0] > 0).long()).float().mean()
+    assert hits > 0.95
+
+
+def test_a_chain_of_runs_is_told_link_by_link(newcomers_runs, tmp_path):
+    newcomers_runs[1].result()
+    first = newcomers_runs[0] / "toy-model/toy/std-0"
+    second = tmp_path / "second"
+    shutil.copytree(first, second)
+    results = json.loads((first / "results.json").read_text())
+    results["task"] = "toy-food"
+    results["args"]["init_from"] = str(first)
+    (second / "results.json").write_text(json.dumps(results))
+    lines = probe(tmp_path, "--probe", second, "--probe_tasks", "toy", "--max_steps", "1")
+    assert [line["run"] for line in lines] == ["untuned toy", str(second)]
+    assert lines[1]["links"] == ["toy", "toy-food"]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--probe", "."], "--probe: needs --probe_tasks"),
+    (["--probe", "nowhere", "--probe_tasks", "toy"], "--probe nowhere: must be the folder"),
+    (["--probe", ".", "--probe_tasks", "sst-2"], "--probe_tasks sst-2"),
+])
+def test_probes_of_nothing_are_refused(words, message, tmp_path):
+    assert message in refusal(probe, tmp_path, *words)
+
+
+def test_a_probe_learns_classes_alone(newcomers_runs, tmp_path):
+    newcomers_runs[1].result()
+    run = newcomers_runs[0] / "toy-model/toy/std-0"
+    message = refusal(probe, tmp_path, "--probe", run, "--probe_tasks", "stsb")
+    assert message == "--probe_tasks stsb: its kind is regress, must be classify"
