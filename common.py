@@ -1004,6 +1004,29 @@ def flags_that_count(args, own_flags):
     return json.loads(json.dumps(values))
 
 
+def recipe_of(args):
+    """The recipe's name without what follows it: "r3f" of "r3f: Table 9"."""
+    return args.recipe_name.partition(":")[0]
+
+
+def run_folder(args, method, seed):
+    """DIR/TASK/METHOD-SEED; if that belongs to another recipe: DIR/TASK/METHOD-RECIPE-SEED.
+
+    A run's `.lock` holds the name of its recipe.
+    """
+    task_folder = os.path.join(args.output_dir, args.task)
+    folder = os.path.join(task_folder, f"{method}-{seed}")
+    recipe = recipe_of(args)
+    try:
+        with open(os.path.join(folder, ".lock"), encoding="utf-8") as file:
+            there = file.read()
+    except OSError:
+        there = ""
+    if there and there != recipe:
+        return os.path.join(task_folder, f"{method}-{recipe}-{seed}")
+    return folder
+
+
 class Run:
     """One task, method and seed: its folder, steps, log, checkpoints and results.
 
@@ -1017,8 +1040,7 @@ class Run:
         self.seed = seed
         self.world = world
         self.name = f"{args.task} {method}-{seed}"
-        self.recipe = args.recipe_name.partition(":")[0]
-        self.folder = self.choose_folder()
+        self.folder = run_folder(args, method, seed)
         self.model_folder = f"{self.folder}/model"
         self.log_path = f"{self.folder}/log.jsonl"
         self.checkpoints = [f"{self.folder}/checkpoint.pt", f"{self.folder}/checkpoint-before.pt"]
@@ -1037,19 +1059,6 @@ class Run:
         world.barrier()
         self.find_results()
 
-    def choose_folder(self):
-        """DIR/TASK/METHOD-SEED; where that is a run by another recipe: METHOD-RECIPE-SEED."""
-        task_folder = os.path.join(self.args.output_dir, self.args.task)
-        folder = os.path.join(task_folder, f"{self.method}-{self.seed}")
-        try:
-            with open(os.path.join(folder, ".lock"), encoding="utf-8") as file:
-                there = file.read()
-        except OSError:
-            there = ""
-        if there and there != self.recipe:
-            return os.path.join(task_folder, f"{self.method}-{self.recipe}-{self.seed}")
-        return folder
-
     def take_folder(self):
         """Makes the folder, locks it, and with --overwrite empties it."""
         try:
@@ -1057,7 +1066,7 @@ class Run:
             self.lock = open(os.path.join(self.folder, ".lock"), "a", encoding="utf-8")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.lock.truncate(0)
-            self.lock.write(self.recipe)
+            self.lock.write(recipe_of(self.args))
             self.lock.flush()
         except OSError as error:
             taken = isinstance(error, BlockingIOError)
@@ -1616,7 +1625,7 @@ def note_search(args, results, searched):
     """Puts into each results.json which flags were searched over which values."""
     for result in results:
         result["searched"] = searched
-        folder = os.path.join(args.output_dir, args.task, f"{result['method']}-{result['seed']}")
+        folder = run_folder(args, result["method"], result["seed"])
         path = os.path.join(folder, "results.json")
         if int(os.environ.get("RANK", 0)) == 0 and os.path.exists(path):
             text = json.dumps(result, indent=1).encode()

@@ -2054,6 +2054,21 @@ def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(tiny_folder
     assert begun == [] and [r["searched"] for r in found] == [r["searched"] for r in whole]
 
 
+def test_what_was_searched_goes_to_the_run_of_this_recipe(tmp_path):
+    """Another recipe's run of the same method and seed keeps its results."""
+    recipes = {"std-0": "r3f", "std-tdt-0": "tdt", "std-1": "tdt"}
+    for name, recipe in recipes.items():
+        (tmp_path / "rte" / name).mkdir(parents=True)
+        write(tmp_path / "rte" / name / ".lock", recipe)
+        write(tmp_path / "rte" / name / "results.json", "{}")
+    args = argparse.Namespace(output_dir=str(tmp_path), task="rte", recipe_name="tdt: Table 7")
+    results = [{"method": "std", "seed": seed} for seed in (0, 1)]
+    common.note_search(args, results, {"lr": ["1e-3", "1e-5"]})
+    saved = {name: json.load(open(tmp_path / "rte" / name / "results.json")) for name in recipes}
+    assert saved == {"std-0": {}, "std-tdt-0": results[0], "std-1": results[1]}
+    assert results[0]["searched"] == {"lr": ["1e-3", "1e-5"]}
+
+
 @pytest.mark.parametrize("flags, line", [
     (["--grid", "lr"], "--grid lr: must be FLAG=VALUE,VALUE"),
     (["--grid", "speed=1,2"], "--grid speed: no such flag"),
