@@ -868,53 +868,52 @@ def count_steps(args, per_epoch):
     return args.max_steps or max(1, round(args.epochs * per_epoch))
 
 
-def build_optimizer(module, args, steps, own=None, own_lr=0.0):
-    """(AdamW, its schedule: warm-up, then linear decay to 0). Weight decay on matrices only.
+def build_optimizer(module, args, steps, part=None, part_lr=0.0, schedule="linear"):
+    """AdamW and its schedule: "linear", warm-up and decay to 0, or "constant_with_warmup".
 
-    own: a part of the module that learns at its own rate own_lr, by the same schedule; None, or at
-    0: all of it at --lr.
+    Weight decay is on matrices only. part: a part of the module that learns at a rate of its own,
+    part_lr, by the same schedule; without it, or at a rate of 0, all learns at --lr.
     """
-    from transformers import get_polynomial_decay_schedule_with_warmup
+    from transformers import get_scheduler
     warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
     if warmup and warmup >= steps:
         raise UserError(f"--warmup {args.warmup:g}: must be less than the {steps} steps")
 
-    apart = []
-    if own is not None and own_lr:
-        apart = [*own.parameters()]
+    ids = set()
+    if part is not None and part_lr:
+        ids = {id(p) for p in part.parameters()}
     learning = [p for p in module.parameters() if p.requires_grad]
-    usual = [p for p in learning if not any(p is one for one in apart)]
-    groups = [*decay_groups(usual, args), *decay_groups(apart, args, own_lr)]
+    of_part = [p for p in learning if id(p) in ids]
+    others = [p for p in learning if id(p) not in ids]
+    groups = decay_groups(others, args.lr, args.weight_decay)
+    groups += decay_groups(of_part, part_lr, args.weight_decay)
     optimizer = torch.optim.AdamW(
         groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
-    schedule = get_polynomial_decay_schedule_with_warmup(
-        optimizer, warmup, steps, lr_end=0.0, power=1.0)
-    return optimizer, schedule
+    return optimizer, get_scheduler(schedule, optimizer, warmup, steps)
+
+
+def decay_groups(parameters, lr, weight_decay):
+    """The optimizer's groups for these parameters: matrices, then vectors."""
+    if not parameters:
+        return []
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay, "lr": lr},
+            {"params": vectors, "weight_decay": 0.0, "lr": lr}]
 
 
 def count_labels(labels):
-    """How many labels there are: (B,) all, but a class -100 stands for none; (B, n) likewise."""
+    """How many labels count: all floats, or the class ids that are not -100."""
     if labels.is_floating_point():
         return len(labels)
     return int((labels != -100).sum())
 
 
-def decay_groups(parameters, args, lr=None):
-    """The optimizer's groups for these parameters: matrices, then vectors. lr: None: --lr."""
-    if not parameters:
-        return []
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]
-    lr = lr or args.lr
-    return [{"params": matrices, "weight_decay": args.weight_decay, "lr": lr},
-            {"params": vectors, "weight_decay": 0.0, "lr": lr}]
-
-
 def backward(module, batch, world, **more):
     """Adds the gradient of the batch's mean loss, micro-batch by micro-batch.
 
-    more: for the module's forward. Returns (loss, stats), means over the batch: over its labels, be
-    there one a row or, with -100 where there is none, one a token.
+    more: for the module's forward. Returns (loss, stats): their averages over the processes are
+    means over the batch's labels (one a row, or one a token; -100 is no label).
     """
     labels = [count_labels(inputs["labels"]) for inputs in batch]
     mean = world.total(np.array([sum(labels)]))[0] / world.size          # of a process
@@ -3568,12 +3567,12 @@ def post_trained(args, setup, seed, world):
 
 def post_train(model, split, epochs, tokenizer, world):
     """Masked language modelling of all the split's rows, in place."""
-    from transformers import get_linear_schedule_with_warmup
+    from transformers import get_scheduler
     batches = data.Batches(split, POST_TRAINING["batch_size"], 0)
     steps = max(1, round(epochs * batches.per_epoch))
     optimizer = torch.optim.AdamW(model.parameters(), lr=POST_TRAINING["lr"], fused=True)
-    schedule = get_linear_schedule_with_warmup(
-        optimizer, int(POST_TRAINING["warmup"] * steps), steps)
+    warmup = int(POST_TRAINING["warmup"] * steps)
+    schedule = get_scheduler("linear", optimizer, warmup, steps)
 
     # A word that the tokenizer does not know is a word, though its token is special.
     special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]

@@ -1271,8 +1271,8 @@ def wrap(method, model, args, mask_token_id):
 def build_optimizer(method, module, args, steps):
     """As in all scripts, but for the confidence layer, which learns at --c_lr."""
     import common
-    apart = module.confidence_layer if method in CONFIDENT else None
-    return common.build_optimizer(module, args, steps, apart, args.c_lr)
+    part = module.confidence_layer if method in CONFIDENT else None
+    return common.build_optimizer(module, args, steps, part, args.c_lr)
 
 
 def copy_confidences(module):
