@@ -377,7 +377,6 @@ class World:
                             "processes")
         self.gpu = torch.cuda.is_available()
         self.compile = args.compile
-        self.progress = None                           # the bar that is open
         self.evaluating = 0.0                          # seconds spent in `evaluate` so far
         if self.gpu:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -395,10 +394,11 @@ class World:
         return self.precision == "bf16"
 
     def say(self, line):
+        """Prints a line, on rank 0 alone; above the bars that are open on a terminal."""
+        from tqdm import tqdm
         if self.rank == 0:
-            if self.progress:
-                self.progress.clear()
-            print(line, flush=True)
+            tqdm.write(line)
+            sys.stdout.flush()
 
     def total(self, array):
         """A numpy array's sum over the processes, on all of them."""
@@ -481,7 +481,7 @@ class World:
 class Progress:
     """How far something is: a bar on a terminal, elsewhere a line every 20 seconds. Rank 0 alone.
 
-    As a context manager it is the world's open bar, which a line that is printed clears first.
+    As a context manager it closes the bar.
     """
     SECONDS = 20
 
@@ -514,17 +514,10 @@ class Progress:
             told = f", {told}" if told else ""
             self.world.say(f"{self.name}: {self.done} of {self.total}{told}, {left:.0f} s left")
 
-    def clear(self):
-        if self.bar is not None:
-            self.bar.clear()
-
     def __enter__(self):
-        self.outer = self.world.progress
-        self.world.progress = self
         return self
 
     def __exit__(self, *error):
-        self.world.progress = self.outer
         if self.bar is not None:
             self.bar.close()
 

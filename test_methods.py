@@ -5687,7 +5687,7 @@ def test_a_finished_run_brings_its_own_flags(toy, copied):
 def test_a_module_in_train_mode_is_read_without_its_dropout(copied):
     """As evaluations leave it."""
     world = types.SimpleNamespace(device="cpu", rank=0, size=1, put=dict, total=np.asarray,
-                                  say=print, progress=None)
+                                  say=print)
     module = tdt.load_run(str(copied), "tdt", world)
     tokenizer = transformers.AutoTokenizer.from_pretrained(copied / "model")
     evaluation, _ = two_rows()
@@ -6141,7 +6141,7 @@ def encoded(n=12):
 
 
 WORLD = types.SimpleNamespace(
-    rank=0, size=1, put=dict, gather=list, progress=None, say=print)
+    rank=0, size=1, put=dict, gather=list, say=print)
 
 
 def small_tdt(**options):
