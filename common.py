@@ -132,7 +132,7 @@ def add_data_flags(g):
     g.add_argument("--dev_samples", type=number(int, 0), default=0, metavar="N",
                    help="that many training rows are held out, to choose the best state by")
     g.add_argument("--choosing", action="store_true",
-                   help="score the held-out rows alone, as --grid does before it has chosen")
+                   help=argparse.SUPPRESS)             # by --grid: score the held-out rows alone
     g.add_argument("--eval_samples", type=number(int, 1), metavar="N",
                    help="during training score N seeded rows of a set (all); at the end all")
     g.add_argument("--eval_tasks", nargs="+", metavar="NAME",
@@ -981,17 +981,22 @@ def evaluate(forward, module, sets, setup, world, final=False, run=None):
 
 # ----------------------------------------------------------------------------------------  5  a run
 
-# Flags (and what `parse` adds to them) that may differ between two halves of one run.
+# Flags that may differ between two halves of one run.
 NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
-    "detect_anomaly", "threads", "grid", "name", "run", "by_hand", "recipe", "recipe_name",
-    "own_files", "path"}
+    "detect_anomaly", "threads", "grid", "name", "run"}
+
+
+@functools.cache
+def default_flags():
+    """{flag: default} of the flags that all scripts have, as json gives them back."""
+    defaults = vars(parser(" ", [], []).parse_args([]))
+    return json.loads(json.dumps(defaults))
 
 
 def flags_that_count(args, own_flags):
     """{flag: value} of all that makes a run what it is, as json gives it back."""
-    shared = {action.dest for action in parser(" ", [], [])._actions}
-    counted = (shared | {"max_length", *own_flags.split()}) - NOT_THE_RUN
+    counted = {*default_flags(), *own_flags.split()} - NOT_THE_RUN
     values = {name: value for name, value in vars(args).items() if name in counted}
     return json.loads(json.dumps(values))
 
@@ -1572,6 +1577,7 @@ def search(main, flags, recipe, methods, argv):
                 scores.append(best["value"] if best else main_value(result["metrics"]))
             chosen = cells[int(np.argmax(scores))]
             write_search(args, method, cells, scores, chosen)
+        # The last --grid holds, and it is empty: this call trains, it does not search.
         found = main([*argv, "--grid", "--method", method, *chosen])
         note_search(args, found, {flag: values for flag, values in grid.items()
                                   if any(cell.startswith(f"--{flag}=") for cell in chosen)})
@@ -1606,7 +1612,10 @@ def combinations(method, args, grid, methods):
 
 
 def cell_flags(argv, method, args, cell):
-    """The flags of one run of the search: those given, then those that override them."""
+    """The flags of one run of the search: those given, then those that override them.
+
+    An empty --grid is among them: such a run does not search.
+    """
     name = ",".join(flag.removeprefix("--") for flag in cell)
     folder = os.path.join(args.output_dir, "grid", name)
     return [*argv, "--grid", "--method", method, "--seeds", str(args.seeds[0]), "--choosing",
@@ -2381,13 +2390,6 @@ NOT_COMPARED = {"task", "eval_tasks", "log_every"}
 
 # Flags of all scripts that make a method of their own of the one that is trained with them.
 METHOD_FLAGS = ["weight_noise", "post_train"]
-
-
-@functools.cache
-def default_flags():
-    """{flag: default} of the flags that all scripts have, as json gives them back."""
-    defaults = vars(parser(" ", [], []).parse_args([]))
-    return json.loads(json.dumps(defaults))
 
 
 def result_line(results):
