@@ -340,7 +340,7 @@ def cli(main):
     Rank 0 tells what is wrong. The others see the same, or that rank 0 has gone; they speak only if
     nobody has ended them after a while, for then it is theirs alone.
     """
-    rank = int(os.environ.get("RANK", 0))
+    rank = own_rank()
     try:
         main()
         return 0
@@ -360,6 +360,11 @@ def cli(main):
         raise
 
 
+def own_rank():
+    """This process's number, 0 without torchrun; a World has it too."""
+    return int(os.environ.get("RANK", 0))
+
+
 def tell_error(rank, message):
     who = f"rank {rank}: " if rank else ""
     print(f"{os.path.basename(sys.argv[0])}: {who}{message}", file=sys.stderr, flush=True)
@@ -369,7 +374,7 @@ class World:
     """The processes of a run, torchrun's or this one alone: rank, size, device, precision."""
 
     def __init__(self, args):
-        self.rank = int(os.environ.get("RANK", 0))
+        self.rank = own_rank()
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         trains = not getattr(args, "run", None)
         if trains and args.batch_size and args.batch_size % self.size:
@@ -1282,7 +1287,7 @@ class Run:
             "best": self.best, "best_weights": self.best_weights}
         newest, before = self.checkpoints
         with self.guard(newest):
-            write_safely(newest, lambda file: torch.save(state, file), keep=before)
+            replace_file(newest, lambda file: torch.save(state, file), keep=before)
 
     def read_checkpoint(self):
         """The newest checkpoint that is whole, by its CRCs, read without running any code."""
@@ -1335,8 +1340,7 @@ class Run:
                     write_model(folder)
                     tokenizer.save_pretrained(folder)
                 os.sync()
-                text = json.dumps(self.results, indent=1).encode()
-                write_safely(f"{self.folder}/results.json", lambda file: file.write(text))
+                replace_text(f"{self.folder}/results.json", json.dumps(self.results, indent=1))
             for path in self.checkpoints:
                 if os.path.exists(path):
                     os.remove(path)
@@ -1520,23 +1524,11 @@ def use_models(args, runs, setup, world, started):
     return use_runs(args, runs, setup, world, started, load, score)
 
 
-def write_text(path, text, world):
-    """Writes a whole file, from rank 0, and says so."""
-    write_file(path, lambda file: file.write(text.encode()), world)
+def replace_file(path, write, keep=None):
+    """Makes a file by write(file): afterwards the old one is there, or the new one as a whole.
 
-
-def write_file(path, write, world):
-    """The same by write(file). RunError if it cannot be written."""
-    if world.rank == 0:
-        try:
-            write_safely(path, write)
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror}") from None
-    world.say(f"wrote {path}")
-
-
-def write_safely(path, write, keep=None):
-    """Temporary file, fsync, rename, fsync of the folder. keep: where the file before it goes."""
+    A temporary file, fsync, rename, fsync of the folder. keep: where the old one goes.
+    """
     with open(path + ".tmp", "wb") as file:
         write(file)
         file.flush()
@@ -1547,6 +1539,24 @@ def write_safely(path, write, keep=None):
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def replace_text(path, text):
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def write_file(path, write, world):
+    """`replace_file` from rank 0, which says so. RunError if it cannot be written."""
+    if world.rank == 0:
+        try:
+            replace_file(path, write)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror}") from None
+    world.say(f"wrote {path}")
+
+
+def write_text(path, text, world):
+    write_file(path, lambda file: file.write(text.encode()), world)
 
 
 def search(main, flags, recipe, methods, argv):
@@ -1582,7 +1592,7 @@ def search(main, flags, recipe, methods, argv):
         note_search(args, found, {flag: values for flag, values in grid.items()
                                   if any(cell.startswith(f"--{flag}=") for cell in chosen)})
         results += found
-    if int(os.environ.get("RANK", 0)) == 0:
+    if own_rank() == 0:
         print_table(print, results, args, started)
     return results
 
@@ -1628,20 +1638,19 @@ def note_search(args, results, searched):
         result["searched"] = searched
         folder = run_folder(args, result["method"], result["seed"])
         path = os.path.join(folder, "results.json")
-        if int(os.environ.get("RANK", 0)) == 0 and os.path.exists(path):
-            text = json.dumps(result, indent=1).encode()
-            write_safely(path, lambda file: file.write(text))
+        if own_rank() == 0 and os.path.exists(path):
+            replace_text(path, json.dumps(result, indent=1))
 
 
 def write_search(args, method, cells, scores, chosen):
-    if int(os.environ.get("RANK", 0)) > 0:
+    if own_rank() > 0:
         return
     folder = os.path.join(args.output_dir, args.task)
     os.makedirs(folder, exist_ok=True)
     tried = [{"flags": cell, "score": score} for cell, score in zip(cells, scores)]
     search = {"method": method, "held_out_rows": args.dev_samples, "tried": tried, "chosen": chosen}
-    text = json.dumps(search, indent=1).encode()
-    write_safely(os.path.join(folder, f"search-{method}.json"), lambda file: file.write(text))
+    path = os.path.join(folder, f"search-{method}.json")
+    replace_text(path, json.dumps(search, indent=1))
     print(f"{args.task} {method}: chosen of {len(cells)}: {' '.join(chosen) or 'the defaults'}")
 
 
@@ -1779,7 +1788,7 @@ def reserve_states(path, size, parts, sentences, tokens, world):
                         f"needs {size / 1e9:.3f}; use another folder, or --no_cache")
     with open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
-    write_safely(done, lambda file: file.write(bytes(parts)))
+    replace_file(done, lambda file: file.write(bytes(parts)))
 
 
 def digest_weights(module):
@@ -2647,7 +2656,7 @@ def keep_lines(path, runs, by, free):
     text = "".join(json.dumps(run.line) + "\n" for run in runs)
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_safely(path, lambda file: file.write(text.encode()))
+        replace_text(path, text)
     except OSError as error:
         raise UserError(f"--keep {path}: cannot be written: {error.strerror}") from error
     return runs
@@ -3394,7 +3403,7 @@ def write_report(args, tables, left_out):
     try:
         os.makedirs(folder, exist_ok=True)
         for name, text in files.items():
-            write_safely(os.path.join(folder, name), lambda file: file.write(text.encode()))
+            replace_text(os.path.join(folder, name), text)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from error
     print(f"wrote {os.path.join(folder, 'report.tsv')} and report.html")
