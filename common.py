@@ -954,34 +954,69 @@ def predict(forward, module, split, setup, world, name="predicting"):
     return world.gather(kept)
 
 
-def evaluate(forward, module, sets, setup, world, final=False, run=None):
+def write_predictions(folder, name, kept, split, setup, world):
+    """predictions-NAME of a split, from rank 0, which says so. RunError if it cannot be written."""
+    if world.rank > 0:
+        return
+    try:
+        path = setup.kind.write(folder, name, setup.task, kept, split)
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}") from None
+    world.say(f"wrote {path}")
+
+
+def write_unscored(folder, forward, module, setup, world):
+    """Writes the predictions for every split that --predict and --test_file name."""
+    for name, split in setup.unscored.items():
+        kept = predict(forward, module, split, setup, world, f"predicting {name}")
+        write_predictions(folder, name, kept, split, setup, world)
+
+
+def evaluate(forward, module, sets, setup, world, final=False, folder=None):
     """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
 
     The first metric of the first set is the main one. final: warns of a model that says the same of
-    all rows. run: writes what a decoder wrote.
+    all rows. folder: where what a decoder wrote goes.
     """
     started = time.monotonic()
     scores = {}
     for name, (task, split) in sets.items():
         kept = predict(forward, module, split, setup, world, f"evaluating {name}")
         scores[name] = setup.kind.score(task, setup.task, kept, split)
-        if run and setup.kind.decodes:
-            run.write_predictions(name.replace("/", "-"), kept, split, setup)
+        if folder and setup.kind.decodes:
+            write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
         if final:
             texts = {setup.kind.text(setup.task, output) for output in kept}
             if len(texts) == 1 and len(kept) > 1:
                 world.say(f"warning: {name}: all {len(kept)} rows are predicted as {texts.pop()!r}")
 
-    # A set is a task, or another split of it: TASK/SPLIT.
-    endings = dict.fromkeys("".join(name.partition("/")[1:]) for name in scores)
-    for (group, names), ending in itertools.product(data.GROUPS.items(), endings):
-        found = [scores[name + ending] for name in names if name + ending in scores]
-        if len(found) > 1:
-            metrics = found[0].keys()
-            scores[f"{group}-average{ending}"] = {
-                metric: float(np.mean([values[metric] for values in found])) for metric in metrics}
+    scores.update(averages(scores))
     world.evaluating += time.monotonic() - started
     return scores
+
+
+def averages(scores):
+    """The means over each group of tasks, such as the languages of xnli, with two or more scores.
+
+    scores {set: {metric: value}}. A set is TASK, or another split of it, TASK/SPLIT: then the mean
+    is over sets of the same split.
+    """
+    endings = []                                       # "" and "/SPLIT"
+    for name in scores:
+        _, slash, split = name.partition("/")
+        if slash + split not in endings:
+            endings.append(slash + split)
+
+    means = {}
+    for (group, tasks), ending in itertools.product(data.GROUPS.items(), endings):
+        found = [scores[task + ending] for task in tasks if task + ending in scores]
+        if len(found) < 2:
+            continue
+        mean = {}
+        for metric in found[0]:
+            mean[metric] = float(np.mean([values[metric] for values in found]))
+        means[f"{group}-average{ending}"] = mean
+    return means
 
 
 # ----------------------------------------------------------------------------------------  5  a run
@@ -1312,15 +1347,7 @@ class Run:
 
     def predict(self, forward, module, setup):
         """Writes the predictions for every split that --predict and --test_file name."""
-        for name, split in setup.unscored.items():
-            kept = predict(forward, module, split, setup, self.world, f"predicting {name}")
-            self.write_predictions(name, kept, split, setup)
-
-    def write_predictions(self, name, kept, split, setup):
-        if self.world.rank == 0:
-            with self.guard(f"{self.folder}/predictions-{name}"):
-                path = setup.kind.write(self.folder, name, setup.task, kept, split)
-            self.world.say(f"wrote {path}")
+        write_unscored(self.folder, forward, module, setup, self.world)
 
     def finish(self, metrics, batches, tokenizer, write_model):
         """Writes model/, by write_model(folder), and last of all results.json.
@@ -1500,14 +1527,7 @@ def use_runs(args, runs, setup, world, started, load, score):
             results["metrics"].update(score(forward, module, setup.scored))
             write_text(os.path.join(folder, "results.json"), json.dumps(results, indent=1), world)
             world.barrier()
-        for name, split in setup.unscored.items():
-            kept = predict(forward, module, split, setup, world, f"predicting {name}")
-            if world.rank == 0:
-                try:
-                    path = setup.kind.write(folder, name, setup.task, kept, split)
-                except OSError as error:
-                    raise RunError(f"cannot write to {folder}: {error.strerror}") from None
-                world.say(f"wrote {path}")
+        write_unscored(folder, forward, module, setup, world)
     return print_table(world.say, [*runs.values()], args, started)
 
 

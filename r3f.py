@@ -975,9 +975,9 @@ def main(argv=None):
                 where = f"--method {method}, --model {args.model}"
                 raise common.UserError(f"{where}: {error}") from error
 
-        def evaluate(model, sets, **how):
+        def evaluate(model, sets, final=False, folder=None):
             forward = setup.kind.forward(model, setup.task)
-            return common.evaluate(forward, model, sets, setup, world, **how)
+            return common.evaluate(forward, model, sets, setup, world, final, folder)
 
         def write_model(folder):
             model.save_pretrained(folder, state_dict=plain_state_dict(model))
@@ -1015,7 +1015,7 @@ def main(argv=None):
                 if args.eval_every:
                     run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
-                metrics = evaluate(model, setup.scored, final=True, run=run)
+                metrics = evaluate(model, setup.scored, final=True, folder=run.folder)
                 run.finish(metrics, batches, setup.tokenizer, write_model)
             if setup.unscored:
                 model = common.load_model(args, setup, seed, world, run.model_folder)

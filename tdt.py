@@ -1329,9 +1329,9 @@ def main(argv=None):
             model = common.load_model(args, setup, seed, world)
             return wrap(method, model, args, setup.tokenizer.mask_token_id)
 
-        def evaluate(model, sets, **how):
+        def evaluate(model, sets, final=False):
             forward = setup.kind.forward(model, setup.task)
-            return common.evaluate(forward, model, sets, setup, world, **how)
+            return common.evaluate(forward, model, sets, setup, world, final)
 
         def write_model(folder):
             model.save_pretrained(folder)
