@@ -624,10 +624,10 @@ class Setup:
         return {**self.own, **self.further, **self.held_out}
 
 
-def prepare(args, world, check=None, **how):
+def prepare(args, world, check=None, **options):
     """Reads, checks (also by check(task)) and encodes all rows, before a model is loaded: a Setup.
 
-    how: see the kind's `tokenise` in data.py.
+    options: of the kind's `tokenise` in data.py; `perturb` is for the training rows alone.
     """
     with world.first():
         rows = data.load(args)
@@ -641,25 +641,24 @@ def prepare(args, world, check=None, **how):
                         f"{args.task} needs --batch_size")
     tokenizer = load_tokenizer(args, world, rows.task)
     if kind.decodes:
-        how["max_target_length"] = args.max_target_length
-    to_train = how
-    to_evaluate = {name: value for name, value in how.items() if name != "perturb"}
+        options["max_target_length"] = args.max_target_length
+    to_evaluate = {name: value for name, value in options.items() if name != "perturb"}
 
-    def encode(rows, task, how):
-        return data.encode(rows, task, tokenizer, args.max_length, **how)
+    def encode(rows, task, options=to_evaluate):
+        return data.encode(rows, task, tokenizer, args.max_length, **options)
 
     task = with_main_metric(rows.task, args.main_metric)
     with world.first():
         train = None                                   # of --run
         if rows.train is not None:
-            train = encode(rows.train, task, to_train)
+            train = encode(rows.train, task, options)
         own = {}
         for name, part in rows.own.items():
-            own[name] = task, encode(part, task, to_evaluate)
+            own[name] = task, encode(part, task)
         further = {}
         for name, (its_task, part) in rows.further.items():
-            further[name] = its_task, encode(part, its_task, to_evaluate)
-        unscored = {name: encode(part, task, to_evaluate) for name, part in rows.unscored.items()}
+            further[name] = its_task, encode(part, its_task)
+        unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
     setup = Setup(task, tokenizer, train, own, further, unscored, {}, args.eval_samples)
     if train is not None:
         hold_out(args, setup)
@@ -3559,19 +3558,19 @@ def post_trained(args, setup, seed, world):
     One process makes it: for a large text start the run with one first.
     """
     import transformers
-    how = f"--post_train {args.post_train:g}: {args.model}"
+    given = f"--post_train {args.post_train:g}: {args.model}"
     tokenizer = setup.tokenizer
     if tokenizer.mask_token_id is None:
-        raise UserError(f"{how} must have a mask token")
+        raise UserError(f"{given} must have a mask token")
     torch.manual_seed(0)                               # a head that it lacks begins at random
     try:
         model, info = transformers.AutoModelForMaskedLM.from_pretrained(
             args.path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
-        raise UserError(f"{how} must be a model that predicts masked words: "
+        raise UserError(f"{given} must be a model that predicts masked words: "
                         f"{first_line(error)}") from error
     if model.config.is_encoder_decoder:
-        raise UserError(f"{how} must be an encoder; it has a decoder")
+        raise UserError(f"{given} must be an encoder; it has a decoder")
 
     rows = training_rows(setup, args, seed).rows
     split = data.encode(rows, setup.task, tokenizer, args.max_length)
