@@ -506,18 +506,18 @@ class Progress:
             self.bar = tqdm(total=total, initial=done, desc=name, leave=False, unit=unit,
                             dynamic_ncols=True, bar_format=layout)
 
-    def update(self, n=1, told=""):
+    def update(self, n=1, message=""):
         self.done += n
         if self.bar is not None:
-            if told:
-                self.bar.set_postfix_str(told, refresh=False)
+            if message:
+                self.bar.set_postfix_str(message, refresh=False)
             self.bar.update(n)
         elif time.monotonic() - self.spoke > self.SECONDS:
             self.spoke = time.monotonic()
             rate = (self.done - self.before) / (self.spoke - self.started)
             left = (self.total - self.done) / rate
-            told = f", {told}" if told else ""
-            self.world.say(f"{self.name}: {self.done} of {self.total}{told}, {left:.0f} s left")
+            words = f", {message}" if message else ""
+            self.world.say(f"{self.name}: {self.done} of {self.total}{words}, {left:.0f} s left")
 
     def __enter__(self):
         return self
@@ -1196,7 +1196,7 @@ class Run:
                 self.seconds = self.seconds_so_far()
                 self.started = None
                 self.step += 1
-                progress.update(told=self.end_step(until))
+                progress.update(message=self.end_step(until))
                 signals["in_step"] = False
 
     def seconds_so_far(self):
@@ -1214,20 +1214,20 @@ class Run:
         is_last = self.step == self.total              # saved before anything is evaluated
         save_now = caught or late or is_last
 
-        told = ""
+        message = ""
         log_now = self.step % self.args.log_every == 0 or self.step == until
         if self.pending and (log_now or save_now):     # a state that is not finite is never saved
-            told = f"loss {self.flush():.3g}"
+            message = f"loss {self.flush():.3g}"
         if save_now:
             self.save()
         if caught:
             number = signals["caught"] or signal.SIGTERM
             raise Stopped(number, f"stopped at step {self.step} of {self.total}, saved in "
                                   f"{self.folder}; the same command with --resume goes on")
-        return told
+        return message
 
     def every(self, n):
-        """Does this step end n steps? Not the last one, after which there is a look anyway."""
+        """True after every n-th step but the last one: that is evaluated after the loop anyway."""
         return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total
 
     def log(self, loss, stats, **plain):
@@ -1284,12 +1284,12 @@ class Run:
         self.write_line(step, {"seconds": round(self.seconds_so_far(), 2), "metrics": metrics})
 
     def fail_at(self, step, terms):
-        told = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
         rows = ""
         if self.batches is not None:
             numbers = self.batches.rows(step - self.shift)
             rows = "; rows of the batch: " + " ".join(map(str, numbers))
-        self.fail(f"{self.folder}: step {step}: not finite: {told}{rows}; see --detect_anomaly")
+        self.fail(f"{self.folder}: step {step}: not finite: {values}{rows}; see --detect_anomaly")
 
     def fail(self, message, cause=None):
         there = [path for path in self.checkpoints if os.path.exists(path)]
@@ -1707,14 +1707,14 @@ class CachedSplit:
         starts = np.zeros(len(order), np.int64)
         starts[order] = np.cumsum([0, *sizes[order]])[:-1]
 
-        kind = torch.bfloat16 if world.bf16 else torch.float32
-        path = os.path.join(folder, states_key(sentences, f"{model_digest} {kind}"))
+        dtype = torch.bfloat16 if world.bf16 else torch.float32
+        path = os.path.join(folder, states_key(sentences, f"{model_digest} {dtype}"))
         total = int(sizes.sum())
-        bytes_needed = total * width * kind.itemsize
+        bytes_needed = total * width * dtype.itemsize
         try:
             with world.first():
                 reserve_states(path, bytes_needed, len(parts), len(order), total, world)
-            states = torch.from_file(path, shared=True, size=total * width, dtype=kind)
+            states = torch.from_file(path, shared=True, size=total * width, dtype=dtype)
             marks = np.memmap(f"{path}.done", np.uint8, "r+")            # a byte for each part
         except OSError as error:
             raise UserError(
@@ -1971,8 +1971,8 @@ def time_call(world, call):
 def print_profile(args, world, counted, seconds):
     """The table of --profile. counted {name: its counts}; seconds (rows,), of a step."""
     n = 8192 if world.gpu else 1536
-    kind = torch.bfloat16 if world.bf16 else torch.float32
-    matrix = torch.randn(n, n, device=world.device, dtype=kind)
+    dtype = torch.bfloat16 if world.bf16 else torch.float32
+    matrix = torch.randn(n, n, device=world.device, dtype=dtype)
     fastest = min(time_call(world, lambda: matrix @ matrix) for _ in range(8))
     peak = 2 * n**3 / fastest                          # FLOP/s
 
@@ -2133,7 +2133,7 @@ def contour(values, level):
 
 
 # Around (0, 0), 7 wide.
-MARKS = {
+SHAPES = {
     "circle": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
     "triangle": "M0 -3.5L3.5 3L-3.5 3z",
     "square": "M-2.8 -2.8H2.8V2.8H-2.8z",
@@ -2141,15 +2141,15 @@ MARKS = {
 LEVELS = (0.25, 0.5, 0.75)         # of contour lines, in shares of the cloud's greatest density
 
 
-def mark_at(name, mark, x, y, filled, size=1):
+def mark_at(name, shape, x, y, filled, size=1):
     """A mark of the cloud `name`, which is its css class. filled: from 0, hollow, to 1."""
     scaled = f" scale({size})" if size != 1 else ""
     return (f'<path class="{name}" transform="translate({x:.1f} {y:.1f}){scaled}" '
-            f'd="{MARKS[mark]}" fill-opacity="{filled:.2g}"/>')
+            f'd="{SHAPES[shape]}" fill-opacity="{filled:.2g}"/>')
 
 
 def map_svg(clouds, marks, filled=None, outlined=False, reach=None):
-    """The clouds {name: points (n, 2)} on a map. marks {name: one of MARKS}.
+    """The clouds {name: points (n, 2)} on a map. marks {name: one of SHAPES}.
 
     filled (n,): the marks, each from 0, hollow, to 1. outlined: with contour lines of each cloud's
     density, and a large mark where it is greatest. reach: both axes go from -reach to reach; None:
@@ -2213,9 +2213,9 @@ thead th { border-bottom: 1px solid var(--line) }
 """
 
 
-def legend_of(name, mark, words):
+def legend_of(name, shape, words):
     """A mark of a cloud and what it means, as html."""
-    return (f'<span><svg viewBox="-4 -4 8 8">{mark_at(name, mark, 0, 0, 1)}</svg> '
+    return (f'<span><svg viewBox="-4 -4 8 8">{mark_at(name, shape, 0, 0, 1)}</svg> '
             f"{html.escape(words)}</span>")
 
 
@@ -2481,8 +2481,8 @@ class Finished:
     where: str                     # its folder, or FILE:LINE of a kept line
     line: dict                     # see result_line
     flags: dict                    # all flags, defaults too
-    column: str                    # its method, and those of the flags --by that are not a default
-    curve: dict                    # {step: main metric} of its looks; empty of a kept line
+    label: str                     # its method, and those of the flags --by that are not a default
+    curve: dict                    # {step: main metric} of its evaluations; empty of a kept line
 
     @property
     def task(self):
@@ -2501,7 +2501,7 @@ class Finished:
 
     @property
     def seconds_to_best(self):
-        """Of training, to the state that was kept; None where there was one look alone."""
+        """Of training, to the state that was kept; None where there was one evaluation alone."""
         best = self.line.get("best")
         if isinstance(best, dict) and is_number(best.get("seconds")):
             return best["seconds"]
@@ -2539,7 +2539,7 @@ def find_runs(folder):
 
 
 def read_run(folder, by, left_out):
-    """A Finished of a run's folder, or None of one that is damaged, which is then told."""
+    """A Finished of a run's folder, or None of one that is damaged: left_out says so."""
     path = os.path.join(folder, "results.json")
     try:
         line = result_line(read_results(path))
@@ -2555,7 +2555,7 @@ def read_run(folder, by, left_out):
 
 
 def read_curve(path, left_out):
-    """{step: main metric} of the looks in a log. Lines that are damaged are told and left out."""
+    """{step: main metric} of a log's evaluations. left_out gets the count of damaged lines."""
     curve = {}
     damaged = 0
     try:
@@ -2565,19 +2565,19 @@ def read_curve(path, left_out):
         return curve
     for text in texts:
         try:
-            look = read_look(text)
+            evaluation = read_evaluation(text)
         except (ValueError, TypeError, AttributeError, KeyError, StopIteration):
             damaged += 1
             continue
-        if look:
-            step, value = look
+        if evaluation:
+            step, value = evaluation
             curve[step] = value
     if damaged:
         left_out.append(f"{path}: {counted(damaged, 'damaged line')}")
     return curve
 
 
-def read_look(text):
+def read_evaluation(text):
     """(step, main metric) of a log's line; None if it is not that of an evaluation."""
     line = json.loads(text)
     if line.get("metrics") is None:
@@ -2624,7 +2624,7 @@ def read_places(places, by, left_out):
         if os.path.isfile(place):
             kept = [place]
         found = 0
-        told = len(left_out)
+        left_out_before = len(left_out)
         for path in finished:
             run = read_run(path, by, left_out)
             if run:
@@ -2635,7 +2635,9 @@ def read_places(places, by, left_out):
             found += len(groups[os.path.realpath(path)])
         left_out.extend(f"{path}: is not finished" for path in unfinished)
         if not found:
-            reason = f" ({left_out[told]})" if len(left_out) > told else ""
+            reason = ""
+            if len(left_out) > left_out_before:
+                reason = f" ({left_out[left_out_before]})"
             raise UserError(f"{place}: must hold a finished run's results.json, or kept lines "
                             f"(.jsonl){reason}")
         if finished:
@@ -2655,7 +2657,7 @@ def in_order(runs):
 
     def place_of(run):
         known = names.index(run.task) if run.task in names else len(names)
-        return known, run.task, run.column, run.seed
+        return known, run.task, run.label, run.seed
 
     return sorted(runs, key=place_of)
 
@@ -2670,7 +2672,7 @@ def keep_lines(path, runs, by, free):
     if left_out:
         raise UserError(f"--keep {left_out[0]}")
     refuse_unlike([*there, *runs], free)
-    lines = {(run.task, run.column, run.seed): run for run in [*there, *runs]}
+    lines = {(run.task, run.label, run.seed): run for run in [*there, *runs]}
     runs = in_order(lines.values())
     text = "".join(json.dumps(run.line) + "\n" for run in runs)
     try:
@@ -2692,9 +2694,9 @@ def refuse_unlike(runs, free):
     """
     first = {}                                         # {(task, method): a run}
     for run in runs:
-        other = first.setdefault((run.task, run.column), run)
+        other = first.setdefault((run.task, run.label), run)
         names = set(run.flags) & set(other.flags) - free
-        refuse_flags(run, other, names, f"the runs of {run.column} on {run.task}")
+        refuse_flags(run, other, names, f"the runs of {run.label} on {run.task}")
 
     of_task = {}
     for run in first.values():
@@ -2730,7 +2732,7 @@ class Table:
     over_tasks: dict               # see over_tasks
 
     def runs_of(self, task, column):
-        return [run for run in self.runs if run.task == task and run.column == column]
+        return [run for run in self.runs if run.task == task and run.label == column]
 
     @property
     def tasks(self):
@@ -2746,16 +2748,16 @@ def build_table(title, runs, baseline, interval):
     seen = {}
     rows = {}
     for run in runs:
-        again = seen.setdefault((run.task, run.column, run.seed), run)
+        again = seen.setdefault((run.task, run.label, run.seed), run)
         if again.line != run.line:
-            raise UserError(f"{run.task} {run.column}, seed {run.seed}: is in {again.where} and, "
+            raise UserError(f"{run.task} {run.label}, seed {run.seed}: is in {again.where} and, "
                             f"otherwise, in {run.where}; report them apart")
         for name, metrics in run.line["metrics"].items():
             for metric, value in metrics.items():
                 row = rows.setdefault((run.task, name, metric), {})
-                row.setdefault(run.column, {})[run.seed] = 100 * value
+                row.setdefault(run.label, {})[run.seed] = 100 * value
 
-    columns = sorted({run.column for run in runs})
+    columns = sorted({run.label for run in runs})
     if baseline in columns:
         columns.remove(baseline)
         columns.insert(0, baseline)
@@ -2874,7 +2876,7 @@ def remarks_on_choice(table):
     for run in table.runs:
         if run.line.get("searched"):
             tried = math.prod(map(len, run.line["searched"].values()))
-            searched[run.column] = max(tried, searched.get(run.column, 0))
+            searched[run.label] = max(tried, searched.get(run.label, 0))
     if searched:
         counts = ", ".join(f"{column} {tried}" for column, tried in searched.items())
         said.append(f"Settings that were tried for each method before: {counts}.")
@@ -2925,50 +2927,50 @@ def score_cells(values):
             f"{values.max():.2f}"]
 
 
-def scores_grid(table):
+def score_rows(table):
     """(header, rows): five rows for each task, set and metric, a column for each method."""
-    grid = []
+    rows = []
     for key, row in table.rows.items():
         cells = [score_cells(row.get(column, {})) for column in table.columns]
         for place, name in enumerate(["seeds", "mean", "std (n-1)", "median", "max"]):
-            grid.append([*key, name, *[cell[place] for cell in cells]])
-    return ["task", "set", "metric", "", *table.columns], grid
+            rows.append([*key, name, *[cell[place] for cell in cells]])
+    return ["task", "set", "metric", "", *table.columns], rows
 
 
-def differences_grid(table):
+def difference_rows(table):
     """(header, rows): one row for each task, set, metric and method."""
-    grid = []
+    rows = []
     for key, methods in table.differences.items():
         for column, difference in methods.items():
-            grid.append([*key, column, *difference_cells(difference), short_p(difference.p),
+            rows.append([*key, column, *difference_cells(difference), short_p(difference.p),
                          difference.verdict(difference.p), *spread_cells(difference)])
     return ["task", "set", "metric", "method", "mean", "95 % interval", "p", "shows", "won-lost",
-            "std", "seeds"], grid
+            "std", "seeds"], rows
 
 
-def tasks_grid(table):
+def over_tasks_rows(table):
     """(header, rows): one row for each method, over tasks and over further sets."""
-    grid = []
+    rows = []
     for (group, column), (total, p, methods) in table.over_tasks.items():
-        grid.append([group, column, *difference_cells(total), short_p(total.p), short_p(p),
+        rows.append([group, column, *difference_cells(total), short_p(total.p), short_p(p),
                      total.verdict(p, methods), *spread_cells(total)])
     return ["over", "method", "mean", "95 % interval", "p", "Holm's p", "shows", "won-lost", "std",
-            "number"], grid
+            "number"], rows
 
 
-def cost_grid(table):
+def cost_rows(table):
     """(header, rows): medians over seeds, one row for each task and method."""
     def cell(values, decimals):
         known = [value for value in values if value is not None]
         return f"{np.median(known):.{decimals}f}" if known else "-"
 
-    grid = []
+    rows = []
     for task in table.tasks:
         for column in table.columns:
             runs = table.runs_of(task, column)
             if not runs:
                 continue
-            grid.append([
+            rows.append([
                 task, column,
                 cell([run.line.get("steps") for run in runs], 0),
                 cell([run.line.get("seconds") for run in runs], 1),
@@ -2976,17 +2978,17 @@ def cost_grid(table):
                 cell(relative_costs(table, task, column), 2),
                 cell([run.seconds_to_best for run in runs], 1)])
     relative = f"cost to {table.baseline}" if table.baseline else "cost"
-    return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], grid
+    return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], rows
 
 
-def text_grid(header, grid, keys, width=110):
+def text_lines(header, rows, keys, width=110):
     """The lines of a table. keys: how many columns name a row.
 
     All of these but the last stand above the rows that share them. Columns that do not fit into the
     width stand below the others.
     """
     above = keys - 1
-    sizes = [max(map(len, cells)) for cells in zip(header, *grid)]
+    sizes = [max(map(len, cells)) for cells in zip(header, *rows)]
     pieces = [[]]
     used = 2 + sizes[above]
     for column in range(keys, len(header)):
@@ -2999,7 +3001,7 @@ def text_grid(header, grid, keys, width=110):
     lines = []
     for piece in pieces:
         before = header[:above]
-        for row in [header, *grid]:
+        for row in [header, *rows]:
             if row[:above] != before:
                 before = row[:above]
                 lines.append(", ".join(before))
@@ -3009,23 +3011,23 @@ def text_grid(header, grid, keys, width=110):
     return lines
 
 
-def grids(table):
+def report_rows(table):
     """{heading: (header, rows, how many columns name a row)}, those with any row."""
-    found = {"Scores, in percent": (*scores_grid(table), 4)}
+    found = {"Scores, in percent": (*score_rows(table), 4)}
     if table.baseline:
         against = f"Difference to {table.baseline}, in points"
-        found[f"{against}, over the seeds that both have"] = (*differences_grid(table), 4)
-        found[f"{against}, over tasks"] = (*tasks_grid(table), 2)
-    found["Cost, medians over seeds"] = (*cost_grid(table), 2)
-    return {heading: grid for heading, grid in found.items() if grid[1]}
+        found[f"{against}, over the seeds that both have"] = (*difference_rows(table), 4)
+        found[f"{against}, over tasks"] = (*over_tasks_rows(table), 2)
+    found["Cost, medians over seeds"] = (*cost_rows(table), 2)
+    return {heading: part for heading, part in found.items() if part[1]}
 
 
 def text_report(table):
     """All that is printed of a table, as lines."""
     lines = [f"{table.title}: {sizes_of(table)}", ""]
-    for heading, (header, grid, keys) in grids(table).items():
+    for heading, (header, rows, keys) in report_rows(table).items():
         lines.append(f"{heading}:")
-        lines += text_grid(header, grid, keys)
+        lines += text_lines(header, rows, keys)
     for sentence in remarks(table):
         lines += textwrap.wrap(sentence, 100)
     return lines
@@ -3221,15 +3223,15 @@ def interval_svg(difference, reach, colours):
     return svg(160, 16, shapes, "the interval")
 
 
-def html_grid(header, grid, keys, drawings=None):
-    """As text_grid, in a box that scrolls. drawings: html of a second cell for each row."""
+def html_table(header, rows, keys, drawings=None):
+    """As text_lines, in a box that scrolls. drawings: html of a second cell for each row."""
     above = keys - 1
     names = [f"<th>{html.escape(cell)}</th>" for cell in header[above:]]
     if drawings:
         names.insert(1, "<th></th>")
     lines = [f'<div class="wide"><table><thead><tr>{"".join(names)}</tr></thead><tbody>']
     before = None
-    for i, row in enumerate(grid):
+    for i, row in enumerate(rows):
         if row[:above] != before:
             before = row[:above]
             title = html.escape(", ".join(before))
@@ -3266,13 +3268,13 @@ def legend(table, columns):
 
 
 def curve_figures(table):
-    """A figure for each task of which runs have looked more than once."""
+    """A figure for each task of which runs were evaluated more than once in training."""
     figures = []
     for task in table.tasks:
         curves = {}
         for run in table.runs:
             if run.task == task and len(run.curve) > 1:
-                curve = curves.setdefault(run.column, {})
+                curve = curves.setdefault(run.label, {})
                 for step, value in run.curve.items():
                     curve.setdefault(step, []).append(100 * value)
         if not curves:
@@ -3331,12 +3333,12 @@ def html_report(table):
     """A table's part of the page."""
     parts = [f"<h2>{html.escape(table.title)}</h2>",
              f"<small>{sizes_of(table)}</small>", html_list(remarks(table))]
-    for heading, (header, grid, keys) in grids(table).items():
+    for heading, (header, rows, keys) in report_rows(table).items():
         drawings = None
         if "over the seeds" in heading:
             drawings = draw_intervals(table)
         parts.append(f"<h3>{html.escape(heading)}</h3>")
-        parts.append(html_grid(header, grid, keys, drawings))
+        parts.append(html_table(header, rows, keys, drawings))
 
     sections = {"Learning curves": curve_figures(table),
                 "The spread over seeds": score_figures(table),

@@ -3043,7 +3043,7 @@ def test_round_numbers(low, high):
 def test_many_columns_go_below(tmp_path):
     header = ["task", "method", *[f"column{i}" for i in range(20)]]
     grid = [["rte", "std", *["1.00"] * 20], ["rte", "more", *["2.00"] * 20]]
-    lines = common.text_grid(header, grid, 2, width=60)
+    lines = common.text_lines(header, grid, 2, width=60)
     assert max(map(len, lines)) <= 60
     for i in range(20):
         assert sum(f"column{i} " in f"{line} " for line in lines) == 1
