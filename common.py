@@ -37,7 +37,7 @@ import numpy as np
 import data
 from data import UserError, first_line
 
-# Neither the help nor the report needs torch, and both come at once.
+# --help and the report start at once because they do not load torch.
 if __name__ != "__main__" and not {"-h", "--help"} & set(sys.argv):
     import torch
     from torch import distributed as dist
@@ -58,6 +58,7 @@ class Stopped(SystemExit):
 # ----------------------------------------------------------------------------------------  1  flags
 
 def refuse(message):
+    """Replaces argparse's `error`: a bad flag looks like any other wrong input."""
     raise UserError(message.removeprefix("argument "))
 
 
@@ -414,7 +415,7 @@ class World:
         return tensor.numpy()
 
     def gather(self, items):
-        """A list with None where an item is another process's, made whole on all of them."""
+        """Merges the processes' lists: each has its own items and None elsewhere; all get all."""
         if self.size == 1:
             return items
         parts = [None] * self.size
@@ -432,7 +433,7 @@ class World:
 
     @contextlib.contextmanager
     def first(self):
-        """Runs on rank 0, then on the others, which find its files."""
+        """Rank 0 runs the block first; the others wait, then find its files."""
         if self.rank > 0:
             self.barrier()
         yield
@@ -457,8 +458,8 @@ class World:
     def ddp(self, module, unused=True):
         """The module with its gradients averaged over the processes.
 
-        unused: some weights may have no gradient. With --compile the layers are compiled one by
-        one: they share their code, which is so compiled once.
+        unused: some weights may have no gradient. With --compile each layer of a ModuleList is
+        compiled by itself: they share one code, which is then compiled once.
         """
         if self.compile:
             for part in module.modules():
@@ -1139,7 +1140,8 @@ class Run:
                                 "another folder")
         other = []
         for name, value in self.identity.items():
-            was_off = name not in saved["args"] and not value            # of a script without it
+            # A flag that the other script lacks, and that is off here.
+            was_off = name not in saved["args"] and not value
             if saved["args"].get(name) != value and not was_off:
                 other.append(f"--{name} {saved['args'].get(name)} (now {value})")
         if other:
@@ -1231,7 +1233,7 @@ class Run:
         return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total
 
     def log(self, loss, stats, **plain):
-        """A step's terms. They stay on the device until the next line of the log."""
+        """Keeps a step's terms for the next line of the log; they stay on the device until then."""
         self.pending.append((self.step, {"loss": loss.detach(), **stats}, plain))
 
     def flush(self):
@@ -1877,7 +1879,11 @@ def html_page(title, style, body):
 
 
 def count_flops(call):
-    """Floating point operations of the matrix products and attention in a call."""
+    """Floating point operations of the matrix products and attention in a call.
+
+    Not by torch's FlopCounterMode: the hooks that it gives to modules raise "A leaf node was passed
+    to _will_engine_execute_node" where a penalty's gradient is itself differentiated.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
     counts = []
@@ -1935,7 +1941,8 @@ def profile_steps(args, world, rows):
         spaced = np.linspace(0, batches.per_epoch - 1, args.profile + 2)[1:-1]
         chosen[name] = [by_length[int(i)] for i in spaced]
 
-        batches.load_state_dict({"real": 0, "computed": 0})
+        batches.real = 0
+        batches.computed = 0
         if world.gpu:
             torch.cuda.reset_peak_memory_stats()
         flops = 0
@@ -3676,13 +3683,11 @@ def learn_to_restore(model, ids, steps=600, lr=3e-3):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        x = ids[torch.randint(len(ids), (64,), device=ids.device)]
-        x = x[:, :int((x != 0).sum(1).max())]                            # (64, n)
-        masked = (torch.rand(x.shape, device=ids.device) < 0.33) & (x > 4)
-        m_x = torch.where(masked, 4, x)
+    for inputs in toy_batches(ids, steps):
+        x = inputs["input_ids"]                                          # (64, n)
+        m_x, _ = hide_words(x, 0.33, torch.arange(5), 4)
         labels = x.masked_fill(x == 0, -100)
-        model(input_ids=m_x, attention_mask=(x != 0).long(), labels=labels).loss.backward()
+        model(**{**inputs, "input_ids": m_x}, labels=labels).loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
