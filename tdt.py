@@ -74,7 +74,10 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, replace
+
+# common and data are imported where they are used: the core needs torch alone.
 
 OWN = "alpha beta gamma margin variant keep_special c_lr"
 METHODS = {                                            # the kinds of task it can train, its flags
@@ -84,6 +87,7 @@ METHODS = {                                            # the kinds of task it ca
     "cutoff": ("classify", "cutoff_rate cutoff_a cutoff_b"),
 }
 
+# Why a method cannot train a kind of task.
 WHY = {"regress": ": JS of a regression is undefined"}
 
 # Those whose models come with confidences.
@@ -190,7 +194,7 @@ def released_triplet_loss(logits, logits_pos, logits_neg, margin):
     return F.relu(margin + near - 0.5 * far - 0.5 * far_pos)
 
 
-def supervised(logits, labels):
+def task_loss(logits, labels):
     """The cross entropy, of one output the mean squared error: (B, C), (B,) -> a scalar. Eq. 1."""
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.float().squeeze(-1), labels.float())
@@ -279,16 +283,17 @@ class TDT(torch.nn.Module):
         """labels (B,), inputs as the model takes them, input_ids (B, n) -> (loss, stats).
 
         perturbable (B, n): the tokens that may be perturbed, None: all. stats: batch means of "ce",
-        "ce_pos", "l_c", "l_r", and of the tokens' "confidence", with "confidence_std".
+        "ce_pos", "l_c", "l_r", and of the tokens' "confidence", with "confidence_std"; in eval mode
+        "ce" alone.
         """
         if not self.training or self.alpha == self.beta == 0:
-            ce = supervised(self.model(**inputs).logits, labels)
+            ce = task_loss(self.model(**inputs).logits, labels)
             return ce, {"ce": ce.detach()}
 
         views = 3 if self.beta else 2
-        logits, c, p, may = self.passes(views, perturbable, **inputs)
-        ce = supervised(logits[0], labels)
-        ce_pos = supervised(logits[1], labels)
+        logits, c, p, can_change = self.passes(views, perturbable, **inputs)
+        ce = task_loss(logits[0], labels)
+        ce_pos = task_loss(logits[1], labels)
         l_c = ce_pos
         l_r = torch.zeros_like(ce)
         if self.variant == "paper":
@@ -299,9 +304,9 @@ class TDT(torch.nn.Module):
             l_r = released_triplet_loss(*logits, self.margin)
         loss = ce + self.alpha * l_c + self.beta * l_r                   # Eq. 7
 
-        share = may / may.sum().clamp(min=1)                             # (B, n), sums to 1
-        mean = (share * p).sum()
-        std = (share * (p - mean).square()).sum().sqrt()
+        weights = can_change / can_change.sum().clamp(min=1)             # (B, n), sum to 1
+        mean = (weights * p).sum()
+        std = (weights * (p - mean).square()).sum().sqrt()
         stats = {"ce": ce, "ce_pos": ce_pos, "l_c": l_c, "l_r": l_r, "confidence": mean,
                  "confidence_std": std}
         return loss, {name: value.detach() for name, value in stats.items()}
@@ -328,7 +333,7 @@ class TDT(torch.nn.Module):
         """
         ids = inputs["input_ids"]                                        # (B, n)
         real = real_tokens(inputs)
-        may = real if perturbable is None else real & perturbable.bool()
+        can_change = real if perturbable is None else real & perturbable.bool()
         stacked = {name: torch.cat([value] * views) for name, value in inputs.items()}
         if self.hard:
             # The second view lends its [MASK]s to both variants.
@@ -345,7 +350,7 @@ class TDT(torch.nn.Module):
             if self.hard and given is None:
                 two = torch.stack([z, 0 * z], -1)                        # (B, n, 2)
                 c = F.gumbel_softmax(two, self.tau, hard=True)[..., 0]   # Eq. 8, 9
-            c = c.masked_fill(~may, 1.0)
+            c = c.masked_fill(~can_change, 1.0)
 
             keep = c[..., None]                                          # (B, n, 1)
             mu_0 = masks if self.hard else self.mu_0(e, real)
@@ -353,12 +358,12 @@ class TDT(torch.nn.Module):
             e_neg = (1 - keep) * e                                       # Eq. 5
             if self.hard:
                 e_neg = e_neg + keep * masks
-            e_neg = torch.where(may[..., None], e_neg, e)
+            e_neg = torch.where(can_change[..., None], e_neg, e)
             return torch.cat([e, e_pos, e_neg][:views]).to(x.dtype)
 
         with changed_embeddings(self.model, perturb, stacked["input_ids"].shape):
             logits = self.model(**stacked).logits.chunk(views)
-        return logits, c * real, p, may
+        return logits, c * real, p, can_change
 
     def mu_0(self, e, real):
         """mu_0 of Eq. 3 for each sentence: (B, n, H), (B, n) -> (B, 1, H)."""
@@ -418,10 +423,11 @@ class TokenCutoff(torch.nn.Module):
     def forward(self, labels, perturbable=None, **inputs):
         """labels (B,), inputs as the model takes them -> (loss, stats "ce", "ce_cut", "js").
 
-        perturbable (B, n): the tokens that may fall, None: all real ones but the first.
+        perturbable (B, n): the tokens that may fall, None: all real ones but the first. In eval
+        mode stats is "ce" alone.
         """
         if not self.training or self.a == self.b == 0:
-            ce = supervised(self.model(**inputs).logits, labels)
+            ce = task_loss(self.model(**inputs).logits, labels)
             return ce, {"ce": ce.detach()}
 
         real = real_tokens(inputs)                                       # (B, n)
@@ -435,8 +441,8 @@ class TokenCutoff(torch.nn.Module):
 
         with changed_embeddings(self.model, cut, twice["input_ids"].shape):
             logits, logits_cut = self.model(**twice).logits.chunk(2)     # (B, C) each
-        ce = supervised(logits, labels)
-        ce_cut = supervised(logits_cut, labels)
+        ce = task_loss(logits, labels)
+        ce_cut = task_loss(logits_cut, labels)
         js = jensen_shannon(logits, logits_cut).mean()
         loss = ce + self.a * ce_cut + self.b * js                        # (a)
         return loss, {"ce": ce.detach(), "ce_cut": ce_cut.detach(), "js": js.detach()}
@@ -444,13 +450,13 @@ class TokenCutoff(torch.nn.Module):
     def draw(self, real, perturbable=None):
         """The tokens that fall, drawn without replacement: (B, n), bool."""
         if perturbable is None:
-            may = real & (real.cumsum(1) > 1)
+            can_fall = real & (real.cumsum(1) > 1)
         else:
-            may = real & perturbable.bool()
-        order = torch.rand(may.shape, device=may.device).masked_fill(~may, 2.0)
+            can_fall = real & perturbable.bool()
+        order = torch.rand(real.shape, device=real.device).masked_fill(~can_fall, 2.0)
         rank = order.argsort(1).argsort(1)                               # (B, n), from 0
-        count = (self.rate * may.sum(1, keepdim=True)).round()           # (B, 1)
-        return may & (rank < count)
+        count = (self.rate * can_fall.sum(1, keepdim=True)).round()      # (B, 1)
+        return can_fall & (rank < count)
 
 
 # -------------------------------------------------------------------------  analyses: what is asked
@@ -1109,7 +1115,7 @@ def clouds_body(maps, numbers, labels, names, chosen_by):
 # ---------------------------------------------------------------------------  analyses: all of them
 
 def check_task(args, asked, task):
-    """UserError if something is asked for that the task has not."""
+    """UserError if --tsne is asked for a task without classes."""
     import common
     if asked.tsne and task.outputs == 1:
         raise common.UserError(f"--tsne: must be a task with classes; {args.task} has none")
@@ -1254,8 +1260,8 @@ def recipe(args):
 
 # ----------------------------------------------------------------------------------  the experiment
 
-def wrap(method, model, args, mask_token_id):
-    """A method's loss around a model."""
+def build_method(method, model, args, mask_token_id):
+    """The module whose forward is the method's loss. UserError if the model does not fit."""
     import common
     try:
         if method == "std":
@@ -1283,8 +1289,17 @@ def copy_confidences(module):
     return {name: weight.detach().cpu().clone() for name, weight in layer.state_dict().items()}
 
 
+def write_model(method, module, untrained, folder):
+    """The model as others load it, and its confidence layer as it was learned and as it began."""
+    module.model.save_pretrained(folder)
+    if method in CONFIDENT:
+        torch.save(copy_confidences(module), f"{folder}/confidence.pt")
+        torch.save(untrained, f"{folder}/confidence-start.pt")
+
+
 def marks_of(args):
-    """What tells all methods which tokens they may perturb: a text column, "special" or None."""
+    """Which tokens may be perturbed, for the tokeniser: a column's name, "special" (all but special
+    tokens) or None (all)."""
     import data
     if args.task in data.TASKS and data.TASKS[args.task].perturb:
         return data.TASKS[args.task].perturb
@@ -1305,7 +1320,6 @@ def setup_for(method, setup, marks):
 
 def main(argv=None):
     """Trains every --method with every seed, and analyses them. Returns results.json of each."""
-    import time
     import common
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
@@ -1327,17 +1341,11 @@ def main(argv=None):
 
         def build(method, seed):
             model = common.load_model(args, setup, seed, world)
-            return wrap(method, model, args, setup.tokenizer.mask_token_id)
+            return build_method(method, model, args, setup.tokenizer.mask_token_id)
 
         def evaluate(model, sets, final=False):
             forward = setup.kind.forward(model, setup.task)
             return common.evaluate(forward, model, sets, setup, world, final)
-
-        def write_model(folder):
-            model.save_pretrained(folder)
-            if method in CONFIDENT:
-                torch.save(copy_confidences(module), f"{folder}/confidence.pt")
-                torch.save(untrained, f"{folder}/confidence-start.pt")
 
         if args.profile:
             return common.profile_methods(args, world, setup, build)
@@ -1374,7 +1382,8 @@ def main(argv=None):
                     run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
                 metrics = evaluate(model, setup.scored, final=True)
-                run.finish(metrics, batches, setup.tokenizer, write_model)
+                write = functools.partial(write_model, method, module, untrained)
+                run.finish(metrics, batches, setup.tokenizer, write)
             if setup.unscored:
                 model = common.load_model(args, setup, seed, world, run.model_folder)
                 run.predict(setup.kind.forward(model, setup.task), model, setup)

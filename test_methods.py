@@ -3339,7 +3339,7 @@ def test_the_noise_arrives_and_padding_is_inert(name):
     assert not words._forward_hooks
 
     # With `random` both passes are made although nothing separates them.
-    method.eps, method.random = 0.0, True
+    method.eps, method.has_dropout = 0.0, True
     assert method(labels, **inputs)[1]["kl"] < 1e-10
 
     # BART's head wants its last token at the end, XLNet's its padding at the start.
@@ -3683,7 +3683,7 @@ def test_the_noise_of_generation_reaches_the_encoder_alone(name):
     loss, stats = method(labels, **inputs)
     loss.backward()
     assert stats["kl"] > 1e-9
-    method.eps, method.random = 0.0, True
+    method.eps, method.has_dropout = 0.0, True
     assert method(labels, **inputs)[1]["kl"] < 1e-12
 
 
