@@ -547,9 +547,11 @@ class SMART(torch.nn.Module):
     def __init__(self, model, lam=1.0, eps=1e-5, sigma=1e-5, eta=1e-3, steps=1, bregman=0.0):
         super().__init__()
         refuse_negative(lam=lam, eps=eps, eta=eta, bregman=bregman)
-        if sigma <= 0 or steps < 1:
-            raise ValueError("sigma must be positive and steps at least 1, or z stays where its "
-                             f"gradient is 0; got {sigma} and {steps}")
+        if sigma <= 0:
+            raise ValueError("sigma must be above 0, or z stays where its gradient is 0, got "
+                             f"{sigma}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         if lam > 0 or bregman > 0:
             refuse_regression(model, "SMART")
         self.model, self.lam, self.eps, self.sigma = model, lam, eps, sigma

@@ -201,6 +201,17 @@ def task_loss(logits, labels):
     return F.cross_entropy(logits.float(), labels)
 
 
+def refuse_other(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def refuse_negative(**settings):
+    for name, value in settings.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+
+
 # --------------------------------------------------------------------------  the method: where e is
 
 def real_tokens(inputs):
@@ -259,12 +270,11 @@ class TDT(torch.nn.Module):
     def __init__(self, model, alpha=2.0, beta=1.0, gamma=0.01, margin=2.0, mu0="mean", hard=False,
                  tau=1.0, variant="paper", mask_token_id=None):
         super().__init__()
-        if mu0 not in ("mean", "zero", "noise") or variant not in ("paper", "released"):
-            raise ValueError("mu0 must be 'mean', 'zero' or 'noise', variant 'paper' or "
-                             f"'released', got {mu0!r} and {variant!r}")
-        if min(alpha, beta, gamma, margin) < 0 or tau <= 0:
-            raise ValueError("alpha, beta, gamma and margin must not be negative, tau must be "
-                             f"above 0, got {alpha}, {beta}, {gamma}, {margin} and {tau}")
+        refuse_other("mu0", mu0, ["mean", "zero", "noise"])
+        refuse_other("variant", variant, ["paper", "released"])
+        refuse_negative(alpha=alpha, beta=beta, gamma=gamma, margin=margin)
+        if tau <= 0:
+            raise ValueError(f"tau must be above 0, got {tau}")
         if hard and mask_token_id is None:
             raise ValueError("hard needs mask_token_id")
         self.model = model
@@ -412,9 +422,9 @@ class TokenCutoff(torch.nn.Module):
 
     def __init__(self, model, rate=0.1, a=1.0, b=1.0):
         super().__init__()
-        if not 0 <= rate <= 1 or min(a, b) < 0:
-            raise ValueError("rate must be from 0 to 1, a and b must not be negative, got "
-                             f"{rate}, {a} and {b}")
+        if not 0 <= rate <= 1:
+            raise ValueError(f"rate must be from 0 to 1, got {rate}")
+        refuse_negative(a=a, b=b)
         if model.config.num_labels == 1:
             raise ValueError("token cutoff needs classes: JS of a regression is undefined")
         embedding_layer(model)                         # raises where nothing can fall
@@ -570,10 +580,12 @@ def evaluation_of(setup, world):
     return Evaluation(setup, world, name, task, split, ids, row, ~np.isin(ids, special))
 
 
-def load_run(folder, method, world, confidences="confidence.pt"):
-    """A finished run as a TDT in eval mode; its confidences mean something if the method has any.
+def load_run(folder, method, world, mask_token_id=None, like=None, confidences="confidence.pt"):
+    """A finished run's model as a TDT in eval mode.
 
-    confidences: their file, "confidence-start.pt": as they were drawn.
+    For a method without confidences (std, cutoff) its confidence layer is random: do not read it.
+    like: the folder of the run by whose settings its e+ and e- are made, None: its own.
+    confidences: the layer's file; "confidence-start.pt": as it was drawn.
     """
     import common
     import data
@@ -582,7 +594,12 @@ def load_run(folder, method, world, confidences="confidence.pt"):
     try:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             path, dtype=torch.float32)
-        module = TDT(model)
+        results = common.read_results(os.path.join(like or folder, "results.json"))
+        settings = results["args"]
+        module = TDT(
+            model, mu0=settings.get("mu0", "mean"), hard=results["method"] == "tdt-hard",
+            tau=settings.get("tau", 1.0), variant=settings.get("variant", "paper"),
+            mask_token_id=mask_token_id)
         if method in CONFIDENT:
             file = os.path.join(path, confidences)
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -879,7 +896,9 @@ def drop_words(modules, folders, by, c, rates, evaluation):
     As a control they are also chosen by an untrained confidence layer, the one that run began with.
     """
     import data
-    untrained = load_run(folders[by], by, evaluation.world, "confidence-start.pt")
+    mask_token_id = evaluation.setup.tokenizer.mask_token_id
+    untrained = load_run(folders[by], by, evaluation.world, mask_token_id,
+                         confidences="confidence-start.pt")
     c_start = confidences_of(untrained, evaluation, "confidences, untrained")
     words = evaluation.is_word
     correlation = data.spearman(c[words], c_start[words])
@@ -974,18 +993,6 @@ def clouds_of(module, split, cls_token, world, name, given=None):
     return Clouds(states, np.stack([logits for _, logits in kept], 1), used)
 
 
-def perturb_as_trained(module, folder, mask_token_id):
-    """Makes a loaded run's variants what they were in its training."""
-    import common
-    results = common.read_results(os.path.join(folder, "results.json"))
-    settings = results["args"]
-    module.mu0 = settings.get("mu0", "mean")
-    module.variant = settings.get("variant", "paper")
-    module.tau = settings.get("tau", 1.0)
-    module.hard = results["method"] == "tdt-hard"
-    module.mask_token_id = mask_token_id
-
-
 def nearest_has_class(x, originals, classes):
     """Share of the points whose nearest original is of their class: (n, H), (n, H), (n,).
 
@@ -1046,8 +1053,6 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     others = [method for method in modules if method != chosen_by]
     for method in [chosen_by, *others]:                # its c are needed first
         given = None if method in CONFIDENT else first.c
-        like = folders[method if method in CONFIDENT else chosen_by]
-        perturb_as_trained(modules[method], like, tokenizer.mask_token_id)
         clouds = clouds_of(modules[method], split, tokenizer.cls_token_id, world,
                            f"{folders[method]}: H, H+, H-", given)
         first = first or clouds
@@ -1162,9 +1167,12 @@ def analyse(args, asked, setup, tokenizer, world):
     dropped = []
     perturbed = []
     for folders in asked.runs.values():
-        modules = {method: load_run(folder, method, world) for method, folder in folders.items()}
-        confident = [method for method in modules if method in CONFIDENT]
+        confident = [method for method in folders if method in CONFIDENT]
         chosen_by = confident[0] if confident else None
+        modules = {}
+        for method, folder in folders.items():
+            like = folder if method in confident else folders.get(chosen_by)
+            modules[method] = load_run(folder, method, world, tokenizer.mask_token_id, like)
         c = {}
         for method in confident:
             if asked.confidences or (asked.drop and method == chosen_by):
