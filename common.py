@@ -2,15 +2,16 @@
 
     python common.py runs              the report: finished runs as one table, with its page
 
-    1  flags                           parser, parse, number
-    2  processes and signals           cli, World, processes, Progress
-    3  model, optimizer, backward      prepare, load_model, build_optimizer, backward
-    4  predictions and scores          predict, evaluate
-    5  a run                           Run: its folder, log, checkpoints and results; take_runs
-    6  states of a frozen encoder      CachedSplit, the feature cache
-    7  tables, pages, --profile        print_table, html_page, profile_methods, tsne, maps_body
-       the report                      main_report
-    8  masked language modelling       toy_model, post_trained
+     1  flags                          parser, parse, number
+     2  processes and signals          cli, World, processes, Progress
+     3  model, optimizer, backward     prepare, load_model, build_optimizer, backward
+     4  predictions and scores         predict, evaluate
+     5  a run                          Run: its folder, log, checkpoints and results; take_runs
+     6  states of a frozen encoder     CachedSplit, the feature cache
+     7  tables, pages, --profile       print_table, html_page, profile_methods
+     8  maps of vectors                tsne, map_svg, maps_body
+     9  the report                     main_report
+    10  masked language modelling      toy_model, post_trained
 """
 import argparse
 import contextlib
@@ -1832,7 +1833,7 @@ def print_table(say, results, args, started):
     seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
     say(f"\n{args.task}, {results[0]['model']}, {seeds}, in percent")
     say(f"{'set':<{wide}}  {'metric':<9} {'method':<9} {'mean':>6} {'std':>5} {'median':>6} "
-              f"{'max':>6}")
+        f"{'max':>6}")
     for name, metrics in sets.items():
         for metric in metrics:
             for method in args.method:
@@ -1843,7 +1844,7 @@ def print_table(say, results, args, started):
                 values = 100 * np.array(runs)
                 std = f"{values.std(ddof=1):.2f}" if len(values) > 1 else "-"
                 say(f"{name:<{wide}}  {metric:<9} {method:<9} {values.mean():6.2f} {std:>5} "
-                          f"{np.median(values):6.2f} {values.max():6.2f}")
+                    f"{np.median(values):6.2f} {values.max():6.2f}")
     where = os.path.join(args.output_dir, args.task)
     if args.run:
         where = "the folders of the runs"
@@ -1998,6 +1999,8 @@ def print_profile(args, world, counted, seconds):
                   f"{real:6.1%} {rate / 1e9:8.1f} {rate / peak:8.1%}{memory} {t / seconds[0]:6.2f}")
 
 
+# ------------------------------------------------------------------------------  8  maps of vectors
+
 def square_distances(x):
     """Squared Euclidean distances of all pairs of rows: (n, H) -> (n, n)."""
     norms = np.square(x).sum(1)
@@ -2077,8 +2080,6 @@ def tsne(x, perplexity=30.0, steps=1000):
         y = y - y.mean(0)
     return y
 
-
-# -----------------------------------------------------------------------------  7  maps of vectors
 
 def separation(a, b):
     """How far two clouds (n, H) lie apart: the distance of their means over their spread.
@@ -2260,7 +2261,7 @@ def print_numbers(numbers, title, world):
         world.say(f"{row:<{wide}}" + "".join(cells))
 
 
-# --------------------------------------------------------------------------  the report: statistics
+# -----------------------------------------------------------------------  9  the report: statistics
 
 # Student's t of 1 to 30 degrees of freedom: 97.5 % lie below.
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
@@ -2418,7 +2419,7 @@ def summarise_differences(differences, interval):
         int((differences > 0).sum()), int((differences < 0).sum()))
 
 
-# ---------------------------------------------------------------  the report: reading finished runs
+# ------------------------------------------------------------  9  the report: reading finished runs
 
 # Flags that change neither what is trained nor which state of it is scored.
 NOT_COMPARED = {"task", "eval_tasks", "log_every"}
@@ -2690,7 +2691,7 @@ def keep_lines(path, runs, by, free):
     return runs
 
 
-# ----------------------------------------------------------------  the report: what may be compared
+# -------------------------------------------------------------  9  the report: what may be compared
 
 def refuse_unlike(runs, free):
     """UserError if two runs of one task differ in what is not the method. free: flags that may.
@@ -2725,7 +2726,7 @@ def refuse_flags(run, other, names, whose):
                 f"{run.where}; report them apart, or allow it by --differ {name}")
 
 
-# -------------------------------------------------------------------------  the report: the numbers
+# ----------------------------------------------------------------------  9  the report: the numbers
 
 @dataclass
 class Table:
@@ -2895,7 +2896,7 @@ def remarks_on_choice(table):
     return said
 
 
-# -------------------------------------------------------------------  the report: tables of strings
+# ----------------------------------------------------------------  9  the report: tables of strings
 
 def counted(number, word):
     return f"{number} {word}" + "s" * (number != 1)
@@ -3068,7 +3069,7 @@ def difference_numbers(difference, p_holm):
             f"{difference.p:.6g}", p_holm]
 
 
-# ----------------------------------------------------------------------------  the report: the page
+# -------------------------------------------------------------------------  9  the report: the page
 
 REPORT_STYLE = """
 :root { --c0: #475569; --c1: #2563eb; --c2: #ea580c; --c3: #16a34a; --c4: #9333ea; --c5: #db2777;
@@ -3356,7 +3357,7 @@ def html_report(table):
     return "\n".join(parts)
 
 
-# -------------------------------------------------------------------------  the report: the program
+# ----------------------------------------------------------------------  9  the report: the program
 
 def report_flags():
     p = argparse.ArgumentParser(
@@ -3437,7 +3438,7 @@ def write_report(args, tables, left_out):
     print(f"wrote {os.path.join(folder, 'report.tsv')} and report.html")
 
 
-# --------------------------------------------------------------------  8  masked language modelling
+# -------------------------------------------------------------------  10  masked language modelling
 
 def toy_model(world):
     """Folder of a 2-layer BERT, pre-trained once on the toy corpus, which covers both domains."""
