@@ -2,15 +2,16 @@
 
     python common.py runs              the report: finished runs as one table, with its page
 
-    1  flags                           parser, parse, number
-    2  processes and signals           cli, World, processes, Progress
-    3  model, optimizer, backward      prepare, load_model, build_optimizer, backward
-    4  predictions and scores          predict, evaluate
-    5  a run                           Run: its folder, log, checkpoints and results; take_runs
-    6  states of a frozen encoder      CachedSplit, the feature cache
-    7  tables, pages, --profile        print_table, html_page, profile_methods, tsne, maps_body
-       the report                      main_report
-    8  masked language modelling       toy_model, post_trained
+     1  flags                          parser, parse, number
+     2  processes and signals          cli, World, processes, Progress
+     3  model, optimizer, backward     prepare, load_model, build_optimizer, backward
+     4  predictions and scores         predict, evaluate
+     5  a run                          Run: its folder, log, checkpoints and results; take_runs
+     6  states of a frozen encoder     CachedSplit, the feature cache
+     7  tables, pages, --profile       print_table, html_page, profile_methods
+     8  maps of vectors                tsne, map_svg, maps_body
+     9  the report                     main_report
+    10  masked language modelling      toy_model, post_trained
 """
 import argparse
 import contextlib
@@ -37,7 +38,7 @@ import numpy as np
 import data
 from data import UserError, first_line
 
-# Neither the help nor the report needs torch, and both come at once.
+# --help and the report start at once because they do not load torch.
 if __name__ != "__main__" and not {"-h", "--help"} & set(sys.argv):
     import torch
     from torch import distributed as dist
@@ -58,6 +59,7 @@ class Stopped(SystemExit):
 # ----------------------------------------------------------------------------------------  1  flags
 
 def refuse(message):
+    """Replaces argparse's `error`: a bad flag looks like any other wrong input."""
     raise UserError(message.removeprefix("argument "))
 
 
@@ -132,7 +134,7 @@ def add_data_flags(g):
     g.add_argument("--dev_samples", type=number(int, 0), default=0, metavar="N",
                    help="that many training rows are held out, to choose the best state by")
     g.add_argument("--choosing", action="store_true",
-                   help="score the held-out rows alone, as --grid does before it has chosen")
+                   help=argparse.SUPPRESS)             # by --grid: score the held-out rows alone
     g.add_argument("--eval_samples", type=number(int, 1), metavar="N",
                    help="during training score N seeded rows of a set (all); at the end all")
     g.add_argument("--eval_tasks", nargs="+", metavar="NAME",
@@ -340,7 +342,7 @@ def cli(main):
     Rank 0 tells what is wrong. The others see the same, or that rank 0 has gone; they speak only if
     nobody has ended them after a while, for then it is theirs alone.
     """
-    rank = int(os.environ.get("RANK", 0))
+    rank = own_rank()
     try:
         main()
         return 0
@@ -360,6 +362,11 @@ def cli(main):
         raise
 
 
+def own_rank():
+    """This process's number, 0 without torchrun; a World has it too."""
+    return int(os.environ.get("RANK", 0))
+
+
 def tell_error(rank, message):
     who = f"rank {rank}: " if rank else ""
     print(f"{os.path.basename(sys.argv[0])}: {who}{message}", file=sys.stderr, flush=True)
@@ -369,7 +376,7 @@ class World:
     """The processes of a run, torchrun's or this one alone: rank, size, device, precision."""
 
     def __init__(self, args):
-        self.rank = int(os.environ.get("RANK", 0))
+        self.rank = own_rank()
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         trains = not getattr(args, "run", None)
         if trains and args.batch_size and args.batch_size % self.size:
@@ -377,7 +384,6 @@ class World:
                             "processes")
         self.gpu = torch.cuda.is_available()
         self.compile = args.compile
-        self.progress = None                           # the bar that is open
         self.evaluating = 0.0                          # seconds spent in `evaluate` so far
         if self.gpu:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -395,10 +401,11 @@ class World:
         return self.precision == "bf16"
 
     def say(self, line):
+        """Prints a line, on rank 0 alone; above the bars that are open on a terminal."""
+        from tqdm import tqdm
         if self.rank == 0:
-            if self.progress:
-                self.progress.clear()
-            print(line, flush=True)
+            tqdm.write(line)
+            sys.stdout.flush()
 
     def total(self, array):
         """A numpy array's sum over the processes, on all of them."""
@@ -409,7 +416,7 @@ class World:
         return tensor.numpy()
 
     def gather(self, items):
-        """A list with None where an item is another process's, made whole on all of them."""
+        """Merges the processes' lists: each has its own items and None elsewhere; all get all."""
         if self.size == 1:
             return items
         parts = [None] * self.size
@@ -427,7 +434,7 @@ class World:
 
     @contextlib.contextmanager
     def first(self):
-        """Runs on rank 0, then on the others, which find its files."""
+        """Rank 0 runs the block first; the others wait, then find its files."""
         if self.rank > 0:
             self.barrier()
         yield
@@ -452,8 +459,8 @@ class World:
     def ddp(self, module, unused=True):
         """The module with its gradients averaged over the processes.
 
-        unused: some weights may have no gradient. With --compile the layers are compiled one by
-        one: they share their code, which is so compiled once.
+        unused: some weights may have no gradient. With --compile each layer of a ModuleList is
+        compiled by itself: they share one code, which is then compiled once.
         """
         if self.compile:
             for part in module.modules():
@@ -481,7 +488,7 @@ class World:
 class Progress:
     """How far something is: a bar on a terminal, elsewhere a line every 20 seconds. Rank 0 alone.
 
-    As a context manager it is the world's open bar, which a line that is printed clears first.
+    As a context manager it closes the bar.
     """
     SECONDS = 20
 
@@ -501,30 +508,23 @@ class Progress:
             self.bar = tqdm(total=total, initial=done, desc=name, leave=False, unit=unit,
                             dynamic_ncols=True, bar_format=layout)
 
-    def update(self, n=1, told=""):
+    def update(self, n=1, message=""):
         self.done += n
         if self.bar is not None:
-            if told:
-                self.bar.set_postfix_str(told, refresh=False)
+            if message:
+                self.bar.set_postfix_str(message, refresh=False)
             self.bar.update(n)
         elif time.monotonic() - self.spoke > self.SECONDS:
             self.spoke = time.monotonic()
             rate = (self.done - self.before) / (self.spoke - self.started)
             left = (self.total - self.done) / rate
-            told = f", {told}" if told else ""
-            self.world.say(f"{self.name}: {self.done} of {self.total}{told}, {left:.0f} s left")
-
-    def clear(self):
-        if self.bar is not None:
-            self.bar.clear()
+            words = f", {message}" if message else ""
+            self.world.say(f"{self.name}: {self.done} of {self.total}{words}, {left:.0f} s left")
 
     def __enter__(self):
-        self.outer = self.world.progress
-        self.world.progress = self
         return self
 
     def __exit__(self, *error):
-        self.world.progress = self.outer
         if self.bar is not None:
             self.bar.close()
 
@@ -626,10 +626,10 @@ class Setup:
         return {**self.own, **self.further, **self.held_out}
 
 
-def prepare(args, world, check=None, **how):
+def prepare(args, world, check=None, **options):
     """Reads, checks (also by check(task)) and encodes all rows, before a model is loaded: a Setup.
 
-    how: see the kind's `tokenise` in data.py.
+    options: of the kind's `tokenise` in data.py; `perturb` is for the training rows alone.
     """
     with world.first():
         rows = data.load(args)
@@ -643,25 +643,24 @@ def prepare(args, world, check=None, **how):
                         f"{args.task} needs --batch_size")
     tokenizer = load_tokenizer(args, world, rows.task)
     if kind.decodes:
-        how["max_target_length"] = args.max_target_length
-    to_train = how
-    to_evaluate = {name: value for name, value in how.items() if name != "perturb"}
+        options["max_target_length"] = args.max_target_length
+    to_evaluate = {name: value for name, value in options.items() if name != "perturb"}
 
-    def encode(rows, task, how):
-        return data.encode(rows, task, tokenizer, args.max_length, **how)
+    def encode(rows, task, options=to_evaluate):
+        return data.encode(rows, task, tokenizer, args.max_length, **options)
 
     task = with_main_metric(rows.task, args.main_metric)
     with world.first():
         train = None                                   # of --run
         if rows.train is not None:
-            train = encode(rows.train, task, to_train)
+            train = encode(rows.train, task, options)
         own = {}
         for name, part in rows.own.items():
-            own[name] = task, encode(part, task, to_evaluate)
+            own[name] = task, encode(part, task)
         further = {}
         for name, (its_task, part) in rows.further.items():
-            further[name] = its_task, encode(part, its_task, to_evaluate)
-        unscored = {name: encode(part, task, to_evaluate) for name, part in rows.unscored.items()}
+            further[name] = its_task, encode(part, its_task)
+        unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
     setup = Setup(task, tokenizer, train, own, further, unscored, {}, args.eval_samples)
     if train is not None:
         hold_out(args, setup)
@@ -868,53 +867,52 @@ def count_steps(args, per_epoch):
     return args.max_steps or max(1, round(args.epochs * per_epoch))
 
 
-def build_optimizer(module, args, steps, own=None, own_lr=0.0):
-    """(AdamW, its schedule: warm-up, then linear decay to 0). Weight decay on matrices only.
+def build_optimizer(module, args, steps, part=None, part_lr=0.0, schedule="linear"):
+    """AdamW and its schedule: "linear", warm-up and decay to 0, or "constant_with_warmup".
 
-    own: a part of the module that learns at its own rate own_lr, by the same schedule; None, or at
-    0: all of it at --lr.
+    Weight decay is on matrices only. part: a part of the module that learns at a rate of its own,
+    part_lr, by the same schedule; without it, or at a rate of 0, all learns at --lr.
     """
-    from transformers import get_polynomial_decay_schedule_with_warmup
+    from transformers import get_scheduler
     warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
     if warmup and warmup >= steps:
         raise UserError(f"--warmup {args.warmup:g}: must be less than the {steps} steps")
 
-    apart = []
-    if own is not None and own_lr:
-        apart = [*own.parameters()]
+    ids = set()
+    if part is not None and part_lr:
+        ids = {id(p) for p in part.parameters()}
     learning = [p for p in module.parameters() if p.requires_grad]
-    usual = [p for p in learning if not any(p is one for one in apart)]
-    groups = [*decay_groups(usual, args), *decay_groups(apart, args, own_lr)]
+    of_part = [p for p in learning if id(p) in ids]
+    others = [p for p in learning if id(p) not in ids]
+    groups = decay_groups(others, args.lr, args.weight_decay)
+    groups += decay_groups(of_part, part_lr, args.weight_decay)
     optimizer = torch.optim.AdamW(
         groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
-    schedule = get_polynomial_decay_schedule_with_warmup(
-        optimizer, warmup, steps, lr_end=0.0, power=1.0)
-    return optimizer, schedule
+    return optimizer, get_scheduler(schedule, optimizer, warmup, steps)
+
+
+def decay_groups(parameters, lr, weight_decay):
+    """The optimizer's groups for these parameters: matrices, then vectors."""
+    if not parameters:
+        return []
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay, "lr": lr},
+            {"params": vectors, "weight_decay": 0.0, "lr": lr}]
 
 
 def count_labels(labels):
-    """How many labels there are: (B,) all, but a class -100 stands for none; (B, n) likewise."""
+    """How many labels count: all floats, or the class ids that are not -100."""
     if labels.is_floating_point():
         return len(labels)
     return int((labels != -100).sum())
 
 
-def decay_groups(parameters, args, lr=None):
-    """The optimizer's groups for these parameters: matrices, then vectors. lr: None: --lr."""
-    if not parameters:
-        return []
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]
-    lr = lr or args.lr
-    return [{"params": matrices, "weight_decay": args.weight_decay, "lr": lr},
-            {"params": vectors, "weight_decay": 0.0, "lr": lr}]
-
-
 def backward(module, batch, world, **more):
     """Adds the gradient of the batch's mean loss, micro-batch by micro-batch.
 
-    more: for the module's forward. Returns (loss, stats), means over the batch: over its labels, be
-    there one a row or, with -100 where there is none, one a token.
+    more: for the module's forward. Returns (loss, stats): their averages over the processes are
+    means over the batch's labels (one a row, or one a token; -100 is no label).
     """
     labels = [count_labels(inputs["labels"]) for inputs in batch]
     mean = world.total(np.array([sum(labels)]))[0] / world.size          # of a process
@@ -957,51 +955,114 @@ def predict(forward, module, split, setup, world, name="predicting"):
     return world.gather(kept)
 
 
-def evaluate(forward, module, sets, setup, world, final=False, run=None):
+def write_predictions(folder, name, kept, split, setup, world):
+    """predictions-NAME of a split, from rank 0, which says so. RunError if it cannot be written."""
+    if world.rank > 0:
+        return
+    try:
+        path = setup.kind.write(folder, name, setup.task, kept, split)
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}") from None
+    world.say(f"wrote {path}")
+
+
+def write_unscored(folder, forward, module, setup, world):
+    """Writes the predictions for every split that --predict and --test_file name."""
+    for name, split in setup.unscored.items():
+        kept = predict(forward, module, split, setup, world, f"predicting {name}")
+        write_predictions(folder, name, kept, split, setup, world)
+
+
+def evaluate(forward, module, sets, setup, world, final=False, folder=None):
     """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
 
     The first metric of the first set is the main one. final: warns of a model that says the same of
-    all rows. run: writes what a decoder wrote.
+    all rows. folder: where what a decoder wrote goes.
     """
     started = time.monotonic()
     scores = {}
     for name, (task, split) in sets.items():
         kept = predict(forward, module, split, setup, world, f"evaluating {name}")
         scores[name] = setup.kind.score(task, setup.task, kept, split)
-        if run and setup.kind.decodes:
-            run.write_predictions(name.replace("/", "-"), kept, split, setup)
+        if folder and setup.kind.decodes:
+            write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
         if final:
             texts = {setup.kind.text(setup.task, output) for output in kept}
             if len(texts) == 1 and len(kept) > 1:
                 world.say(f"warning: {name}: all {len(kept)} rows are predicted as {texts.pop()!r}")
 
-    # A set is a task, or another split of it: TASK/SPLIT.
-    endings = dict.fromkeys("".join(name.partition("/")[1:]) for name in scores)
-    for (group, names), ending in itertools.product(data.GROUPS.items(), endings):
-        found = [scores[name + ending] for name in names if name + ending in scores]
-        if len(found) > 1:
-            metrics = found[0].keys()
-            scores[f"{group}-average{ending}"] = {
-                metric: float(np.mean([values[metric] for values in found])) for metric in metrics}
+    scores.update(averages(scores))
     world.evaluating += time.monotonic() - started
     return scores
 
 
+def averages(scores):
+    """The means over each group of tasks, such as the languages of xnli, with two or more scores.
+
+    scores {set: {metric: value}}. A set is TASK, or another split of it, TASK/SPLIT: then the mean
+    is over sets of the same split.
+    """
+    endings = []                                       # "" and "/SPLIT"
+    for name in scores:
+        _, slash, split = name.partition("/")
+        if slash + split not in endings:
+            endings.append(slash + split)
+
+    means = {}
+    for (group, tasks), ending in itertools.product(data.GROUPS.items(), endings):
+        found = [scores[task + ending] for task in tasks if task + ending in scores]
+        if len(found) < 2:
+            continue
+        mean = {}
+        for metric in found[0]:
+            mean[metric] = float(np.mean([values[metric] for values in found]))
+        means[f"{group}-average{ending}"] = mean
+    return means
+
+
 # ----------------------------------------------------------------------------------------  5  a run
 
-# Flags (and what `parse` adds to them) that may differ between two halves of one run.
+# Flags that may differ between two halves of one run.
 NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
-    "detect_anomaly", "threads", "grid", "name", "run", "by_hand", "recipe", "recipe_name",
-    "own_files", "path"}
+    "detect_anomaly", "threads", "grid", "name", "run"}
+
+
+@functools.cache
+def default_flags():
+    """{flag: default} of the flags that all scripts have, as json gives them back."""
+    defaults = vars(parser(" ", [], []).parse_args([]))
+    return json.loads(json.dumps(defaults))
 
 
 def flags_that_count(args, own_flags):
     """{flag: value} of all that makes a run what it is, as json gives it back."""
-    shared = {action.dest for action in parser(" ", [], [])._actions}
-    counted = (shared | {"max_length", *own_flags.split()}) - NOT_THE_RUN
+    counted = {*default_flags(), *own_flags.split()} - NOT_THE_RUN
     values = {name: value for name, value in vars(args).items() if name in counted}
     return json.loads(json.dumps(values))
+
+
+def recipe_of(args):
+    """The recipe's name without what follows it: "r3f" of "r3f: Table 9"."""
+    return args.recipe_name.partition(":")[0]
+
+
+def run_folder(args, method, seed):
+    """DIR/TASK/METHOD-SEED; if that belongs to another recipe: DIR/TASK/METHOD-RECIPE-SEED.
+
+    A run's `.lock` holds the name of its recipe.
+    """
+    task_folder = os.path.join(args.output_dir, args.task)
+    folder = os.path.join(task_folder, f"{method}-{seed}")
+    recipe = recipe_of(args)
+    try:
+        with open(os.path.join(folder, ".lock"), encoding="utf-8") as file:
+            there = file.read()
+    except OSError:
+        there = ""
+    if there and there != recipe:
+        return os.path.join(task_folder, f"{method}-{recipe}-{seed}")
+    return folder
 
 
 class Run:
@@ -1017,8 +1078,7 @@ class Run:
         self.seed = seed
         self.world = world
         self.name = f"{args.task} {method}-{seed}"
-        self.recipe = args.recipe_name.partition(":")[0]
-        self.folder = self.choose_folder()
+        self.folder = run_folder(args, method, seed)
         self.model_folder = f"{self.folder}/model"
         self.log_path = f"{self.folder}/log.jsonl"
         self.checkpoints = [f"{self.folder}/checkpoint.pt", f"{self.folder}/checkpoint-before.pt"]
@@ -1037,19 +1097,6 @@ class Run:
         world.barrier()
         self.find_results()
 
-    def choose_folder(self):
-        """DIR/TASK/METHOD-SEED; where that is a run by another recipe: METHOD-RECIPE-SEED."""
-        task_folder = os.path.join(self.args.output_dir, self.args.task)
-        folder = os.path.join(task_folder, f"{self.method}-{self.seed}")
-        try:
-            with open(os.path.join(folder, ".lock"), encoding="utf-8") as file:
-                there = file.read()
-        except OSError:
-            there = ""
-        if there and there != self.recipe:
-            return os.path.join(task_folder, f"{self.method}-{self.recipe}-{self.seed}")
-        return folder
-
     def take_folder(self):
         """Makes the folder, locks it, and with --overwrite empties it."""
         try:
@@ -1057,7 +1104,7 @@ class Run:
             self.lock = open(os.path.join(self.folder, ".lock"), "a", encoding="utf-8")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.lock.truncate(0)
-            self.lock.write(self.recipe)
+            self.lock.write(recipe_of(self.args))
             self.lock.flush()
         except OSError as error:
             taken = isinstance(error, BlockingIOError)
@@ -1094,7 +1141,8 @@ class Run:
                                 "another folder")
         other = []
         for name, value in self.identity.items():
-            was_off = name not in saved["args"] and not value            # of a script without it
+            # A flag that the other script lacks, and that is off here.
+            was_off = name not in saved["args"] and not value
             if saved["args"].get(name) != value and not was_off:
                 other.append(f"--{name} {saved['args'].get(name)} (now {value})")
         if other:
@@ -1151,7 +1199,7 @@ class Run:
                 self.seconds = self.seconds_so_far()
                 self.started = None
                 self.step += 1
-                progress.update(told=self.end_step(until))
+                progress.update(message=self.end_step(until))
                 signals["in_step"] = False
 
     def seconds_so_far(self):
@@ -1169,24 +1217,24 @@ class Run:
         is_last = self.step == self.total              # saved before anything is evaluated
         save_now = caught or late or is_last
 
-        told = ""
+        message = ""
         log_now = self.step % self.args.log_every == 0 or self.step == until
         if self.pending and (log_now or save_now):     # a state that is not finite is never saved
-            told = f"loss {self.flush():.3g}"
+            message = f"loss {self.flush():.3g}"
         if save_now:
             self.save()
         if caught:
             number = signals["caught"] or signal.SIGTERM
             raise Stopped(number, f"stopped at step {self.step} of {self.total}, saved in "
                                   f"{self.folder}; the same command with --resume goes on")
-        return told
+        return message
 
     def every(self, n):
-        """Does this step end n steps? Not the last one, after which there is a look anyway."""
+        """True after every n-th step but the last one: that is evaluated after the loop anyway."""
         return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total
 
     def log(self, loss, stats, **plain):
-        """A step's terms. They stay on the device until the next line of the log."""
+        """Keeps a step's terms for the next line of the log; they stay on the device until then."""
         self.pending.append((self.step, {"loss": loss.detach(), **stats}, plain))
 
     def flush(self):
@@ -1239,12 +1287,12 @@ class Run:
         self.write_line(step, {"seconds": round(self.seconds_so_far(), 2), "metrics": metrics})
 
     def fail_at(self, step, terms):
-        told = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
         rows = ""
         if self.batches is not None:
             numbers = self.batches.rows(step - self.shift)
             rows = "; rows of the batch: " + " ".join(map(str, numbers))
-        self.fail(f"{self.folder}: step {step}: not finite: {told}{rows}; see --detect_anomaly")
+        self.fail(f"{self.folder}: step {step}: not finite: {values}{rows}; see --detect_anomaly")
 
     def fail(self, message, cause=None):
         there = [path for path in self.checkpoints if os.path.exists(path)]
@@ -1276,7 +1324,7 @@ class Run:
             "best": self.best, "best_weights": self.best_weights}
         newest, before = self.checkpoints
         with self.guard(newest):
-            write_safely(newest, lambda file: torch.save(state, file), keep=before)
+            replace_file(newest, lambda file: torch.save(state, file), keep=before)
 
     def read_checkpoint(self):
         """The newest checkpoint that is whole, by its CRCs, read without running any code."""
@@ -1301,15 +1349,7 @@ class Run:
 
     def predict(self, forward, module, setup):
         """Writes the predictions for every split that --predict and --test_file name."""
-        for name, split in setup.unscored.items():
-            kept = predict(forward, module, split, setup, self.world, f"predicting {name}")
-            self.write_predictions(name, kept, split, setup)
-
-    def write_predictions(self, name, kept, split, setup):
-        if self.world.rank == 0:
-            with self.guard(f"{self.folder}/predictions-{name}"):
-                path = setup.kind.write(self.folder, name, setup.task, kept, split)
-            self.world.say(f"wrote {path}")
+        write_unscored(self.folder, forward, module, setup, self.world)
 
     def finish(self, metrics, batches, tokenizer, write_model):
         """Writes model/, by write_model(folder), and last of all results.json.
@@ -1329,8 +1369,7 @@ class Run:
                     write_model(folder)
                     tokenizer.save_pretrained(folder)
                 os.sync()
-                text = json.dumps(self.results, indent=1).encode()
-                write_safely(f"{self.folder}/results.json", lambda file: file.write(text))
+                replace_text(f"{self.folder}/results.json", json.dumps(self.results, indent=1))
             for path in self.checkpoints:
                 if os.path.exists(path):
                     os.remove(path)
@@ -1490,14 +1529,7 @@ def use_runs(args, runs, setup, world, started, load, score):
             results["metrics"].update(score(forward, module, setup.scored))
             write_text(os.path.join(folder, "results.json"), json.dumps(results, indent=1), world)
             world.barrier()
-        for name, split in setup.unscored.items():
-            kept = predict(forward, module, split, setup, world, f"predicting {name}")
-            if world.rank == 0:
-                try:
-                    path = setup.kind.write(folder, name, setup.task, kept, split)
-                except OSError as error:
-                    raise RunError(f"cannot write to {folder}: {error.strerror}") from None
-                world.say(f"wrote {path}")
+        write_unscored(folder, forward, module, setup, world)
     return print_table(world.say, [*runs.values()], args, started)
 
 
@@ -1514,23 +1546,11 @@ def use_models(args, runs, setup, world, started):
     return use_runs(args, runs, setup, world, started, load, score)
 
 
-def write_text(path, text, world):
-    """Writes a whole file, from rank 0, and says so."""
-    write_file(path, lambda file: file.write(text.encode()), world)
+def replace_file(path, write, keep=None):
+    """Makes a file by write(file): afterwards the old one is there, or the new one as a whole.
 
-
-def write_file(path, write, world):
-    """The same by write(file). RunError if it cannot be written."""
-    if world.rank == 0:
-        try:
-            write_safely(path, write)
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror}") from None
-    world.say(f"wrote {path}")
-
-
-def write_safely(path, write, keep=None):
-    """Temporary file, fsync, rename, fsync of the folder. keep: where the file before it goes."""
+    A temporary file, fsync, rename, fsync of the folder. keep: where the old one goes.
+    """
     with open(path + ".tmp", "wb") as file:
         write(file)
         file.flush()
@@ -1541,6 +1561,24 @@ def write_safely(path, write, keep=None):
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def replace_text(path, text):
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def write_file(path, write, world):
+    """`replace_file` from rank 0, which says so. RunError if it cannot be written."""
+    if world.rank == 0:
+        try:
+            replace_file(path, write)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror}") from None
+    world.say(f"wrote {path}")
+
+
+def write_text(path, text, world):
+    write_file(path, lambda file: file.write(text.encode()), world)
 
 
 def search(main, flags, recipe, methods, argv):
@@ -1571,11 +1609,12 @@ def search(main, flags, recipe, methods, argv):
                 scores.append(best["value"] if best else main_value(result["metrics"]))
             chosen = cells[int(np.argmax(scores))]
             write_search(args, method, cells, scores, chosen)
+        # The last --grid holds, and it is empty: this call trains, it does not search.
         found = main([*argv, "--grid", "--method", method, *chosen])
         note_search(args, found, {flag: values for flag, values in grid.items()
                                   if any(cell.startswith(f"--{flag}=") for cell in chosen)})
         results += found
-    if int(os.environ.get("RANK", 0)) == 0:
+    if own_rank() == 0:
         print_table(print, results, args, started)
     return results
 
@@ -1605,7 +1644,10 @@ def combinations(method, args, grid, methods):
 
 
 def cell_flags(argv, method, args, cell):
-    """The flags of one run of the search: those given, then those that override them."""
+    """The flags of one run of the search: those given, then those that override them.
+
+    An empty --grid is among them: such a run does not search.
+    """
     name = ",".join(flag.removeprefix("--") for flag in cell)
     folder = os.path.join(args.output_dir, "grid", name)
     return [*argv, "--grid", "--method", method, "--seeds", str(args.seeds[0]), "--choosing",
@@ -1616,22 +1658,21 @@ def note_search(args, results, searched):
     """Puts into each results.json which flags were searched over which values."""
     for result in results:
         result["searched"] = searched
-        folder = os.path.join(args.output_dir, args.task, f"{result['method']}-{result['seed']}")
+        folder = run_folder(args, result["method"], result["seed"])
         path = os.path.join(folder, "results.json")
-        if int(os.environ.get("RANK", 0)) == 0 and os.path.exists(path):
-            text = json.dumps(result, indent=1).encode()
-            write_safely(path, lambda file: file.write(text))
+        if own_rank() == 0 and os.path.exists(path):
+            replace_text(path, json.dumps(result, indent=1))
 
 
 def write_search(args, method, cells, scores, chosen):
-    if int(os.environ.get("RANK", 0)) > 0:
+    if own_rank() > 0:
         return
     folder = os.path.join(args.output_dir, args.task)
     os.makedirs(folder, exist_ok=True)
     tried = [{"flags": cell, "score": score} for cell, score in zip(cells, scores)]
     search = {"method": method, "held_out_rows": args.dev_samples, "tried": tried, "chosen": chosen}
-    text = json.dumps(search, indent=1).encode()
-    write_safely(os.path.join(folder, f"search-{method}.json"), lambda file: file.write(text))
+    path = os.path.join(folder, f"search-{method}.json")
+    replace_text(path, json.dumps(search, indent=1))
     print(f"{args.task} {method}: chosen of {len(cells)}: {' '.join(chosen) or 'the defaults'}")
 
 
@@ -1669,14 +1710,14 @@ class CachedSplit:
         starts = np.zeros(len(order), np.int64)
         starts[order] = np.cumsum([0, *sizes[order]])[:-1]
 
-        kind = torch.bfloat16 if world.bf16 else torch.float32
-        path = os.path.join(folder, states_key(sentences, f"{model_digest} {kind}"))
+        dtype = torch.bfloat16 if world.bf16 else torch.float32
+        path = os.path.join(folder, states_key(sentences, f"{model_digest} {dtype}"))
         total = int(sizes.sum())
-        bytes_needed = total * width * kind.itemsize
+        bytes_needed = total * width * dtype.itemsize
         try:
             with world.first():
                 reserve_states(path, bytes_needed, len(parts), len(order), total, world)
-            states = torch.from_file(path, shared=True, size=total * width, dtype=kind)
+            states = torch.from_file(path, shared=True, size=total * width, dtype=dtype)
             marks = np.memmap(f"{path}.done", np.uint8, "r+")            # a byte for each part
         except OSError as error:
             raise UserError(
@@ -1769,7 +1810,7 @@ def reserve_states(path, size, parts, sentences, tokens, world):
                         f"needs {size / 1e9:.3f}; use another folder, or --no_cache")
     with open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
-    write_safely(done, lambda file: file.write(bytes(parts)))
+    replace_file(done, lambda file: file.write(bytes(parts)))
 
 
 def digest_weights(module):
@@ -1792,7 +1833,7 @@ def print_table(say, results, args, started):
     seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
     say(f"\n{args.task}, {results[0]['model']}, {seeds}, in percent")
     say(f"{'set':<{wide}}  {'metric':<9} {'method':<9} {'mean':>6} {'std':>5} {'median':>6} "
-              f"{'max':>6}")
+        f"{'max':>6}")
     for name, metrics in sets.items():
         for metric in metrics:
             for method in args.method:
@@ -1803,7 +1844,7 @@ def print_table(say, results, args, started):
                 values = 100 * np.array(runs)
                 std = f"{values.std(ddof=1):.2f}" if len(values) > 1 else "-"
                 say(f"{name:<{wide}}  {metric:<9} {method:<9} {values.mean():6.2f} {std:>5} "
-                          f"{np.median(values):6.2f} {values.max():6.2f}")
+                    f"{np.median(values):6.2f} {values.max():6.2f}")
     where = os.path.join(args.output_dir, args.task)
     if args.run:
         where = "the folders of the runs"
@@ -1839,7 +1880,11 @@ def html_page(title, style, body):
 
 
 def count_flops(call):
-    """Floating point operations of the matrix products and attention in a call."""
+    """Floating point operations of the matrix products and attention in a call.
+
+    Not by torch's FlopCounterMode: the hooks that it gives to modules raise "A leaf node was passed
+    to _will_engine_execute_node" where a penalty's gradient is itself differentiated.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
     counts = []
@@ -1897,7 +1942,8 @@ def profile_steps(args, world, rows):
         spaced = np.linspace(0, batches.per_epoch - 1, args.profile + 2)[1:-1]
         chosen[name] = [by_length[int(i)] for i in spaced]
 
-        batches.load_state_dict({"real": 0, "computed": 0})
+        batches.real = 0
+        batches.computed = 0
         if world.gpu:
             torch.cuda.reset_peak_memory_stats()
         flops = 0
@@ -1933,8 +1979,8 @@ def time_call(world, call):
 def print_profile(args, world, counted, seconds):
     """The table of --profile. counted {name: its counts}; seconds (rows,), of a step."""
     n = 8192 if world.gpu else 1536
-    kind = torch.bfloat16 if world.bf16 else torch.float32
-    matrix = torch.randn(n, n, device=world.device, dtype=kind)
+    dtype = torch.bfloat16 if world.bf16 else torch.float32
+    matrix = torch.randn(n, n, device=world.device, dtype=dtype)
     fastest = min(time_call(world, lambda: matrix @ matrix) for _ in range(8))
     peak = 2 * n**3 / fastest                          # FLOP/s
 
@@ -1952,6 +1998,8 @@ def print_profile(args, world, counted, seconds):
         world.say(f"{name:<22} {1e3 * t:8.1f} {counts['rows'] / t:10.1f} {tokens / t:9.0f} "
                   f"{real:6.1%} {rate / 1e9:8.1f} {rate / peak:8.1%}{memory} {t / seconds[0]:6.2f}")
 
+
+# ------------------------------------------------------------------------------  8  maps of vectors
 
 def square_distances(x):
     """Squared Euclidean distances of all pairs of rows: (n, H) -> (n, n)."""
@@ -2033,8 +2081,6 @@ def tsne(x, perplexity=30.0, steps=1000):
     return y
 
 
-# -----------------------------------------------------------------------------  7  maps of vectors
-
 def separation(a, b):
     """How far two clouds (n, H) lie apart: the distance of their means over their spread.
 
@@ -2095,7 +2141,7 @@ def contour(values, level):
 
 
 # Around (0, 0), 7 wide.
-MARKS = {
+SHAPES = {
     "circle": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
     "triangle": "M0 -3.5L3.5 3L-3.5 3z",
     "square": "M-2.8 -2.8H2.8V2.8H-2.8z",
@@ -2103,15 +2149,15 @@ MARKS = {
 LEVELS = (0.25, 0.5, 0.75)         # of contour lines, in shares of the cloud's greatest density
 
 
-def mark_at(name, mark, x, y, filled, size=1):
+def mark_at(name, shape, x, y, filled, size=1):
     """A mark of the cloud `name`, which is its css class. filled: from 0, hollow, to 1."""
     scaled = f" scale({size})" if size != 1 else ""
     return (f'<path class="{name}" transform="translate({x:.1f} {y:.1f}){scaled}" '
-            f'd="{MARKS[mark]}" fill-opacity="{filled:.2g}"/>')
+            f'd="{SHAPES[shape]}" fill-opacity="{filled:.2g}"/>')
 
 
 def map_svg(clouds, marks, filled=None, outlined=False, reach=None):
-    """The clouds {name: points (n, 2)} on a map. marks {name: one of MARKS}.
+    """The clouds {name: points (n, 2)} on a map. marks {name: one of SHAPES}.
 
     filled (n,): the marks, each from 0, hollow, to 1. outlined: with contour lines of each cloud's
     density, and a large mark where it is greatest. reach: both axes go from -reach to reach; None:
@@ -2175,9 +2221,9 @@ thead th { border-bottom: 1px solid var(--line) }
 """
 
 
-def legend_of(name, mark, words):
+def legend_of(name, shape, words):
     """A mark of a cloud and what it means, as html."""
-    return (f'<span><svg viewBox="-4 -4 8 8">{mark_at(name, mark, 0, 0, 1)}</svg> '
+    return (f'<span><svg viewBox="-4 -4 8 8">{mark_at(name, shape, 0, 0, 1)}</svg> '
             f"{html.escape(words)}</span>")
 
 
@@ -2215,7 +2261,7 @@ def print_numbers(numbers, title, world):
         world.say(f"{row:<{wide}}" + "".join(cells))
 
 
-# --------------------------------------------------------------------------  the report: statistics
+# -----------------------------------------------------------------------  9  the report: statistics
 
 # Student's t of 1 to 30 degrees of freedom: 97.5 % lie below.
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
@@ -2373,20 +2419,13 @@ def summarise_differences(differences, interval):
         int((differences > 0).sum()), int((differences < 0).sum()))
 
 
-# ---------------------------------------------------------------  the report: reading finished runs
+# ------------------------------------------------------------  9  the report: reading finished runs
 
 # Flags that change neither what is trained nor which state of it is scored.
 NOT_COMPARED = {"task", "eval_tasks", "log_every"}
 
 # Flags of all scripts that make a method of their own of the one that is trained with them.
 METHOD_FLAGS = ["weight_noise", "post_train"]
-
-
-@functools.cache
-def default_flags():
-    """{flag: default} of the flags that all scripts have, as json gives them back."""
-    defaults = vars(parser(" ", [], []).parse_args([]))
-    return json.loads(json.dumps(defaults))
 
 
 def result_line(results):
@@ -2450,8 +2489,8 @@ class Finished:
     where: str                     # its folder, or FILE:LINE of a kept line
     line: dict                     # see result_line
     flags: dict                    # all flags, defaults too
-    column: str                    # its method, and those of the flags --by that are not a default
-    curve: dict                    # {step: main metric} of its looks; empty of a kept line
+    label: str                     # its method, and those of the flags --by that are not a default
+    curve: dict                    # {step: main metric} of its evaluations; empty of a kept line
 
     @property
     def task(self):
@@ -2470,7 +2509,7 @@ class Finished:
 
     @property
     def seconds_to_best(self):
-        """Of training, to the state that was kept; None where there was one look alone."""
+        """Of training, to the state that was kept; None where there was one evaluation alone."""
         best = self.line.get("best")
         if isinstance(best, dict) and is_number(best.get("seconds")):
             return best["seconds"]
@@ -2508,7 +2547,7 @@ def find_runs(folder):
 
 
 def read_run(folder, by, left_out):
-    """A Finished of a run's folder, or None of one that is damaged, which is then told."""
+    """A Finished of a run's folder, or None of one that is damaged: left_out says so."""
     path = os.path.join(folder, "results.json")
     try:
         line = result_line(read_results(path))
@@ -2524,7 +2563,7 @@ def read_run(folder, by, left_out):
 
 
 def read_curve(path, left_out):
-    """{step: main metric} of the looks in a log. Lines that are damaged are told and left out."""
+    """{step: main metric} of a log's evaluations. left_out gets the count of damaged lines."""
     curve = {}
     damaged = 0
     try:
@@ -2534,19 +2573,19 @@ def read_curve(path, left_out):
         return curve
     for text in texts:
         try:
-            look = read_look(text)
+            evaluation = read_evaluation(text)
         except (ValueError, TypeError, AttributeError, KeyError, StopIteration):
             damaged += 1
             continue
-        if look:
-            step, value = look
+        if evaluation:
+            step, value = evaluation
             curve[step] = value
     if damaged:
         left_out.append(f"{path}: {counted(damaged, 'damaged line')}")
     return curve
 
 
-def read_look(text):
+def read_evaluation(text):
     """(step, main metric) of a log's line; None if it is not that of an evaluation."""
     line = json.loads(text)
     if line.get("metrics") is None:
@@ -2593,7 +2632,7 @@ def read_places(places, by, left_out):
         if os.path.isfile(place):
             kept = [place]
         found = 0
-        told = len(left_out)
+        left_out_before = len(left_out)
         for path in finished:
             run = read_run(path, by, left_out)
             if run:
@@ -2604,7 +2643,9 @@ def read_places(places, by, left_out):
             found += len(groups[os.path.realpath(path)])
         left_out.extend(f"{path}: is not finished" for path in unfinished)
         if not found:
-            reason = f" ({left_out[told]})" if len(left_out) > told else ""
+            reason = ""
+            if len(left_out) > left_out_before:
+                reason = f" ({left_out[left_out_before]})"
             raise UserError(f"{place}: must hold a finished run's results.json, or kept lines "
                             f"(.jsonl){reason}")
         if finished:
@@ -2624,7 +2665,7 @@ def in_order(runs):
 
     def place_of(run):
         known = names.index(run.task) if run.task in names else len(names)
-        return known, run.task, run.column, run.seed
+        return known, run.task, run.label, run.seed
 
     return sorted(runs, key=place_of)
 
@@ -2639,18 +2680,18 @@ def keep_lines(path, runs, by, free):
     if left_out:
         raise UserError(f"--keep {left_out[0]}")
     refuse_unlike([*there, *runs], free)
-    lines = {(run.task, run.column, run.seed): run for run in [*there, *runs]}
+    lines = {(run.task, run.label, run.seed): run for run in [*there, *runs]}
     runs = in_order(lines.values())
     text = "".join(json.dumps(run.line) + "\n" for run in runs)
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_safely(path, lambda file: file.write(text.encode()))
+        replace_text(path, text)
     except OSError as error:
         raise UserError(f"--keep {path}: cannot be written: {error.strerror}") from error
     return runs
 
 
-# ----------------------------------------------------------------  the report: what may be compared
+# -------------------------------------------------------------  9  the report: what may be compared
 
 def refuse_unlike(runs, free):
     """UserError if two runs of one task differ in what is not the method. free: flags that may.
@@ -2661,9 +2702,9 @@ def refuse_unlike(runs, free):
     """
     first = {}                                         # {(task, method): a run}
     for run in runs:
-        other = first.setdefault((run.task, run.column), run)
+        other = first.setdefault((run.task, run.label), run)
         names = set(run.flags) & set(other.flags) - free
-        refuse_flags(run, other, names, f"the runs of {run.column} on {run.task}")
+        refuse_flags(run, other, names, f"the runs of {run.label} on {run.task}")
 
     of_task = {}
     for run in first.values():
@@ -2685,7 +2726,7 @@ def refuse_flags(run, other, names, whose):
                 f"{run.where}; report them apart, or allow it by --differ {name}")
 
 
-# -------------------------------------------------------------------------  the report: the numbers
+# ----------------------------------------------------------------------  9  the report: the numbers
 
 @dataclass
 class Table:
@@ -2699,7 +2740,7 @@ class Table:
     over_tasks: dict               # see over_tasks
 
     def runs_of(self, task, column):
-        return [run for run in self.runs if run.task == task and run.column == column]
+        return [run for run in self.runs if run.task == task and run.label == column]
 
     @property
     def tasks(self):
@@ -2715,16 +2756,16 @@ def build_table(title, runs, baseline, interval):
     seen = {}
     rows = {}
     for run in runs:
-        again = seen.setdefault((run.task, run.column, run.seed), run)
+        again = seen.setdefault((run.task, run.label, run.seed), run)
         if again.line != run.line:
-            raise UserError(f"{run.task} {run.column}, seed {run.seed}: is in {again.where} and, "
+            raise UserError(f"{run.task} {run.label}, seed {run.seed}: is in {again.where} and, "
                             f"otherwise, in {run.where}; report them apart")
         for name, metrics in run.line["metrics"].items():
             for metric, value in metrics.items():
                 row = rows.setdefault((run.task, name, metric), {})
-                row.setdefault(run.column, {})[run.seed] = 100 * value
+                row.setdefault(run.label, {})[run.seed] = 100 * value
 
-    columns = sorted({run.column for run in runs})
+    columns = sorted({run.label for run in runs})
     if baseline in columns:
         columns.remove(baseline)
         columns.insert(0, baseline)
@@ -2843,7 +2884,7 @@ def remarks_on_choice(table):
     for run in table.runs:
         if run.line.get("searched"):
             tried = math.prod(map(len, run.line["searched"].values()))
-            searched[run.column] = max(tried, searched.get(run.column, 0))
+            searched[run.label] = max(tried, searched.get(run.label, 0))
     if searched:
         counts = ", ".join(f"{column} {tried}" for column, tried in searched.items())
         said.append(f"Settings that were tried for each method before: {counts}.")
@@ -2855,7 +2896,7 @@ def remarks_on_choice(table):
     return said
 
 
-# -------------------------------------------------------------------  the report: tables of strings
+# ----------------------------------------------------------------  9  the report: tables of strings
 
 def counted(number, word):
     return f"{number} {word}" + "s" * (number != 1)
@@ -2894,50 +2935,50 @@ def score_cells(values):
             f"{values.max():.2f}"]
 
 
-def scores_grid(table):
+def score_rows(table):
     """(header, rows): five rows for each task, set and metric, a column for each method."""
-    grid = []
+    rows = []
     for key, row in table.rows.items():
         cells = [score_cells(row.get(column, {})) for column in table.columns]
         for place, name in enumerate(["seeds", "mean", "std (n-1)", "median", "max"]):
-            grid.append([*key, name, *[cell[place] for cell in cells]])
-    return ["task", "set", "metric", "", *table.columns], grid
+            rows.append([*key, name, *[cell[place] for cell in cells]])
+    return ["task", "set", "metric", "", *table.columns], rows
 
 
-def differences_grid(table):
+def difference_rows(table):
     """(header, rows): one row for each task, set, metric and method."""
-    grid = []
+    rows = []
     for key, methods in table.differences.items():
         for column, difference in methods.items():
-            grid.append([*key, column, *difference_cells(difference), short_p(difference.p),
+            rows.append([*key, column, *difference_cells(difference), short_p(difference.p),
                          difference.verdict(difference.p), *spread_cells(difference)])
     return ["task", "set", "metric", "method", "mean", "95 % interval", "p", "shows", "won-lost",
-            "std", "seeds"], grid
+            "std", "seeds"], rows
 
 
-def tasks_grid(table):
+def over_tasks_rows(table):
     """(header, rows): one row for each method, over tasks and over further sets."""
-    grid = []
+    rows = []
     for (group, column), (total, p, methods) in table.over_tasks.items():
-        grid.append([group, column, *difference_cells(total), short_p(total.p), short_p(p),
+        rows.append([group, column, *difference_cells(total), short_p(total.p), short_p(p),
                      total.verdict(p, methods), *spread_cells(total)])
     return ["over", "method", "mean", "95 % interval", "p", "Holm's p", "shows", "won-lost", "std",
-            "number"], grid
+            "number"], rows
 
 
-def cost_grid(table):
+def cost_rows(table):
     """(header, rows): medians over seeds, one row for each task and method."""
     def cell(values, decimals):
         known = [value for value in values if value is not None]
         return f"{np.median(known):.{decimals}f}" if known else "-"
 
-    grid = []
+    rows = []
     for task in table.tasks:
         for column in table.columns:
             runs = table.runs_of(task, column)
             if not runs:
                 continue
-            grid.append([
+            rows.append([
                 task, column,
                 cell([run.line.get("steps") for run in runs], 0),
                 cell([run.line.get("seconds") for run in runs], 1),
@@ -2945,17 +2986,17 @@ def cost_grid(table):
                 cell(relative_costs(table, task, column), 2),
                 cell([run.seconds_to_best for run in runs], 1)])
     relative = f"cost to {table.baseline}" if table.baseline else "cost"
-    return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], grid
+    return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], rows
 
 
-def text_grid(header, grid, keys, width=110):
+def text_lines(header, rows, keys, width=110):
     """The lines of a table. keys: how many columns name a row.
 
     All of these but the last stand above the rows that share them. Columns that do not fit into the
     width stand below the others.
     """
     above = keys - 1
-    sizes = [max(map(len, cells)) for cells in zip(header, *grid)]
+    sizes = [max(map(len, cells)) for cells in zip(header, *rows)]
     pieces = [[]]
     used = 2 + sizes[above]
     for column in range(keys, len(header)):
@@ -2968,7 +3009,7 @@ def text_grid(header, grid, keys, width=110):
     lines = []
     for piece in pieces:
         before = header[:above]
-        for row in [header, *grid]:
+        for row in [header, *rows]:
             if row[:above] != before:
                 before = row[:above]
                 lines.append(", ".join(before))
@@ -2978,23 +3019,23 @@ def text_grid(header, grid, keys, width=110):
     return lines
 
 
-def grids(table):
+def report_rows(table):
     """{heading: (header, rows, how many columns name a row)}, those with any row."""
-    found = {"Scores, in percent": (*scores_grid(table), 4)}
+    found = {"Scores, in percent": (*score_rows(table), 4)}
     if table.baseline:
         against = f"Difference to {table.baseline}, in points"
-        found[f"{against}, over the seeds that both have"] = (*differences_grid(table), 4)
-        found[f"{against}, over tasks"] = (*tasks_grid(table), 2)
-    found["Cost, medians over seeds"] = (*cost_grid(table), 2)
-    return {heading: grid for heading, grid in found.items() if grid[1]}
+        found[f"{against}, over the seeds that both have"] = (*difference_rows(table), 4)
+        found[f"{against}, over tasks"] = (*over_tasks_rows(table), 2)
+    found["Cost, medians over seeds"] = (*cost_rows(table), 2)
+    return {heading: part for heading, part in found.items() if part[1]}
 
 
 def text_report(table):
     """All that is printed of a table, as lines."""
     lines = [f"{table.title}: {sizes_of(table)}", ""]
-    for heading, (header, grid, keys) in grids(table).items():
+    for heading, (header, rows, keys) in report_rows(table).items():
         lines.append(f"{heading}:")
-        lines += text_grid(header, grid, keys)
+        lines += text_lines(header, rows, keys)
     for sentence in remarks(table):
         lines += textwrap.wrap(sentence, 100)
     return lines
@@ -3028,7 +3069,7 @@ def difference_numbers(difference, p_holm):
             f"{difference.p:.6g}", p_holm]
 
 
-# ----------------------------------------------------------------------------  the report: the page
+# -------------------------------------------------------------------------  9  the report: the page
 
 REPORT_STYLE = """
 :root { --c0: #475569; --c1: #2563eb; --c2: #ea580c; --c3: #16a34a; --c4: #9333ea; --c5: #db2777;
@@ -3190,15 +3231,15 @@ def interval_svg(difference, reach, colours):
     return svg(160, 16, shapes, "the interval")
 
 
-def html_grid(header, grid, keys, drawings=None):
-    """As text_grid, in a box that scrolls. drawings: html of a second cell for each row."""
+def html_table(header, rows, keys, drawings=None):
+    """As text_lines, in a box that scrolls. drawings: html of a second cell for each row."""
     above = keys - 1
     names = [f"<th>{html.escape(cell)}</th>" for cell in header[above:]]
     if drawings:
         names.insert(1, "<th></th>")
     lines = [f'<div class="wide"><table><thead><tr>{"".join(names)}</tr></thead><tbody>']
     before = None
-    for i, row in enumerate(grid):
+    for i, row in enumerate(rows):
         if row[:above] != before:
             before = row[:above]
             title = html.escape(", ".join(before))
@@ -3235,13 +3276,13 @@ def legend(table, columns):
 
 
 def curve_figures(table):
-    """A figure for each task of which runs have looked more than once."""
+    """A figure for each task of which runs were evaluated more than once in training."""
     figures = []
     for task in table.tasks:
         curves = {}
         for run in table.runs:
             if run.task == task and len(run.curve) > 1:
-                curve = curves.setdefault(run.column, {})
+                curve = curves.setdefault(run.label, {})
                 for step, value in run.curve.items():
                     curve.setdefault(step, []).append(100 * value)
         if not curves:
@@ -3300,12 +3341,12 @@ def html_report(table):
     """A table's part of the page."""
     parts = [f"<h2>{html.escape(table.title)}</h2>",
              f"<small>{sizes_of(table)}</small>", html_list(remarks(table))]
-    for heading, (header, grid, keys) in grids(table).items():
+    for heading, (header, rows, keys) in report_rows(table).items():
         drawings = None
         if "over the seeds" in heading:
             drawings = draw_intervals(table)
         parts.append(f"<h3>{html.escape(heading)}</h3>")
-        parts.append(html_grid(header, grid, keys, drawings))
+        parts.append(html_table(header, rows, keys, drawings))
 
     sections = {"Learning curves": curve_figures(table),
                 "The spread over seeds": score_figures(table),
@@ -3316,7 +3357,7 @@ def html_report(table):
     return "\n".join(parts)
 
 
-# -------------------------------------------------------------------------  the report: the program
+# ----------------------------------------------------------------------  9  the report: the program
 
 def report_flags():
     p = argparse.ArgumentParser(
@@ -3391,13 +3432,13 @@ def write_report(args, tables, left_out):
     try:
         os.makedirs(folder, exist_ok=True)
         for name, text in files.items():
-            write_safely(os.path.join(folder, name), lambda file: file.write(text.encode()))
+            replace_text(os.path.join(folder, name), text)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from error
     print(f"wrote {os.path.join(folder, 'report.tsv')} and report.html")
 
 
-# --------------------------------------------------------------------  8  masked language modelling
+# -------------------------------------------------------------------  10  masked language modelling
 
 def toy_model(world):
     """Folder of a 2-layer BERT, pre-trained once on the toy corpus, which covers both domains."""
@@ -3527,19 +3568,19 @@ def post_trained(args, setup, seed, world):
     One process makes it: for a large text start the run with one first.
     """
     import transformers
-    how = f"--post_train {args.post_train:g}: {args.model}"
+    given = f"--post_train {args.post_train:g}: {args.model}"
     tokenizer = setup.tokenizer
     if tokenizer.mask_token_id is None:
-        raise UserError(f"{how} must have a mask token")
+        raise UserError(f"{given} must have a mask token")
     torch.manual_seed(0)                               # a head that it lacks begins at random
     try:
         model, info = transformers.AutoModelForMaskedLM.from_pretrained(
             args.path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
-        raise UserError(f"{how} must be a model that predicts masked words: "
+        raise UserError(f"{given} must be a model that predicts masked words: "
                         f"{first_line(error)}") from error
     if model.config.is_encoder_decoder:
-        raise UserError(f"{how} must be an encoder; it has a decoder")
+        raise UserError(f"{given} must be an encoder; it has a decoder")
 
     rows = training_rows(setup, args, seed).rows
     split = data.encode(rows, setup.task, tokenizer, args.max_length)
@@ -3559,12 +3600,12 @@ def post_trained(args, setup, seed, world):
 
 def post_train(model, split, epochs, tokenizer, world):
     """Masked language modelling of all the split's rows, in place."""
-    from transformers import get_linear_schedule_with_warmup
+    from transformers import get_scheduler
     batches = data.Batches(split, POST_TRAINING["batch_size"], 0)
     steps = max(1, round(epochs * batches.per_epoch))
     optimizer = torch.optim.AdamW(model.parameters(), lr=POST_TRAINING["lr"], fused=True)
-    schedule = get_linear_schedule_with_warmup(
-        optimizer, int(POST_TRAINING["warmup"] * steps), steps)
+    warmup = int(POST_TRAINING["warmup"] * steps)
+    schedule = get_scheduler("linear", optimizer, warmup, steps)
 
     # A word that the tokenizer does not know is a word, though its token is special.
     special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
@@ -3643,13 +3684,11 @@ def learn_to_restore(model, ids, steps=600, lr=3e-3):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        x = ids[torch.randint(len(ids), (64,), device=ids.device)]
-        x = x[:, :int((x != 0).sum(1).max())]                            # (64, n)
-        masked = (torch.rand(x.shape, device=ids.device) < 0.33) & (x > 4)
-        m_x = torch.where(masked, 4, x)
+    for inputs in toy_batches(ids, steps):
+        x = inputs["input_ids"]                                          # (64, n)
+        m_x, _ = hide_words(x, 0.33, torch.arange(5), 4)
         labels = x.masked_fill(x == 0, -100)
-        model(input_ids=m_x, attention_mask=(x != 0).long(), labels=labels).loss.backward()
+        model(**{**inputs, "input_ids": m_x}, labels=labels).loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -864,9 +864,8 @@ class Algorithm1:
         self.f = build_f(args, setup, seed, world, texts.pair)           # lines 1 and 2
         rows = texts.with_states(self.f, common.training_rows(setup, args, seed))
         self.x_t = self.batches(0, rows, args.batch_size, args.batching[0])
-        self.optimizer, self.schedule = common.build_optimizer(self.f, args, N)
-        if args.schedule == "constant":
-            self.schedule = constant_schedule(self.optimizer, args, N)
+        schedule = "constant_with_warmup" if args.schedule == "constant" else "linear"
+        self.optimizer, self.schedule = common.build_optimizer(self.f, args, N, schedule=schedule)
         self.ddp = world.ddp(self.f, unused=args.tune == "all")
         self.teacher_logits = None
         self.parts = {"f": self.f.trained, "optimizer": self.optimizer,
@@ -1005,13 +1004,6 @@ class Algorithm1:
         r = self.rounds
         self.rounds += 1
         return self.joint_round(r, r * self.args.T, x_t)
-
-
-def constant_schedule(optimizer, args, N):
-    """The learning rate grows to --lr in the warm-up, and stays (choice 12)."""
-    from transformers import get_constant_schedule_with_warmup
-    warmup = int(args.warmup if args.warmup >= 1 else args.warmup * N)
-    return get_constant_schedule_with_warmup(optimizer, warmup)
 
 
 def keep_state(run, args, f, metrics):

@@ -59,10 +59,15 @@ Choices, where the paper is silent or the authors' release does otherwise:
 """
 import contextlib
 import copy
+import functools
 import json
+import math
 import os
 import signal
 import sys
+import time
+
+# common and data are imported where they are used: the core needs torch alone.
 
 NOISE = "lam eps noise stop_grad share_dropout"
 METHODS = {                                            # the kinds of task it can train, its flags
@@ -72,6 +77,12 @@ METHODS = {                                            # the kinds of task it ca
     "rdrop": ("classify", "alpha"),
     "smart": ("classify", "lam eps smart_sigma smart_eta smart_steps bregman"),
     "freelb": ("classify regress", "adv_steps adv_lr adv_init adv_eps"),
+}
+
+# Why a method cannot train a kind of task.
+WHY = {
+    "regress": ": its KL is undefined (paper, footnote 1)",
+    "generate": ": R4F finds no head of its own there (paper, section 3.2), the rivals no classes",
 }
 
 
@@ -178,7 +189,7 @@ class R3F(torch.nn.Module):
         self.model, self.lam, self.eps, self.noise = model, lam, eps, noise
         self.stop_grad, self.share_dropout = stop_grad, share_dropout
         self.label_smoothing, self.reduction = label_smoothing, reduction
-        self.random = has_dropout(model)
+        self.has_dropout = has_dropout(model)
 
     @parametrize.cached()                              # R4F: one power iteration a step, one W
     def forward(self, labels, **inputs):
@@ -203,7 +214,7 @@ class R3F(torch.nn.Module):
         """False where the KL would have no weight, or would be 0 for sure."""
         if not self.training or self.lam == 0:
             return False
-        return self.eps > 0 or (self.random and not self.share_dropout)
+        return self.eps > 0 or (self.has_dropout and not self.share_dropout)
 
     def two_passes(self, inputs):
         """[the logits g.f(x) and, below them, g.f(x + z)], of a stacked pass: (2B, C); or [g.f(x),
@@ -231,7 +242,8 @@ class R3F(torch.nn.Module):
         return torch.cat([torch.zeros_like(first), self.noise_for(second)])
 
     def noise_unused(self, x):
-        """No z, for the price of its random numbers: dropout then draws what it draws beside z."""
+        """Zeros, but drawn like `noise_for`, so that the dropout masks that follow are those of the
+        noised pass."""
         return 0 * self.noise_for(x)
 
 
@@ -267,14 +279,14 @@ def added(model, z_of):
 
 
 def replayed(inputs, enabled=True):
-    """Inside, random numbers are drawn that will be drawn once more after it: a pass inside and a
-    pass after it have the same dropout masks."""
+    """Restores the random state on leaving, so that a pass inside and the next one after it have
+    the same dropout masks."""
     device = next(iter(inputs.values())).device
     return torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=enabled)
 
 
 def has_dropout(model):
-    """Whether two passes of the model in train mode differ."""
+    """Whether the model has dropout, so that two passes in train mode differ."""
     rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     settings = model.config.to_dict()
     rates += [p for name, p in settings.items() if "drop" in name and isinstance(p, float)]
@@ -475,7 +487,8 @@ def real_tokens(inputs):
 
 
 def embedding_noise(model, real):
-    """An empty z for a batch of real tokens (B, n, 1): (B, n, H), like the word embeddings."""
+    """Uninitialised memory of the shape of the batch's word embeddings, for the caller to fill:
+    real tokens (B, n, 1) -> (B, n, H)."""
     weight = word_embeddings(model).weight
     return torch.empty(*real.shape[:2], weight.shape[1], dtype=weight.dtype, device=real.device)
 
@@ -534,9 +547,11 @@ class SMART(torch.nn.Module):
     def __init__(self, model, lam=1.0, eps=1e-5, sigma=1e-5, eta=1e-3, steps=1, bregman=0.0):
         super().__init__()
         refuse_negative(lam=lam, eps=eps, eta=eta, bregman=bregman)
-        if sigma <= 0 or steps < 1:
-            raise ValueError("sigma must be positive and steps at least 1, or z stays where its "
-                             f"gradient is 0; got {sigma} and {steps}")
+        if sigma <= 0:
+            raise ValueError("sigma must be above 0, or z stays where its gradient is 0, got "
+                             f"{sigma}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         if lam > 0 or bregman > 0:
             refuse_regression(model, "SMART")
         self.model, self.lam, self.eps, self.sigma = model, lam, eps, sigma
@@ -692,7 +707,7 @@ def fit_by_recipe(x, y, classes, args):
     """
     import common
     layer = torch.nn.Linear(x.shape[1], classes)
-    steps = common.count_steps(args, -(-len(x) // args.batch_size))
+    steps = common.count_steps(args, math.ceil(len(x) / args.batch_size))
     optimizer, schedule = common.build_optimizer(layer, args, steps)
     for _ in range(steps):
         rows = torch.randint(len(x), (args.batch_size,))
@@ -927,33 +942,33 @@ def summary_recipe(args):
 
 # ----------------------------------------------------------------------------------  the experiment
 
-# Why a method cannot train a kind of task.
-WHY = {
-    "regress": ": its KL is undefined (paper, footnote 1)",
-    "generate": ": R4F finds no head of its own there (paper, section 3.2), the rivals no classes",
-}
-
-
-
 def build_method(method, model, args):
-    """The module whose forward is the method's loss. ValueError if the model does not fit."""
-    if method == "rdrop":
-        return RDrop(model, args.alpha)
-    if method == "smart":
-        return SMART(model, args.lam, args.eps, args.smart_sigma, args.smart_eta,
-                     args.smart_steps, args.bregman)
-    if method == "freelb":
-        return FreeLB(model, args.adv_steps, args.adv_lr, args.adv_init, args.adv_eps)
-    if method == "r4f":
-        spectral_normalize(model)
-    lam = 0.0 if method == "std" else args.lam
-    return R3F(model, lam, args.eps, args.noise, args.stop_grad, args.share_dropout,
-               args.label_smoothing, args.reduction)
+    """The module whose forward is the method's loss. UserError if the model does not fit."""
+    import common
+    try:
+        if method == "rdrop":
+            return RDrop(model, args.alpha)
+        if method == "smart":
+            return SMART(model, args.lam, args.eps, args.smart_sigma, args.smart_eta,
+                         args.smart_steps, args.bregman)
+        if method == "freelb":
+            return FreeLB(model, args.adv_steps, args.adv_lr, args.adv_init, args.adv_eps)
+        if method == "r4f":
+            spectral_normalize(model)
+        lam = 0.0 if method == "std" else args.lam
+        return R3F(model, lam, args.eps, args.noise, args.stop_grad, args.share_dropout,
+                   args.label_smoothing, args.reduction)
+    except ValueError as error:
+        raise common.UserError(f"--method {method}, --model {args.model}: {error}") from error
+
+
+def write_model(model, folder):
+    """The model as others load it, its normalised weights as plain ones."""
+    model.save_pretrained(folder, state_dict=plain_state_dict(model))
 
 
 def main(argv=None):
     """Trains every --method with every seed. Returns their results, as in results.json."""
-    import time
     import common
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
@@ -973,18 +988,11 @@ def main(argv=None):
 
         def build(method, seed):
             model = common.load_model(args, setup, seed, world)
-            try:
-                return build_method(method, model, args)
-            except ValueError as error:
-                where = f"--method {method}, --model {args.model}"
-                raise common.UserError(f"{where}: {error}") from error
+            return build_method(method, model, args)
 
-        def evaluate(model, sets, **how):
+        def evaluate(model, sets, final=False, folder=None):
             forward = setup.kind.forward(model, setup.task)
-            return common.evaluate(forward, model, sets, setup, world, **how)
-
-        def write_model(folder):
-            model.save_pretrained(folder, state_dict=plain_state_dict(model))
+            return common.evaluate(forward, model, sets, setup, world, final, folder)
 
         if args.profile:
             return common.profile_methods(args, world, setup, build)
@@ -1019,8 +1027,9 @@ def main(argv=None):
                 if args.eval_every:
                     run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
-                metrics = evaluate(model, setup.scored, final=True, run=run)
-                run.finish(metrics, batches, setup.tokenizer, write_model)
+                metrics = evaluate(model, setup.scored, final=True, folder=run.folder)
+                write = functools.partial(write_model, model)
+                run.finish(metrics, batches, setup.tokenizer, write)
             if setup.unscored:
                 model = common.load_model(args, setup, seed, world, run.model_folder)
                 run.predict(setup.kind.forward(model, setup.task), model, setup)

@@ -74,7 +74,10 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, replace
+
+# common and data are imported where they are used: the core needs torch alone.
 
 OWN = "alpha beta gamma margin variant keep_special c_lr"
 METHODS = {                                            # the kinds of task it can train, its flags
@@ -84,6 +87,7 @@ METHODS = {                                            # the kinds of task it ca
     "cutoff": ("classify", "cutoff_rate cutoff_a cutoff_b"),
 }
 
+# Why a method cannot train a kind of task.
 WHY = {"regress": ": JS of a regression is undefined"}
 
 # Those whose models come with confidences.
@@ -190,11 +194,22 @@ def released_triplet_loss(logits, logits_pos, logits_neg, margin):
     return F.relu(margin + near - 0.5 * far - 0.5 * far_pos)
 
 
-def supervised(logits, labels):
+def task_loss(logits, labels):
     """The cross entropy, of one output the mean squared error: (B, C), (B,) -> a scalar. Eq. 1."""
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.float().squeeze(-1), labels.float())
     return F.cross_entropy(logits.float(), labels)
+
+
+def refuse_other(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def refuse_negative(**settings):
+    for name, value in settings.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
 
 
 # --------------------------------------------------------------------------  the method: where e is
@@ -255,12 +270,11 @@ class TDT(torch.nn.Module):
     def __init__(self, model, alpha=2.0, beta=1.0, gamma=0.01, margin=2.0, mu0="mean", hard=False,
                  tau=1.0, variant="paper", mask_token_id=None):
         super().__init__()
-        if mu0 not in ("mean", "zero", "noise") or variant not in ("paper", "released"):
-            raise ValueError("mu0 must be 'mean', 'zero' or 'noise', variant 'paper' or "
-                             f"'released', got {mu0!r} and {variant!r}")
-        if min(alpha, beta, gamma, margin) < 0 or tau <= 0:
-            raise ValueError("alpha, beta, gamma and margin must not be negative, tau must be "
-                             f"above 0, got {alpha}, {beta}, {gamma}, {margin} and {tau}")
+        refuse_other("mu0", mu0, ["mean", "zero", "noise"])
+        refuse_other("variant", variant, ["paper", "released"])
+        refuse_negative(alpha=alpha, beta=beta, gamma=gamma, margin=margin)
+        if tau <= 0:
+            raise ValueError(f"tau must be above 0, got {tau}")
         if hard and mask_token_id is None:
             raise ValueError("hard needs mask_token_id")
         self.model = model
@@ -279,16 +293,17 @@ class TDT(torch.nn.Module):
         """labels (B,), inputs as the model takes them, input_ids (B, n) -> (loss, stats).
 
         perturbable (B, n): the tokens that may be perturbed, None: all. stats: batch means of "ce",
-        "ce_pos", "l_c", "l_r", and of the tokens' "confidence", with "confidence_std".
+        "ce_pos", "l_c", "l_r", and of the tokens' "confidence", with "confidence_std"; in eval mode
+        "ce" alone.
         """
         if not self.training or self.alpha == self.beta == 0:
-            ce = supervised(self.model(**inputs).logits, labels)
+            ce = task_loss(self.model(**inputs).logits, labels)
             return ce, {"ce": ce.detach()}
 
         views = 3 if self.beta else 2
-        logits, c, p, may = self.passes(views, perturbable, **inputs)
-        ce = supervised(logits[0], labels)
-        ce_pos = supervised(logits[1], labels)
+        logits, c, p, can_change = self.passes(views, perturbable, **inputs)
+        ce = task_loss(logits[0], labels)
+        ce_pos = task_loss(logits[1], labels)
         l_c = ce_pos
         l_r = torch.zeros_like(ce)
         if self.variant == "paper":
@@ -299,9 +314,9 @@ class TDT(torch.nn.Module):
             l_r = released_triplet_loss(*logits, self.margin)
         loss = ce + self.alpha * l_c + self.beta * l_r                   # Eq. 7
 
-        share = may / may.sum().clamp(min=1)                             # (B, n), sums to 1
-        mean = (share * p).sum()
-        std = (share * (p - mean).square()).sum().sqrt()
+        weights = can_change / can_change.sum().clamp(min=1)             # (B, n), sum to 1
+        mean = (weights * p).sum()
+        std = (weights * (p - mean).square()).sum().sqrt()
         stats = {"ce": ce, "ce_pos": ce_pos, "l_c": l_c, "l_r": l_r, "confidence": mean,
                  "confidence_std": std}
         return loss, {name: value.detach() for name, value in stats.items()}
@@ -328,7 +343,7 @@ class TDT(torch.nn.Module):
         """
         ids = inputs["input_ids"]                                        # (B, n)
         real = real_tokens(inputs)
-        may = real if perturbable is None else real & perturbable.bool()
+        can_change = real if perturbable is None else real & perturbable.bool()
         stacked = {name: torch.cat([value] * views) for name, value in inputs.items()}
         if self.hard:
             # The second view lends its [MASK]s to both variants.
@@ -345,7 +360,7 @@ class TDT(torch.nn.Module):
             if self.hard and given is None:
                 two = torch.stack([z, 0 * z], -1)                        # (B, n, 2)
                 c = F.gumbel_softmax(two, self.tau, hard=True)[..., 0]   # Eq. 8, 9
-            c = c.masked_fill(~may, 1.0)
+            c = c.masked_fill(~can_change, 1.0)
 
             keep = c[..., None]                                          # (B, n, 1)
             mu_0 = masks if self.hard else self.mu_0(e, real)
@@ -353,12 +368,12 @@ class TDT(torch.nn.Module):
             e_neg = (1 - keep) * e                                       # Eq. 5
             if self.hard:
                 e_neg = e_neg + keep * masks
-            e_neg = torch.where(may[..., None], e_neg, e)
+            e_neg = torch.where(can_change[..., None], e_neg, e)
             return torch.cat([e, e_pos, e_neg][:views]).to(x.dtype)
 
         with changed_embeddings(self.model, perturb, stacked["input_ids"].shape):
             logits = self.model(**stacked).logits.chunk(views)
-        return logits, c * real, p, may
+        return logits, c * real, p, can_change
 
     def mu_0(self, e, real):
         """mu_0 of Eq. 3 for each sentence: (B, n, H), (B, n) -> (B, 1, H)."""
@@ -407,9 +422,9 @@ class TokenCutoff(torch.nn.Module):
 
     def __init__(self, model, rate=0.1, a=1.0, b=1.0):
         super().__init__()
-        if not 0 <= rate <= 1 or min(a, b) < 0:
-            raise ValueError("rate must be from 0 to 1, a and b must not be negative, got "
-                             f"{rate}, {a} and {b}")
+        if not 0 <= rate <= 1:
+            raise ValueError(f"rate must be from 0 to 1, got {rate}")
+        refuse_negative(a=a, b=b)
         if model.config.num_labels == 1:
             raise ValueError("token cutoff needs classes: JS of a regression is undefined")
         embedding_layer(model)                         # raises where nothing can fall
@@ -418,10 +433,11 @@ class TokenCutoff(torch.nn.Module):
     def forward(self, labels, perturbable=None, **inputs):
         """labels (B,), inputs as the model takes them -> (loss, stats "ce", "ce_cut", "js").
 
-        perturbable (B, n): the tokens that may fall, None: all real ones but the first.
+        perturbable (B, n): the tokens that may fall, None: all real ones but the first. In eval
+        mode stats is "ce" alone.
         """
         if not self.training or self.a == self.b == 0:
-            ce = supervised(self.model(**inputs).logits, labels)
+            ce = task_loss(self.model(**inputs).logits, labels)
             return ce, {"ce": ce.detach()}
 
         real = real_tokens(inputs)                                       # (B, n)
@@ -435,8 +451,8 @@ class TokenCutoff(torch.nn.Module):
 
         with changed_embeddings(self.model, cut, twice["input_ids"].shape):
             logits, logits_cut = self.model(**twice).logits.chunk(2)     # (B, C) each
-        ce = supervised(logits, labels)
-        ce_cut = supervised(logits_cut, labels)
+        ce = task_loss(logits, labels)
+        ce_cut = task_loss(logits_cut, labels)
         js = jensen_shannon(logits, logits_cut).mean()
         loss = ce + self.a * ce_cut + self.b * js                        # (a)
         return loss, {"ce": ce.detach(), "ce_cut": ce_cut.detach(), "js": js.detach()}
@@ -444,13 +460,13 @@ class TokenCutoff(torch.nn.Module):
     def draw(self, real, perturbable=None):
         """The tokens that fall, drawn without replacement: (B, n), bool."""
         if perturbable is None:
-            may = real & (real.cumsum(1) > 1)
+            can_fall = real & (real.cumsum(1) > 1)
         else:
-            may = real & perturbable.bool()
-        order = torch.rand(may.shape, device=may.device).masked_fill(~may, 2.0)
+            can_fall = real & perturbable.bool()
+        order = torch.rand(real.shape, device=real.device).masked_fill(~can_fall, 2.0)
         rank = order.argsort(1).argsort(1)                               # (B, n), from 0
-        count = (self.rate * may.sum(1, keepdim=True)).round()           # (B, 1)
-        return may & (rank < count)
+        count = (self.rate * can_fall.sum(1, keepdim=True)).round()      # (B, 1)
+        return can_fall & (rank < count)
 
 
 # -------------------------------------------------------------------------  analyses: what is asked
@@ -564,10 +580,12 @@ def evaluation_of(setup, world):
     return Evaluation(setup, world, name, task, split, ids, row, ~np.isin(ids, special))
 
 
-def load_run(folder, method, world, confidences="confidence.pt"):
-    """A finished run as a TDT in eval mode; its confidences mean something if the method has any.
+def load_run(folder, method, world, mask_token_id=None, like=None, confidences="confidence.pt"):
+    """A finished run's model as a TDT in eval mode.
 
-    confidences: their file, "confidence-start.pt": as they were drawn.
+    For a method without confidences (std, cutoff) its confidence layer is random: do not read it.
+    like: the folder of the run by whose settings its e+ and e- are made, None: its own.
+    confidences: the layer's file; "confidence-start.pt": as it was drawn.
     """
     import common
     import data
@@ -576,7 +594,12 @@ def load_run(folder, method, world, confidences="confidence.pt"):
     try:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             path, dtype=torch.float32)
-        module = TDT(model)
+        results = common.read_results(os.path.join(like or folder, "results.json"))
+        settings = results["args"]
+        module = TDT(
+            model, mu0=settings.get("mu0", "mean"), hard=results["method"] == "tdt-hard",
+            tau=settings.get("tau", 1.0), variant=settings.get("variant", "paper"),
+            mask_token_id=mask_token_id)
         if method in CONFIDENT:
             file = os.path.join(path, confidences)
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -873,7 +896,9 @@ def drop_words(modules, folders, by, c, rates, evaluation):
     As a control they are also chosen by an untrained confidence layer, the one that run began with.
     """
     import data
-    untrained = load_run(folders[by], by, evaluation.world, "confidence-start.pt")
+    mask_token_id = evaluation.setup.tokenizer.mask_token_id
+    untrained = load_run(folders[by], by, evaluation.world, mask_token_id,
+                         confidences="confidence-start.pt")
     c_start = confidences_of(untrained, evaluation, "confidences, untrained")
     words = evaluation.is_word
     correlation = data.spearman(c[words], c_start[words])
@@ -968,18 +993,6 @@ def clouds_of(module, split, cls_token, world, name, given=None):
     return Clouds(states, np.stack([logits for _, logits in kept], 1), used)
 
 
-def perturb_as_trained(module, folder, mask_token_id):
-    """Makes a loaded run's variants what they were in its training."""
-    import common
-    results = common.read_results(os.path.join(folder, "results.json"))
-    settings = results["args"]
-    module.mu0 = settings.get("mu0", "mean")
-    module.variant = settings.get("variant", "paper")
-    module.tau = settings.get("tau", 1.0)
-    module.hard = results["method"] == "tdt-hard"
-    module.mask_token_id = mask_token_id
-
-
 def nearest_has_class(x, originals, classes):
     """Share of the points whose nearest original is of their class: (n, H), (n, H), (n,).
 
@@ -1040,8 +1053,6 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     others = [method for method in modules if method != chosen_by]
     for method in [chosen_by, *others]:                # its c are needed first
         given = None if method in CONFIDENT else first.c
-        like = folders[method if method in CONFIDENT else chosen_by]
-        perturb_as_trained(modules[method], like, tokenizer.mask_token_id)
         clouds = clouds_of(modules[method], split, tokenizer.cls_token_id, world,
                            f"{folders[method]}: H, H+, H-", given)
         first = first or clouds
@@ -1109,7 +1120,7 @@ def clouds_body(maps, numbers, labels, names, chosen_by):
 # ---------------------------------------------------------------------------  analyses: all of them
 
 def check_task(args, asked, task):
-    """UserError if something is asked for that the task has not."""
+    """UserError if --tsne is asked for a task without classes."""
     import common
     if asked.tsne and task.outputs == 1:
         raise common.UserError(f"--tsne: must be a task with classes; {args.task} has none")
@@ -1156,9 +1167,12 @@ def analyse(args, asked, setup, tokenizer, world):
     dropped = []
     perturbed = []
     for folders in asked.runs.values():
-        modules = {method: load_run(folder, method, world) for method, folder in folders.items()}
-        confident = [method for method in modules if method in CONFIDENT]
+        confident = [method for method in folders if method in CONFIDENT]
         chosen_by = confident[0] if confident else None
+        modules = {}
+        for method, folder in folders.items():
+            like = folder if method in confident else folders.get(chosen_by)
+            modules[method] = load_run(folder, method, world, tokenizer.mask_token_id, like)
         c = {}
         for method in confident:
             if asked.confidences or (asked.drop and method == chosen_by):
@@ -1254,8 +1268,8 @@ def recipe(args):
 
 # ----------------------------------------------------------------------------------  the experiment
 
-def wrap(method, model, args, mask_token_id):
-    """A method's loss around a model."""
+def build_method(method, model, args, mask_token_id):
+    """The module whose forward is the method's loss. UserError if the model does not fit."""
     import common
     try:
         if method == "std":
@@ -1271,8 +1285,8 @@ def wrap(method, model, args, mask_token_id):
 def build_optimizer(method, module, args, steps):
     """As in all scripts, but for the confidence layer, which learns at --c_lr."""
     import common
-    apart = module.confidence_layer if method in CONFIDENT else None
-    return common.build_optimizer(module, args, steps, apart, args.c_lr)
+    part = module.confidence_layer if method in CONFIDENT else None
+    return common.build_optimizer(module, args, steps, part, args.c_lr)
 
 
 def copy_confidences(module):
@@ -1283,8 +1297,17 @@ def copy_confidences(module):
     return {name: weight.detach().cpu().clone() for name, weight in layer.state_dict().items()}
 
 
+def write_model(method, module, untrained, folder):
+    """The model as others load it, and its confidence layer as it was learned and as it began."""
+    module.model.save_pretrained(folder)
+    if method in CONFIDENT:
+        torch.save(copy_confidences(module), f"{folder}/confidence.pt")
+        torch.save(untrained, f"{folder}/confidence-start.pt")
+
+
 def marks_of(args):
-    """What tells all methods which tokens they may perturb: a text column, "special" or None."""
+    """Which tokens may be perturbed, for the tokeniser: a column's name, "special" (all but special
+    tokens) or None (all)."""
     import data
     if args.task in data.TASKS and data.TASKS[args.task].perturb:
         return data.TASKS[args.task].perturb
@@ -1305,7 +1328,6 @@ def setup_for(method, setup, marks):
 
 def main(argv=None):
     """Trains every --method with every seed, and analyses them. Returns results.json of each."""
-    import time
     import common
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
@@ -1327,17 +1349,11 @@ def main(argv=None):
 
         def build(method, seed):
             model = common.load_model(args, setup, seed, world)
-            return wrap(method, model, args, setup.tokenizer.mask_token_id)
+            return build_method(method, model, args, setup.tokenizer.mask_token_id)
 
-        def evaluate(model, sets, **how):
+        def evaluate(model, sets, final=False):
             forward = setup.kind.forward(model, setup.task)
-            return common.evaluate(forward, model, sets, setup, world, **how)
-
-        def write_model(folder):
-            model.save_pretrained(folder)
-            if method in CONFIDENT:
-                torch.save(copy_confidences(module), f"{folder}/confidence.pt")
-                torch.save(untrained, f"{folder}/confidence-start.pt")
+            return common.evaluate(forward, model, sets, setup, world, final)
 
         if args.profile:
             return common.profile_methods(args, world, setup, build)
@@ -1374,7 +1390,8 @@ def main(argv=None):
                     run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
                 metrics = evaluate(model, setup.scored, final=True)
-                run.finish(metrics, batches, setup.tokenizer, write_model)
+                write = functools.partial(write_model, method, module, untrained)
+                run.finish(metrics, batches, setup.tokenizer, write)
             if setup.unscored:
                 model = common.load_model(args, setup, seed, world, run.model_folder)
                 run.predict(setup.kind.forward(model, setup.task), model, setup)

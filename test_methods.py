@@ -2054,6 +2054,21 @@ def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(tiny_folder
     assert begun == [] and [r["searched"] for r in found] == [r["searched"] for r in whole]
 
 
+def test_what_was_searched_goes_to_the_run_of_this_recipe(tmp_path):
+    """Another recipe's run of the same method and seed keeps its results."""
+    recipes = {"std-0": "r3f", "std-tdt-0": "tdt", "std-1": "tdt"}
+    for name, recipe in recipes.items():
+        (tmp_path / "rte" / name).mkdir(parents=True)
+        write(tmp_path / "rte" / name / ".lock", recipe)
+        write(tmp_path / "rte" / name / "results.json", "{}")
+    args = argparse.Namespace(output_dir=str(tmp_path), task="rte", recipe_name="tdt: Table 7")
+    results = [{"method": "std", "seed": seed} for seed in (0, 1)]
+    common.note_search(args, results, {"lr": ["1e-3", "1e-5"]})
+    saved = {name: json.load(open(tmp_path / "rte" / name / "results.json")) for name in recipes}
+    assert saved == {"std-0": {}, "std-tdt-0": results[0], "std-1": results[1]}
+    assert results[0]["searched"] == {"lr": ["1e-3", "1e-5"]}
+
+
 @pytest.mark.parametrize("flags, line", [
     (["--grid", "lr"], "--grid lr: must be FLAG=VALUE,VALUE"),
     (["--grid", "speed=1,2"], "--grid speed: no such flag"),
@@ -3028,7 +3043,7 @@ def test_round_numbers(low, high):
 def test_many_columns_go_below(tmp_path):
     header = ["task", "method", *[f"column{i}" for i in range(20)]]
     grid = [["rte", "std", *["1.00"] * 20], ["rte", "more", *["2.00"] * 20]]
-    lines = common.text_grid(header, grid, 2, width=60)
+    lines = common.text_lines(header, grid, 2, width=60)
     assert max(map(len, lines)) <= 60
     for i in range(20):
         assert sum(f"column{i} " in f"{line} " for line in lines) == 1
@@ -3324,7 +3339,7 @@ def test_the_noise_arrives_and_padding_is_inert(name):
     assert not words._forward_hooks
 
     # With `random` both passes are made although nothing separates them.
-    method.eps, method.random = 0.0, True
+    method.eps, method.has_dropout = 0.0, True
     assert method(labels, **inputs)[1]["kl"] < 1e-10
 
     # BART's head wants its last token at the end, XLNet's its padding at the start.
@@ -3668,7 +3683,7 @@ def test_the_noise_of_generation_reaches_the_encoder_alone(name):
     loss, stats = method(labels, **inputs)
     loss.backward()
     assert stats["kl"] > 1e-9
-    method.eps, method.random = 0.0, True
+    method.eps, method.has_dropout = 0.0, True
     assert method(labels, **inputs)[1]["kl"] < 1e-12
 
 
@@ -5214,7 +5229,7 @@ def test_a_fallen_token_is_zero_where_the_encoder_begins():
 
 def test_token_cutoff_refuses_wrong_arguments_and_regression():
     for options in ({"rate": 1.5}, {"rate": -0.1}, {"a": -1.0}, {"b": -1.0}):
-        with pytest.raises(ValueError, match="rate must be"):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must"):
             tdt.TokenCutoff(wide_tiny(), **options)
     with pytest.raises(ValueError, match="regression"):
         tdt.TokenCutoff(wide_tiny(num_labels=1))
@@ -5672,7 +5687,7 @@ def test_a_finished_run_brings_its_own_flags(toy, copied):
 def test_a_module_in_train_mode_is_read_without_its_dropout(copied):
     """As evaluations leave it."""
     world = types.SimpleNamespace(device="cpu", rank=0, size=1, put=dict, total=np.asarray,
-                                  say=print, progress=None)
+                                  say=print)
     module = tdt.load_run(str(copied), "tdt", world)
     tokenizer = transformers.AutoTokenizer.from_pretrained(copied / "model")
     evaluation, _ = two_rows()
@@ -6126,7 +6141,7 @@ def encoded(n=12):
 
 
 WORLD = types.SimpleNamespace(
-    rank=0, size=1, put=dict, gather=list, progress=None, say=print)
+    rank=0, size=1, put=dict, gather=list, say=print)
 
 
 def small_tdt(**options):
@@ -6178,11 +6193,12 @@ def test_a_cloud_can_be_made_with_the_confidences_of_another_model(hard):
 
 
 def test_variants_are_made_as_the_run_was_trained(tmp_path):
-    module = small_tdt()
+    small_tdt().model.save_pretrained(tmp_path / "std" / "model")
     settings = {"mu0": "zero", "variant": "released", "tau": 0.5}
     results = {"method": "tdt-hard", "args": settings, "metrics": {}}
     write(tmp_path / "results.json", json.dumps(results))
-    tdt.perturb_as_trained(module, str(tmp_path), 4)
+    world = types.SimpleNamespace(device="cpu")
+    module = tdt.load_run(str(tmp_path / "std"), "std", world, 4, like=str(tmp_path))
     assert (module.mu0, module.variant, module.tau) == ("zero", "released", 0.5)
     assert module.hard and module.mask_token_id == 4
 
