@@ -626,13 +626,14 @@ class Setup:
         return {**self.own, **self.further, **self.held_out}
 
 
-def prepare(args, world, check=None, **options):
+def prepare(args, world, check=None, also_scores=(), **options):
     """Reads, checks (also by check(task)) and encodes all rows, before a model is loaded: a Setup.
 
-    options: of the kind's `tokenise` in data.py; `perturb` is for the training rows alone.
+    also_scores: see data.load. options: of the kind's `tokenise` in data.py; `perturb` is for the
+    training rows alone.
     """
     with world.first():
-        rows = data.load(args)
+        rows = data.load(args, also_scores)
     for line in rows.skipped:
         world.say(f"warning: {line}")
     if check:
@@ -1422,12 +1423,13 @@ def read_results(path):
     return results
 
 
-def take_runs(args, methods, labels_of=None):
+def take_runs(args, methods, labels_of=None, encoded_by=("model", "max_length")):
     """--run: {folder: results} of finished runs of one task and model, none without the flag.
 
     Gives args the flags of these runs, but for those set by hand, and besides: own_labels, the
     labels of one's own task, and own_sets, whether the sets that the runs were scored on are read.
     methods: the script's. labels_of(folder) -> {number: label}; None: from the model's config.
+    encoded_by: the flags by which rows are encoded, which must be the same for all of the runs.
     """
     runs = {}
     args.own_sets = True
@@ -1446,7 +1448,7 @@ def take_runs(args, methods, labels_of=None):
         if other["task"] != task:
             raise UserError(f"--run {other_folder}: is a run of {other['task']}; must be of "
                             f"{task}, as --task or the one before")
-        for name in ("model", "max_length", "pair_mode"):    # by which rows are encoded
+        for name in encoded_by:
             mine, first = (found["args"].get(name) for found in (other, results))
             if mine != first:
                 raise UserError(f"--run {other_folder}: its {name} is {mine}; must be {first}, "

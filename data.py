@@ -18,6 +18,7 @@ import difflib
 import functools
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -164,7 +165,7 @@ TNEWS = "100 101 102 103 104 106 107 108 109 110 112 113 114 115 116"
 TIFU = "ctr4si/reddit_tifu"
 ROUGE = "rouge1 rouge2 rougeLsum"
 
-# Reddit TIFU has no splits: the shares that PEGASUS took of it, on its own order of the rows.
+# Reddit TIFU has no splits of its own. These are PEGASUS's shares, here in the hub's order of rows.
 TIFU_SPLITS = {"train": "train[:80%]", "validation": "train[80%:90%]", "test": "train[90%:]"}
 
 # Languages in the order of the papers' tables.
@@ -310,8 +311,8 @@ GROUPS = {
     "tatoeba": [f"tatoeba-{language}" for language in TATOEBA_LANGUAGES],
 }
 
-# A label of the trained task counts as one of these in a set that has no label of its own name, as
-# in the papers.
+# Where another set has no label of the same name, these of its labels count as the trained task's,
+# as in the papers.
 SAME = ["equivalent", "duplicate", "1"]
 NOT_SAME = ["not_equivalent", "not_duplicate", "0"]
 NOT_ENTAILED = ["not_entailment", "non-entailment"]
@@ -376,10 +377,13 @@ class Rows(NamedTuple):
     unscored: dict                                                      # {split: rows}
 
 
-def load(args):
-    """Reads and checks the rows of a run, before any model is loaded. Returns Rows."""
+def load(args, also_scores=()):
+    """Reads and checks the rows of a run, before any model is loaded. Returns Rows.
+
+    also_scores: kinds of --eval_tasks that a model of any task can be scored on.
+    """
     if args.run:
-        return load_to_use(args)
+        return load_to_use(args, also_scores)
     if args.own_files:
         task, splits = own_files(args)
     else:
@@ -396,11 +400,11 @@ def load(args):
             raise UserError(f"--{flag} {value}: must be at most the {len(train)} training rows")
 
     unscored = load_unscored(args, task)
-    further, skipped = load_further(args, task)
+    further, skipped = load_further(args, task, also_scores)
     return Rows(task, train, splits, further, skipped, unscored)
 
 
-def load_to_use(args):
+def load_to_use(args, also_scores):
     """The Rows that finished runs are used on (--run), without any to train on.
 
     own: their own validation sets, if these are wanted; of one's own task the --validation_file.
@@ -418,7 +422,7 @@ def load_to_use(args):
     unscored = load_predicted(args, task)
     if args.test_file:
         unscored[set_name(args, "test_file")] = read_own(args, "test_file", task)
-    further, skipped = load_further(args, task)
+    further, skipped = load_further(args, task, also_scores)
     return Rows(task, None, own, further, skipped, unscored)
 
 
@@ -487,7 +491,7 @@ def load_predicted(args, task):
     return unscored
 
 
-def load_further(args, trained):
+def load_further(args, trained, also_scores=()):
     """({name: (task, rows)}, lines on what was skipped) of --eval_tasks.
 
     Each is NAME or NAME:SPLIT. A name of GROUPS stands for all its languages; of a SPLIT those that
@@ -501,7 +505,7 @@ def load_further(args, trained):
         without = []
         for name in names:
             try:
-                sets = load_set(args, trained, name, split)
+                sets = load_set(args, trained, name, split, also_scores)
             except NoSplit:
                 if not split or group not in GROUPS:
                     raise
@@ -516,14 +520,15 @@ def load_further(args, trained):
     return further, skipped
 
 
-def load_set(args, trained, name, split):
+def load_set(args, trained, name, split, also_scores):
     """{name of the set: (task, rows)} of one task: of this split, or of its validation splits.
 
-    The only validation split has the task's name, others are TASK/SPLIT; of the trained task SPLIT.
+    A task's only validation split is named after the task, any other split TASK/SPLIT; another
+    split of the trained task is named SPLIT.
     """
     check_task(name, "--eval_tasks")
     task = TASKS[name]
-    if task.kind != "retrieve" or "retrieve_layer" not in args:
+    if task.kind not in also_scores:
         check_comparable(task, trained, name)
 
     sets = {}
@@ -943,17 +948,17 @@ def make_rows(texts, labels, kind, table):
 
 
 def hidden_class(labels):
-    """The first -1."""
+    """The first row whose class is -1, or None."""
     return next((row for row, label in enumerate(labels) if label == -1), None)
 
 
 def hidden_number(labels):
-    """-1 is a number like others, but not if all are."""
+    """0 if all are -1, which is else a number like any other, or None."""
     return 0 if set(labels) == {-1.0} else None
 
 
 def hidden_text(labels):
-    """The first empty one."""
+    """The first row whose text is empty, or None."""
     return next((row for row, label in enumerate(labels) if not label), None)
 
 
@@ -1011,8 +1016,12 @@ def general_texts(where):
 
 # ----------------------------------------------------------------------------- 3  encoding, by kind
 
-def encode(rows, task, tokenizer, max_length, **how):
-    """Tokenises rows by the task's kind, once. Returns a Split. how: see the kind's `tokenise`.
+# To be raised when a function `tokenise` changes, or rows that were encoded before are found.
+ENCODING_VERSION = 3
+
+
+def encode(rows, task, tokenizer, max_length, **options):
+    """Tokenises rows by the task's kind, once. Returns a Split. options: of the kind's `tokenise`.
 
     The result is cached under the hash of the rows, the tokenizer and the settings.
     """
@@ -1026,13 +1035,13 @@ def encode(rows, task, tokenizer, max_length, **how):
     else:
         state = [type(tokenizer).__name__, tokenizer.get_vocab()]
     wanted = [tokenizer.model_input_names, tokenizer.padding_side]
-    settings = [task.kind, task.columns, max_length, sorted(how.items())]
-    key = Hasher.hash([rows._fingerprint, state, wanted, settings, "3"])
+    settings = [task.kind, task.columns, max_length, sorted(options.items())]
+    key = Hasher.hash([rows._fingerprint, state, wanted, settings, ENCODING_VERSION])
 
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "tokenised")
     os.makedirs(folder, exist_ok=True)
     tokenise = functools.partial(
-        KINDS[task.kind].tokenise, task=task, tokenizer=tokenizer, max_length=max_length, **how)
+        KINDS[task.kind].tokenise, task=task, tokenizer=tokenizer, max_length=max_length, **options)
     encoded = rows.map(
         tokenise, batched=True, remove_columns=rows.column_names, new_fingerprint=key,
         cache_file_name=os.path.join(folder, f"{key}.arrow"), desc="tokenising")
@@ -1193,7 +1202,7 @@ class Split:
                 fields[name] = Field(np.concatenate(parts), np.concatenate([[0], ends]), fill)
         if "note_row" in self.fields:
             return Split(fields, self.cut, self.left, self.rows, self.has_targets)
-        kept = self.rows and self.rows.select(rows)
+        kept = None if self.rows is None else self.rows.select(rows)
         return Split(fields, self.cut, self.left, kept, self.has_targets)
 
     def sentences(self):
@@ -1283,7 +1292,7 @@ class Batches:
         self.batching = batching
         self.widths = (width, target_width) if batching == "padded" else (0, 0)
         self.tokens = tokens
-        self.per_epoch = self.count_by_tokens() if tokens else -(-len(split) // batch_size)
+        self.per_epoch = self.count_by_tokens() if tokens else math.ceil(len(split) / batch_size)
         self.real = 0
         self.computed = 0
 
@@ -1293,12 +1302,12 @@ class Batches:
 
     def count_by_tokens(self):
         total = int((self.split.lengths + self.split.target_lengths).sum())
-        count = -(-total // self.tokens)
+        count = math.ceil(total / self.tokens)
         most = len(self.split) // self.world
         if count > most:
             raise UserError(f"--batch_tokens {self.tokens}: the rows have "
                             f"{total / len(self.split):.0f} tokens on average; must be at least "
-                            f"{-(-total // most)}, a row for each of {self.world} processes")
+                            f"{math.ceil(total / most)}, a row for each of {self.world} processes")
         return count
 
     @property
@@ -1336,7 +1345,7 @@ class Batches:
 
     def sort(self, rows, lengths):
         """The rows, of these lengths, in chunks, each sorted by length."""
-        chunks = np.array_split(np.arange(len(rows)), -(-self.per_epoch // self.CHUNK))
+        chunks = np.array_split(np.arange(len(rows)), math.ceil(self.per_epoch / self.CHUNK))
         by_length = [chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks]
         return rows[np.concatenate(by_length)]
 
@@ -1568,14 +1577,15 @@ def decoded(model, task):
 
     Two more are allowed than the task's longest text has, for those that begin and end it.
     """
-    how = task.decoding
-    limit = getattr(model.config, "max_position_embeddings", None) or how.longest + 2
+    decoding = task.decoding
+    longest = decoding.longest + 2
+    limit = getattr(model.config, "max_position_embeddings", None) or longest
 
     def forward(**inputs):
         return model.generate(
-            **inputs, num_beams=how.beams, length_penalty=how.penalty, do_sample=False,
-            early_stopping=True, no_repeat_ngram_size=how.no_repeat,
-            min_length=min(how.shortest + 1, limit), max_length=min(how.longest + 2, limit))
+            **inputs, num_beams=decoding.beams, length_penalty=decoding.penalty, do_sample=False,
+            early_stopping=True, no_repeat_ngram_size=decoding.no_repeat,
+            min_length=min(decoding.shortest + 1, limit), max_length=min(longest, limit))
 
     return forward
 
@@ -1592,8 +1602,8 @@ def no_settings(task):
     return {}
 
 
-def collect_logits(outputs, labels, tokenizer):
-    """Logits (B, C) as B arrays (C,), in fp32."""
+def collect_rows(outputs, labels, tokenizer):
+    """Logits (B, C), or vectors of both sentences (B, 2, H), as B arrays in fp32."""
     return list(outputs.float().cpu().numpy())
 
 
@@ -1609,12 +1619,9 @@ def same_labels(task, trained):
     map_labels(trained.label_names, task.label_names)
 
 
-def any_numbers(task, trained):
-    """Correlations need no common scale."""
-
-
-def any_texts(task, trained):
-    """What is written can be compared with any reference."""
+def any_model(task, trained):
+    """Whatever a model was trained for: correlations need no common scale, texts no common words,
+    questions and vectors no labels."""
 
 
 def usual_size(task):
@@ -1952,10 +1959,6 @@ def hidden_answers(labels):
     return next((row for row, answers in enumerate(labels) if not answers), None)
 
 
-def any_answers(task, trained):
-    """Any question can be answered."""
-
-
 def tokenise_span(rows, task, tokenizer, max_length, separate=False):
     """Question and context as one text, a long context in windows, each a row.
 
@@ -2122,19 +2125,17 @@ def write_spans(folder, name, task, kept, split):
 # Retrieval: of all candidates the translation of each sentence, without training.
 
 def read_retrieve(table, task, where):
-    """Rows with the two text columns. "label" is 0: a sentence's candidate is its own row's."""
+    """Rows with the two text columns. The right candidate of a row is its own second sentence, so
+    "label" is 0 for all."""
     texts = read_texts(table, task, where)
     for column, cells in texts.items():
         texts[column] = [cell.strip() for cell in cells]
-    return make_rows(texts, [0] * len(cells), "int64", {})
+    count = len(texts[task.columns[0]])
+    return make_rows(texts, [0] * count, "int64", {})
 
 
 def nothing_hidden(labels):
     """No row has a label."""
-
-
-def any_model(task, trained):
-    """Whatever a model was trained for, it makes vectors."""
 
 
 def tokenise_retrieve(rows, task, tokenizer, max_length, separate=True):
@@ -2143,12 +2144,7 @@ def tokenise_retrieve(rows, task, tokenizer, max_length, separate=True):
 
 
 def no_forward(model, task):
-    raise RuntimeError("of which vectors is the script's choice")
-
-
-def collect_vectors(outputs, labels, tokenizer):
-    """Vectors of both sentences (B, 2, H) as B arrays (2, H), in fp32."""
-    return list(outputs.float().cpu().numpy())
+    raise RuntimeError("a set to retrieve from has no logits: its vectors are the script's choice")
 
 
 def score_retrieve(task, trained, kept, split):
@@ -2177,16 +2173,16 @@ KINDS = {
     "classify": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
-        forward=logits_of, collect=collect_logits, score=score_classes, text=class_text,
+        forward=logits_of, collect=collect_rows, score=score_classes, text=class_text,
         write=write_classes, answer="a class", eval_size=usual_size),
     "regress": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
-        read=read_regress, hidden=hidden_number, comparable=any_numbers, tokenise=tokenise_texts,
-        forward=logits_of, collect=collect_logits, score=score_numbers, text=number_text,
+        read=read_regress, hidden=hidden_number, comparable=any_model, tokenise=tokenise_texts,
+        forward=logits_of, collect=collect_rows, score=score_numbers, text=number_text,
         write=write_numbers, answer="a number", eval_size=usual_size),
     "generate": Kind(
         auto_class="AutoModelForSeq2SeqLM", settings=no_settings,
-        read=read_generate, hidden=hidden_text, comparable=any_texts, tokenise=tokenise_generate,
+        read=read_generate, hidden=hidden_text, comparable=any_model, tokenise=tokenise_generate,
         forward=decoded, collect=collect_texts, score=score_texts, text=same_text,
         write=write_texts, answer="a text", eval_size=size_for_beams, decodes=True),
     "tag": Kind(
@@ -2196,13 +2192,13 @@ KINDS = {
         write=write_tags, answer="a tag for each word", eval_size=usual_size),
     "span": Kind(
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
-        read=read_span, hidden=hidden_answers, comparable=any_answers, tokenise=tokenise_span,
+        read=read_span, hidden=hidden_answers, comparable=any_model, tokenise=tokenise_span,
         forward=logits_of, collect=collect_spans, score=score_spans, text=span_text,
         write=write_spans, answer="a part of the text", eval_size=usual_size),
     "retrieve": Kind(
         auto_class="AutoModel", settings=head_settings,
         read=read_retrieve, hidden=nothing_hidden, comparable=any_model,
-        tokenise=tokenise_retrieve, forward=no_forward, collect=collect_vectors,
+        tokenise=tokenise_retrieve, forward=no_forward, collect=collect_rows,
         score=score_retrieve, text=vector_text, write=write_nothing, answer="a sentence",
         eval_size=usual_size),
 }

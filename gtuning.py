@@ -1156,7 +1156,7 @@ def main(argv=None):
     import common
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
-    runs = common.take_runs(args, METHODS, labels_of)
+    runs = common.take_runs(args, METHODS, labels_of, ["model", "max_length", "pair_mode"])
     args.own_sets = args.embed or args.own_sets        # there is the text in domain
     check_flags(args)
     if args.grid:
@@ -1164,7 +1164,8 @@ def main(argv=None):
 
     check = functools.partial(common.check_methods, args, methods=METHODS)
     with common.processes(args) as world:
-        setup = common.prepare(args, world, check, separate=args.pair_mode == "separate")
+        setup = common.prepare(args, world, check, also_scores=["retrieve"],
+                               separate=args.pair_mode == "separate")
         if runs:
             return use_finished(args, runs, setup, world, started)
         N = count_steps_on_f(args, setup, world)
