@@ -1428,7 +1428,7 @@ def take_runs(args, methods, labels_of=None, encoded_by=("model", "max_length"))
 
     Gives args the flags of these runs, but for those set by hand, and besides: own_labels, the
     labels of one's own task, and own_sets, whether the sets that the runs were scored on are read.
-    methods: the script's. labels_of(folder) -> {number: label}; None: from the model's config.
+    methods: the script's. labels_of(folder) -> the run's labels; None: from the model's config.
     encoded_by: the flags by which rows are encoded, which must be the same for all of the runs.
     """
     runs = {}
@@ -1479,8 +1479,7 @@ def take_runs(args, methods, labels_of=None, encoded_by=("model", "max_length"))
     args.own_files = "" if args.task in data.TASKS else folder
     args.own_labels = []
     if args.own_files:
-        labels = (labels_of or labels_of_config)(folder)
-        args.own_labels = [labels[number] for number in sorted(labels, key=int)]
+        args.own_labels = labels_of_all(runs, labels_of or labels_of_config)
     return runs
 
 
@@ -1500,12 +1499,25 @@ def read_finished(folder, methods):
     return results
 
 
+def labels_of_all(runs, labels_of):
+    """The labels that all of these runs have. UserError if one has others."""
+    first, *others = runs
+    wanted = labels_of(first)
+    for folder in others:
+        labels = labels_of(folder)
+        if labels != wanted:
+            raise UserError(f"--run {folder}: its labels are {' '.join(labels)}; must be "
+                            f"{' '.join(wanted)}, as of {first}")
+    return wanted
+
+
 def labels_of_config(folder):
-    """{number: label} of a finished run's model."""
+    """The labels of a finished run's model, in the order of their numbers."""
     path = os.path.join(folder, "model", "config.json")
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)["id2label"]
+            labels = json.load(file)["id2label"]
+        return [labels[number] for number in sorted(labels, key=int)]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--run {folder}: cannot read its labels in {path}: "
                         f"{first_line(error)}") from None
@@ -3485,11 +3497,21 @@ def made_folder(name, *made_of):
 
 
 def save_made(model, tokenizer, folder):
-    """Saves them into the folder, which is there whole or not at all."""
-    model.save_pretrained(folder + ".tmp")
-    tokenizer.save_pretrained(folder + ".tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(folder + ".tmp", folder)
+    """Saves them into the folder, which is there whole or not at all.
+
+    Another run may make the same at the same time: the first to end is the one that counts.
+    """
+    unfinished = f"{folder}.{os.getpid()}.tmp"
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    try:
+        os.replace(unfinished, folder)
+    except OSError:                                    # there is one
+        if os.path.exists(os.path.join(folder, "config.json")):
+            shutil.rmtree(unfinished)
+        else:
+            shutil.rmtree(folder)
+            os.replace(unfinished, folder)
     return folder
 
 

@@ -1971,7 +1971,11 @@ def tokenise_span(rows, task, tokenizer, max_length, separate=False):
         raise UserError("answers need a tokenizer that pads on the right, "
                         f"{type(tokenizer).__name__} pads on the left")
     special = tokenizer.num_special_tokens_to_add(pair=True)
-    most = min(LONGEST_QUESTION, max(1, max_length // 2 - special))
+    least = 2 * special + 2
+    if max_length < least:
+        raise UserError(f"--max_length {max_length}: must be at least {least}, for a question and "
+                        "a part of its context")
+    most = min(LONGEST_QUESTION, max_length // 2 - special)
     found = collections.defaultdict(list)
     for row, (question, context) in enumerate(zip(rows["question"], rows["context"])):
         short, length = shortened(question, tokenizer, most)

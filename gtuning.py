@@ -269,6 +269,8 @@ class GTuning(torch.nn.Module):
         super().__init__()
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling must be 'cls' or 'mean', got {pooling!r}")
+        if layers < 1:
+            raise ValueError(f"layers must be at least 1, got {layers}")
         if by_token not in ("", "tag", "span"):
             raise ValueError(f"by_token must be '', 'tag' or 'span', got {by_token!r}")
         if by_token and pair:
@@ -306,9 +308,15 @@ class GTuning(torch.nn.Module):
             return states.bfloat16()
         return states
 
-    def features(self, attention_mask, states=None, pooling=None, **inputs):
-        """f(x): (B, H). pooling: in place of f's own; "none": each token's vector, (B, n, H)."""
+    def features(self, attention_mask=None, states=None, pooling=None, **inputs):
+        """f(x): (B, H). pooling: in place of f's own; "none": each token's vector, (B, n, H).
+
+        Without an attention_mask all tokens are real ones.
+        """
         pooling = pooling or self.pooling
+        if attention_mask is None:
+            tokens = inputs["input_ids"] if states is None else states[..., 0]
+            attention_mask = torch.ones(tokens.shape, dtype=torch.long, device=tokens.device)
         if states is None:
             states = self.encode(attention_mask=attention_mask, **inputs)
         hidden = states.float()                                          # g(x)          (B, n, H)
@@ -344,7 +352,7 @@ class GTuning(torch.nn.Module):
         """(B, C), or by token (B, n, C); of spans padding has -inf."""
         if self.by_token:
             logits = self.output(self.scale * self.features(pooling="none", **inputs))
-            if self.by_token == "span":
+            if self.by_token == "span" and "attention_mask" in inputs:
                 padding = inputs["attention_mask"] == 0
                 logits = logits.masked_fill(padding[..., None], -math.inf)
             return logits
@@ -379,7 +387,8 @@ class GTuning(torch.nn.Module):
     def task_loss(self, logits, labels):
         """L_T of Eq. 2, a mean over the labels."""
         if self.by_token == "tag":                     # (B, n, C) and (B, n)
-            return F.cross_entropy(logits.transpose(1, 2), labels)
+            total = F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
+            return total / (labels != -100).sum().clamp(min=1)
         if self.num_labels == 1:
             return F.mse_loss(logits.squeeze(-1), labels.float())
         return F.cross_entropy(logits, labels)         # of spans over the tokens: (B, n, 2), (B, 2)
@@ -595,15 +604,16 @@ def write_figure_2(args, setup, clouds, world):
     clouds {folder of a finished run: its two, (n, H) each}. The runs of the first seed have maps.
     """
     import common
+    folders = [*clouds]
     results = {}
-    task_folder = os.path.dirname(os.path.abspath(next(iter(clouds))))
-    for folder in clouds:
+    task_folder = os.path.dirname(os.path.abspath(folders[0]))
+    for folder in folders:
         found = common.read_results(os.path.join(folder, "results.json"))
         if found["seed"] == args.seeds[0]:
             results[os.path.basename(os.path.abspath(folder))] = found
     clouds = {os.path.basename(os.path.abspath(folder)): both for folder, both in clouds.items()}
-    pair = args.pair_mode == "separate" and len(setup.task.columns) == 2
-    untrained = build_f(as_before(args, results, world), setup, args.seeds[0], world, pair)
+    pair = any("input_ids_2" in split.fields for _, split in setup.own.values())
+    untrained = build_f(as_before(args, folders, world), setup, args.seeds[0], world, pair)
     before = [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
     clouds = {BEFORE: before, **clouds}
     names = [next(iter(setup.own)), next(iter(setup.further))]
@@ -636,14 +646,18 @@ def write_figure_2(args, setup, clouds, world):
     common.write_text(path, json.dumps(content, indent=1), world)
 
 
-def as_before(args, results, world):
-    """The flags, but with the model that the runs {name: results} started from: for f before
+def as_before(args, folders, world):
+    """The flags, but with the model that the runs in these folders started from: for f before
     training."""
     import common
     args = copy.copy(args)
-    args.model = next(iter(results.values()))["model"]
+    results = common.read_results(os.path.join(folders[0], "results.json"))
+    args.model = results["model"]
     if args.run:
         args.path = common.toy_model(world) if args.model == "toy" else args.model
+        if results["args"]["post_train"]:              # what that made is known to the model alone
+            path = os.path.join(folders[0], "model", "gtuning.pt")
+            args.path = torch.load(path, weights_only=True, map_location="cpu")["plm"]
     return args
 
 
@@ -689,8 +703,9 @@ class Texts:
         self.teacher_logits = None
         if "self-teach" in args.method:
             self.taught = draw_taught(args, setup, args.train_samples or len(setup.train), world)
-            self.teacher_logits = logits_of_teacher(args, self.taught, self.pair, world)
-        self.model_digest = None
+            self.teacher_logits = logits_of_teacher(args, setup.task, self.taught, self.pair, world)
+        self.encoder = None                            # the last g, and what its weights hash to
+        self.digest = ""
         self.cached = {}
 
     def without_states(self):
@@ -704,12 +719,14 @@ class Texts:
         import common
         if self.folder is None:
             return split
-        if self.model_digest is None:
-            self.model_digest = common.digest_weights(f.plm)
-        if split not in self.cached:
-            self.cached[split] = common.CachedSplit.build(
-                split, f.encode, f.config.hidden_size, self.folder, self.model_digest, self.world)
-        return self.cached[split]
+        if self.encoder is not f.plm:                  # --post_train: each seed has its own
+            self.encoder = f.plm
+            self.digest = common.digest_weights(f.plm)
+        key = self.digest, split
+        if key not in self.cached:
+            self.cached[key] = common.CachedSplit.build(
+                split, f.encode, f.config.hidden_size, self.folder, self.digest, self.world)
+        return self.cached[key]
 
     def sets_with_states(self, f, sets):
         """The same for sets {name: (task, split)}."""
@@ -740,6 +757,9 @@ def draw_taught(args, setup, wanted, world):
         rows = data.general_text(args.unlabeled, wanted * len(columns))
         texts = rows["text"][:]
         count = len(texts) // len(columns)
+        if not count:
+            raise data.UserError(f"--unlabeled {args.unlabeled}: must hold two sentences, for a "
+                                 "pair")
         table = {"label": list(range(count))}
         for i, column in enumerate(columns):
             table[column] = texts[i::len(columns)][:count]
@@ -748,11 +768,11 @@ def draw_taught(args, setup, wanted, world):
                            separate=args.pair_mode == "separate")
 
 
-def logits_of_teacher(args, split, pair, world):
+def logits_of_teacher(args, task, split, pair, world):
     """The logits of --teacher, in eval mode, of all rows: (rows, C), not on the GPU."""
     import common
     import data
-    f = load_teacher(args, pair).to(world.device)
+    f = load_teacher(args, task, pair).to(world.device)
     found = torch.empty(len(split), f.num_labels)
     with common.Progress(world, "teacher", len(split), unit="row") as progress, torch.no_grad():
         with world.autocast():
@@ -763,11 +783,12 @@ def logits_of_teacher(args, split, pair, world):
     return found
 
 
-def load_teacher(args, pair):
-    """f of --teacher, which must be of the same task, model and form."""
+def load_teacher(args, task, pair):
+    """f of --teacher, which must be of the same task, model, form and labels."""
     import common
     path = os.path.join(args.teacher, "results.json")
-    if not os.path.isfile(os.path.join(args.teacher, "model", "gtuning.pt")):
+    files = path, os.path.join(args.teacher, "model", "gtuning.pt")
+    if not all(map(os.path.isfile, files)):
         raise common.UserError(f"--teacher {args.teacher or 'is missing'}: must be the folder of a "
                                "finished run of gtuning.py")
     results = common.read_results(path)
@@ -778,6 +799,10 @@ def load_teacher(args, pair):
     f = GTuning.from_pretrained(os.path.join(args.teacher, "model"))
     if f.pair != pair:
         raise common.UserError(f"--teacher {args.teacher}: was trained with another --pair_mode")
+    labels = [*f.config.id2label.values()]
+    if labels != task.label_names:
+        raise common.UserError(f"--teacher {args.teacher}: its labels are {' '.join(labels)}, must "
+                               f"be {' '.join(task.label_names)}")
     return f
 
 
@@ -950,19 +975,17 @@ class Algorithm1:
     def with_general(self, x_t, x_u):
         """Micro-batches that hold both, with a weight for L_G.
 
-        common.backward weighs a micro-batch by its labels, which is right for L_T, a mean over
-        labels. L_G is a mean over sentences: the weight takes the other one back. It is 1, but for
-        tags, of which micro-batches have different numbers.
+        common.backward weighs a micro-batch by its share of the labels, which is right for L_T, a
+        mean over labels. L_G is a mean over sentences: the weight puts their share in its place.
         """
         import common
         import numpy as np
         labels = [common.count_labels(inputs["labels"]) for inputs in x_t]
-        total = self.world.total(np.array([sum(labels)]))[0]
-        mean = float(total) / self.world.size / len(x_t)                 # of a micro-batch
+        sentences = [len(general.pop("labels")) for general in x_u]
+        mean = float(self.world.total(np.array([sum(labels)]))[0]) / self.world.size
         both = []
-        for inputs, general, count in zip(x_t, x_u, labels):
-            general.pop("labels")
-            weight = torch.tensor(mean / max(count, 1))
+        for inputs, general, count, rows in zip(x_t, x_u, labels, sentences):
+            weight = torch.tensor(rows / sum(sentences) * mean / max(count, 1))
             both.append({**inputs, "general": general, "general_weight": weight})
         return both
 
@@ -1025,15 +1048,18 @@ def build_f(args, setup, seed, world, pair):
     try:
         return GTuning(plm, setup.task.outputs, args.layers, args.pooling, pair,
                        args.tune == "all", by_token, args.feature_length)
-    except ValueError as error:
+    except (ValueError, AttributeError, TypeError) as error:             # not such an encoder
         raise common.UserError(f"--model {args.model}: {error}") from error
 
 
-def load_f(folder, seed, args, setup, world):
-    """f of a finished run, whose model is in `folder`."""
+def load_f(folder, seed, run_flags, args, setup, world):
+    """f of a finished run with these flags, whose model is in `folder`.
+
+    --model is its g, wherever that lies now, unless the run made a g of its own.
+    """
     import common
     plm = None
-    if args.tune == "adapter":
+    if run_flags["tune"] == "adapter" and not run_flags["post_train"]:
         plm = common.load_model(args, setup, seed, world).base_model
     try:
         return GTuning.from_pretrained(folder, plm).to(world.device)
@@ -1043,12 +1069,13 @@ def load_f(folder, seed, args, setup, world):
 
 
 def labels_of(folder):
-    """{number: label} of a finished run."""
+    """The labels of a finished run, in the order of their numbers."""
     import common
     import data
     path = os.path.join(folder, "model", "gtuning.pt")
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")["id2label"]
+        labels = torch.load(path, weights_only=True, map_location="cpu")["id2label"]
+        return [labels[number] for number in sorted(labels)]
     except Exception as error:
         raise common.UserError(f"--run {folder}: cannot read its labels in {path}: "
                                f"{data.first_line(error)}") from None
@@ -1063,7 +1090,8 @@ def use_finished(args, runs, setup, world, started):
         raise common.UserError(f"--run {' '.join(runs)}: must be runs of unlike names for --embed")
 
     def load(folder, results):
-        f = load_f(os.path.join(folder, "model"), results["seed"], args, setup, world)
+        f = load_f(os.path.join(folder, "model"), results["seed"], results["args"], args, setup,
+                   world)
         if args.embed:
             clouds[folder] = embed(folder, f, setup, world)
         return f.logits, f
@@ -1089,7 +1117,7 @@ def recipe(args):
         return "gtuning: section 3.1, XTREME's length", {
             "model": "FacebookAI/xlm-roberta-large", "lr": 1e-4, "epochs": 10, "batch_size": 64,
             "micro_batch_size": 32, "weight_decay": 0.0, "max_length": lengths[args.task]}
-    if args.task in ("toy", "toy-tag", "toy-qa"):
+    if args.task.removesuffix("-food") in ("toy", "toy-tag", "toy-qa"):
         return "toy", {
             "model": "toy", "lr": 1e-3, "epochs": 20, "batch_size": 16, "precision": "fp32",
             "weight_decay": 0.0, "unlabeled": "toy", "threads": 1,
@@ -1140,6 +1168,9 @@ def check_flags(args):
     from common import UserError
     if args.choosing:
         args.embed = False                             # such a run has no model
+    if len(args.batching) > 1:
+        given = " ".join(args.batching)
+        raise UserError(f"--batching {given}: must be one name here; r3f.py compares several")
     if args.embed and not args.eval_tasks:
         raise UserError("--embed: needs --eval_tasks; the first of them is the text out of domain")
     if args.max_steps == 1 and "gtuning" in args.method:
@@ -1222,7 +1253,7 @@ def main(argv=None):
                 if run.best["step"] <= end_1 < end_3:
                     world.say(f"{run.name}: the best state is of phase 1, before D")
             if setup.unscored or args.embed:
-                f = load_f(run.model_folder, seed, args, setup, world)
+                f = load_f(run.model_folder, seed, vars(args), args, setup, world)
                 run.predict(f.logits, f, setup)
             if args.embed:
                 clouds[run.folder] = embed(run.folder, f, setup, world)

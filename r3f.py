@@ -351,7 +351,7 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
     rows, vocabulary = len(labels), both[0].shape[-1]
     labels = labels.flatten()
     real = (labels != -100).float()
-    in_ce = real / real.sum()                                       # weights by position  (B m,)
+    in_ce = real / real.sum().clamp(min=1)                          # weights by position  (B m,)
     in_kl = {"token": in_ce, "sentence": real / rows,
              "released": torch.ones_like(real) / rows}[reduction]
 
@@ -394,11 +394,15 @@ def with_decoder_inputs(model, labels, inputs):
     generates = model.config.is_encoder_decoder and labels.dim() == 2
     if not generates or "decoder_input_ids" in inputs:
         return inputs
-    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        raise ValueError(f"{type(model).__name__} cannot make its decoder's inputs from the "
-                         "labels: pass decoder_input_ids")
     words = labels.masked_fill(labels == -100, model.config.pad_token_id)
-    shifted = model.prepare_decoder_input_ids_from_labels(words)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        shifted = model.prepare_decoder_input_ids_from_labels(words)
+    else:
+        first = model.generation_config.decoder_start_token_id
+        if first is None:
+            raise ValueError(f"{type(model).__name__} has no decoder_start_token_id to make its "
+                             "decoder's inputs with: pass decoder_input_ids")
+        shifted = torch.cat([torch.full_like(words[:, :1], first), words[:, :-1]], 1)
     return {**inputs, "decoder_input_ids": shifted}
 
 
@@ -436,10 +440,11 @@ def cross_entropy(logits, labels, label_smoothing=0.0, reduction="mean"):
 
 def task_loss(logits, labels, label_smoothing=0.0):
     """The plain loss, a mean over the labels that are not -100: cross entropy, or squared error
-    where there is one output."""
+    where there is one output. Without any such label it is 0."""
     if labels.dim() == 2:
         real = labels != -100
-        logits, labels = logits[real], labels[real]
+        losses = cross_entropy(logits[real], labels[real], label_smoothing, "none")
+        return losses.sum() / real.sum().clamp(min=1)
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.float().squeeze(-1), labels.float())
     return cross_entropy(logits, labels, label_smoothing)
@@ -739,35 +744,41 @@ def fit_converged(x, y, classes, decay=1e-3, iterations=200):
     return layer
 
 
-def probe_score(train, validation, task, args):
+def probe_score(train, validation, task, settings, seed):
     """The main metric of a linear layer on frozen states. train, validation: (states, Split)."""
     import data
     x, split = train
     x_scored, scored = validation
-    if args.probe_recipe == "converged":
+    if settings.probe_recipe == "converged":
         mean = x.mean(0)
         std = x.std(0).clamp(min=1e-6)
         x = (x - mean) / std
         x_scored = (x_scored - mean) / std
     y = torch.from_numpy(split.labels.copy())
-    torch.manual_seed(args.seeds[0])                   # the same start and rows for all encoders
-    if args.probe_recipe == "converged":
+    torch.manual_seed(seed)                            # the same start and rows for all encoders
+    if settings.probe_recipe == "converged":
         layer = fit_converged(x, y, task.outputs)
     else:
-        layer = fit_by_recipe(x, y, task.outputs, args)
+        layer = fit_by_recipe(x, y, task.outputs, settings)
     with torch.no_grad():
         logits = layer(x_scored).numpy()                                 # (n, C)
     return next(iter(data.score_classes(task, task, list(logits), scored).values()))
 
 
-def links_of(results):
-    """The results of the runs that made an encoder, the first one first: that of `results`, before
+def read_links(folder):
+    """The results of the runs that made an encoder, the first one first: that in the folder, before
     it those that it was started from."""
     import common
-    links = [results]
-    while links[0]["args"].get("init_from"):
-        folder = links[0]["args"]["init_from"]
-        links.insert(0, common.read_results(os.path.join(folder, "results.json")))
+    links = []
+    at = folder
+    while at:
+        files = [os.path.join(at, name) for name in ("results.json", "model/config.json")]
+        if not all(map(os.path.isfile, files)):
+            why = "" if at == folder else f"; it was started from {at}, which is none"
+            raise common.UserError(f"--probe {folder}: must be the folder of a finished run with "
+                                   f"model/config.json in it{why}")
+        links.insert(0, common.read_results(files[0]))
+        at = links[0]["args"].get("init_from")
     return links
 
 
@@ -777,11 +788,7 @@ def probed_encoders(args, world):
     untuned = {}
     runs = {}
     for folder in args.probe:
-        path = os.path.join(folder, "results.json")
-        if not os.path.isfile(path):
-            raise common.UserError(f"--probe {folder}: must be the folder of a finished run")
-        results = common.read_results(path)
-        links = links_of(results)
+        links = read_links(folder)
         name = links[0]["model"]
         source = common.toy_model(world) if name == "toy" else name
         untuned[f"untuned {name}"] = source, []
@@ -789,74 +796,80 @@ def probed_encoders(args, world):
     return {**untuned, **runs}
 
 
-def probe_settings(args, task):
-    """The flags of a task's recipe, with those over it that were set by hand."""
-    import common
-    settings = common.parse(flags(), ["--task", task], recipe)
-    for name in args.by_hand:
-        if name not in ("task", "method"):
-            setattr(settings, name, getattr(args, name))
-    return settings
-
-
-def probe_task(name, encoders, args, world):
-    """Probes all encoders with one task. Returns a line for each."""
+def probe_task(name, encoders, settings, world):
+    """Yields a line for each encoder and seed. settings: the flags by the recipe of this task."""
     import common
     import data
     from transformers import AutoModel
-    settings = probe_settings(args, name)
     task = data.TASKS[name]
-    if task.kind != "classify":
-        raise common.UserError(f"--probe_tasks {name}: its kind is {task.kind}, must be classify")
+    settings.eval_tasks = []
     rows = data.load(settings)
-    lines = []
     for encoder_name, (path, links) in encoders.items():
         settings.path = path
         tokenizer = common.load_tokenizer(settings, world)
         encoder = AutoModel.from_pretrained(path, dtype=torch.float32).to(world.device)
-        states = []
-        for part in (rows.train, next(iter(rows.own.values()))):
+        if encoder.config.is_encoder_decoder:
+            encoder = encoder.get_encoder()
+
+        def states_of(part, seed=None):
             split = data.encode(part, task, tokenizer, settings.max_length)
-            if part is rows.train and args.train_samples:
-                split = split.take(data.subset(split, args.train_samples, args.seeds[0]))
-            found = first_token_states(encoder, split, world, f"{name}: {encoder_name}")
-            states.append((found, split))
-        train, validation = states
-        score = probe_score(train, validation, task, settings)
-        world.say(f"{name:<10} {100 * score:6.2f}  {encoder_name}")
-        line = {"run": encoder_name, "task": name, "recipe": args.probe_recipe,
-                "seed": args.seeds[0], "rows": len(train[0]), "metric": task.metrics.split()[0],
-                "score": score}
-        if links:
-            line.update(method=links[-1]["method"], run_seed=links[-1]["seed"],
-                        links=[link["task"] for link in links])
-        lines.append(line)
-    return lines
+            if seed is not None and settings.train_samples:
+                split = split.take(data.subset(split, settings.train_samples, seed))
+            return first_token_states(encoder, split, world, f"{name}: {encoder_name}"), split
+
+        validation = states_of(next(iter(rows.own.values())))
+        train = None
+        for seed in settings.seeds:
+            if train is None or settings.train_samples:
+                train = states_of(rows.train, seed)
+            score = probe_score(train, validation, task, settings, seed)
+            world.say(f"{name:<10} {100 * score:6.2f}  {encoder_name}")
+            line = {"run": encoder_name, "task": name, "recipe": settings.probe_recipe,
+                    "seed": seed, "rows": len(train[0]), "metric": task.metrics.split()[0],
+                    "score": score}
+            if links:
+                line.update(method=links[-1]["method"], run_seed=links[-1]["seed"],
+                            links=[link["task"] for link in links])
+            yield line
 
 
-def probe(args):
+def probe(args, argv):
     """--probe: how much of other tasks a linear layer finds in frozen encoders. Figures 3 to 5.
 
-    One json line a probe goes to OUTPUT_DIR/probes.jsonl. Returns these lines.
+    One json line a probe goes to OUTPUT_DIR/probes.jsonl, which the report draws. Returns them.
     """
     import common
     import data
-    if not args.probe_tasks:
-        raise common.UserError("--probe: needs --probe_tasks, the tasks of the linear layers")
+    if not args.probe or not args.probe_tasks:
+        raise common.UserError("--probe: needs --probe_tasks, the tasks of the linear layers, and "
+                               "they need it")
     for name in args.probe_tasks:
         data.check_task(name, "--probe_tasks")
+        kind = data.TASKS[name].kind
+        if kind != "classify":
+            raise common.UserError(f"--probe_tasks {name}: its kind is {kind}, must be classify")
+    argv = sys.argv[1:] if argv is None else argv
+    path = os.path.join(args.output_dir, "probes.jsonl")
     lines = []
     with common.processes(args) as world:
         if world.size > 1:
             raise common.UserError("--probe: must run in one process")
         encoders = probed_encoders(args, world)
-        for name in args.probe_tasks:
-            lines += probe_task(name, encoders, args, world)
-        os.makedirs(args.output_dir, exist_ok=True)
-        path = os.path.join(args.output_dir, "probes.jsonl")
-        with open(path, "a", encoding="utf-8") as file:
-            for line in lines:
-                file.write(json.dumps(line) + "\n")
+        try:
+            os.makedirs(args.output_dir, exist_ok=True)
+            file = open(path, "a", encoding="utf-8")
+        except OSError as error:
+            raise common.UserError(f"--output_dir {args.output_dir}: cannot write {path}: "
+                                   f"{error.strerror}") from error
+        with file:
+            for name in args.probe_tasks:
+                settings = common.parse(flags(), [*argv, "--task", name], recipe)
+                if "seeds" not in args.by_hand:
+                    settings.seeds = [0]               # whatever the recipe has
+                for line in probe_task(name, encoders, settings, world):
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    lines.append(line)
         world.say(f"wrote {len(lines)} lines to {path}")
     return lines
 
@@ -875,7 +888,7 @@ def recipe(args):
         "cola": (1e-5, 5336, 16),
         "xnli": (3e-5, 450000, 8),
     }
-    if args.task in ("toy", "toy-food", "toy-tag"):    # as in tdt.py, whose runs of std are these
+    if args.task.removesuffix("-food") in ("toy", "toy-tag"):            # as in tdt.py
         return "toy", {
             "model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "precision": "fp32",
             "weight_decay": 0.0, "warmup": 0.1, "grad_clip": 1.0, "threads": 1,
@@ -975,8 +988,8 @@ def main(argv=None):
     runs = common.take_runs(args, METHODS)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
-    if args.probe:
-        return probe(args)
+    if args.probe or args.probe_tasks:
+        return probe(args, argv)
 
     def check(task):
         common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))

@@ -130,7 +130,7 @@ def flags():
     g.add_argument("--explain_file", default="", metavar="FILE", help="texts, one a line")
     g.add_argument("--confidences", action="store_true",
                    help="Figure 4: their distribution on the evaluation set")
-    g.add_argument("--tsne", type=common.number(int, 1), nargs="?", const=300, metavar="N",
+    g.add_argument("--tsne", type=common.number(int, 4), nargs="?", const=300, metavar="N",
                    help="Figure 3: a map of H, H+ and H- of N rows (300), and numbers beside it "
                         "(none)")
     g.add_argument("--perturb", action="store_true",
@@ -1043,9 +1043,11 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
         chosen = evaluation.split.take(rows).rows
     else:
         chosen = evaluation.split.rows
-    split = data.encode(
-        chosen, evaluation.task, tokenizer, args.max_length, perturb=marks_of(args))
+    chosen_flags = common.read_results(os.path.join(folders[chosen_by], "results.json"))["args"]
+    marks = marks_of(args.task, chosen_flags["keep_special"])
+    split = data.encode(chosen, evaluation.task, tokenizer, args.max_length, perturb=marks)
     metric = evaluation.task.metrics.split()[0]
+    perplexity = min(30, (3 * len(split) - 1) // 3)    # t-SNE needs more than thrice as many points
 
     first = None
     numbers = {}
@@ -1059,7 +1061,7 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
         numbers[method] = cloud_numbers(clouds, split.labels, split.labels, metric)
         if world.rank == 0:
             try:
-                points = common.tsne(clouds.states.reshape(3 * len(split), -1))
+                points = common.tsne(clouds.states.reshape(3 * len(split), -1), perplexity)
             except ValueError as error:
                 raise common.UserError(f"--tsne {n}: {error}") from None
             maps[method] = points.reshape(3, len(split), 2)
@@ -1072,7 +1074,7 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     common.write_text(f"{path}.json", json.dumps(content, indent=1), world)
     title = f"H, H+ and H- of {len(split)} rows of {args.task} {evaluation.name}"
     names = setup.task.label_names
-    body = clouds_body(maps, numbers, split.labels, names, folders[chosen_by])
+    body = clouds_body(maps, numbers, split.labels, names, folders[chosen_by], perplexity)
     page = common.html_page(title, CLOUDS_STYLE + common.MAPS_STYLE, body)
     common.write_text(f"{path}.html", page, world)
 
@@ -1087,7 +1089,7 @@ CLOUDS_STYLE = """:root { --original: #db2777; --positive: #7c3aed; --negative: 
 MARKS = {"original": "circle", "positive": "triangle", "negative": "square"}
 
 
-def clouds_body(maps, numbers, labels, names, chosen_by):
+def clouds_body(maps, numbers, labels, names, chosen_by, perplexity):
     """The html of Figure 3. maps {method: (3, rows, 2)}; numbers {method: {what: value}}.
 
     labels (rows,), names of the classes; chosen_by: the run whose confidences c are used.
@@ -1109,8 +1111,8 @@ def clouds_body(maps, numbers, labels, names, chosen_by):
         clouds = dict(zip(MARKS, points))
         drawn[method + whose] = common.map_svg(clouds, MARKS, filled)
     words = (
-        "Each map is t-SNE (perplexity 30) of the states of [CLS] after the last layer. It keeps "
-        "neither distances nor densities; what follows is computed on the states themselves. "
+        f"Each map is t-SNE (perplexity {perplexity}) of the states of [CLS] after the last layer. "
+        "It keeps neither distances nor densities; what follows is computed on the states. "
         "Separation: the distance of the two means over the spread of the points around their own. "
         "Nearest original: of another sentence. After Figure 3 of Task-guided Disentangled Tuning "
         "(Findings of ACL 2022).")
@@ -1212,7 +1214,7 @@ def analyse(args, asked, setup, tokenizer, world):
 def recipe(args):
     """Table 7: batch, updates, warm-up and learning rate; the rest as in the release's script."""
     import common
-    if args.task == "toy":                             # as in r3f.py, whose runs of std are these
+    if args.task in ("toy", "toy-food"):               # as in r3f.py, whose runs of std are these
         return "toy", {
             "model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "precision": "fp32",
             "weight_decay": 0.0, "warmup": 0.1, "grad_clip": 1.0, "threads": 1,
@@ -1305,13 +1307,13 @@ def write_model(method, module, untrained, folder):
         torch.save(untrained, f"{folder}/confidence-start.pt")
 
 
-def marks_of(args):
+def marks_of(task, keep_special):
     """Which tokens may be perturbed, for the tokeniser: a column's name, "special" (all but special
     tokens) or None (all)."""
     import data
-    if args.task in data.TASKS and data.TASKS[args.task].perturb:
-        return data.TASKS[args.task].perturb
-    return "special" if args.keep_special else None
+    if task in data.TASKS and data.TASKS[task].perturb:
+        return data.TASKS[task].perturb
+    return "special" if keep_special else None
 
 
 def setup_for(method, setup, marks):
@@ -1334,7 +1336,7 @@ def main(argv=None):
     asked = read_analyses(args)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
-    marks = marks_of(args)
+    marks = marks_of(args.task, args.keep_special)
 
     def check(task):
         common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
