@@ -2542,6 +2542,9 @@ def finished_run(where, line, by, curve):
     return Finished(where, line, flags, " ".join(words), curve)
 
 
+PROBES = "probes.jsonl"            # what linear layers found in frozen encoders, a line each
+
+
 def find_runs(folder):
     """(folders of finished runs, of unfinished ones, files of kept lines) below, in order."""
     finished = []
@@ -2554,7 +2557,7 @@ def find_runs(folder):
         elif "log.jsonl" in names:
             unfinished.append(here)
         for name in sorted(names):
-            other = name.startswith(("log", "predictions", "probes"))
+            other = name.startswith(("log", "predictions")) or name == PROBES
             if name.endswith(".jsonl") and not other:
                 kept.append(os.path.join(here, name))
     return finished, unfinished, kept
@@ -2635,7 +2638,8 @@ def read_kept(path, by, left_out):
 def read_places(places, by, left_out):
     """[(title, runs)]: one of all runs below the folders, and one of each file of kept lines.
 
-    left_out gets a line on whatever could not be read. UserError if a place has no finished run.
+    left_out gets a line on whatever could not be read. UserError if a place has no finished run,
+    nor probes.
     """
     folders = []
     groups = {}                                        # {where the lines are: runs}
@@ -2643,9 +2647,9 @@ def read_places(places, by, left_out):
         if not os.path.exists(place):
             raise UserError(f"{place}: must be a folder, or a file of kept lines")
         finished, unfinished, kept = find_runs(place)
-        if os.path.isfile(place):
+        if os.path.isfile(place) and os.path.basename(place) != PROBES:
             kept = [place]
-        found = 0
+        found = len(find_probes([place]))
         left_out_before = len(left_out)
         for path in finished:
             run = read_run(path, by, left_out)
@@ -2671,6 +2675,51 @@ def read_places(places, by, left_out):
         if runs:
             named.append((title, in_order(runs)))
     return named
+
+
+def find_probes(places):
+    """The files of probes at these places and below them."""
+    found = []
+    for place in places:
+        if os.path.basename(place) == PROBES:
+            found.append(place)
+        for here, inner, names in os.walk(place):
+            inner.sort()
+            if PROBES in names:
+                found.append(os.path.join(here, PROBES))
+    return found
+
+
+def read_probes(places, left_out):
+    """{(probed task, metric, recipe, rows): {method: {links: [scores in percent]}}}.
+
+    links: the tasks of the runs that an encoder went through, as a tuple. The encoder that was not
+    tuned has none, and counts for every method. left_out gets a line on what could not be read.
+    """
+    lines = {}
+    for path in find_probes(places):
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                texts = file.read().splitlines()
+        except OSError as error:
+            left_out.append(f"{path}: cannot be read: {error.strerror}")
+            continue
+        for number, text in enumerate(texts, 1):
+            try:
+                line = json.loads(text)
+                key = line["task"], line["metric"], line["recipe"], int(line["rows"])
+                probe = line["run"], line["seed"], line.get("method", ""), (*line.get("links", []),)
+                lines.setdefault(key, {})[probe] = 100 * float(line["score"])    # the last counts
+            except (ValueError, TypeError, KeyError, AttributeError):
+                left_out.append(f"{path}:{number}: is damaged")
+
+    probes = {}
+    for key, scores in lines.items():
+        methods = {method for _, _, method, _ in scores} - {""}
+        for (_, _, method, links), score in scores.items():
+            for name in [method] if method else sorted(methods):
+                probes.setdefault(key, {}).setdefault(name, {}).setdefault(links, []).append(score)
+    return probes
 
 
 def in_order(runs):
@@ -3003,6 +3052,21 @@ def cost_rows(table):
     return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], rows
 
 
+def probe_rows(probes):
+    """(header, rows): one row for each probed task, each chain of runs, and each method."""
+    rows = []
+    for (task, metric, recipe, n), methods in probes.items():
+        named = f"{task}, {metric}; layer: {recipe}, {n} rows"
+        chains = sorted({links for chains in methods.values() for links in chains}, key=len)
+        for links in chains:
+            for method, scores in methods.items():
+                if links in scores and (links or method == min(methods)):
+                    values = dict(enumerate(scores[links]))
+                    after = f"after {' '.join(links)}, {method}" if links else "untuned"
+                    rows.append([named, after, *score_cells(values)])
+    return ["probe", "encoder", "probes", "mean", "std (n-1)", "median", "max"], rows
+
+
 def text_lines(header, rows, keys, width=110):
     """The lines of a table. keys: how many columns name a row.
 
@@ -3280,13 +3344,13 @@ def draw_intervals(table):
             for column, difference in found]
 
 
-def legend(table, columns):
-    """The methods' colours, in words."""
-    words = []
-    for column in columns:
-        sample = svg(28, 8, [line_at(0, 4, 28, 4, f"line {colour_of(table, column)}")], column)
-        words.append(f'<span class="key">{sample}{html.escape(column)}</span>')
-    return "".join(words)
+def figure(picture, caption, colours=None):
+    """The html of a drawing. colours {name: classes}: a legend."""
+    names = ""
+    for name, classes in (colours or {}).items():
+        sample = svg(28, 8, [line_at(0, 4, 28, 4, f"line {classes}")], name)
+        names += f'<span class="key">{sample}{html.escape(name)}</span>'
+    return f"<figure>{picture}<figcaption>{html.escape(caption)}{names}</figcaption></figure>"
 
 
 def curve_figures(table):
@@ -3305,9 +3369,8 @@ def curve_figures(table):
         colours = {column: colour_of(table, column) for column in columns}
         what = ", ".join(table.main_row(task))
         picture = curve_svg({column: curves[column] for column in columns}, colours, what)
-        figures.append(f"<figure>{picture}<figcaption>{html.escape(what)}, over steps: median of "
-                       f"the seeds, least to greatest.{legend(table, columns)}</figcaption>"
-                       "</figure>")
+        caption = f"{what}, over steps: median of the seeds, least to greatest."
+        figures.append(figure(picture, caption, colours))
     return figures
 
 
@@ -3340,10 +3403,47 @@ def seconds_figures(table):
     return figures
 
 
+def probe_figures(probes):
+    """A figure for each probed task: over the links of a chain, or each method's after one run."""
+    figures = []
+    for (task, metric, recipe, _), methods in probes.items():
+        what = f"{task}, {metric}, layer: {recipe}"
+        names = sorted(methods)
+        colours = {method: f"c{place % 8}" for place, method in enumerate(names, 1)}
+        longest = max((links for chains in methods.values() for links in chains), key=len)
+        if len(longest) > 1:
+            curves = {}
+            for method in names:
+                curves[method] = {len(links): scores for links, scores in methods[method].items()
+                                  if links == longest[:len(links)]}
+            caption = (f"{what}, over the links of the chain {', '.join(longest)}; 0: untuned. "
+                       "Median, least to greatest.")
+            figures.append(figure(curve_svg(curves, colours, what), caption, colours))
+            continue
+        untuned = methods[names[0]].get((), [])
+        groups = {"untuned": untuned} if untuned else {}
+        for method in names:
+            for links, scores in methods[method].items():
+                if links:
+                    groups[f"{method}, {links[0]}"] = scores
+                    colours[f"{method}, {links[0]}"] = colours[method]
+        caption = f"{what}: each dot a probe, the line their median."
+        figures.append(figure(dots_svg(groups, {"untuned": "c0", **colours}, what), caption))
+    return figures
+
+
+def html_probes(probes):
+    """The probes' part of the page."""
+    parts = ["<h2>Probes</h2>", "<small>A linear layer on a frozen encoder, in percent</small>",
+             html_table(*probe_rows(probes), 2),
+             f'<div class="figures">{"".join(probe_figures(probes))}</div>']
+    return "\n".join(parts)
+
+
 def dots_figure(table, groups, what):
     colours = {column: colour_of(table, column) for column in groups}
-    return (f"<figure>{dots_svg(groups, colours, what)}<figcaption>{html.escape(what)}: each dot "
-            "a seed, the line their median.</figcaption></figure>")
+    caption = f"{what}: each dot a seed, the line their median."
+    return figure(dots_svg(groups, colours, what), caption)
 
 
 def html_list(sentences):
@@ -3417,30 +3517,36 @@ def main_report(argv=None):
     if args.baseline not in columns and args.baseline != "std":
         raise UserError(f"--baseline {args.baseline}: must be one of {', '.join(sorted(columns))}")
 
+    probes = read_probes(args.places, left_out)
     left_out = [*dict.fromkeys(left_out)]
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
     for table in tables:
         print("\n".join(text_report(table)))
         print()
+    if probes:
+        print("Probes, in percent:")
+        print("\n".join(text_lines(*probe_rows(probes), 2)))
     if args.keep:
         runs = [run for table in tables for run in table.runs if os.path.isdir(run.where)]
         if not runs:
             raise UserError(f"--keep {args.keep}: there is no run's folder to keep")
         kept = keep_lines(args.keep, runs, args.by, free)
         print(f"wrote {len(kept)} lines to {args.keep}")
-    write_report(args, tables, left_out)
+    write_report(args, tables, probes, left_out)
     return tables
 
 
-def write_report(args, tables, left_out):
+def write_report(args, tables, probes, left_out):
     folder = args.out or args.places[0]
     if not args.out and os.path.isfile(folder):
         folder = os.path.dirname(folder) or "."
     body = [html_report(table) for table in tables]
+    if probes:
+        body.append(html_probes(probes))
     if left_out:
         body.append(f"<h2>Left out</h2>{html_list(left_out)}")
-    title = "Report: " + ", ".join(table.title for table in tables)
+    title = "Report: " + (", ".join(table.title for table in tables) or "probes")
     files = {"report.tsv": tsv_report(tables),
              "report.html": html_page(title, REPORT_STYLE, "\n".join(body))}
     try:

@@ -2974,6 +2974,58 @@ def test_different_machines(tmp_path, capsys):
     assert "Training to the best state" not in page
 
 
+# ------------------------------------------------------------------------------------ the probes
+
+
+def write_probes(folder, chain=("sst2", "rte", "cola"), seeds=3):
+    """probes.jsonl of a chain of two methods, probed by sst2 after each link; by mrpc after one."""
+    common_part = {"recipe": "converged", "seed": 0, "rows": 500, "metric": "accuracy"}
+    lines = []
+    for task, longest in (("sst2", len(chain)), ("mrpc", 1)):
+        lines.append({**common_part, "run": "untuned m", "task": task, "score": 0.5})
+        for place, method in enumerate(("one", "two")):
+            for seed in range(seeds):
+                for n in range(1, longest + 1):
+                    lines.append({
+                        **common_part, "run": f"{method}-{seed}-{n}", "task": task,
+                        "method": method, "run_seed": seed, "links": chain[:n],
+                        "score": 0.6 + place / 10 + n / 100 + seed / 1000})
+    os.makedirs(folder, exist_ok=True)
+    return write(folder / "probes.jsonl", lines_of(lines))
+
+
+def test_probes_are_a_table_and_figures(tmp_path, capsys):
+    """Over the links of a chain there are lines, else dots. A folder of probes alone will do."""
+    path = write_probes(tmp_path / "runs")
+    out, _ = printed(capsys, tmp_path / "runs")
+    assert re.search(r"sst2, accuracy; layer: converged, 500 rows\n +untuned +1 +50\.00", out)
+    assert re.search(r"after sst2, one +3 +61\.10 +0\.10 +61\.10 +61\.20", out)
+    assert re.search(r"after sst2 rte cola, two +3 +73\.10", out)
+    assert out.count("untuned") == 2 and out.count("after sst2 rte,") == 2
+    page = (tmp_path / "runs/report.html").read_text()
+    assert page.count("<polyline") == 2 and page.count("<figure") == 2
+    assert "chain sst2, rte, cola; 0: untuned" in page
+
+    # Figure 4's lines begin at the untuned encoder; a probe that was made again counts once.
+    probes = common.read_probes([tmp_path / "runs"], [])
+    key = "sst2", "accuracy", "converged", 500
+    assert probes[key]["one"][()] == [50.0]
+    with open(path, "a") as file:
+        file.write(open(path).read())
+    assert common.read_probes([path], []) == probes
+
+
+def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", 2, ["rte"])
+    path = write_probes(folder / "probed")
+    with open(path, "a") as file:
+        file.write('{"task": "sst2"}\n[1]\nhalf')
+    out, err = printed(capsys, folder)
+    assert "Probes, in percent" in out and "rte" in out
+    assert [line.split(": ", 1)[1] for line in err.splitlines()] == [
+        f"{path}:{number}: is damaged" for number in (27, 28, 29)]
+
+
 # -------------------------------------------------------------------------------------- the page
 
 
