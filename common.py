@@ -978,23 +978,47 @@ def evaluate(forward, module, sets, setup, world, final=False, folder=None):
     """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
 
     The first metric of the first set is the main one. final: warns of a model that says the same of
-    all rows. folder: where what a decoder wrote goes.
+    all rows. folder: gets what a decoder wrote, and else scored.npz, see write_scored.
     """
     started = time.monotonic()
     scores = {}
+    scored = {}
     for name, (task, split) in sets.items():
         kept = predict(forward, module, split, setup, world, f"evaluating {name}")
         scores[name] = setup.kind.score(task, setup.task, kept, split)
         if folder and setup.kind.decodes:
             write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
+        if folder and setup.kind.predictions:
+            scored[f"{name}:predictions"] = setup.kind.predictions(task, setup.task, kept)
+            scored[f"{name}:labels"] = split.labels
         if final:
             texts = {setup.kind.text(setup.task, output) for output in kept}
             if len(texts) == 1 and len(kept) > 1:
                 world.say(f"warning: {name}: all {len(kept)} rows are predicted as {texts.pop()!r}")
 
+    if scored:
+        write_scored(folder, scored, world)
     scores.update(averages(scores))
     world.evaluating += time.monotonic() - started
     return scores
+
+
+def write_scored(folder, scored, world):
+    """scored.npz: of each set SET:predictions and SET:labels, (n,) both, for the report's --rows.
+
+    Sets that stood in it stay, as they do in results.json.
+    """
+    if world.rank > 0:
+        return
+    path = os.path.join(folder, "scored.npz")
+    there = {}
+    if os.path.exists(path):
+        with np.load(path) as file:
+            there = dict(file)
+    try:
+        replace_file(path, lambda file: np.savez(file, **{**there, **scored}))
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
 
 
 def averages(scores):
@@ -1526,8 +1550,8 @@ def labels_of_config(folder):
 def use_runs(args, runs, setup, world, started, load, score):
     """--run: scores and predicts with finished runs, and prints a table of all their scores.
 
-    load(folder, results) -> (forward, module), score(forward, module, sets) -> the scores, which
-    join those in results.json. Predictions lie beside it. Returns all results.
+    load(folder, results) -> (forward, module), score(forward, module, sets, folder) -> the scores,
+    which join those in results.json. Predictions lie beside it. Returns all results.
     """
     own = {"eval_tasks", "validation_file", "test_file", "text_columns"}
     for (folder, results), name in itertools.product(runs.items(), args.by_hand):
@@ -1540,7 +1564,7 @@ def use_runs(args, runs, setup, world, started, load, score):
         world.say(f"\n{folder}")
         forward, module = load(folder, results)
         if setup.scored:
-            results["metrics"].update(score(forward, module, setup.scored))
+            results["metrics"].update(score(forward, module, setup.scored, folder))
             write_text(os.path.join(folder, "results.json"), json.dumps(results, indent=1), world)
             world.barrier()
         write_unscored(folder, forward, module, setup, world)
@@ -1554,8 +1578,8 @@ def use_models(args, runs, setup, world, started):
         model = load_model(args, setup, results["seed"], world, path)
         return setup.kind.forward(model, setup.task), model
 
-    def score(forward, module, sets):
-        return evaluate(forward, module, sets, setup, world, final=True)
+    def score(forward, module, sets, folder):
+        return evaluate(forward, module, sets, setup, world, final=True, folder=folder)
 
     return use_runs(args, runs, setup, world, started, load, score)
 
@@ -2801,6 +2825,7 @@ class Table:
     rows: dict                     # {(task, set, metric): {method: {seed: value}}}
     differences: dict              # {(task, set, metric): {method: Difference}}
     over_tasks: dict               # see over_tasks
+    over_rows: dict                # see over_rows
 
     def runs_of(self, task, column):
         return [run for run in self.runs if run.task == task and run.label == column]
@@ -2814,8 +2839,11 @@ class Table:
         return next(key for key in self.rows if key[0] == task)
 
 
-def build_table(title, runs, baseline, interval):
-    """A Table. UserError if two runs have the same task, method and seed, and differ."""
+def build_table(title, runs, baseline, interval, draws=0):
+    """A Table. UserError if two runs have the same task, method and seed, and differ.
+
+    draws: of the bootstrap over rows; 0: none.
+    """
     seen = {}
     rows = {}
     for run in runs:
@@ -2843,8 +2871,9 @@ def build_table(title, runs, baseline, interval):
             paired = paired_differences(row, column, baseline)
             if len(paired):
                 differences[key][column] = summarise_differences(paired, interval)
-    return Table(title, [*seen.values()], baseline, columns, rows, differences,
-                 over_tasks(differences, interval))
+    runs = [*seen.values()]
+    return Table(title, runs, baseline, columns, rows, differences,
+                 over_tasks(differences, interval), over_rows(runs, differences, baseline, draws))
 
 
 def paired_differences(row, column, baseline):
@@ -2883,6 +2912,43 @@ def over_tasks(differences, interval):
     return found
 
 
+def over_rows(runs, differences, baseline, draws):
+    """{(task, set, its first metric): {method: (seeds, rows, low, high)}}, in points.
+
+    The interval of the mean difference by `paired_bootstrap`: what other seeds and other rows to
+    score would change. Of runs' folders with the same rows in scored.npz alone.
+    """
+    predictions = {}                                   # {(task, set, method, seed): (rows,)}
+    labels = {}                                        # {(task, set): (rows,)}
+    for run in runs if draws else []:
+        path = os.path.join(run.where, "scored.npz")
+        if not os.path.isfile(path):
+            continue
+        with np.load(path) as scored:
+            for name in run.line["metrics"]:
+                if f"{name}:labels" in scored:
+                    mine = scored[f"{name}:labels"]
+                    if np.array_equal(labels.setdefault((run.task, name), mine), mine):
+                        predictions[run.task, name, run.label, run.seed] = scored[
+                            f"{name}:predictions"]
+
+    found = {}
+    of_sets = {key[:2]: key for key in reversed(differences)}            # each by its first metric
+    for (task, name), key in reversed(of_sets.items()):
+        for column in differences[key]:
+            seeds = [seed for its_task, its_set, label, seed in predictions
+                     if (its_task, its_set, label) == (task, name, column)
+                     and (task, name, baseline, seed) in predictions]
+            if not seeds:
+                continue
+            mine, base = ([predictions[task, name, label, seed] for seed in seeds]
+                          for label in (column, baseline))
+            low, high = paired_bootstrap(
+                data.METRICS[key[2]], labels[task, name], mine, base, draws)
+            found.setdefault(key, {})[column] = len(seeds), len(mine[0]), 100 * low, 100 * high
+    return found
+
+
 def relative_costs(table, task, column):
     """Seconds a step over the baseline's, of the seeds that both ran on the same device."""
     base = {run.seed: run for run in table.runs_of(task, table.baseline)}
@@ -2900,8 +2966,12 @@ def remarks(table):
     """What has to be said of a table, in whole sentences."""
     said = []
     if table.baseline:
-        said.append("The intervals and tests are over seeds: what another choice of rows to score "
-                    "would change is not in them.")
+        over_seeds = ("The intervals and tests are over seeds: what another choice of rows to "
+                      "score would change is not in them")
+        if table.over_rows:
+            said.append(f"{over_seeds}, but in those over seeds and rows.")
+        else:
+            said.append(f"{over_seeds} (see --rows).")
     else:
         said.append("There is no run of the baseline here, so that nothing is compared to it.")
     few = {}                                           # {seeds: {method: tasks}}
@@ -3019,6 +3089,17 @@ def difference_rows(table):
             "std", "seeds"], rows
 
 
+def over_rows_rows(table):
+    """(header, rows): one row for each task, set and method, by the set's first metric."""
+    rows = []
+    for key, methods in table.over_rows.items():
+        for column, (seeds, n, low, high) in methods.items():
+            mean = table.differences[key][column].mean
+            rows.append([*key, column, f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{seeds}",
+                         f"{n}"])
+    return ["task", "set", "metric", "method", "mean", "95 % interval", "seeds", "rows"], rows
+
+
 def over_tasks_rows(table):
     """(header, rows): one row for each method, over tasks and over further sets."""
     rows = []
@@ -3104,6 +3185,7 @@ def report_rows(table):
         against = f"Difference to {table.baseline}, in points"
         found[f"{against}, over the seeds that both have"] = (*difference_rows(table), 4)
         found[f"{against}, over tasks"] = (*over_tasks_rows(table), 2)
+        found[f"{against}, over seeds and rows (bootstrap)"] = (*over_rows_rows(table), 4)
     found["Cost, medians over seeds"] = (*cost_rows(table), 2)
     return {heading: part for heading, part in found.items() if part[1]}
 
@@ -3174,7 +3256,7 @@ figure { margin: 0; background: var(--card); border: 1px solid var(--line); bord
   padding: .8rem }
 figcaption { font-size: .8rem }
 figure svg { display: block; width: 100% }
-.figures { display: grid; gap: 1rem;
+.figures { display: grid; gap: 1rem; margin-top: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
 svg text { font-size: 13px; fill: var(--faint) }
 svg .name { fill: var(--ink) }
@@ -3484,6 +3566,9 @@ def report_flags():
     p.add_argument("--baseline", default="std", metavar="METHOD", help="what differences are to")
     p.add_argument("--interval", default="t", choices=[*INTERVALS],
                    help="of the mean difference: Student's, or a bootstrap over the seeds")
+    p.add_argument("--rows", type=number(int, 0), default=0, metavar="DRAWS",
+                   help="also an interval over seeds and the rows that are scored, by a bootstrap "
+                        "of so many draws (10000 is good); 0: none")
     p.add_argument("--by", nargs="+", default=METHOD_FLAGS, metavar="FLAG",
                    help="flags that belong to the method: a column for each value")
     p.add_argument("--differ", nargs="+", default=[], metavar="FLAG",
@@ -3512,7 +3597,7 @@ def main_report(argv=None):
     tables = []
     for title, runs in found:
         refuse_unlike(runs, free)
-        tables.append(build_table(title, runs, args.baseline, args.interval))
+        tables.append(build_table(title, runs, args.baseline, args.interval, args.rows))
     columns = {column for table in tables for column in table.columns}
     if args.baseline not in columns and args.baseline != "std":
         raise UserError(f"--baseline {args.baseline}: must be one of {', '.join(sorted(columns))}")

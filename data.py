@@ -6,7 +6,7 @@
     2  reading                     load, own_files, read_file, general_text
     3  encoding, by kind           encode, tokenise_texts
     4  batches                     Field, Split, Batches, eval_batches, subset
-    5  metrics                     METRICS, rouge, score_classes, write_classes, KINDS
+    5  metrics                     METRICS, rouge, score_rows, write_classes, KINDS
     6  the toy language            toy_rows, toy_summaries, toy_tags, toy_questions, toy_corpus
 
 A further task is one row of TASKS. A further kind of task is one group of functions and one line of
@@ -61,6 +61,8 @@ class Kind:
     answer        what a label is where labels have no names
     eval_size     (task) -> how large the batches of an evaluation are, see `slices`
     decodes       the model must have a decoder; what it writes is kept for all sets that are scored
+    predictions   (task, trained, kept) -> (n,), which METRICS compare with the labels of the rows;
+                  None: the scores are no such comparison
     """
     auto_class: str
     settings: Callable
@@ -76,6 +78,7 @@ class Kind:
     answer: str
     eval_size: Callable
     decodes: bool = False
+    predictions: Callable | None = None
 
 
 class Decoding(NamedTuple):
@@ -1633,16 +1636,20 @@ def size_for_beams(task):
     return {"tokens": 32768 // task.decoding.beams, "most": 256 // task.decoding.beams}
 
 
-def score_classes(task, trained, kept, split):
-    """{metric: value} of logits, the trained task's labels mapped to those of `task`."""
+def predicted_classes(task, trained, kept):
+    """The best of logits, the trained task's labels mapped to those of `task`: (n,)."""
     mapped = map_labels(trained.label_names, task.label_names)
-    predictions = mapped[np.stack(kept).argmax(1)]
-    return {name: METRICS[name](predictions, split.labels) for name in task.metrics.split()}
+    return mapped[np.stack(kept).argmax(1)]
 
 
-def score_numbers(task, trained, kept, split):
-    """{metric: value} of predicted numbers, each an array (1,)."""
-    predictions = np.stack(kept)[:, 0]
+def predicted_numbers(task, trained, kept):
+    """Numbers, each an array (1,), as one array: (n,)."""
+    return np.stack(kept)[:, 0]
+
+
+def score_rows(task, trained, kept, split):
+    """{metric: value} of the predictions of all rows."""
+    predictions = KINDS[task.kind].predictions(task, trained, kept)
     return {name: METRICS[name](predictions, split.labels) for name in task.metrics.split()}
 
 
@@ -2177,13 +2184,15 @@ KINDS = {
     "classify": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
-        forward=logits_of, collect=collect_rows, score=score_classes, text=class_text,
-        write=write_classes, answer="a class", eval_size=usual_size),
+        forward=logits_of, collect=collect_rows, score=score_rows, text=class_text,
+        write=write_classes, answer="a class", eval_size=usual_size,
+        predictions=predicted_classes),
     "regress": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_regress, hidden=hidden_number, comparable=any_model, tokenise=tokenise_texts,
-        forward=logits_of, collect=collect_rows, score=score_numbers, text=number_text,
-        write=write_numbers, answer="a number", eval_size=usual_size),
+        forward=logits_of, collect=collect_rows, score=score_rows, text=number_text,
+        write=write_numbers, answer="a number", eval_size=usual_size,
+        predictions=predicted_numbers),
     "generate": Kind(
         auto_class="AutoModelForSeq2SeqLM", settings=no_settings,
         read=read_generate, hidden=hidden_text, comparable=any_model, tokenise=tokenise_generate,

@@ -835,7 +835,7 @@ def vectors(f, split, rows, world, progress=None):
     return found
 
 
-def evaluate_sets(args, f, sets, setup, texts, world, **how):
+def evaluate_sets(args, f, sets, setup, texts, world, final=False, folder=None):
     """common.evaluate, and the accuracies of the sets to retrieve from (choice 15).
 
     texts: the Texts that may have g's states; None: all is encoded.
@@ -845,7 +845,7 @@ def evaluate_sets(args, f, sets, setup, texts, world, **how):
     others = {name: pair for name, pair in sets.items() if name not in to_retrieve}
     if texts is not None:
         others = texts.sets_with_states(f, others)
-    scores = common.evaluate(f.logits, f, others, setup, world, **how)
+    scores = common.evaluate(f.logits, f, others, setup, world, final, folder)
     if not to_retrieve:
         return scores
 
@@ -856,7 +856,7 @@ def evaluate_sets(args, f, sets, setup, texts, world, **how):
         to_retrieve = texts.sets_with_states(f, to_retrieve)
     task, _ = next(iter(to_retrieve.values()))
     setup = dataclasses.replace(setup, task=task)
-    return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, **how)}
+    return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, final, folder)}
 
 
 # -------------------------------------------------------------------------------------  Algorithm 1
@@ -1096,8 +1096,8 @@ def use_finished(args, runs, setup, world, started):
             clouds[folder] = embed(folder, f, setup, world)
         return f.logits, f
 
-    def score(forward, f, sets):
-        return evaluate_sets(args, f, sets, setup, None, world, final=True)
+    def score(forward, f, sets, folder):
+        return evaluate_sets(args, f, sets, setup, None, world, final=True, folder=folder)
 
     results = common.use_runs(args, runs, setup, world, started, load, score)
     if args.embed:
@@ -1204,8 +1204,8 @@ def main(argv=None):
         if args.profile:
             return profile(args, setup, texts, world)
 
-        def evaluate(f, sets, **how):
-            return evaluate_sets(args, f, sets, setup, texts, world, **how)
+        def evaluate(f, sets, final=False, folder=None):
+            return evaluate_sets(args, f, sets, setup, texts, world, final, folder)
 
         results = []
         clouds = {}
@@ -1248,7 +1248,7 @@ def main(argv=None):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
 
                 keep_state(run, args, f, evaluate(f, setup.choose_by))
-                metrics = evaluate(f, setup.scored, final=True)
+                metrics = evaluate(f, setup.scored, final=True, folder=run.folder)
                 run.finish(metrics, algorithm.x_t, setup.tokenizer, f.save_pretrained)
                 if run.best["step"] <= end_1 < end_3:
                     world.say(f"{run.name}: the best state is of phase 1, before D")

@@ -1353,9 +1353,9 @@ def main(argv=None):
             model = common.load_model(args, setup, seed, world)
             return build_method(method, model, args, setup.tokenizer.mask_token_id)
 
-        def evaluate(model, sets, final=False):
+        def evaluate(model, sets, final=False, folder=None):
             forward = setup.kind.forward(model, setup.task)
-            return common.evaluate(forward, model, sets, setup, world, final)
+            return common.evaluate(forward, model, sets, setup, world, final, folder)
 
         if args.profile:
             return common.profile_methods(args, world, setup, build)
@@ -1391,7 +1391,7 @@ def main(argv=None):
                 if args.eval_every:
                     run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
-                metrics = evaluate(model, setup.scored, final=True)
+                metrics = evaluate(model, setup.scored, final=True, folder=run.folder)
                 write = functools.partial(write_model, method, module, untrained)
                 run.finish(metrics, batches, setup.tokenizer, write)
             if setup.unscored:

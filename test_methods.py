@@ -2589,6 +2589,35 @@ def test_paired_bootstrap():
         common.paired_bootstrap(common.data.accuracy, labels, a, b[:3])
 
 
+def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
+    """scored.npz of runs on the same rows; a run on others, or without the file, is left out."""
+    folder = write_runs(tmp_path / "runs", 3, ["rte"])
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=100)
+    worse = np.where(np.arange(100) < 20, 1 - labels, labels)
+    world = types.SimpleNamespace(rank=0)
+    for seed in range(3):
+        for method, predictions in (("std", worse), ("more", labels)):
+            common.write_scored(folder / f"rte/{method}-{seed}", {
+                "validation:predictions": predictions, "validation:labels": labels}, world)
+    out, _ = printed(capsys, folder, "--rows", 500)
+    found = re.search(r"over seeds and rows.*?more +\S+ +\+(\S+) to \+(\S+) +3 +100\n", out, re.S)
+    low, high = map(float, found.groups())
+    half = 196 * math.sqrt(0.2 * 0.8 / 100)
+    assert (low, high) == pytest.approx((20 - half, 20 + half), abs=1.5)
+    assert "over seeds and rows" not in printed(capsys, folder)[0]
+
+    # A set that is scored later joins those that are there; other rows are not compared.
+    common.write_scored(folder / "rte/more-2", {
+        "x:predictions": labels, "x:labels": labels, "validation:labels": 1 - labels}, world)
+    with np.load(folder / "rte/more-2/scored.npz") as scored:
+        assert sorted(scored) == ["validation:labels", "validation:predictions", "x:labels",
+                                  "x:predictions"]
+    os.remove(folder / "rte/std-1/scored.npz")
+    out, _ = printed(capsys, folder, "--rows", 20)
+    assert re.search(r"over seeds and rows.*?more .* 1 +100\n", out, re.S)
+
+
 # -------------------------------------------------------------------------------- made-up runs
 
 FLAGS = {"lr": 5e-5, "train_samples": 1000, "model": "some/model", "max_length": 512}
