@@ -112,6 +112,7 @@ import math
 import os
 import signal
 import sys
+import time
 
 ADAPTER = "layers pooling pair_mode tune feature_length schedule keep retrieve_layer"
 CRITIC = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
@@ -1132,7 +1133,7 @@ def recipe(args):
 def count_steps_on_f(args, setup, world):
     """N of Algorithm 1, choice 8."""
     import common
-    per_epoch = -(-(args.train_samples or len(setup.train)) // args.batch_size)
+    per_epoch = math.ceil((args.train_samples or len(setup.train)) / args.batch_size)
     N = args.max_steps or max(2, common.count_steps(args, per_epoch))
     if "gtuning" in args.method:
         end_1, end_2, end_3 = phase_ends("gtuning", N)
@@ -1183,7 +1184,6 @@ def check_flags(args):
 
 def main(argv=None):
     """Trains every --method with every seed. Returns their results, as in results.json."""
-    import time
     import common
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)

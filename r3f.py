@@ -183,6 +183,8 @@ class R3F(torch.nn.Module):
         refuse_negative(lam=lam, eps=eps)
         if not 0 <= label_smoothing <= 0.5:
             raise ValueError(f"label_smoothing must be from 0 to 0.5, got {label_smoothing}")
+        if label_smoothing > 0 and model.config.num_labels == 1:
+            raise ValueError("label_smoothing needs classes: a regression has no other labels")
         if lam > 0:
             refuse_regression(model, "R3F")
 
@@ -539,7 +541,9 @@ class SMART(torch.nn.Module):
     more with mu. The ascent holds p(x) constant and leaves no gradient on the weights.
     a. The paper's step is eta g. With its eta of 1e-3 that is 5e-9 beside a |z| of 3e-5: nothing.
        Divided by the sentence's largest |g| each step reaches the bound eps, as meant. The release
-       divides z + eta g by its largest entry, token by token, so that |z| is 1 and not eps.
+       divides z + eta g by its largest entry, token by token, so that |z| is 1 and not eps. In
+       bf16 the KL's gradient is 0 for a tenth to a third of the sentences (a random BERT), whose z
+       then stays random: fp32 is what it needs.
     b. All passes have the same dropout masks: otherwise those, not z, would make the KL.
     c. z is 0 at padding and goes to the word embeddings; the release embeds twice (mt-dnn #230).
     d. p(x) gets gradients from KL_S as p(x + z) does; the release detaches one side of each half.

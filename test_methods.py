@@ -3603,6 +3603,11 @@ def numpy_by_position(clean, noised, labels, lam, e, reduction):
     return ce + lam * kl, ce, kl
 
 
+def test_a_regression_has_no_labels_to_smooth():
+    with pytest.raises(ValueError, match="label_smoothing needs classes"):
+        r3f.R3F(tiny(num_labels=1), lam=0.0, label_smoothing=0.1)
+
+
 def test_label_smoothing_by_hand():
     logits = torch.tensor([[1 / 2, 1 / 4, 1 / 4]]).log()
     worked = r3f.cross_entropy(logits, torch.tensor([0]), 0.3).item()
