@@ -1011,14 +1011,23 @@ def write_scored(folder, scored, world):
     if world.rank > 0:
         return
     path = os.path.join(folder, "scored.npz")
-    there = {}
-    if os.path.exists(path):
-        with np.load(path) as file:
-            there = dict(file)
+    there = read_scored(path)
     try:
         replace_file(path, lambda file: np.savez(file, **{**there, **scored}))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_scored(path):
+    """What write_scored wrote; nothing if the file is not there. UserError if it is damaged."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with np.load(path) as scored:
+            return dict(scored)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: is damaged ({first_line(error)}): remove it, or make the run "
+                        "again with --overwrite") from None
 
 
 def averages(scores):
@@ -2921,16 +2930,14 @@ def over_rows(runs, differences, baseline, draws):
     predictions = {}                                   # {(task, set, method, seed): (rows,)}
     labels = {}                                        # {(task, set): (rows,)}
     for run in runs if draws else []:
-        path = os.path.join(run.where, "scored.npz")
-        if not os.path.isfile(path):
-            continue
-        with np.load(path) as scored:
-            for name in run.line["metrics"]:
-                if f"{name}:labels" in scored:
-                    mine = scored[f"{name}:labels"]
-                    if np.array_equal(labels.setdefault((run.task, name), mine), mine):
-                        predictions[run.task, name, run.label, run.seed] = scored[
-                            f"{name}:predictions"]
+        scored = read_scored(os.path.join(run.where, "scored.npz"))
+        for name in run.line["metrics"]:
+            if f"{name}:labels" not in scored:
+                continue
+            mine = scored[f"{name}:labels"]
+            if np.array_equal(labels.setdefault((run.task, name), mine), mine):
+                key = run.task, name, run.label, run.seed
+                predictions[key] = scored[f"{name}:predictions"]
 
     found = {}
     of_sets = {key[:2]: key for key in reversed(differences)}            # each by its first metric

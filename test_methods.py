@@ -2616,6 +2616,8 @@ def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
     os.remove(folder / "rte/std-1/scored.npz")
     out, _ = printed(capsys, folder, "--rows", 20)
     assert re.search(r"over seeds and rows.*?more .* 1 +100\n", out, re.S)
+    (folder / "rte/std-1/scored.npz").write_bytes(b"PK")
+    assert "scored.npz: is damaged" in refused_report(folder, "--rows", 20)
 
 
 # -------------------------------------------------------------------------------- made-up runs
