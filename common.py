@@ -561,6 +561,7 @@ joined = itertools.count()                             # how often `processes` w
 def processes(args):
     """Joins torchrun's processes and leaves them in order. Yields the World."""
     import datasets
+    import huggingface_hub
     import transformers
     with handled_signals():
         world = World(args)
@@ -575,6 +576,7 @@ def processes(args):
                 world_size=world.size, store=store)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        huggingface_hub.logging.set_verbosity_error()  # of retries, before the one that counts
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         if world.rank > 0 or not sys.stderr.isatty():
             datasets.disable_progress_bars()
@@ -721,11 +723,12 @@ def tell_settings(args, setup, world):
         sizes["train"] = f"{args.train_samples} of {len(setup.train)}"
     cut = [f"{name} {split.cut}" for name, (_, split) in sets.items() if split.cut]
     names = setup.task.label_names
-    labels = " ".join(names[:20]) + (f" ... ({len(names)})" if len(names) > 20 else "")
+    labels = ", ".join(names[:20]) + (f" ... ({len(names)})" if len(names) > 20 else "")
     by_recipe = [name for name in args.recipe if name not in args.by_hand]
+    by_hand = [name for name in args.by_hand if name not in ("choosing", "grid")]
     world.say(f"{args.task}, {args.model}")
-    world.say(f"  recipe      {args.recipe_name}: {listed(by_recipe)}")
-    world.say(f"  set by you  {listed(args.by_hand)}")
+    world.say(f"  recipe      {args.recipe_name}" + (f": {listed(by_recipe)}" if by_recipe else ""))
+    world.say(f"  set by you  {listed(by_hand)}")
     world.say(f"  labels      {labels or setup.kind.answer}")
     world.say(f"  rows        {', '.join(f'{name} {size}' for name, size in sizes.items())}")
     lengths = f"{args.max_length} tokens"
@@ -751,7 +754,10 @@ def load_tokenizer(args, world, task=None):
         config = AutoConfig.from_pretrained(args.path)
         tokenizer = AutoTokenizer.from_pretrained(args.path)
     except Exception as error:
-        raise UserError(f"--model {args.model}: {first_line(error)}") from error
+        why = first_line(error)
+        if args.path.startswith((".", "/", "~")) and not os.path.isdir(args.path):
+            why = "no such folder"
+        raise UserError(f"--model {args.model}: {why}") from error
     writes = task is not None and data.KINDS[task.kind].decodes
     if writes and not config.is_encoder_decoder:
         raise UserError(f"--model {args.model}: a {config.model_type} has no decoder, which "
@@ -1026,8 +1032,8 @@ def read_scored(path):
         with np.load(path) as scored:
             return dict(scored)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: is damaged ({first_line(error)}): remove it, or make the run "
-                        "again with --overwrite") from None
+        raise UserError(f"{path}: is damaged: remove it, or make the run again with "
+                        "--overwrite") from error
 
 
 def averages(scores):
@@ -1473,7 +1479,7 @@ def take_runs(args, methods, labels_of=None, encoded_by=("model", "max_length"))
 
     folder, results = next(iter(runs.items()))
     by_hand = set(args.by_hand)
-    for name in ("grid", "profile", "choosing", "train_file", "init_from", "post_train"):
+    for name in ("grid", "profile", "choosing", "train_file", "init_from", "post_train", "seeds"):
         if name in by_hand:
             raise UserError(f"--{name}: cannot go together with --run, which trains nothing")
     task = args.task if "task" in by_hand else results["task"]
@@ -1639,6 +1645,7 @@ def search(main, flags, recipe, methods, argv):
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse(flags(), argv, recipe)
     grid = read_grid(args.grid)
+    check_grid(args, grid, methods)
     plans = {}
     for method in args.method:
         plans[method] = combinations(method, args, grid, methods)
@@ -1673,16 +1680,38 @@ def read_grid(words):
         flag, _, values = word.partition("=")
         if not flag or not values:
             raise UserError(f"--grid {word}: must be FLAG=VALUE,VALUE")
-        grid[flag.removeprefix("--")] = values.split(",")
+        grid[flag.removeprefix("--")] = [*dict.fromkeys(values.split(","))]
     return grid
+
+
+def check_grid(args, grid, methods):
+    """UserError if a flag cannot be searched, or if a folder of the runs to come is taken."""
+    counted = {method: flags_that_count(args, methods[method][1]) for method in args.method}
+    for flag in grid:
+        if flag not in vars(args):
+            raise UserError(f"--grid {flag}: no such flag")
+        if not any(flag in flags for flags in counted.values()):
+            raise UserError(f"--grid {flag}: {' and '.join(args.method)} cannot be searched over "
+                            "it; must be a flag of the method, the model or the training")
+        if flag in args.by_hand:
+            raise UserError(f"--grid {flag}: cannot go together with --{flag}")
+    for method, seed in itertools.product(args.method, args.seeds):
+        folder = run_folder(args, method, seed)
+        path = os.path.join(folder, "results.json")
+        if args.overwrite or not os.path.exists(path):
+            continue
+        saved = read_results(path)["args"]
+        for name, value in counted[method].items():
+            is_open = name in grid or value is None    # the model decides what is None
+            if not is_open and name in saved and saved[name] != value:
+                raise UserError(f"--output_dir {args.output_dir}: {folder} holds a run with "
+                                f"--{name} {saved[name]} (now {value}); use --overwrite, or "
+                                "another folder")
 
 
 def combinations(method, args, grid, methods):
     """All combinations of those values that the method has a use for, each as flags of argv."""
     counted = flags_that_count(args, methods[method][1])
-    for flag in grid:
-        if flag not in vars(args):
-            raise UserError(f"--grid {flag}: no such flag")
     useful = {flag: values for flag, values in grid.items() if flag in counted}
     cells = []
     for values in itertools.product(*useful.values()):
@@ -2848,10 +2877,10 @@ class Table:
         return next(key for key in self.rows if key[0] == task)
 
 
-def build_table(title, runs, baseline, interval, draws=0):
+def build_table(title, runs, baseline, interval, draws=None):
     """A Table. UserError if two runs have the same task, method and seed, and differ.
 
-    draws: of the bootstrap over rows; 0: none.
+    draws: of the bootstrap over rows; None: there is none.
     """
     seen = {}
     rows = {}
@@ -2976,11 +3005,14 @@ def remarks(table):
         over_seeds = ("The intervals and tests are over seeds: what another choice of rows to "
                       "score would change is not in them")
         if table.over_rows:
-            said.append(f"{over_seeds}, but in those over seeds and rows.")
+            seeds = min(n for methods in table.over_rows.values() for n, *_ in methods.values())
+            few = f" With {counted(seeds, 'seed')} seeds hardly vary in these." if seeds < 5 else ""
+            said.append(f"{over_seeds}, but in those over seeds and rows.{few}")
         else:
             said.append(f"{over_seeds} (see --rows).")
     else:
-        said.append("There is no run of the baseline here, so that nothing is compared to it.")
+        said.append("There is no run of the baseline here, so nothing is compared to it; another "
+                    "one is named by --baseline.")
     few = {}                                           # {seeds: {method: tasks}}
     tests = 0
     for key, methods in table.differences.items():
@@ -3136,7 +3168,7 @@ def cost_rows(table):
                 cell([run.seconds_a_step for run in runs], 3),
                 cell(relative_costs(table, task, column), 2),
                 cell([run.seconds_to_best for run in runs], 1)])
-    relative = f"cost to {table.baseline}" if table.baseline else "cost"
+    relative = f"paired cost to {table.baseline}" if table.baseline else "cost"
     return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], rows
 
 
@@ -3337,6 +3369,8 @@ def curve_svg(curves, colours, label):
         shapes.append(line_at(left, y, right, y, "grid"))
         shapes.append(text_at(left - 6, y + 4, f"{value:g}", "end"))
     for step in round_numbers(*steps):
+        if step != int(step):
+            continue
         x = np.interp(step, steps, [left, right])
         shapes.append(text_at(x, bottom + 18, f"{step:g}"))
 
@@ -3573,9 +3607,9 @@ def report_flags():
     p.add_argument("--baseline", default="std", metavar="METHOD", help="what differences are to")
     p.add_argument("--interval", default="t", choices=[*INTERVALS],
                    help="of the mean difference: Student's, or a bootstrap over the seeds")
-    p.add_argument("--rows", type=number(int, 0), default=0, metavar="DRAWS",
+    p.add_argument("--rows", type=number(int, 100), nargs="?", const=10000, metavar="DRAWS",
                    help="also an interval over seeds and the rows that are scored, by a bootstrap "
-                        "of so many draws (10000 is good); 0: none")
+                        "of so many draws (10000)")
     p.add_argument("--by", nargs="+", default=METHOD_FLAGS, metavar="FLAG",
                    help="flags that belong to the method: a column for each value")
     p.add_argument("--differ", nargs="+", default=[], metavar="FLAG",
@@ -3605,6 +3639,9 @@ def main_report(argv=None):
     for title, runs in found:
         refuse_unlike(runs, free)
         tables.append(build_table(title, runs, args.baseline, args.interval, args.rows))
+    if args.rows and not any(table.over_rows for table in tables):
+        raise UserError("--rows: must be of folders with runs of a method and of the baseline on "
+                        "the same rows; kept lines hold no predictions")
     columns = {column for table in tables for column in table.columns}
     if args.baseline not in columns and args.baseline != "std":
         raise UserError(f"--baseline {args.baseline}: must be one of {', '.join(sorted(columns))}")
@@ -3691,6 +3728,7 @@ def made_folder(name, *made_of):
     key = hashlib.sha256()
     for part in made_of:
         key.update(part)
+    data.make_cache_folder(os.path.join(HF_HOME, name))
     return os.path.join(HF_HOME, name, key.hexdigest()[:12])
 
 

@@ -359,7 +359,7 @@ def task_names():
 def check_task(name, flag):
     """UserError with the nearest names if there is no such task."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 3, 0.5)
+        near = difflib.get_close_matches(name.lower(), TASKS, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"must be one of {task_names()}"
         raise UserError(f"{flag} {name}: no such task; {hint}")
 
@@ -477,6 +477,8 @@ def load_unscored(args, task):
     unscored = load_predicted(args, task)
     if args.test_file:
         table = read_file(args.test_file, "--test_file")
+        if not any(map(label_of, table.get(task.label, []))):            # a column without any
+            table.pop(task.label, None)
         unscored["test"] = KINDS[task.kind].read(table, task, args.test_file)
     return unscored
 
@@ -908,7 +910,9 @@ def read_classify(table, task, where):
             cell = own[cell]
         label = index.get(label_of(cell))
         if label is None:
-            raise UserError(f"{where}: row {row}: label {cell!r} must be one of {names[:20]}")
+            others = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            raise UserError(f"{where}: row {row}: label {cell!r} must be one of {names[:20]}"
+                            f"{others}")
         labels.append(label)
     return make_rows(texts, labels, "int64", table)
 
@@ -1006,6 +1010,8 @@ def general_texts(where):
         if "text" not in table:
             raise UserError(f"--unlabeled {where}: no column 'text' among {[*table]}")
         return read_texts(table, Task("", text="text"), f"--unlabeled {where}")["text"]
+    if where.startswith((".", "/", "~")) and not os.path.exists(where):
+        raise UserError(f"--unlabeled {where}: no such file")
     try:
         if os.path.exists(where):
             with open(where, encoding="utf-8-sig") as file:
@@ -1042,7 +1048,7 @@ def encode(rows, task, tokenizer, max_length, **options):
     key = Hasher.hash([rows._fingerprint, state, wanted, settings, ENCODING_VERSION])
 
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "tokenised")
-    os.makedirs(folder, exist_ok=True)
+    make_cache_folder(folder)
     tokenise = functools.partial(
         KINDS[task.kind].tokenise, task=task, tokenizer=tokenizer, max_length=max_length, **options)
     encoded = rows.map(
@@ -1064,6 +1070,14 @@ def encode(rows, task, tokenizer, max_length, **options):
         fields["labels"] = Field(np.stack(both, 1), None, 0)            # (n, 2)
     left = tokenizer.padding_side == "left"
     return Split(fields, cut, left, rows, has_targets=KINDS[task.kind].decodes)
+
+
+def make_cache_folder(folder):
+    """UserError if it cannot be made."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"HF_HOME: cannot make the folder {folder}: {error.strerror}") from error
 
 
 def flat(column, fill):

@@ -178,8 +178,9 @@ def flags():
 if __name__ == "__main__":                             # before torch is loaded, for seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "common.py")):
-        sys.exit(f"{__file__}: alone it is a module to import, as its first lines say; its "
-                 "experiments need common.py and data.py beside it")
+        print(f"{__file__}: alone it is a module to import, as its first lines say; its "
+              "experiments need common.py and data.py beside it", file=sys.stderr)
+        sys.exit(2)
     if {"-h", "--help"} & set(sys.argv):
         flags().parse_args(["--help"])
 # end same

@@ -600,6 +600,14 @@ def test_both_own_files_are_read_and_the_test_file_without_labels(tmp_path):
     assert rows.unscored["test"].to_dict() == {"text": ["d", "e f"], "label": [-1, -1]}
     assert rows.further == {}
 
+    # A column of labels without any is one of hidden labels; some labels must all be right.
+    test = write(tmp_path / "empty.csv", 'text,label\nd,\n"e f",\n')
+    again = data.load(own(train, validation, test_file=test))
+    assert again.unscored["test"].to_dict() == rows.unscored["test"].to_dict()
+    test = write(tmp_path / "some.csv", "text,label\nd,yes\ne,maybe\n")
+    assert "label 'maybe' must be one of" in refusal(
+        data.load, own(train, validation, test_file=test))
+
 
 def test_a_number_in_an_own_file_is_a_name_not_an_index(tmp_path):
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 2}, {"text": "c", "label": 2}]
@@ -1572,7 +1580,7 @@ def test_a_copied_script_says_what_it_is_good_for_alone(script, tmp_path):
     shutil.copy(os.path.join(HERE, f"{script}.py"), tmp_path)
     done = subprocess.run([sys.executable, f"{script}.py"], capture_output=True, text=True,
                           cwd=tmp_path)
-    assert done.returncode == 1 and "need common.py and data.py beside it" in done.stderr
+    assert done.returncode == 2 and "need common.py and data.py beside it" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -2052,6 +2060,25 @@ def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(tiny_folder
     begun.clear()
     found = run("r3f", tiny_folder, out, *SEARCH)
     assert begun == [] and [r["searched"] for r in found] == [r["searched"] for r in whole]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["seeds=1,2"], "--grid seeds: r3f cannot be searched over it"),
+    (["alpha=1,2"], "--grid alpha: r3f cannot be searched over it"),
+    (["nothing=1,2"], "--grid nothing: no such flag"),
+    (["lr=1,2", "--lr", "3"], "--grid lr: cannot go together with --lr"),
+])
+def test_a_search_of_nothing_is_refused(words, message, tiny_folder, tmp_path, cache):
+    with pytest.raises(UserError, match=message):
+        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--dev_samples", 40, "--grid", *words)
+
+
+def test_a_search_whose_folder_is_taken_is_refused_before_it_begins(tiny_folder, tmp_path, cache):
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2)
+    with pytest.raises(UserError, match="std-0 holds a run with --dev_samples 0 .now 40."):
+        run("r3f", tiny_folder, tmp_path, "--method", "std", "--dev_samples", 40, "--max_steps", 2,
+            "--grid", "lr=1e-3,1e-4")
+    assert not os.path.exists(tmp_path / "grid")
 
 
 def test_what_was_searched_goes_to_the_run_of_this_recipe(tmp_path):
@@ -2614,10 +2641,10 @@ def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
         assert sorted(scored) == ["validation:labels", "validation:predictions", "x:labels",
                                   "x:predictions"]
     os.remove(folder / "rte/std-1/scored.npz")
-    out, _ = printed(capsys, folder, "--rows", 20)
+    out, _ = printed(capsys, folder, "--rows", 100)
     assert re.search(r"over seeds and rows.*?more .* 1 +100\n", out, re.S)
     (folder / "rte/std-1/scored.npz").write_bytes(b"PK")
-    assert "scored.npz: is damaged" in refused_report(folder, "--rows", 20)
+    assert "scored.npz: is damaged" in refused_report(folder, "--rows")
 
 
 # -------------------------------------------------------------------------------- made-up runs
@@ -3044,6 +3071,12 @@ def test_probes_are_a_table_and_figures(tmp_path, capsys):
     with open(path, "a") as file:
         file.write(open(path).read())
     assert common.read_probes([path], []) == probes
+
+
+def test_an_interval_over_rows_of_nothing_is_refused(tmp_path):
+    write_runs(tmp_path / "runs", 2, ["rte"])
+    assert "--rows: must be of folders with runs" in refused_report(tmp_path / "runs", "--rows")
+    assert "--rows: must be a whole number from 100" in refused_report(tmp_path, "--rows", 1)
 
 
 def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys):
@@ -8361,6 +8394,17 @@ def test_a_run_of_the_toy_model_is_the_same_wherever_the_model_lies(newcomers_ru
     monkeypatch.setattr(common, "toy_model",
                         lambda world: str(shutil.copytree(found(world), tmp_path / "elsewhere")))
     assert r3f.main(argv)[0]["metrics"] == results["metrics"]
+
+
+def test_a_cache_that_cannot_be_made_is_told_in_one_line(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "file"))
+    assert refusal(common.made_folder, "toy").startswith("HF_HOME: cannot make the folder")
+    rows = data.toy_rows("film", "validation").select(range(4))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file"))
+    message = refusal(data.encode, rows, data.TASKS["toy"], tokenizer_of(), 12)
+    assert message.startswith("HF_HOME: cannot make the folder")
 
 
 def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path):
