@@ -1026,7 +1026,7 @@ def general_texts(where):
 # ----------------------------------------------------------------------------- 3  encoding, by kind
 
 # To be raised when a function `tokenise` changes, or rows that were encoded before are found.
-ENCODING_VERSION = 3
+ENCODING_VERSION = 4
 
 
 def encode(rows, task, tokenizer, max_length, **options):
@@ -1145,6 +1145,7 @@ def tokenise_generate(rows, task, tokenizer, max_length, max_target_length):
     `cut` is 1 where either was truncated.
     """
     found = tokenise_texts(rows, task, tokenizer, max_length)
+    found.pop("token_type_ids", None)                  # of a BERT tokenizer; no BART has them
     targets = tokenizer(text_target=rows["label"], truncation=True, max_length=max_target_length)
     found["labels"] = targets["input_ids"]
     if targets.is_fast:

@@ -4575,6 +4575,13 @@ def test_micro_batches_of_unlike_targets_give_the_same_gradient(tiny_bart, cache
     torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-5)
 
 
+def test_a_bart_with_the_tokenizer_of_a_bert_gets_no_token_types(cache):
+    task = data.Task("custom", "", "text", kind="generate", label="summary")
+    rows = data.read_generate({"text": ["the film is good"], "summary": ["good"]}, task, "here")
+    split = data.encode(rows, task, tokenizer_of(), 12, max_target_length=8)
+    assert sorted(split.collate(np.array([0]))) == ["attention_mask", "input_ids", "labels"]
+
+
 # ----------------------------------------------------------------------------------------- decoding
 
 class Writer:
