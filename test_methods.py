@@ -842,7 +842,7 @@ def test_a_group_is_scored_on_the_split_that_is_named_where_there_is_one(monkeyp
 def test_what_is_skipped_is_said(tiny_folder, monkeypatch, cache, capsys):
     args = parse("r3f", "--model", tiny_folder)
     rows = data.load(args)
-    monkeypatch.setattr(data, "load", lambda args: rows._replace(skipped=["one", "two"]))
+    monkeypatch.setattr(data, "load", lambda args, also_scores: rows._replace(skipped=["one", "two"]))
     with common.processes(args) as world:
         common.prepare(args, world)
     assert capsys.readouterr().out.startswith("warning: one\nwarning: two\n")
