@@ -842,7 +842,8 @@ def test_a_group_is_scored_on_the_split_that_is_named_where_there_is_one(monkeyp
 def test_what_is_skipped_is_said(tiny_folder, monkeypatch, cache, capsys):
     args = parse("r3f", "--model", tiny_folder)
     rows = data.load(args)
-    monkeypatch.setattr(data, "load", lambda args, also_scores: rows._replace(skipped=["one", "two"]))
+    rows = rows._replace(skipped=["one", "two"])
+    monkeypatch.setattr(data, "load", lambda args, also_scores: rows)
     with common.processes(args) as world:
         common.prepare(args, world)
     assert capsys.readouterr().out.startswith("warning: one\nwarning: two\n")
@@ -2851,24 +2852,33 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
 
 
 NAMES = {"R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop", "SMART": "smart", "FreeLB": "freelb",
-         "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff"}
+         "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff",
+         "NoisyTune": "std weight_noise=0.15", "post-training": "std post_train=3.0",
+         "as in the paper": "tdt alpha=0.5 beta=0.5 variant=paper",
+         "without L_C": "tdt alpha=0.0 beta=0.5 variant=paper",
+         "without L_R": "tdt alpha=0.5 beta=0.0 variant=paper",
+         "as released": "tdt alpha=0.5 beta=0.5 variant=released"}
 
-# Files of kept lines; their table's first line in the README; what its pairs of columns are.
+# Files of kept lines; how the report is called; their table's first line in the README; what its
+# pairs of columns are.
+TOY_SETS = [("toy", "validation", "accuracy"), ("toy", "toy-food", "accuracy")]
 README_TABLES = [
-    ("toy.jsonl", "| | films | p | food | p |",
-     [("toy", "validation", "accuracy"), ("toy", "toy-food", "accuracy")]),
-    ("1000.jsonl", "| | SST-2, accuracy | p | CoLA, MCC | p |",
+    ("toy.jsonl", "", "| | films | p | food | p |", TOY_SETS),
+    ("toy-more.jsonl", "", "| std with | films | p | food | p |", TOY_SETS),
+    ("toy-tdt.jsonl", "--by alpha beta variant", "| TDT | films | p | food | p |", TOY_SETS),
+    ("1000.jsonl", "", "| | SST-2, accuracy | p | CoLA, MCC | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
 ]
 
 
-@pytest.mark.parametrize("name, header, keys", README_TABLES)
-def test_the_readmes_tables_are_what_the_kept_lines_say(name, header, keys, tmp_path):
+@pytest.mark.parametrize("name, flags, header, keys", README_TABLES)
+def test_the_readmes_tables_are_what_the_kept_lines_say(name, flags, header, keys, tmp_path):
     """Every difference, its interval and its p, of every method."""
     path = tmp_path / name                             # the report writes beside the lines
     shutil.copy(os.path.join(HERE, ".results", name), path)
-    table, = common.main_report([str(path)])
+    table, = common.main_report([str(path), *flags.split()])
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    assert text.count(header) == 1
     lines = text.partition(header)[2].split("\n\n")[0].split("\n")[2:]
     seen = set()
     for line in lines:
@@ -2879,7 +2889,7 @@ def test_the_readmes_tables_are_what_the_kept_lines_say(name, header, keys, tmp_
             interval = f"({found.low:+.2f} to {found.high:+.2f})"
             assert cells[2 * i] == f"{found.mean:+.2f} {interval}"
             assert abs(float(cells[2 * i + 1]) - found.p) < 0.0051
-    assert seen == set(table.columns) - {"std"}
+    assert seen == set(table.columns) - {table.baseline}
 
 
 def test_a_line_is_small():
