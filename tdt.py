@@ -534,7 +534,8 @@ def read_texts(given, path):
 
     texts = [line.strip().replace("\t", " ||| ") for line in lines if line.strip()]
     for text in texts:
-        if text.count("|||") > 1:
+        parts = [part.strip() for part in text.split("|||")]
+        if len(parts) > 2 or not all(parts):
             raise common.UserError(f"--explain: must have a text, or two with ||| between them, "
                                    f"got {text!r}")
     if (given or path) and not texts:
@@ -703,7 +704,8 @@ def explain(module, tokenizer, text, max_length, world):
     with torch.inference_mode():
         c = module.confidence(**inputs)[0].tolist()
         logits = module.model(**inputs).logits[0].float()                # (C,)
-    words = words_of(parts, encoded.sequence_ids(0), encoded.word_ids(0), spans, c)
+    unknown = (encoded["input_ids"][0] == tokenizer.unk_token_id).tolist()
+    words = words_of(parts, encoded.sequence_ids(0), encoded.word_ids(0), spans, c, unknown)
     if len(logits) == 1:
         return Explanation(text, round(logits.item(), 3), None, words)
     probabilities = logits.softmax(-1)
@@ -712,22 +714,30 @@ def explain(module, tokenizer, text, max_length, world):
     return Explanation(text, label, round(probabilities[best].item(), 4), words)
 
 
-def words_of(parts, sentences, numbers, spans, c):
+def words_of(parts, sentences, numbers, spans, c, unknown):
     """[word, confidence, sentence] of each word, from what is known of each token.
 
     A word is what the tokenizer first splits a text into (punctuation stands alone), and has the
     largest confidence of its pieces. sentences: 0, 1 or None for special tokens. numbers: of the
-    word within its sentence. spans: first and last character.
+    word within its sentence. spans: first and last character. unknown: whether the model has no
+    embedding for it, so that c is about its place alone; such a word ends in "(unknown)".
     """
     found = {}
-    for sentence, number, (start, end), confidence in zip(sentences, numbers, spans, c):
-        if sentence is not None:
-            key = sentence, number
-            first, last, most = found.get(key, (start, end, 0.0))
-            found[key] = min(first, start), max(last, end), max(most, confidence)
+    strange = set()
+    for token, sentence in enumerate(sentences):
+        if sentence is None:
+            continue
+        key = sentence, numbers[token]
+        start, end = spans[token]
+        first, last, most = found.get(key, (start, end, 0.0))
+        found[key] = min(first, start), max(last, end), max(most, c[token])
+        if unknown[token]:
+            strange.add(key)
     words = []
-    for (sentence, _), (first, last, most) in found.items():
-        words.append([parts[sentence][first:last], most, sentence])
+    for key, (first, last, most) in found.items():
+        sentence, _ = key
+        word = parts[sentence][first:last]
+        words.append([f"{word} (unknown)" if key in strange else word, most, sentence])
     return words
 
 

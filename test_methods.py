@@ -5507,9 +5507,10 @@ def test_a_word_has_the_largest_confidence_of_its_pieces():
     text = "Unbearable  plot!"
     encoded = tokenizer(text, return_offsets_mapping=True)
     c = [0.99, 0.2, 0.7, 0.3, 0.4, 0.1, 0.98]
+    unknown = [False] * 5 + [True, False]
     words = tdt.words_of([text], encoded.sequence_ids(0), encoded.word_ids(0),
-                         encoded["offset_mapping"], c)
-    assert words == [["Unbearable", 0.7, 0], ["plot", 0.4, 0], ["!", 0.1, 0]]
+                         encoded["offset_mapping"], c, unknown)
+    assert words == [["Unbearable", 0.7, 0], ["plot", 0.4, 0], ["! (unknown)", 0.1, 0]]
 
 
 def test_the_page_escapes_what_it_shows_and_needs_no_other_file():
@@ -5932,6 +5933,7 @@ BAD = [
     (["--drop", "--dev_samples", "9", "--grid", "lr=1,2"], "--grid: must go without analyses"),
     (["--explain", " "], "--explain: must have a text"),
     (["--explain", "a ||| b ||| c"], "--explain: must have a text"),
+    (["--explain", "a |||"], "--explain: must have a text"),
     (["--explain_file", "nowhere"], "--explain_file nowhere: No such file"),
     (["--explain_file", "R3F"], "--explain_file R3F: Is a directory"),
     (["--method", "std", "--drop"], "need a run of tdt or tdt-hard"),
