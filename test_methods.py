@@ -2852,7 +2852,7 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
 
 
 NAMES = {"R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop", "SMART": "smart", "FreeLB": "freelb",
-         "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff",
+         "G-Tuning": "gtuning", "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff",
          "NoisyTune": "std weight_noise=0.15", "post-training": "std post_train=3.0",
          "as in the paper": "tdt alpha=0.5 beta=0.5 variant=paper",
          "without L_C": "tdt alpha=0.0 beta=0.5 variant=paper",
@@ -2868,6 +2868,9 @@ README_TABLES = [
     ("toy-tdt.jsonl", "--by alpha beta variant", "| TDT | films | p | food | p |", TOY_SETS),
     ("1000.jsonl", "", "| | SST-2, accuracy | p | CoLA, MCC | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
+    ("gtuning.jsonl", "--baseline adapter", "| | SST-2 | p | IMDB | p | STS-B | p | SICK-R | p |",
+     [("sst2", "validation", "accuracy"), ("sst2", "imdb", "accuracy"),
+      ("stsb", "validation", "pearson"), ("stsb", "sick-r", "pearson")]),
 ]
 
 
