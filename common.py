@@ -1083,7 +1083,7 @@ def flags_that_count(args, own_flags):
 
 
 def recipe_of(args):
-    """The recipe's name without what follows it: "r3f" of "r3f: Table 9"."""
+    """The recipe's name without what follows it: "paper" of "paper: Table 9"."""
     return args.recipe_name.partition(":")[0]
 
 

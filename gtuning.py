@@ -110,7 +110,6 @@ import functools
 import json
 import math
 import os
-import signal
 import sys
 import time
 
@@ -175,8 +174,9 @@ def flags():
 
 
 # same: start
-if __name__ == "__main__":                             # before torch is loaded, for seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)       # while torch is loaded, for seconds
     if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "common.py")):
         print(f"{__file__}: alone it is a module to import, as its first lines say; its "
               "experiments need common.py and data.py beside it", file=sys.stderr)
