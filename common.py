@@ -232,7 +232,7 @@ def parse(p, argv, recipe):
 
     recipe(args) -> (its name, {flag: value}). Sets besides the flags: by_hand, the flags that were
     set; recipe_name and recipe, what the recipe set; own_files, the first of one's own files or "";
-    path, where the model lies.
+    path, where the model lies; idle, see check_methods.
     """
     args = p.parse_args(argv)
     words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
@@ -253,6 +253,7 @@ def parse(p, argv, recipe):
     args.by_hand = by_hand
     args.recipe = values
     args.recipe_name = recipe_name
+    args.idle = []
     if args.init_from:
         args.model = run_model(args.init_from)
     args.path = args.model
@@ -323,8 +324,12 @@ def check_flags(args):
 def check_methods(args, task, methods, why=""):
     """UserError, with the reason `why`, if a --method cannot train this kind of task.
 
-    methods {name: (the kinds that it can train, the flags of its own)}.
+    methods {name: (the kinds that it can train, the flags of its own)}. Sets args.idle: the flags
+    set by hand that are of other methods alone.
     """
+    of_some = {flag for _, flags in methods.values() for flag in flags.split()}
+    of_these = {flag for method in args.method for flag in methods[method][1].split()}
+    args.idle = sorted(set(args.by_hand) & of_some - of_these)
     for method in args.method:
         kinds, _ = methods[method]
         if task.kind not in kinds.split():
@@ -640,6 +645,7 @@ def prepare(args, world, check=None, also_scores=(), **options):
         world.say(f"warning: {line}")
     if check:
         check(rows.task)
+    warn_of_empty_texts(args, rows, world)
     kind = data.KINDS[rows.task.kind]
     if args.batch_tokens and not kind.decodes:
         raise UserError(f"--batch_tokens {args.batch_tokens}: is for texts that are written; "
@@ -671,6 +677,17 @@ def prepare(args, world, check=None, also_scores=(), **options):
         build_batches(setup, args, args.seeds[0], world)                 # refuses too few
     tell_settings(args, setup, world)
     return setup
+
+
+def warn_of_empty_texts(args, rows, world):
+    """A line for each set in which there are some. They are used like all others."""
+    parts = {name: (rows.task, part) for name, part in {**rows.own, **rows.unscored}.items()}
+    if rows.train is not None:
+        parts = {"train": (rows.task, rows.train), **parts}
+    for name, (task, part) in {**parts, **rows.further}.items():
+        count = data.count_empty_texts(task, part)
+        if count and not args.choosing:
+            world.say(f"warning: {name}: {count} of {len(part)} rows have an empty text")
 
 
 def with_main_metric(task, name):
@@ -713,6 +730,9 @@ def tell_settings(args, setup, world):
                 words.append(f"{name} {value}")
         return ", ".join(words) or "nothing"
 
+    if args.choosing:                                  # the run that is chosen tells all
+        world.say(f"{args.task}, {args.method[0]}: trying {os.path.basename(args.output_dir)}")
+        return
     sets = dict(setup.scored)
     if setup.train is not None:
         sets = {"train": (setup.task, setup.train), **sets}
@@ -729,6 +749,8 @@ def tell_settings(args, setup, world):
     world.say(f"{args.task}, {args.model}")
     world.say(f"  recipe      {args.recipe_name}" + (f": {listed(by_recipe)}" if by_recipe else ""))
     world.say(f"  set by you  {listed(by_hand)}")
+    if args.idle:
+        world.say(f"  no effect   {listed(args.idle)}: not of {' '.join(args.method)}")
     world.say(f"  labels      {labels or setup.kind.answer}")
     world.say(f"  rows        {', '.join(f'{name} {size}' for name, size in sizes.items())}")
     lengths = f"{args.max_length} tokens"

@@ -969,6 +969,18 @@ def hidden_text(labels):
     return next((row for row, label in enumerate(labels) if not label), None)
 
 
+def count_empty_texts(task, rows):
+    """How many rows have a text, one or both, that is empty or blank."""
+    import pyarrow.compute
+    columns = [name for name in task.columns if rows.features[name].dtype == "string"]
+    texts = rows.select_columns(columns).with_format("arrow")[:]
+    is_empty = np.zeros(len(rows), bool)
+    for name in columns:
+        trimmed = pyarrow.compute.utf8_trim_whitespace(texts[name])
+        is_empty |= pyarrow.compute.equal(trimmed, "").to_numpy()
+    return int(is_empty.sum())
+
+
 def general_text(where, n):
     """n single sentences of general text in a fixed random order, fewer if there are fewer.
 

@@ -1168,6 +1168,8 @@ def profile(args, setup, texts, world):
 
 def check_flags(args):
     from common import UserError
+    if "projection" in args.by_hand and not args.embed:
+        raise UserError("--projection: needs --embed")
     if args.choosing:
         args.embed = False                             # such a run has no model
     if len(args.batching) > 1:

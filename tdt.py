@@ -505,6 +505,10 @@ def read_analyses(args):
     asked = Analyses(finished, runs_by_seed(finished), read_texts(args.explain, args.explain_file),
                      confidences=args.confidences, tsne=args.tsne, perturb=args.perturb,
                      drop=args.drop, rates=rates, draws=args.draws)
+    if "rates" in args.by_hand and not (args.drop or args.perturb):
+        raise common.UserError("--rates: needs --drop or --perturb")
+    if "draws" in args.by_hand and not args.perturb:
+        raise common.UserError("--draws: needs --perturb")
     if args.grid and asked.any:
         raise common.UserError("--grid: must go without analyses; afterwards --run FOLDER makes "
                                "them")

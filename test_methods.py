@@ -1634,6 +1634,28 @@ def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, cache, capsys):
     assert "toy" in line and "lr 0.0005" in line and "epochs" not in line
     by_hand = next(line for line in told if "set by you" in line)
     assert "max_steps 12" in by_hand and "seeds 0" in by_hand
+    assert "no effect" not in " ".join(told)
+
+
+def test_flags_of_other_methods_are_said_to_have_no_effect(tiny_folder, tmp_path, cache, capsys):
+    run("r3f", tiny_folder, tmp_path / "1", "--method", "std", "--lam", 3, "--lr", "1e-4")
+    assert "  no effect   lam 3.0: not of std\n" in capsys.readouterr().out
+    run("r3f", tiny_folder, tmp_path / "2", "--method", "std", "r3f", "--lam", 3)
+    assert "no effect" not in capsys.readouterr().out
+
+
+def test_empty_texts_are_counted(tiny_folder, tmp_path, cache, capsys):
+    lines = ["sentence1,sentence2,label", "good film,x,a", '"  ",y,b', '"",z,a', 'dull,"",b'] * 4
+    lines = lines[:1] + [line for line in lines if not line.startswith("sentence1")]
+    write(tmp_path / "train.csv", "\n".join(lines))
+    write(tmp_path / "dev.csv", "\n".join(lines[:2] + lines[-1:] + ["dull,plot,b"]))
+    run("r3f", tiny_folder, tmp_path, "--train_file", tmp_path / "train.csv",
+        "--validation_file", tmp_path / "dev.csv", "--method", "std", "--batch_size", 4)
+    told = capsys.readouterr().out
+    assert "warning: train: 12 of 16 rows have an empty text\n" in told
+    assert "1 of 3 rows have an empty text\n" in told
+    rows = datasets.Dataset.from_dict({"text": ["a", " ", "\n", "b "]}).select([1, 3, 2])
+    assert data.count_empty_texts(data.TASKS["sst2"], rows.rename_column("text", "sentence")) == 2
 
 
 # ------------------------------------------------------------------------- 2  processes and signals
@@ -2031,7 +2053,10 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(tiny_folder, 
     assert tried["std"] == ["--lr=1e-3", "--lr=1e-5"]
     saved = json.load(open(tmp_path / "toy/r3f-4/results.json"))
     assert saved["searched"] == {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
-    assert "r3f: chosen of 4:" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "r3f: chosen of 4:" in told
+    assert "toy, r3f: trying lr=1e-3,lam=5\n" in told
+    assert told.count("  set by you ") == 2            # once a method, with what was chosen
 
 
 def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(tiny_folder, tmp_path, cache,
@@ -5947,6 +5972,8 @@ BAD = [
     (["--margin", "nan"], "--margin: must be"),
     (["--rates", "2"], "--rates: must be"),
     (["--draws", "0"], "--draws: must be"),
+    (["--rates", "0.5", "--confidences"], "--rates: needs --drop or --perturb"),
+    (["--draws", "5", "--drop"], "--draws: needs --perturb"),
     (["--cutoff_rate", "1.5"], "--cutoff_rate: must be"),
     (["--lam", "1"], "unrecognized arguments: --lam"),
     (["--method", "r3f"], "--method: invalid choice: 'r3f'"),
@@ -7201,6 +7228,7 @@ WRONG = """
 --unlabeled latin.csv       | --unlabeled latin.csv: cannot be read as csv
 --unlabeled other.csv       | --unlabeled other.csv: no column 'text' among ['review', 'label']
 --train_file good.csv --validation_file good.csv --embed | --embed: needs --eval_tasks
+--train_file good.csv --validation_file good.csv --projection pca | --projection: needs --embed
 """
 
 
