@@ -972,7 +972,10 @@ def hidden_text(labels):
 def count_empty_texts(task, rows):
     """How many rows have a text, one or both, that is empty or blank."""
     import pyarrow.compute
-    columns = [name for name in task.columns if rows.features[name].dtype == "string"]
+    columns = []                                       # of texts, not of lists of words
+    for name in task.columns:
+        if getattr(rows.features[name], "dtype", "") == "string":
+            columns.append(name)
     texts = rows.select_columns(columns).with_format("arrow")[:]
     is_empty = np.zeros(len(rows), bool)
     for name in columns:
@@ -1322,6 +1325,10 @@ class Batches:
         self.batching = batching
         self.widths = (width, target_width) if batching == "padded" else (0, 0)
         self.tokens = tokens
+        self.sizes = split.lengths + split.target_lengths if tokens else None
+        self.scaled = []                               # both lengths of all rows, over their mean
+        if split.has_targets:
+            self.scaled = [side / side.mean() for side in (split.lengths, split.target_lengths)]
         self.per_epoch = self.count_by_tokens() if tokens else math.ceil(len(split) / batch_size)
         self.real = 0
         self.computed = 0
@@ -1331,7 +1338,7 @@ class Batches:
         self.order = None
 
     def count_by_tokens(self):
-        total = int((self.split.lengths + self.split.target_lengths).sum())
+        total = int(self.sizes.sum())
         count = math.ceil(total / self.tokens)
         most = len(self.split) // self.world
         if count > most:
@@ -1363,9 +1370,8 @@ class Batches:
             return self.cut(rows)
 
         if self.split.has_targets:
-            sides = self.split.lengths, self.split.target_lengths
-            lengths = [self.blurred(side, rng) / side.mean() for side in sides]
-            batches = self.halve(rows, self.per_epoch, lengths)
+            lengths = [self.blurred(side, rng) for side in self.scaled]
+            batches = self.halve(rows, self.per_epoch, lengths, self.sizes, self.world)
         else:
             batches = self.cut(self.sort(rows, self.blurred(self.split.lengths[rows], rng)))
         return [batches[i] for i in rng.permutation(self.per_epoch)]
@@ -1379,15 +1385,18 @@ class Batches:
         by_length = [chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks]
         return rows[np.concatenate(by_length)]
 
-    def halve(self, rows, count, lengths):
-        """The rows as `count` batches, of texts alike in both lengths: halves of halves.
+    def halve(self, rows, count, lengths, sizes=None, least=1):
+        """The rows as `count` parts, of texts alike in both lengths: halves of halves.
 
         lengths: of all texts, and of all targets, each over their mean. A part is sorted by one of
-        the two and cut into short and long rows: by the one that leaves less padding.
+        the two and cut into short and long rows: by the one that leaves less padding. sizes: of all
+        rows; all parts have about the same sum of them, or without them the same number of rows.
+        No part has fewer than `least` rows.
         """
         if count == 1:
             return [rows]
         left = count // 2
+        right = count - left
         orders = [rows]                                # a part so large is cut at random
         if count <= self.CHUNK_OF_TWO:
             orders = [rows[np.argsort(length[rows], kind="stable")] for length in lengths]
@@ -1395,25 +1404,22 @@ class Batches:
         def padded_size(halves):
             return sum(len(half) * sum(length[half].max() for length in lengths) for half in halves)
 
-        halves = [self.cut_in_two(order, left, count - left) for order in orders]
+        halves = []
+        for order in orders:
+            own = np.ones(len(order)) if sizes is None else sizes[order]
+            middles = np.cumsum(own) - own / 2
+            end = np.searchsorted(middles, own.sum() * left / count)
+            end = min(max(end, left * least), len(rows) - right * least)
+            halves.append((order[:end], order[end:]))
         short, long = min(halves, key=padded_size)
-        return [*self.halve(short, left, lengths), *self.halve(long, count - left, lengths)]
-
-    def cut_in_two(self, rows, left, right):
-        """Rows in order as two parts, which are to become `left` and `right` batches."""
-        sizes = np.ones(len(rows))
-        if self.tokens:
-            sizes = self.split.lengths[rows] + self.split.target_lengths[rows]
-        middles = np.cumsum(sizes) - sizes / 2
-        end = np.searchsorted(middles, sizes.sum() * left / (left + right))
-        end = min(max(end, left * self.world), len(rows) - right * self.world)
-        return rows[:end], rows[end:]
+        return [*self.halve(short, left, lengths, sizes, least),
+                *self.halve(long, right, lengths, sizes, least)]
 
     def cut(self, rows):
         """Rows in order as batches: by number, or by tokens, then with a row for each process."""
         if not self.tokens:
             return rows.reshape(-1, self.batch_size)
-        sizes = self.split.lengths[rows] + self.split.target_lengths[rows]
+        sizes = self.sizes[rows]
         middles = np.cumsum(sizes) - sizes / 2
         numbers = np.arange(1, self.per_epoch)
         ends = np.searchsorted(middles, numbers * (sizes.sum() / self.per_epoch))
@@ -1423,6 +1429,14 @@ class Batches:
         ends = np.minimum(ends, len(rows) - fewest[::-1])
         return np.split(rows, ends)
 
+    def passes(self, rows):
+        """The rows of a batch that are this process's, in micro-batches of like length."""
+        rows = rows[np.argsort(self.split.lengths[rows], kind="stable")]
+        count = math.ceil(len(rows) / self.micro)
+        if self.split.has_targets:
+            return self.halve(rows, count, self.scaled)
+        return [rows[i * self.micro:(i + 1) * self.micro] for i in range(count)]
+
     def state_dict(self):
         return {"real": self.real, "computed": self.computed}
 
@@ -1431,11 +1445,8 @@ class Batches:
         self.computed = state["computed"]
 
     def __getitem__(self, step):
-        mine = self.rows(step)[self.rank::self.world]
-        mine = mine[np.argsort(self.split.lengths[mine], kind="stable")]
         batch = []
-        for start in range(0, len(mine), self.micro):
-            rows = mine[start:start + self.micro]
+        for rows in self.passes(self.rows(step)[self.rank::self.world]):
             inputs = self.split.collate(rows, *self.widths)
             for name, mask in inputs.items():
                 if name.startswith("attention_mask"):

@@ -4541,18 +4541,19 @@ def real_share(batches):
     split = batches.split
     computed = np.zeros(2)
     for step in range(batches.per_epoch):
-        rows = batches.rows(step)[batches.rank::batches.world]
-        computed[0] += len(rows) * split.lengths[rows].max()
-        computed[1] += len(rows) * split.target_lengths[rows].max()
+        for rows in batches.passes(batches.rows(step)[batches.rank::batches.world]):
+            computed[0] += len(rows) * split.lengths[rows].max()
+            computed[1] += len(rows) * split.target_lengths[rows].max()
     return split.lengths.sum() / computed[0], split.target_lengths.sum() / computed[1]
 
 
-@pytest.mark.parametrize("name, source, spread, target, target_spread, n", [
-    ("gigaword", 38, 12, 13, 4.4, 200000),
-    ("xsum", 480, 290, 29, 7.3, 1000),
+@pytest.mark.parametrize("name, source, spread, target, target_spread, n, micro", [
+    ("gigaword", 38, 12, 13, 4.4, 200000, 0),
+    ("gigaword", 38, 12, 13, 4.4, 2000, 10),
+    ("xsum", 480, 290, 29, 7.3, 1000, 0),
 ])
 def test_95_of_100_computed_tokens_are_real_on_both_sides(name, source, spread, target,
-                                                          target_spread, n):
+                                                          target_spread, n, micro):
     """Means and deviations of real texts, in a BPE of 16000 words; 2048 tokens a batch."""
     rng = np.random.default_rng(0)
     shape = (source / spread)**2
@@ -4561,9 +4562,18 @@ def test_95_of_100_computed_tokens_are_real_on_both_sides(name, source, spread, 
     fields = {
         "input_ids": data.Field(None, np.concatenate([[0], np.cumsum(lengths)]), 1),
         "labels": data.Field(None, np.concatenate([[0], np.cumsum(targets)]), -100)}
-    batches = data.Batches(data.Split(fields, has_targets=True), None, 0, tokens=2048)
+    split = data.Split(fields, has_targets=True)
+    batches = data.Batches(split, None, 0, tokens=2048, micro=micro)
     on_source, on_target = real_share(batches)
     assert on_source > 0.95 and on_target > 0.95
+
+
+def test_no_pass_over_texts_to_write_has_more_rows_than_asked_for():
+    batches = data.Batches(random_split(400), 23, 0, micro=10)
+    for step in range(batches.per_epoch):
+        passes = batches.passes(batches.rows(step))
+        assert sorted(map(len, passes)) == [7, 8, 8]
+        assert sorted(np.concatenate(passes)) == sorted(batches.rows(step))
 
 
 def test_rows_of_a_fixed_number_are_sorted_on_both_sides_too():
