@@ -2489,11 +2489,13 @@ def main(argv=None):
     def count_tokens(texts):
         return [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
-    count, unit = count_words, "words"
+    count = count_words
+    unit = "words"
     if args.model:
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        count, unit = count_tokens, "tokens"
+        count = count_tokens
+        unit = "tokens"
 
     print(f"{args.task}: {task.path or 'a local file'} {task.config}")
     print(f"  columns  {', '.join(task.columns)}; label {task.label}")

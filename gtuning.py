@@ -936,7 +936,10 @@ class Algorithm1:
     def update_f(self, batch, **joint):
         """A step on f: by Eq. 2, or with D, alpha and beta by Eq. 6. Returns (loss, stats)."""
         import common
-        module, optimizer, schedule, args = self.f, self.optimizer, self.schedule, self.args
+        module = self.f
+        optimizer = self.optimizer
+        schedule = self.schedule
+        args = self.args
         self.lr = schedule.get_last_lr()[0]            # of this step, for the log
         loss, stats = common.backward(self.ddp, batch, self.world, **joint)
         # same: update

@@ -189,9 +189,14 @@ class R3F(torch.nn.Module):
         if lam > 0:
             refuse_regression(model, "R3F")
 
-        self.model, self.lam, self.eps, self.noise = model, lam, eps, noise
-        self.stop_grad, self.share_dropout = stop_grad, share_dropout
-        self.label_smoothing, self.reduction = label_smoothing, reduction
+        self.model = model
+        self.lam = lam
+        self.eps = eps
+        self.noise = noise
+        self.stop_grad = stop_grad
+        self.share_dropout = share_dropout
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
         self.has_dropout = has_dropout(model)
 
     @parametrize.cached()                              # R4F: one power iteration a step, one W
@@ -351,7 +356,8 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
     if both[0].shape[1] != labels.shape[1]:
         raise ValueError(f"the model gives logits at {both[0].shape[1]} positions, but there are "
                          f"labels at {labels.shape[1]}")
-    rows, vocabulary = len(labels), both[0].shape[-1]
+    rows = len(labels)
+    vocabulary = both[0].shape[-1]
     labels = labels.flatten()
     real = (labels != -100).float()
     in_ce = real / real.sum().clamp(min=1)                          # weights by position  (B m,)
@@ -359,9 +365,12 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
              "released": torch.ones_like(real) / rows}[reduction]
 
     places = [logits.detach().contiguous() for logits in both]
-    halves = [half.view(-1, vocabulary) for place in places for half in place.split(rows)]
-    for half in halves:                                             # (B m, V)
-        half[in_kl == 0] = 0                                        # padding has no gradient
+    halves = []
+    for place in places:
+        for half in place.split(rows):
+            half = half.view(-1, vocabulary)                        # (B m, V)
+            half[in_kl == 0] = 0                                    # padding has no gradient
+            halves.append(half)
     ce = torch.zeros((), device=real.device)
     kl = torch.zeros((), device=real.device)
     for few in in_kl.nonzero().squeeze(1).split(max(1, 2**20 // vocabulary)):
@@ -517,7 +526,8 @@ class RDrop(torch.nn.Module):
         refuse_negative(alpha=alpha)
         if alpha > 0:
             refuse_regression(model, "R-Drop")
-        self.model, self.alpha = model, alpha
+        self.model = model
+        self.alpha = alpha
 
     def forward(self, labels, **inputs):
         """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"})."""
@@ -564,8 +574,13 @@ class SMART(torch.nn.Module):
             raise ValueError(f"steps must be at least 1, got {steps}")
         if lam > 0 or bregman > 0:
             refuse_regression(model, "SMART")
-        self.model, self.lam, self.eps, self.sigma = model, lam, eps, sigma
-        self.eta, self.steps, self.bregman = eta, steps, bregman
+        self.model = model
+        self.lam = lam
+        self.eps = eps
+        self.sigma = sigma
+        self.eta = eta
+        self.steps = steps
+        self.bregman = bregman
         if bregman > 0:
             self.average = Average(model, 0.99)                     # th~
 
@@ -611,7 +626,8 @@ class Average(torch.nn.Module):
 
     def __init__(self, model, beta):
         super().__init__()
-        self.copy, self.beta = copy.deepcopy(model).requires_grad_(False), beta
+        self.copy = copy.deepcopy(model).requires_grad_(False)
+        self.beta = beta
         self.register_buffer("last_seen", self.newest(model).clone())
 
     def newest(self, model):
@@ -651,7 +667,11 @@ class FreeLB(torch.nn.Module):
         refuse_negative(adv_lr=adv_lr, init=init, eps=eps)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        self.model, self.steps, self.adv_lr, self.init, self.eps = model, steps, adv_lr, init, eps
+        self.model = model
+        self.steps = steps
+        self.adv_lr = adv_lr
+        self.init = init
+        self.eps = eps
 
     def forward(self, labels, **inputs):
         """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"}); kl is 0."""
@@ -664,7 +684,8 @@ class FreeLB(torch.nn.Module):
         size = real.sum((1, 2), keepdim=True) * z.shape[-1]         # n H          (B, 1, 1)
         z = z * real * self.init / size.sqrt()                      # z_0
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        sums, loss = {}, 0
+        sums = {}                                                   # of the gradients, by weight
+        loss = 0
         for k in range(self.steps + 1):
             z.requires_grad_()
             with replayed(inputs, enabled=k < self.steps), added(self.model, lambda x: z):

@@ -279,9 +279,14 @@ class TDT(torch.nn.Module):
         if hard and mask_token_id is None:
             raise ValueError("hard needs mask_token_id")
         self.model = model
-        self.alpha, self.beta, self.gamma, self.margin = alpha, beta, gamma, margin
+        self.alpha = alpha
+        self.beta = beta
+        self.gamma = gamma
+        self.margin = margin
         self.mu0 = mu0
-        self.hard, self.tau, self.mask_token_id = hard, tau, mask_token_id
+        self.hard = hard
+        self.tau = tau
+        self.mask_token_id = mask_token_id
         self.variant = variant
 
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -429,7 +434,10 @@ class TokenCutoff(torch.nn.Module):
         if model.config.num_labels == 1:
             raise ValueError("token cutoff needs classes: JS of a regression is undefined")
         embedding_layer(model)                         # raises where nothing can fall
-        self.model, self.rate, self.a, self.b = model, rate, a, b
+        self.model = model
+        self.rate = rate
+        self.a = a
+        self.b = b
 
     def forward(self, labels, perturbable=None, **inputs):
         """labels (B,), inputs as the model takes them -> (loss, stats "ce", "ce_cut", "js").
