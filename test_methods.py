@@ -2896,6 +2896,9 @@ README_TABLES = [
     ("gtuning.jsonl", "--baseline adapter", "| | SST-2 | p | IMDB | p | STS-B | p | SICK-R | p |",
      [("sst2", "validation", "accuracy"), ("sst2", "imdb", "accuracy"),
       ("stsb", "validation", "pearson"), ("stsb", "sick-r", "pearson")]),
+    ("gtuning.jsonl", "--baseline adapter", "| | MNLI | p | SICK | p | RTE | p | HANS | p |",
+     [("mnli", "validation_matched", "accuracy"), ("mnli", "sick", "accuracy"),
+      ("rte", "validation", "accuracy"), ("rte", "hans", "accuracy")]),
 ]
 
 
