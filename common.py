@@ -91,9 +91,10 @@ def task_name(text):
 def own_name(text):
     """The name of one's own task, which becomes a folder's name."""
     plain = all(letter.isalnum() or letter in "._-" for letter in text)
-    if not plain or not text[:1].isalnum() or text in data.TASKS:
+    if not plain or not text[:1].isalnum() or text in [*data.TASKS, "grid"]:
         raise argparse.ArgumentTypeError(
-            f"must be letters, digits, '.', '_' and '-', and no name of the table, got {text!r}")
+            "must be letters, digits, '.', '_' and '-', and no name of the table, nor grid, "
+            f"got {text!r}")
     return text
 
 
@@ -439,11 +440,15 @@ class World:
 
     @contextlib.contextmanager
     def first(self):
-        """Rank 0 runs the block first; the others wait, then find its files."""
-        if self.rank > 0:
+        """Rank 0 runs the block first, then the first process of each other machine, whose folders
+        may be its own, then all others, who find the files."""
+        turn = 2
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            turn = 1 if self.rank else 0
+        for _ in range(turn):
             self.barrier()
         yield
-        if self.rank == 0:
+        for _ in range(2 - turn):
             self.barrier()
 
     def autocast(self):
@@ -641,7 +646,7 @@ def prepare(args, world, check=None, also_scores=(), **options):
     """
     with world.first():
         rows = data.load(args, also_scores)
-    for line in rows.skipped:
+    for line in rows.warnings:
         world.say(f"warning: {line}")
     if check:
         check(rows.task)
@@ -706,9 +711,10 @@ def hold_out(args, setup):
     n = args.dev_samples
     if not n:
         return
-    left = len(setup.train) - n
+    whole = len(setup.train.whole_rows)
+    left = whole - n
     if left < max(args.batch_size or 1, args.train_samples or 0):
-        raise UserError(f"--dev_samples {n}: of the {len(setup.train)} training rows {left} would "
+        raise UserError(f"--dev_samples {n}: of the {whole} training rows {left} would "
                         "be left, fewer than --train_samples or --batch_size")
     chosen = data.subset(setup.train, n, 0)
     others = np.setdiff1d(np.arange(len(setup.train)), chosen)
@@ -745,10 +751,14 @@ def tell_settings(args, setup, world):
     names = setup.task.label_names
     labels = ", ".join(names[:20]) + (f" ... ({len(names)})" if len(names) > 20 else "")
     by_recipe = [name for name in args.recipe if name not in args.by_hand]
+    usual = [name for name in ("lr", "epochs", "max_steps", "batch_size", "batch_tokens")
+             if name not in [*args.recipe, *args.by_hand] and getattr(args, name) is not None]
     by_hand = [name for name in args.by_hand if name not in ("choosing", "grid")]
     world.say(f"{args.task}, {args.model}")
     world.say(f"  recipe      {args.recipe_name}" + (f": {listed(by_recipe)}" if by_recipe else ""))
     world.say(f"  set by you  {listed(by_hand)}")
+    if usual:
+        world.say(f"  defaults    {listed(usual)}")
     if args.idle:
         world.say(f"  no effect   {listed(args.idle)}: not of {' '.join(args.method)}")
     world.say(f"  labels      {labels or setup.kind.answer}")
@@ -1040,10 +1050,7 @@ def write_scored(folder, scored, world):
         return
     path = os.path.join(folder, "scored.npz")
     there = read_scored(path)
-    try:
-        replace_file(path, lambda file: np.savez(file, **{**there, **scored}))
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from None
+    save_file(path, lambda file: np.savez(file, **{**there, **scored}))
 
 
 def read_scored(path):
@@ -1642,13 +1649,23 @@ def replace_text(path, text):
     replace_file(path, lambda file: file.write(text.encode()))
 
 
+def save_file(path, write):
+    """`replace_file`. RunError if it cannot be written."""
+    try:
+        replace_file(path, write)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
+
+
+def save_json(path, value):
+    """RunError if it cannot be written."""
+    save_file(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
 def write_file(path, write, world):
-    """`replace_file` from rank 0, which says so. RunError if it cannot be written."""
+    """`save_file` from rank 0, which says so."""
     if world.rank == 0:
-        try:
-            replace_file(path, write)
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror}") from None
+        save_file(path, write)
     world.say(f"wrote {path}")
 
 
@@ -1759,7 +1776,7 @@ def note_search(args, results, searched):
         folder = run_folder(args, result["method"], result["seed"])
         path = os.path.join(folder, "results.json")
         if own_rank() == 0 and os.path.exists(path):
-            replace_text(path, json.dumps(result, indent=1))
+            save_json(path, result)
 
 
 def write_search(args, method, cells, scores, chosen):
@@ -1769,8 +1786,7 @@ def write_search(args, method, cells, scores, chosen):
     os.makedirs(folder, exist_ok=True)
     tried = [{"flags": cell, "score": score} for cell, score in zip(cells, scores)]
     search = {"method": method, "held_out_rows": args.dev_samples, "tried": tried, "chosen": chosen}
-    path = os.path.join(folder, f"search-{method}.json")
-    replace_text(path, json.dumps(search, indent=1))
+    save_json(os.path.join(folder, f"search-{method}.json"), search)
     print(f"{args.task} {method}: chosen of {len(cells)}: {' '.join(chosen) or 'the defaults'}")
 
 
@@ -3028,7 +3044,9 @@ def remarks(table):
                       "score would change is not in them")
         if table.over_rows:
             seeds = min(n for methods in table.over_rows.values() for n, *_ in methods.values())
-            few = f" With {counted(seeds, 'seed')} seeds hardly vary in these." if seeds < 5 else ""
+            few = ""
+            if seeds < 5:
+                few = f" With no more than {counted(seeds, 'seed')} those hardly vary in these."
             said.append(f"{over_seeds}, but in those over seeds and rows.{few}")
         else:
             said.append(f"{over_seeds} (see --rows).")
@@ -3626,7 +3644,8 @@ def report_flags():
     p.error = refuse
     p.add_argument("places", nargs="+", metavar="FOLDER",
                    help="all runs below are one table; a file of kept lines (.jsonl) is one each")
-    p.add_argument("--baseline", default="std", metavar="METHOD", help="what differences are to")
+    p.add_argument("--baseline", metavar="METHOD",
+                   help="what differences are to (std, or adapter where there is no std)")
     p.add_argument("--interval", default="t", choices=[*INTERVALS],
                    help="of the mean difference: Student's, or a bootstrap over the seeds")
     p.add_argument("--rows", type=number(int, 100), nargs="?", const=10000, metavar="DRAWS",
@@ -3641,6 +3660,12 @@ def report_flags():
     p.add_argument("--out", default="", metavar="DIR",
                    help="where the report is written (the first folder)")
     return p
+
+
+def usual_baseline(runs):
+    """The method that others are compared to: plain fine-tuning, or the plain adapter."""
+    methods = {run.label for run in runs}
+    return "adapter" if "adapter" in methods and "std" not in methods else "std"
 
 
 def main_report(argv=None):
@@ -3660,12 +3685,13 @@ def main_report(argv=None):
     tables = []
     for title, runs in found:
         refuse_unlike(runs, free)
-        tables.append(build_table(title, runs, args.baseline, args.interval, args.rows))
+        baseline = args.baseline or usual_baseline(runs)
+        tables.append(build_table(title, runs, baseline, args.interval, args.rows))
     if args.rows and not any(table.over_rows for table in tables):
         raise UserError("--rows: must be of folders with runs of a method and of the baseline on "
                         "the same rows; kept lines hold no predictions")
     columns = {column for table in tables for column in table.columns}
-    if args.baseline not in columns and args.baseline != "std":
+    if args.baseline and args.baseline not in columns:
         raise UserError(f"--baseline {args.baseline}: must be one of {', '.join(sorted(columns))}")
 
     probes = read_probes(args.places, left_out)
@@ -3864,7 +3890,10 @@ def post_trained(args, setup, seed, world):
     if model.config.is_encoder_decoder:
         raise UserError(f"{given} must be an encoder; it has a decoder")
 
-    rows = training_rows(setup, args, seed).rows
+    chosen = training_rows(setup, args, seed)
+    rows = chosen.rows
+    if "note_row" in chosen.fields:                    # parts of rows know all of these
+        rows = rows.select(chosen.whole_rows)
     split = data.encode(rows, setup.task, tokenizer, args.max_length)
     for name in ("labels", "perturbable"):
         split.fields.pop(name, None)

@@ -369,14 +369,14 @@ def check_task(name, flag):
 class Rows(NamedTuple):
     """All that a run reads, checked. Rows are a `datasets.Dataset`, see Kind.read.
 
-    own: the validation splits. further: the sets of --eval_tasks. skipped: lines on those that are
-    not there. unscored: splits to predict.
+    own: the validation splits. further: the sets of --eval_tasks. warnings: lines, on those that
+    are not there and the like. unscored: splits to predict.
     """
     task: Task
     train: object                                                       # rows
     own: dict                                                           # {split: rows}
     further: dict                                                       # {name: (task, rows)}
-    skipped: list
+    warnings: list
     unscored: dict                                                      # {split: rows}
 
 
@@ -403,8 +403,11 @@ def load(args, also_scores=()):
             raise UserError(f"--{flag} {value}: must be at most the {len(train)} training rows")
 
     unscored = load_unscored(args, task)
-    further, skipped = load_further(args, task, also_scores)
-    return Rows(task, train, splits, further, skipped, unscored)
+    further, warnings = load_further(args, task, also_scores)
+    if args.task in local_files(args):
+        warnings.append(f"--local_file {args.task}: is all splits of {args.task}, so what is "
+                        "scored was trained on")
+    return Rows(task, train, splits, further, warnings, unscored)
 
 
 def load_to_use(args, also_scores):
@@ -425,8 +428,8 @@ def load_to_use(args, also_scores):
     unscored = load_predicted(args, task)
     if args.test_file:
         unscored[set_name(args, "test_file")] = read_own(args, "test_file", task)
-    further, skipped = load_further(args, task, also_scores)
-    return Rows(task, None, own, further, skipped, unscored)
+    further, warnings = load_further(args, task, also_scores)
+    return Rows(task, None, own, further, warnings, unscored)
 
 
 def task_of_run(args):
@@ -458,7 +461,10 @@ def read_own(args, flag, task):
     if len(columns) != len(task.columns):
         raise UserError(f"--text_columns {' '.join(columns)}: must be {len(task.columns)} for "
                         f"{args.task}")
-    table.update((name, table[column]) for name, column in zip(task.columns, columns))
+    texts = {name: table[column] for name, column in zip(task.columns, columns)}
+    table.update(texts)                                # all read before the first is written
+    if flag == "test_file":
+        drop_blank_labels(table, task)
     return KINDS[task.kind].read(table, task, path)
 
 
@@ -477,10 +483,15 @@ def load_unscored(args, task):
     unscored = load_predicted(args, task)
     if args.test_file:
         table = read_file(args.test_file, "--test_file")
-        if not any(map(label_of, table.get(task.label, []))):            # a column without any
-            table.pop(task.label, None)
+        drop_blank_labels(table, task)
         unscored["test"] = KINDS[task.kind].read(table, task, args.test_file)
     return unscored
+
+
+def drop_blank_labels(table, task):
+    """Takes the column of labels out of a table of rows to predict, if it has none in it."""
+    if not any(map(label_of, table.get(task.label, []))):
+        table.pop(task.label, None)
 
 
 def load_predicted(args, task):
@@ -1058,7 +1069,7 @@ def encode(rows, task, tokenizer, max_length, **options):
         state = tokenizer.backend_tokenizer.to_str()
     else:
         state = [type(tokenizer).__name__, tokenizer.get_vocab()]
-    wanted = [tokenizer.model_input_names, tokenizer.padding_side]
+    wanted = [tokenizer.model_input_names, tokenizer.padding_side, tokenizer.truncation_side]
     settings = [task.kind, task.columns, max_length, sorted(options.items())]
     key = Hasher.hash([rows._fingerprint, state, wanted, settings, ENCODING_VERSION])
 
@@ -1071,12 +1082,11 @@ def encode(rows, task, tokenizer, max_length, **options):
         cache_file_name=os.path.join(folder, f"{key}.arrow"), desc="tokenising")
     table = encoded.with_format("arrow")[:]
 
-    cut = int(sum(table["cut"].to_pylist()))
     fills = {"input_ids": tokenizer.pad_token_id, "labels": -100}
     fields = {}
     for name in table.column_names:
-        if name != "cut":
-            fields[name] = flat(table[name], fills.get(name.removesuffix("_2"), 0))
+        fields[name] = flat(table[name], fills.get(name.removesuffix("_2"), 0))
+    fields["note_cut"] = fields.pop("cut")
     if "note_begins" in fields:
         begins = fields.pop("note_begins").values
         fields["note_row"] = Field(np.cumsum(begins) - 1, None, 0)
@@ -1084,7 +1094,7 @@ def encode(rows, task, tokenizer, max_length, **options):
         both = [fields.pop(name).values for name in ("labels_start", "labels_end")]
         fields["labels"] = Field(np.stack(both, 1), None, 0)            # (n, 2)
     left = tokenizer.padding_side == "left"
-    return Split(fields, cut, left, rows, has_targets=KINDS[task.kind].decodes)
+    return Split(fields, left, rows, has_targets=KINDS[task.kind].decodes)
 
 
 def make_cache_folder(folder):
@@ -1184,18 +1194,17 @@ class Field(NamedTuple):
 class Split:
     """Encoded rows: fields {name: Field}.
 
-    cut: how many rows were truncated. left: whether the model wants its padding there (XLNet).
+    left: whether the model wants its padding there (XLNet).
     rows: the Dataset that they were made of, or None. lengths (n,): tokens of each row.
     has_targets: labels are lists of their own, for a decoder to write, not one a row or a token.
     target_lengths (n,): how long these are, else 0.
 
-    A field note_NAME is for the scores, and no batch has it. note_row (n,): where one of `rows` was
-    split into several, the one that each is a part of.
+    A field note_NAME is in no batch. note_cut (n,): 1 where a row was truncated. note_row (n,):
+    where one of `rows` was split into several, the one that each is a part of.
     """
 
-    def __init__(self, fields, cut=0, left=False, rows=None, has_targets=False):
+    def __init__(self, fields, left=False, rows=None, has_targets=False):
         self.fields = fields
-        self.cut = cut
         self.left = left
         self.rows = rows
         inputs = [field for name, field in fields.items() if name.startswith("input_ids")]
@@ -1211,6 +1220,18 @@ class Split:
     @property
     def labels(self):
         return self.fields["labels"].values
+
+    @property
+    def cut(self):
+        """How many rows were truncated."""
+        return int(self.fields["note_cut"].values.sum()) if "note_cut" in self.fields else 0
+
+    @property
+    def whole_rows(self):
+        """Which of `rows` these are, each once; all where none was split."""
+        if "note_row" in self.fields:
+            return np.unique(self.fields["note_row"].values)
+        return np.arange(len(self))
 
     def column(self, name):
         """A column of the rows, such as their own names, or None if they have it not."""
@@ -1234,9 +1255,9 @@ class Split:
                 ends = np.cumsum([len(part) for part in parts])
                 fields[name] = Field(np.concatenate(parts), np.concatenate([[0], ends]), fill)
         if "note_row" in self.fields:
-            return Split(fields, self.cut, self.left, self.rows, self.has_targets)
+            return Split(fields, self.left, self.rows, self.has_targets)
         kept = None if self.rows is None else self.rows.select(rows)
-        return Split(fields, self.cut, self.left, kept, self.has_targets)
+        return Split(fields, self.left, kept, self.has_targets)
 
     def sentences(self):
         """Each text a row of its own: the first text of all rows, then the second.
@@ -1253,7 +1274,7 @@ class Split:
                 more, more_offsets, _ = self.fields[name + "_2"]
                 joined = np.concatenate([offsets, len(values) + more_offsets[1:]])
                 fields[name] = Field(np.concatenate([values, more]), joined, fill)
-        return Split(fields, self.cut, self.left)
+        return Split(fields, self.left)
 
     def collate(self, rows, width=0, target_width=0):
         """Tensors of the given rows: (B, n), padded to their longest or to `width`; labels (B,).
@@ -1487,7 +1508,7 @@ def subset(split, n, seed):
     rng = np.random.default_rng([seed, n])
     if "note_row" in split.fields:
         part_of = split.fields["note_row"].values
-        chosen = rng.permutation(np.unique(part_of))[:n]
+        chosen = rng.permutation(split.whole_rows)[:n]
         return np.flatnonzero(np.isin(part_of, chosen))
     if labels.dtype.kind == "f" or split.has_targets:
         return np.sort(rng.permutation(len(split))[:n])
@@ -2506,7 +2527,7 @@ def main(argv=None):
         try:
             rows = read(task, split, args.task, args)
         except UserError as error:
-            if args.local_file:
+            if args.local_file or not task.path:
                 raise
             print(f"  {split}: {error}")
             continue

@@ -867,8 +867,8 @@ def probe(args, argv):
     import common
     import data
     if not args.probe or not args.probe_tasks:
-        raise common.UserError("--probe: needs --probe_tasks, the tasks of the linear layers, and "
-                               "they need it")
+        raise common.UserError("--probe: goes together with --probe_tasks, the tasks of the linear "
+                               "layers")
     for name in args.probe_tasks:
         data.check_task(name, "--probe_tasks")
         kind = data.TASKS[name].kind

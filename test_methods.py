@@ -842,7 +842,7 @@ def test_a_group_is_scored_on_the_split_that_is_named_where_there_is_one(monkeyp
 def test_what_is_skipped_is_said(tiny_folder, monkeypatch, cache, capsys):
     args = parse("r3f", "--model", tiny_folder)
     rows = data.load(args)
-    rows = rows._replace(skipped=["one", "two"])
+    rows = rows._replace(warnings=["one", "two"])
     monkeypatch.setattr(data, "load", lambda args, also_scores: rows)
     with common.processes(args) as world:
         common.prepare(args, world)
@@ -891,9 +891,28 @@ def pairs_file(folder, labels):
 
 @pytest.mark.parametrize("labels, row", HIDDEN)
 def test_a_hidden_label_is_refused_with_its_row(labels, row, tmp_path):
+    task = data.TASKS["bustm"]
     given = settings(task="bustm", local_file=[f"bustm={pairs_file(tmp_path, labels)}"])
-    message = refusal(data.load, given)
+    rows = data.read(task, "train", "bustm", given)
+    message = refusal(data.refuse_hidden, task, rows, "--task bustm: split train")
     assert message.startswith(f"--task bustm: split train: row {row} has a hidden label (-1")
+
+
+def test_a_file_that_is_trained_and_scored_on_is_told(tmp_path):
+    given = settings(task="bustm", local_file=[f"bustm={pairs_file(tmp_path, [0, 1, 1])}"],
+                     batch_size=2)
+    line, = data.load(given).warnings
+    assert line.startswith("--local_file bustm: is all splits of bustm")
+
+
+def test_text_columns_in_another_order_are_read_as_they_are(tmp_path):
+    path = write(tmp_path / "t.csv", "sentence1,sentence2,query,label\nA,B,C,\nD,E,F,\n")
+    for columns, wanted in ((["sentence2", "sentence1"], ["B", "A"]),
+                            (["query", "sentence1"], ["C", "A"])):
+        given = settings(task="mrpc", test_file=str(path), text_columns=columns)
+        rows = data.read_own(given, "test_file", data.TASKS["mrpc"])
+        assert [rows[0]["sentence1"], rows[0]["sentence2"]] == wanted
+        assert rows["label"][:] == [-1, -1]            # the blank column is none
 
 
 @pytest.mark.parametrize("labels, row", HIDDEN)
@@ -1164,13 +1183,16 @@ def test_labels_of_many_numbers_are_one_more_field():
 
 
 def test_take_keeps_some_rows():
-    split = split_of([2, 4, 3], labels=[0, 1, 2], cut=1, left=True, names=["x", "y", "z"])
+    split = split_of([2, 4, 3], labels=[0, 1, 2], left=True, names=["x", "y", "z"])
+    split.fields["note_cut"] = data.Field(np.array([0, 1, 1]), None, 0)
+    assert split.cut == 2
     taken = split.take(np.array([2, 0]))
     assert len(taken) == 2
     assert taken.lengths.tolist() == [3, 2]
     assert taken.labels.tolist() == [2, 0]
     assert taken.column("id") == ["z", "x"]
-    assert taken.left
+    assert taken.left and taken.cut == 1
+    assert taken.whole_rows.tolist() == [0, 1]
     assert taken.collate(np.array([0, 1]))["input_ids"].tolist() == [[7, 7, 7], [7, 5, 5]]
 
 
@@ -2398,6 +2420,7 @@ r3f | --threads -1 | --threads
 r3f | --batching length random | --batching length random: must be one name
 r3f | --name ../x | --name: must be letters
 r3f | --name sst2 | --name: must be letters
+r3f | --name grid | --name: must be letters
 r3f | --model no/such-model | --model no/such-model
 r3f | --model NOPAD | no pad token
 r3f | --model EMPTY | --model
@@ -2852,6 +2875,16 @@ def test_flags_that_are_the_method(tmp_path, capsys):
     assert "--lam is not the same for the runs of more on rte" in refused_report(folder)
     table, = common.main_report([str(folder), "--by", "weight_noise", "lam"])
     assert table.columns == ["std", "more lam=1.0", "more lam=5.0", "std weight_noise=0.15"]
+
+
+def test_without_std_the_adapter_is_the_baseline(tmp_path):
+    folder = tmp_path / "runs"
+    for seed in range(2):
+        for method in ("adapter", "gtuning"):
+            write_run(folder, results_of("rte", method, seed, 60 + seed))
+    assert common.main_report([str(folder)])[0].baseline == "adapter"
+    write_run(folder, results_of("rte", "std", 0, 60))
+    assert common.main_report([str(folder)])[0].baseline == "std"
 
 
 # ------------------------------------------------------------------------------------ kept lines
@@ -8561,10 +8594,10 @@ def test_a_chain_of_runs_is_told_link_by_link(newcomers_runs, tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--probe", "."], "--probe: needs --probe_tasks"),
+    (["--probe", "."], "--probe: goes together with --probe_tasks"),
     (["--probe", "nowhere", "--probe_tasks", "toy"], "--probe nowhere: must be the folder"),
     (["--probe", ".", "--probe_tasks", "sst-2"], "--probe_tasks sst-2"),
-    (["--probe_tasks", "toy"], "--probe: needs --probe_tasks, the tasks of the linear layers, and"),
+    (["--probe_tasks", "toy"], "--probe: goes together with --probe_tasks"),
 ])
 def test_probes_of_nothing_are_refused(words, message, tmp_path):
     assert message in refusal(probe, tmp_path, *words)
