@@ -1196,6 +1196,16 @@ def test_take_keeps_some_rows():
     assert taken.collate(np.array([0, 1]))["input_ids"].tolist() == [[7, 7, 7], [7, 5, 5]]
 
 
+def test_whole_rows_of_parts_are_each_counted_once():
+    split = split_of([2, 4, 3, 5], names=["x", "y", "z"])
+    split.fields["note_row"] = data.Field(np.array([0, 0, 1, 2]), None, 0)
+    assert split.whole_rows.tolist() == [0, 1, 2]
+    assert split.take(np.array([0, 1, 3])).whole_rows.tolist() == [0, 2]
+    setup = common.Setup(data.TASKS["toy-tag"], None, split, {}, {}, {}, {})
+    args = settings(dev_samples=3, batch_size=1, train_samples=None)
+    assert "of the 3 training rows 0 would be left" in refusal(common.hold_out, args, setup)
+
+
 def test_sentences_are_the_first_texts_and_then_the_second():
     fields = {
         "input_ids": data.Field(np.arange(5), np.array([0, 2, 5]), 7),
