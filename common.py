@@ -686,12 +686,14 @@ def prepare(args, world, check=None, also_scores=(), **options):
 
 def warn_of_empty_texts(args, rows, world):
     """A line for each set in which there are some. They are used like all others."""
+    if args.choosing or world.rank > 0:
+        return
     parts = {name: (rows.task, part) for name, part in {**rows.own, **rows.unscored}.items()}
     if rows.train is not None:
         parts = {"train": (rows.task, rows.train), **parts}
     for name, (task, part) in {**parts, **rows.further}.items():
         count = data.count_empty_texts(task, part)
-        if count and not args.choosing:
+        if count:
             world.say(f"warning: {name}: {count} of {len(part)} rows have an empty text")
 
 

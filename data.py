@@ -1427,9 +1427,9 @@ class Batches:
 
         halves = []
         for order in orders:
-            own = np.ones(len(order)) if sizes is None else sizes[order]
-            middles = np.cumsum(own) - own / 2
-            end = np.searchsorted(middles, own.sum() * left / count)
+            weights = np.ones(len(order)) if sizes is None else sizes[order]
+            middles = np.cumsum(weights) - weights / 2
+            end = np.searchsorted(middles, weights.sum() * left / count)
             end = min(max(end, left * least), len(rows) - right * least)
             halves.append((order[:end], order[end:]))
         short, long = min(halves, key=padded_size)

@@ -1144,6 +1144,8 @@ def test_encoding_is_cached_until_rows_tokenizer_or_settings_change(tokenizer, m
     assert count(rows={**PAIRS, "label": [0, 1]}) == 1
     tokenizer.padding_side = "left"
     assert count() == 1
+    tokenizer.truncation_side = "left"
+    assert count() == 1
     tokenizer.add_tokens(["plotless"])
     assert count() == 1
 
@@ -1551,6 +1553,7 @@ def test_a_local_file_is_described_and_a_wrong_one_refused(tmp_path, capsys):
     assert "  validation: 3 rows; words" in capsys.readouterr().out
     wrong = ["bustm", "--local_file", "bustm=no.csv"]
     assert refusal(data.main, wrong) == "--local_file no.csv: no such file"
+    assert refusal(data.main, ["bustm"]).startswith("--task bustm: has no hub id")
     assert refusal(data.main, ["imbd"]) == "task imbd: no such task; did you mean imdb?"
 
 
@@ -1666,7 +1669,37 @@ def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, cache, capsys):
     assert "toy" in line and "lr 0.0005" in line and "epochs" not in line
     by_hand = next(line for line in told if "set by you" in line)
     assert "max_steps 12" in by_hand and "seeds 0" in by_hand
-    assert "no effect" not in " ".join(told)
+    assert "no effect" not in " ".join(told) and "  defaults " not in " ".join(told)
+
+
+def test_the_rate_is_told_where_no_recipe_sets_it(tiny_folder, tmp_path, cache, capsys):
+    write(tmp_path / "t.csv", "text,label\n" + "good film,a\ndull plot,b\n" * 8)
+    run("r3f", tiny_folder, tmp_path, "--train_file", tmp_path / "t.csv", "--validation_file",
+        tmp_path / "t.csv", "--method", "std", "--batch_size", 4)
+    assert "  defaults    lr 1e-05\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rank, local_rank, before", [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
+def test_each_machine_makes_its_folders_once(rank, local_rank, before, monkeypatch):
+    """Two machines of two processes: rank 0, then the other machine's first, then the others."""
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    world = common.World.__new__(common.World)
+    world.rank = rank
+    seen = []
+    world.barrier = lambda: seen.append("barrier")
+    with world.first():
+        seen.append("block")
+    assert seen.index("block") == before and len(seen) == 3
+
+
+def test_a_full_disk_in_a_search_is_one_line(tmp_path, monkeypatch):
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common, "replace_file", full)
+    args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9)
+    with pytest.raises(common.RunError, match="search-std.json: No space left"):
+        common.write_search(args, "std", [["--lr=1"]], [0.5], ["--lr=1"])
 
 
 def test_flags_of_other_methods_are_said_to_have_no_effect(tiny_folder, tmp_path, cache, capsys):
@@ -2936,10 +2969,10 @@ README_TABLES = [
     ("toy-tdt.jsonl", "--by alpha beta variant", "| TDT | films | p | food | p |", TOY_SETS),
     ("1000.jsonl", "", "| | SST-2, accuracy | p | CoLA, MCC | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
-    ("gtuning.jsonl", "--baseline adapter", "| | SST-2 | p | IMDB | p | STS-B | p | SICK-R | p |",
+    ("gtuning.jsonl", "", "| | SST-2 | p | IMDB | p | STS-B | p | SICK-R | p |",
      [("sst2", "validation", "accuracy"), ("sst2", "imdb", "accuracy"),
       ("stsb", "validation", "pearson"), ("stsb", "sick-r", "pearson")]),
-    ("gtuning.jsonl", "--baseline adapter", "| | MNLI | p | SICK | p | RTE | p | HANS | p |",
+    ("gtuning.jsonl", "", "| | MNLI | p | SICK | p | RTE | p | HANS | p |",
      [("mnli", "validation_matched", "accuracy"), ("mnli", "sick", "accuracy"),
       ("rte", "validation", "accuracy"), ("rte", "hans", "accuracy")]),
 ]
@@ -6293,6 +6326,20 @@ def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_bert
     with pytest.raises(UserError, match="other flags: --post_train 30.0"):
         tdt.main(argv)
     assert plain["args"]["post_train"] is None
+
+
+def test_post_training_of_split_rows_reads_those_that_are_trained_on(toy_bert, cache, monkeypatch):
+    read = []
+
+    def note(model, split, *others):
+        read.append(len(split.whole_rows))
+
+    monkeypatch.setattr(common, "post_train", note)
+    r3f.main(["--task", "toy-tag", "--method", "std", "--seeds", "0", "--max_steps", "1",
+              "--batch_size", "8", "--max_length", "12", "--train_samples", "50",
+              "--dev_samples", "100", "--post_train", "1", "--precision", "fp32",
+              "--model", f"{toy_bert}/model", "--output_dir", f"{toy_bert}/runs"])
+    assert read == [50]
 
 
 def test_other_rows_or_epochs_are_another_post_training(toy_bert, cache):
