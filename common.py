@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import glob
 import hashlib
 import html
 import itertools
@@ -98,12 +99,25 @@ def own_name(text):
     return text
 
 
+class Help(argparse.HelpFormatter):
+    """Shows the defaults, but for flags that are off, or whose help says what holds without."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is False or default in (None, "", [], argparse.SUPPRESS):
+            return action.help
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        return f"{action.help} (default: {default})".replace("%", "%%")
+
+
 def parser(doc, methods, default_methods):
     """The flags that all scripts have. A script adds its own group."""
     p = argparse.ArgumentParser(
         description=doc.strip().split("\n")[0], allow_abbrev=False,
-        epilog="A task's recipe from the paper overrides these defaults; a flag overrides both.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        epilog="A task's recipe from the paper overrides these defaults; a flag overrides both. "
+               "Choices with a number are explained at the top of the script.",
+        formatter_class=Help)
     p.error = refuse
     add_data_flags(p.add_argument_group("data"))
     add_model_flags(p.add_argument_group("model"))
@@ -650,7 +664,7 @@ def prepare(args, world, check=None, also_scores=(), **options):
         world.say(f"warning: {line}")
     if check:
         check(rows.task)
-    warn_of_empty_texts(args, rows, world)
+    warn_of_texts(args, rows, world)
     kind = data.KINDS[rows.task.kind]
     if args.batch_tokens and not kind.decodes:
         raise UserError(f"--batch_tokens {args.batch_tokens}: is for texts that are written; "
@@ -684,17 +698,25 @@ def prepare(args, world, check=None, also_scores=(), **options):
     return setup
 
 
-def warn_of_empty_texts(args, rows, world):
-    """A line for each set in which there are some. They are used like all others."""
+def warn_of_texts(args, rows, world):
+    """A line for each set with empty texts, and with texts to write that have no word for ROUGE."""
     if args.choosing or world.rank > 0:
         return
-    parts = {name: (rows.task, part) for name, part in {**rows.own, **rows.unscored}.items()}
+    scored = {name: (rows.task, part) for name, part in rows.own.items()}
+    scored.update(rows.further)
+    others = {name: (rows.task, part) for name, part in rows.unscored.items()}
     if rows.train is not None:
-        parts = {"train": (rows.task, rows.train), **parts}
-    for name, (task, part) in {**parts, **rows.further}.items():
+        others["train"] = rows.task, rows.train
+    for name, (task, part) in {**others, **scored}.items():
         count = data.count_empty_texts(task, part)
         if count:
             world.say(f"warning: {name}: {count} of {len(part)} rows have an empty text")
+    for name, (task, part) in scored.items():
+        if data.KINDS[task.kind].decodes:
+            count = sum(not data.words_of(text) for text in part["label"])
+            if count:
+                world.say(f"warning: {name}: in {count} of {len(part)} rows the {task.label} has "
+                          "no word for ROUGE, which knows a-z and 0-9 alone")
 
 
 def with_main_metric(task, name):
@@ -1556,8 +1578,13 @@ def take_runs(args, methods, labels_of=None, encoded_by=("model", "max_length"))
 def read_finished(folder, methods):
     """results.json of a finished run of one of these methods. UserError."""
     wanted = f"--run {folder}: must be the folder of a finished run of {', '.join(methods)}"
+    path = os.path.join(folder, "results.json")
+    below = sorted(glob.glob("*/results.json", root_dir=folder))
+    if below and not os.path.exists(path):
+        run = os.path.join(folder, os.path.dirname(below[0]))
+        raise UserError(f"{wanted}: it holds several, such as {run}")
     try:
-        results = read_results(os.path.join(folder, "results.json"))
+        results = read_results(path)
     except (OSError, UserError) as error:
         raise UserError(f"{wanted}: {first_line(error)}") from None
     if results["method"] not in list(methods):
@@ -2882,13 +2909,17 @@ def refuse_unlike(runs, free):
 
 
 def refuse_flags(run, other, names, whose):
-    for name in sorted(names):
-        mine = run.flags.get(name)
-        theirs = other.flags.get(name)
-        if mine != theirs:
-            raise UserError(
-                f"--{name} is not the same for {whose}: {theirs} in {other.where}, {mine} in "
-                f"{run.where}; report them apart, or allow it by --differ {name}")
+    unlike = [name for name in sorted(names) if run.flags.get(name) != other.flags.get(name)]
+    if not unlike:
+        return
+    name = unlike[0]
+    others = ""
+    if len(unlike) > 1:
+        others = f" (nor --{', --'.join(unlike[1:])})"
+    raise UserError(
+        f"--{name} is not the same for {whose}: {other.flags.get(name)} in {other.where}, "
+        f"{run.flags.get(name)} in {run.where}{others}; report them apart, or allow it by --differ "
+        f"{' '.join(unlike)}")
 
 
 # ----------------------------------------------------------------------  9  the report: the numbers
@@ -3642,7 +3673,7 @@ def report_flags():
     p = argparse.ArgumentParser(
         description="The report: finished runs as one table over tasks, methods and seeds, printed "
                     "and written as report.tsv and report.html.",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        allow_abbrev=False, formatter_class=Help)
     p.error = refuse
     p.add_argument("places", nargs="+", metavar="FOLDER",
                    help="all runs below are one table; a file of kept lines (.jsonl) is one each")

@@ -2250,7 +2250,7 @@ KINDS = {
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_regress, hidden=hidden_number, comparable=any_model, tokenise=tokenise_texts,
         forward=logits_of, collect=collect_rows, score=score_rows, text=number_text,
-        write=write_numbers, answer="a number", eval_size=usual_size,
+        write=write_numbers, answer="a number (regression)", eval_size=usual_size,
         predictions=predicted_numbers),
     "generate": Kind(
         auto_class="AutoModelForSeq2SeqLM", settings=no_settings,

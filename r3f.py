@@ -80,7 +80,7 @@ METHODS = {                                            # the kinds of task it ca
 
 # Why a method cannot train a kind of task.
 WHY = {
-    "regress": ": its KL is undefined (paper, footnote 1)",
+    "regress": ", its labels are numbers: the KL is undefined (paper, footnote 1)",
     "generate": ": R4F finds no head of its own there (paper, section 3.2), the rivals no classes",
 }
 

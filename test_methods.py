@@ -1682,11 +1682,11 @@ def test_the_rate_is_told_where_no_recipe_sets_it(tiny_folder, tmp_path, cache, 
 @pytest.mark.parametrize("rank, local_rank, before", [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
 def test_each_machine_makes_its_folders_once(rank, local_rank, before, monkeypatch):
     """Two machines of two processes: rank 0, then the other machine's first, then the others."""
+    seen = []
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(common.World, "barrier", lambda self: seen.append("barrier"))
     world = common.World.__new__(common.World)
     world.rank = rank
-    seen = []
-    world.barrier = lambda: seen.append("barrier")
     with world.first():
         seen.append("block")
     assert seen.index("block") == before and len(seen) == 3
@@ -1721,6 +1721,15 @@ def test_empty_texts_are_counted(tiny_folder, tmp_path, cache, capsys):
     assert "1 of 3 rows have an empty text\n" in told
     rows = datasets.Dataset.from_dict({"text": ["a", " ", "\n", "b "]}).select([1, 3, 2])
     assert data.count_empty_texts(data.TASKS["sst2"], rows.rename_column("text", "sentence")) == 2
+
+
+def test_texts_to_write_without_a_word_for_rouge_are_counted(capsys):
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": ["Ein Wort", "\u7535\u5f71"]})
+    loaded = data.Rows(data.TASKS["toy-sum"], None, {"validation": rows}, {}, [], {"test": rows})
+    world = types.SimpleNamespace(rank=0, say=print)
+    common.warn_of_texts(types.SimpleNamespace(choosing=False), loaded, world)
+    assert capsys.readouterr().out == ("warning: validation: in 1 of 2 rows the summary has no "
+                                       "word for ROUGE, which knows a-z and 0-9 alone\n")
 
 
 # ------------------------------------------------------------------------- 2  processes and signals
@@ -3041,6 +3050,9 @@ def test_unlike_flags_are_refused(tmp_path):
     write_run(other, results_of("rte", "most", 0, 60, batch_size=16))
     assert "--batch_size is not the same for the methods on rte: " in refused_report(other)
     common.main_report([str(other), "--differ", "batch_size"])
+    write_run(other, results_of("rte", "another", 0, 60, batch_size=16, lr=1e-5))
+    said = refused_report(other)
+    assert "(nor --lr)" in said and said.endswith("allow it by --differ batch_size lr")
     assert "--differ size: must be a flag" in refused_report(other, "--differ", "size")
 
     # Another task may have a recipe of its own; what is only looked at or logged does not count.
@@ -6036,6 +6048,7 @@ BAD = [
     (["--run", "TORN", "--drop"], f"--run TORN: {WANTED}TORN/results.json: is damaged"),
     (["--run", "NOTHING", "--drop"], f"--run NOTHING: {WANTED}"),
     (["--run", "nowhere", "--drop"], f"--run nowhere: {WANTED}"),
+    (["--run", ".", "--drop"], f"--run .: {WANTED}it holds several, such as ./"),
     (["--run", "NOMODEL", "--drop"], f"--run NOMODEL: {WANTED}it has no model"),
     (["--run", "NOWEIGHTS", "--explain", "great cast"], "NOWEIGHTS: its model cannot be loaded"),
     (["--run", "NOSTART", "--drop", "--rates", "0.5"], "NOSTART: its model cannot be loaded"),
