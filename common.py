@@ -15,6 +15,7 @@
 """
 import argparse
 import contextlib
+import datetime
 import fcntl
 import functools
 import glob
@@ -595,9 +596,11 @@ def processes(args):
             store = next(dist.rendezvous("env://"))[0]
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
             store = dist.PrefixStore(f"{restarts}/{next(joined)}", store)
+            # All wait while rank 0 downloads and tokenises, which may take longer than NCCL's usual
+            # ten minutes; if a process ends, torchrun ends the others without any timeout.
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if world.gpu else "gloo", rank=world.rank,
-                world_size=world.size, store=store)
+                world_size=world.size, store=store, timeout=datetime.timedelta(hours=4))
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         huggingface_hub.logging.set_verbosity_error()  # of retries, before the one that counts
