@@ -324,6 +324,8 @@ def check_flags(args):
     if len(args.batching) > 1 and not args.profile:
         given = " ".join(args.batching)
         raise UserError(f"--batching {given}: must be one name (several: with --profile)")
+    if args.grid and args.profile:
+        raise UserError("--profile: cannot go together with --grid")
     if len(args.text_columns or []) > 2:
         raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be one or two names")
     if (args.grid or args.choosing) and not args.dev_samples:
@@ -797,18 +799,22 @@ def tell_settings(args, setup, world):
     world.say(f"  running on  {world}, {world.precision}")
 
 
+def find_model(name, world):
+    """Where the model of --model lies: a hub id or a folder; the toy models are made first."""
+    toys = {"toy": toy_model, "toy-sum": toy_writer}
+    if name not in toys:
+        return name
+    with world.first():
+        return toys[name](world)
+
+
 def load_tokenizer(args, world, task=None):
     """The tokenizer of --model, checked before any weights are read. Sets args.path, max_length.
 
     task: what the model is for, if it matters; then also max_target_length.
     """
     from transformers import AutoConfig, AutoTokenizer
-    if args.model == "toy":
-        with world.first():
-            args.path = toy_model(world)
-    if args.model == "toy-sum":
-        with world.first():
-            args.path = toy_writer(world)
+    args.path = find_model(args.model, world)
     try:
         config = AutoConfig.from_pretrained(args.path)
         tokenizer = AutoTokenizer.from_pretrained(args.path)
@@ -1236,11 +1242,13 @@ class Run:
                                 f"of {name} {saved.get(name)}, not {mine}; use --overwrite, or "
                                 "another folder")
         other = []
-        for name, value in self.identity.items():
-            # A flag that the other script lacks, and that is off here.
-            was_off = name not in saved["args"] and not value
-            if saved["args"].get(name) != value and not was_off:
-                other.append(f"--{name} {saved['args'].get(name)} (now {value})")
+        for name in {**saved["args"], **self.identity}:
+            was = saved["args"].get(name)
+            now = self.identity.get(name)
+            # r3f.py and tdt.py share std: a flag that one of them lacks is as if it were off.
+            in_both = name in saved["args"] and name in self.identity
+            if was != now and (in_both or was or now):
+                other.append(f"--{name} {was} (now {now})")
         if other:
             raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with "
                             f"other flags: {', '.join(other)}; use --overwrite, or another folder")
@@ -1253,7 +1261,12 @@ class Run:
         state = self.read_checkpoint() if self.args.resume else None
         if state:
             for name, part in parts.items():
-                part.load_state_dict(state["parts"][name])
+                try:
+                    part.load_state_dict(state["parts"][name])
+                except (RuntimeError, ValueError, KeyError) as error:
+                    raise UserError(f"--resume: the checkpoint in {self.folder} does not fit, as "
+                                    f"if of another script: {first_line(error)}; --overwrite "
+                                    "starts afresh") from error
             self.step = state["step"]
             self.seconds = state["seconds"]
             self.best = state["best"]
@@ -1518,13 +1531,17 @@ def read_results(path):
     return results
 
 
-def take_runs(args, methods, labels_of=None, encoded_by=("model", "max_length")):
+# What runs must have in common to be used together: how rows are encoded, run and scored.
+ALIKE = ["model", "max_length", "precision", "main_metric"]
+
+
+def take_runs(args, methods, labels_of=None, alike=ALIKE):
     """--run: {folder: results} of finished runs of one task and model, none without the flag.
 
     Gives args the flags of these runs, but for those set by hand, and besides: own_labels, the
     labels of one's own task, and own_sets, whether the sets that the runs were scored on are read.
     methods: the script's. labels_of(folder) -> the run's labels; None: from the model's config.
-    encoded_by: the flags by which rows are encoded, which must be the same for all of the runs.
+    alike: the flags that must be the same for all of the runs.
     """
     runs = {}
     args.own_sets = True
@@ -1543,7 +1560,7 @@ def take_runs(args, methods, labels_of=None, encoded_by=("model", "max_length"))
         if other["task"] != task:
             raise UserError(f"--run {other_folder}: is a run of {other['task']}; must be of "
                             f"{task}, as --task or the one before")
-        for name in encoded_by:
+        for name in alike:
             mine, first = (found["args"].get(name) for found in (other, results))
             if mine != first:
                 raise UserError(f"--run {other_folder}: its {name} is {mine}; must be {first}, "
@@ -1640,7 +1657,9 @@ def use_runs(args, runs, setup, world, started, load, score):
         world.say(f"\n{folder}")
         forward, module = load(folder, results)
         if setup.scored:
-            results["metrics"].update(score(forward, module, setup.scored, folder))
+            metrics = results["metrics"]
+            metrics.update(score(forward, module, setup.scored, folder))
+            metrics.update(averages(metrics))          # also over what was scored before
             write_text(os.path.join(folder, "results.json"), json.dumps(results, indent=1), world)
             world.barrier()
         write_unscored(folder, forward, module, setup, world)

@@ -649,14 +649,14 @@ def write_figure_2(args, setup, clouds, world):
 
 
 def as_before(args, folders, world):
-    """The flags, but with the model that the runs in these folders started from: for f before
-    training."""
+    """The flags, but with the model that the runs in these folders started from."""
     import common
     args = copy.copy(args)
     results = common.read_results(os.path.join(folders[0], "results.json"))
     args.model = results["model"]
+    args.weight_noise = results["args"]["weight_noise"]
     if args.run:
-        args.path = common.toy_model(world) if args.model == "toy" else args.model
+        args.path = common.find_model(args.model, world)
         if results["args"]["post_train"]:              # what that made is known to the model alone
             path = os.path.join(folders[0], "model", "gtuning.pt")
             args.path = torch.load(path, weights_only=True, map_location="cpu")["plm"]
@@ -692,19 +692,20 @@ class Texts:
     """
 
     def __init__(self, args, setup, world):
+        import common
         self.world = world
         self.folder = args.cache_dir
         if args.no_cache or args.tune == "all":
             self.folder = None
         self.pair = "input_ids_2" in setup.train.fields
+        rows = len(common.training_rows(setup, args, args.seeds[0]))
         self.M = None
         if "gtuning" in args.method:
-            rows = args.train_samples or len(setup.train)
             self.M = draw_general(args, setup, rows * (2 if self.pair else 1), world)
         self.taught = None
         self.teacher_logits = None
         if "self-teach" in args.method:
-            self.taught = draw_taught(args, setup, args.train_samples or len(setup.train), world)
+            self.taught = draw_taught(args, setup, rows, world)
             self.teacher_logits = logits_of_teacher(args, setup.task, self.taught, self.pair, world)
         self.encoder = None                            # the last g, and what its weights hash to
         self.digest = ""
@@ -788,6 +789,7 @@ def logits_of_teacher(args, task, split, pair, world):
 def load_teacher(args, task, pair):
     """f of --teacher, which must be of the same task, model, form and labels."""
     import common
+    import data
     path = os.path.join(args.teacher, "results.json")
     files = path, os.path.join(args.teacher, "model", "gtuning.pt")
     if not all(map(os.path.isfile, files)):
@@ -798,7 +800,11 @@ def load_teacher(args, task, pair):
         if results[name] != getattr(args, name):
             raise common.UserError(f"--teacher {args.teacher}: its {name} is {results[name]}, must "
                                    f"be {getattr(args, name)}")
-    f = GTuning.from_pretrained(os.path.join(args.teacher, "model"))
+    try:
+        f = GTuning.from_pretrained(os.path.join(args.teacher, "model"))
+    except Exception as error:
+        raise common.UserError(f"--teacher {args.teacher}: cannot be loaded: "
+                               f"{data.first_line(error)}") from error
     if f.pair != pair:
         raise common.UserError(f"--teacher {args.teacher}: was trained with another --pair_mode")
     labels = [*f.config.id2label.values()]
@@ -1095,8 +1101,8 @@ def use_finished(args, runs, setup, world, started):
         raise common.UserError(f"--run {' '.join(runs)}: must be runs of unlike names for --embed")
 
     def load(folder, results):
-        f = load_f(os.path.join(folder, "model"), results["seed"], results["args"], args, setup,
-                   world)
+        f = load_f(os.path.join(folder, "model"), results["seed"], results["args"],
+                   as_before(args, [folder], world), setup, world)
         if args.embed:
             clouds[folder] = embed(folder, f, setup, world)
         return f.logits, f
@@ -1137,7 +1143,8 @@ def recipe(args):
 def count_steps_on_f(args, setup, world):
     """N of Algorithm 1, choice 8."""
     import common
-    per_epoch = math.ceil((args.train_samples or len(setup.train)) / args.batch_size)
+    rows = len(common.training_rows(setup, args, args.seeds[0]))
+    per_epoch = math.ceil(rows / args.batch_size)
     N = args.max_steps or max(2, common.count_steps(args, per_epoch))
     if "gtuning" in args.method:
         end_1, end_2, end_3 = phase_ends("gtuning", N)
@@ -1193,7 +1200,8 @@ def main(argv=None):
     import common
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
-    runs = common.take_runs(args, METHODS, labels_of, ["model", "max_length", "pair_mode"])
+    alike = [*common.ALIKE, "pair_mode", "retrieve_layer"]
+    runs = common.take_runs(args, METHODS, labels_of, alike)
     args.own_sets = args.embed or args.own_sets        # there is the text in domain
     check_flags(args)
     if args.grid:

@@ -816,8 +816,7 @@ def probed_encoders(args, world):
     for folder in args.probe:
         links = read_links(folder)
         name = links[0]["model"]
-        source = common.toy_model(world) if name == "toy" else name
-        untuned[f"untuned {name}"] = source, []
+        untuned[f"untuned {name}"] = common.find_model(name, world), []
         runs[folder] = os.path.join(folder, "model"), links
     return {**untuned, **runs}
 
@@ -831,14 +830,19 @@ def probe_task(name, encoders, settings, world):
     settings.eval_tasks = []
     rows = data.load(settings)
     for encoder_name, (path, links) in encoders.items():
-        settings.path = path
-        tokenizer = common.load_tokenizer(settings, world)
-        encoder = AutoModel.from_pretrained(path, dtype=torch.float32).to(world.device)
+        its = copy.copy(settings)                      # its own model and max_length
+        its.model = path
+        tokenizer = common.load_tokenizer(its, world)
+        try:
+            encoder = AutoModel.from_pretrained(path, dtype=torch.float32).to(world.device)
+        except Exception as error:
+            raise common.UserError(f"--probe: {path} cannot be loaded: "
+                                   f"{data.first_line(error)}") from error
         if encoder.config.is_encoder_decoder:
             encoder = encoder.get_encoder()
 
         def states_of(part, seed=None):
-            split = data.encode(part, task, tokenizer, settings.max_length)
+            split = data.encode(part, task, tokenizer, its.max_length)
             if seed is not None and settings.train_samples:
                 split = split.take(data.subset(split, settings.train_samples, seed))
             return first_token_states(encoder, split, world, f"{name}: {encoder_name}"), split
@@ -874,10 +878,17 @@ def probe(args, argv):
         kind = data.TASKS[name].kind
         if kind != "classify":
             raise common.UserError(f"--probe_tasks {name}: its kind is {kind}, must be classify")
+    if args.run or args.grid or args.batch_tokens:
+        raise common.UserError("--probe: cannot go together with --run, --grid or --batch_tokens")
     argv = sys.argv[1:] if argv is None else argv
+    settings = {}
+    for name in args.probe_tasks:
+        settings[name] = common.parse(flags(), [*argv, "--task", name], recipe)
+        if "seeds" not in args.by_hand:
+            settings[name].seeds = [0]                 # whatever the recipe has
     path = os.path.join(args.output_dir, "probes.jsonl")
     lines = []
-    with common.processes(args) as world:
+    with common.processes(settings[args.probe_tasks[0]]) as world:
         if world.size > 1:
             raise common.UserError("--probe: must run in one process")
         encoders = probed_encoders(args, world)
@@ -888,11 +899,8 @@ def probe(args, argv):
             raise common.UserError(f"--output_dir {args.output_dir}: cannot write {path}: "
                                    f"{error.strerror}") from error
         with file:
-            for name in args.probe_tasks:
-                settings = common.parse(flags(), [*argv, "--task", name], recipe)
-                if "seeds" not in args.by_hand:
-                    settings.seeds = [0]               # whatever the recipe has
-                for line in probe_task(name, encoders, settings, world):
+            for name in settings:
+                for line in probe_task(name, encoders, settings[name], world):
                     file.write(json.dumps(line) + "\n")
                     file.flush()
                     lines.append(line)
@@ -1012,10 +1020,10 @@ def main(argv=None):
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
     runs = common.take_runs(args, METHODS)
-    if args.grid:
-        return common.search(main, flags, recipe, METHODS, argv)
     if args.probe or args.probe_tasks:
         return probe(args, argv)
+    if args.grid:
+        return common.search(main, flags, recipe, METHODS, argv)
 
     def check(task):
         common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))

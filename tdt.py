@@ -1170,7 +1170,8 @@ def use_finished(args, asked, world, started):
     """--run: scores, predictions and analyses of finished runs. To explain a text needs no data."""
     import common
     setup = None
-    to_score = not asked.any or {"eval_tasks", "test_file", "predict"} & set(args.by_hand)
+    to_score = not asked.any or {
+        "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
     if to_score or asked.figures:
         setup = common.prepare(args, world, functools.partial(check_task, args, asked))
         tokenizer = setup.tokenizer

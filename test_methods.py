@@ -1999,6 +1999,16 @@ def test_plain_fine_tuning_by_one_recipe_is_one_run_for_all_scripts(tiny_folder,
         assert second == first and "finished before" in capsys.readouterr().out
 
 
+def test_what_one_script_alone_can_do_to_plain_fine_tuning_is_another_run(tiny_folder, tmp_path,
+                                                                         cache, monkeypatch):
+    run("r3f", tiny_folder, tmp_path / "smooth", "--method", "std", "--label_smoothing", 0.4)
+    with pytest.raises(UserError, match="other flags: --label_smoothing 0.4 .now None."):
+        run("tdt", tiny_folder, tmp_path / "smooth", "--method", "std")
+    unfinished(tiny_folder, tmp_path / "begun", monkeypatch, "std")
+    with pytest.raises(UserError, match="--resume: the checkpoint in .* does not fit"):
+        run("tdt", tiny_folder, tmp_path / "begun", "--method", "std", "--resume")
+
+
 def test_plain_fine_tuning_by_two_recipes_is_two_runs(tiny_folder, tmp_path, cache):
     """Of a task whose recipes differ, each script has its own folder and finds it again."""
     rows = [{"text": "good plot", "label": "yes"}, {"text": "bad plot", "label": "no"}] * 20
@@ -2201,6 +2211,7 @@ def test_what_was_searched_goes_to_the_run_of_this_recipe(tmp_path):
     (["--grid", "speed=1,2"], "--grid speed: no such flag"),
     (["--grid", "lr=1e-3,-1"], "--lr: must be a number above 0"),
     (["--grid", "lr=1e-3,1e-4", "--dev_samples", 0], "--grid: needs --dev_samples"),
+    (["--grid", "lr=1e-3,1e-4", "--profile", 2], "--profile: cannot go together with --grid"),
     (["--dev_samples", 319], "--dev_samples 319: of the 320 training rows 1 would be left"),
 ])
 def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, tiny_folder, tmp_path,
@@ -6061,6 +6072,8 @@ BAD = [
     (["--run", "TDT", "--drop", "--dev_samples", "9", "--grid", "lr=1,2"],
      "--grid: cannot go together with --run"),
     (["--drop", "--dev_samples", "9", "--grid", "lr=1,2"], "--grid: must go without analyses"),
+    (["--run", "TDT", "--validation_file", "nowhere.csv", "--explain", "great cast"],
+     "--validation_file nowhere.csv: no such file"),
     (["--explain", " "], "--explain: must have a text"),
     (["--explain", "a ||| b ||| c"], "--explain: must have a text"),
     (["--explain", "a |||"], "--explain: must have a text"),
@@ -8032,6 +8045,15 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
     with pytest.raises(UserError, match="whose kind is tag"):
         run_on_tags(gtuning, tagger, tmp_path, *tagged, "--method", "self-teach")
 
+    damaged = tmp_path / "damaged/custom/adapter-0"
+    shutil.copytree(tmp_path / "other/adapter-0", damaged)
+    results = json.loads((damaged / "results.json").read_text())
+    (damaged / "results.json").write_text(json.dumps({**results, "task": "custom"}))
+    (damaged / "model/gtuning.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match="--teacher .*adapter-0: cannot be loaded: "):
+        run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach", "--teacher",
+                    damaged)
+
     path = labelled[1]
     renamed = write(tmp_path / "renamed.jsonl", open(path).read().replace('"yes"', '"zz"'))
     run_on_tags(gtuning, tagger, tmp_path / "b", *labelled, "--method", "adapter")
@@ -8051,6 +8073,31 @@ def test_each_of_several_runs_is_scored_with_its_own_g(tagged, tagger, tmp_path,
     alone = [gtuning.main(["--run", folder, *files_and_sets])[0]["metrics"] for folder in folders]
     together = gtuning.main(["--run", *folders, *files_and_sets])
     assert [result["metrics"] for result in together] == alone
+    together = gtuning.main(["--run", *reversed(folders), *files_and_sets])
+    assert [result["metrics"] for result in together] == alone[::-1]
+
+
+def test_the_average_of_a_group_is_over_all_that_was_scored(tagged, tagger, tmp_path, cache):
+    task, files = tagged[:2], tagged[2:6]
+    first, = run_on_tags(gtuning, tagger, tmp_path, *task, *files, "--eval_tasks", "ner-de",
+                         "--method", "adapter", "--unlabeled", tagged[-3])
+    assert [*first["metrics"]] == ["validation", "ner-de"]
+    folder = str(tmp_path / "ner/adapter-0")
+    found, = gtuning.main(["--run", folder, *files, "--eval_tasks", "ner-fr"])
+    scores = found["metrics"]
+    mean = (scores["ner-de"]["f1"] + scores["ner-fr"]["f1"]) / 2
+    assert scores["ner-average"]["f1"] == pytest.approx(mean)
+
+
+def test_epochs_are_of_the_rows_that_are_trained_on_however_they_were_split(tagged, tagger,
+                                                                            tmp_path, cache):
+    flags = [*tagged[:6], "--eval_tasks", "ner-de", "--train_samples", 24, "--max_length", 6]
+    runs = []
+    for script, method, more in ((r3f, "std", []), (gtuning, "adapter", tagged[-4:-2])):
+        words = ["--model", tagger, "--output_dir", tmp_path, "--batch_size", 8, "--epochs", 2,
+                 "--precision", "fp32", "--method", method, *flags, *more]
+        runs += script.main([str(word) for word in words])
+    assert runs[0]["steps"] == runs[1]["steps"] > 2 * 24 / 8
 
 
 def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, cache, monkeypatch):
@@ -8671,6 +8718,42 @@ def test_a_chain_of_runs_is_told_link_by_link(newcomers_runs, tmp_path):
 ])
 def test_probes_of_nothing_are_refused(words, message, tmp_path):
     assert message in refusal(probe, tmp_path, *words)
+
+
+@pytest.mark.parametrize("words", [
+    ["--batch_tokens", 500], ["--run", "a"], ["--grid", "lr=1,2", "--dev_samples", 9]])
+def test_what_a_probe_cannot_do_is_refused(words, newcomers_runs, tmp_path):
+    newcomers_runs[1].result()
+    folder = newcomers_runs[0] / "toy-model/toy/std-0"
+    words = [str(folder) if word == "a" else word for word in words]
+    message = refusal(probe, tmp_path, "--probe", folder, "--probe_tasks", "toy", *words)
+    assert message == "--probe: cannot go together with --run, --grid or --batch_tokens"
+
+
+def test_each_probed_encoder_reads_with_its_own_tokenizer_and_length(newcomers_runs, tiny_folder,
+                                                                     tmp_path, cache, monkeypatch):
+    """By its task's recipe, not by the toy task's: one whose model has another vocabulary."""
+    newcomers_runs[1].result()
+    toy = newcomers_runs[0] / "toy-model/toy/std-0"
+    other = transformers.BertTokenizerFast(
+        vocab={word: i for i, word in enumerate(sorted(data.toy_vocabulary()[:50]))},
+        model_max_length=32)
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 1)
+    folder = tmp_path / "toy/std-0"
+    results = json.loads((folder / "results.json").read_text())
+    results["model"] = str(folder / "model")
+    (folder / "results.json").write_text(json.dumps(results))
+    other.save_pretrained(folder / "model")
+    seen = {}
+    encode = data.encode
+
+    def note(rows, task, tokenizer, max_length):
+        seen[len(tokenizer)] = max_length
+        return encode(rows, task, tokenizer, max_length)
+
+    monkeypatch.setattr(data, "encode", note)
+    probe(tmp_path, "--probe", folder, toy, "--probe_tasks", "toy", "--max_steps", 1)
+    assert seen == {50: 32, len(data.toy_vocabulary()): 64}
 
 
 def test_a_probe_is_as_long_as_it_is_told(newcomers_runs, tmp_path, monkeypatch):
