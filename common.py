@@ -16,6 +16,7 @@
 import argparse
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
 import glob
@@ -379,6 +380,11 @@ def cli(main):
         return stop.code
     except BrokenPipeError:                            # the reader of our output has gone: `| head`
         sys.stderr.close()
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        tell_error(rank, f"cannot write {error.filename or 'a file'}: {error.strerror}")
         return 1
     except RuntimeError:
         time.sleep(10 if rank else 0)                  # a process that waited for one that failed
@@ -773,9 +779,9 @@ def tell_settings(args, setup, world):
         sets = {"train": (setup.task, setup.train), **sets}
     for name, split in setup.unscored.items():
         sets[f"{name} (to predict)"] = setup.task, split
-    sizes = {name: str(len(split)) for name, (_, split) in sets.items()}
+    sizes = {name: str(len(split.whole_rows)) for name, (_, split) in sets.items()}
     if args.train_samples and setup.train is not None:
-        sizes["train"] = f"{args.train_samples} of {len(setup.train)}"
+        sizes["train"] = f"{args.train_samples} of {len(setup.train.whole_rows)}"
     cut = [f"{name} {split.cut}" for name, (_, split) in sets.items() if split.cut]
     names = setup.task.label_names
     labels = ", ".join(names[:20]) + (f" ... ({len(names)})" if len(names) > 20 else "")
@@ -1400,7 +1406,7 @@ class Run:
         rows = ""
         if self.batches is not None:
             numbers = self.batches.rows(step - self.shift)
-            rows = "; rows of the batch: " + " ".join(map(str, numbers))
+            rows = f"; rows of the batch, of those trained on: {' '.join(map(str, numbers))}"
         self.fail(f"{self.folder}: step {step}: not finite: {values}{rows}; see --detect_anomaly")
 
     def fail(self, message, cause=None):
@@ -1411,9 +1417,10 @@ class Run:
     @contextlib.contextmanager
     def guard(self, path):
         """A write that fails ends the run with one line, and leaves nothing half-written."""
+        from safetensors import SafetensorError
         try:
             yield
-        except (OSError, RuntimeError) as error:       # torch.save makes the latter of a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:        # all of a full disk
             with contextlib.suppress(OSError):
                 os.remove(path + ".tmp")
             inner = error.__context__
@@ -1556,16 +1563,7 @@ def take_runs(args, methods, labels_of=None, alike=ALIKE):
         if name in by_hand:
             raise UserError(f"--{name}: cannot go together with --run, which trains nothing")
     task = args.task if "task" in by_hand else results["task"]
-    for other_folder, other in runs.items():
-        if other["task"] != task:
-            raise UserError(f"--run {other_folder}: is a run of {other['task']}; must be of "
-                            f"{task}, as --task or the one before")
-        for name in alike:
-            mine, first = (found["args"].get(name) for found in (other, results))
-            if mine != first:
-                raise UserError(f"--run {other_folder}: its {name} is {mine}; must be {first}, "
-                                f"as of {folder}")
-
+    refuse_unlike_runs(runs, task, alike)
     if "threads" not in by_hand:
         args.threads = 0                               # the toy recipe's does not hold here
     for name, value in results["args"].items():
@@ -1593,6 +1591,28 @@ def take_runs(args, methods, labels_of=None, alike=ALIKE):
     if args.own_files:
         args.own_labels = labels_of_all(runs, labels_of or labels_of_config)
     return runs
+
+
+def refuse_unlike_runs(runs, task, alike):
+    """UserError unless the runs {folder: results} are of the task, alike in these flags, and each
+    of another method or seed."""
+    first, results = next(iter(runs.items()))
+    seen = {}
+    for folder, other in runs.items():
+        if other["task"] != task:
+            raise UserError(f"--run {folder}: is a run of {other['task']}; must be of {task}, as "
+                            "--task or the one before")
+        for name in alike:
+            mine = other["args"].get(name)
+            wanted = results["args"].get(name)
+            if mine != wanted:
+                raise UserError(f"--run {folder}: its {name} is {mine}; must be {wanted}, as of "
+                                f"{first}")
+        method, seed = other["method"], other["seed"]
+        again = seen.setdefault((method, seed), folder)
+        if again != folder:
+            raise UserError(f"--run {folder}: is a run of {method} with seed {seed}, as {again} "
+                            "is; must be another one")
 
 
 def read_finished(folder, methods):
@@ -3142,7 +3162,8 @@ def remarks_on_choice(table):
     """How the states and the flags that are scored were chosen, and on which machines."""
     said = []
     chosen = [run.task for run in table.runs
-              if run.flags.get("eval_every") and not run.flags.get("dev_samples")]
+              if run.line.get("best") and run.flags.get("keep") != "last"
+              and not run.flags.get("dev_samples")]
     if chosen:
         tasks = ", ".join(dict.fromkeys(chosen))
         said.append(f"The best state was chosen on the set that is scored ({tasks}): its scores "

@@ -489,8 +489,11 @@ def load_unscored(args, task):
 
 
 def drop_blank_labels(table, task):
-    """Takes the column of labels out of a table of rows to predict, if it has none in it."""
-    if not any(map(label_of, table.get(task.label, []))):
+    """Takes the column of labels out of a table of rows to predict, if any of them is blank.
+
+    Of texts to write some may be: they are as good as missing.
+    """
+    if not KINDS[task.kind].decodes and not all(map(label_of, table.get(task.label, []))):
         table.pop(task.label, None)
 
 
@@ -674,6 +677,9 @@ def check_column(name, flag, table, path):
     if name not in table:
         raise UserError(f"{flag} {name}: no column {name!r} ({flag}) in {path}, "
                         f"which has {[*table]}")
+    if name == "label" and flag == "--text_columns":
+        raise UserError("--text_columns label: must have another name; label is what the answers "
+                        "are called from here on")
 
 
 def own_task(args, columns, tables):
@@ -758,7 +764,7 @@ def read_file(path, flag):
             table = parse(file, kind)
     except UserError as error:
         raise UserError(f"{flag} {path}: {error}") from None
-    except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
         raise UserError(f"{flag} {path}: cannot be read as {kind}: {first_line(error)}") from error
     if not table or not next(iter(table.values())):
         raise UserError(f"{flag} {path}: has no rows")
@@ -935,7 +941,10 @@ def read_regress(table, task, where):
     for row, cell in enumerate(raw_labels(table, task, where), 1):
         if not is_float(str(cell)):
             raise UserError(f"{where}: row {row}: label {cell!r} must be a number")
-        labels.append(float(cell))
+        number = float(cell)
+        if abs(number) > float(np.finfo(np.float32).max):
+            raise UserError(f"{where}: row {row}: label {cell!r} must fit into 32 bits")
+        labels.append(number)
     return make_rows(texts, labels, "float32", table)
 
 
@@ -1994,9 +2003,10 @@ def read_span(table, task, where):
         if not names[row].startswith(task.only):
             continue
         given = answers[row] or {"text": [], "answer_start": []}
-        if not isinstance(given, dict) or not {"text", "answer_start"} <= set(given):
-            raise UserError(f"{where}: row {row + 1}: column {task.label!r} must have lists text "
-                            f"and answer_start, has {given!r:.40}")
+        if not are_answers(given):
+            raise UserError(f"{where}: row {row + 1}: column {task.label!r} must have as long "
+                            "lists text, of strings, and answer_start, of whole numbers, has "
+                            f"{given!r:.60}")
         context = texts["context"][row]
         starts = [nearest(context, *answer)
                   for answer in zip(given["text"], given["answer_start"])]
@@ -2010,6 +2020,18 @@ def read_span(table, task, where):
         "id": text, "question": text, "context": text, "label": datasets.List(text),
         "starts": datasets.List(datasets.Value("int64"))})
     return datasets.Dataset.from_dict(found, features=features)
+
+
+def are_answers(given):
+    """Whether it is {"text": strings, "answer_start": as many whole numbers}."""
+    if not isinstance(given, dict):
+        return False
+    texts = given.get("text")
+    starts = given.get("answer_start")
+    if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
+        return False
+    return (all(isinstance(text, str) for text in texts)
+            and all(isinstance(start, int) for start in starts))
 
 
 def nearest(context, answer, start):

@@ -600,10 +600,11 @@ def test_both_own_files_are_read_and_the_test_file_without_labels(tmp_path):
     assert rows.unscored["test"].to_dict() == {"text": ["d", "e f"], "label": [-1, -1]}
     assert rows.further == {}
 
-    # A column of labels without any is one of hidden labels; some labels must all be right.
-    test = write(tmp_path / "empty.csv", 'text,label\nd,\n"e f",\n')
-    again = data.load(own(train, validation, test_file=test))
-    assert again.unscored["test"].to_dict() == rows.unscored["test"].to_dict()
+    # A column of labels with a blank is one of hidden labels; those of all must be right.
+    for label in ("", "yes"):
+        test = write(tmp_path / "blank.csv", f'text,label\nd,\n"e f",{label}\n')
+        again = data.load(own(train, validation, test_file=test))
+        assert again.unscored["test"].to_dict() == rows.unscored["test"].to_dict()
     test = write(tmp_path / "some.csv", "text,label\nd,yes\ne,maybe\n")
     assert "label 'maybe' must be one of" in refusal(
         data.load, own(train, validation, test_file=test))
@@ -639,6 +640,8 @@ def test_labels_of_which_one_is_missing_are_not_taken_for_two_types():
     assert data.raw_labels(table, task, "t.jsonl") == [None, 1, 2]
     message = refusal(data.read_regress, table, task, "t.jsonl")
     assert message == "t.jsonl: row 1: label None must be a number"
+    message = refusal(data.read_regress, {**table, "label": ["1", "2.0", "1e39"]}, task, "t.csv")
+    assert message == "t.csv: row 3: label '1e39' must fit into 32 bits"
 
 
 @pytest.mark.parametrize("given, words", [
@@ -647,6 +650,7 @@ def test_labels_of_which_one_is_missing_are_not_taken_for_two_types():
     ({"train_file": "other.csv"}, "no column text, or sentence1 and sentence2, among ['review'"),
     ({"validation_file": "other.csv"}, "no column 'text' (--text_columns) in other.csv"),
     ({"text_columns": ["a"]}, "no column 'a' (--text_columns) in good.csv, which has ['text'"),
+    ({"text_columns": ["label"]}, "--text_columns label: must have another name"),
     ({"label_column": "y"}, "no column 'y' (--label_column) in good.csv, which has ['text'"),
     ({"validation_file": "more.csv"}, "more.csv: label 'maybe' is not in the training file, which"),
     ({"train_file": "one.csv", "validation_file": "one.csv"}, "one.csv: all labels are 'no'"),
@@ -2063,6 +2067,35 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tiny_folder,
     assert state["step"] == 3 and not glob.glob(str(tmp_path / "toy/r3f-0/*.tmp"))
 
 
+def test_a_full_disk_while_the_model_is_written_is_one_line(tiny_folder, tmp_path, cache,
+                                                            monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*args, **settings):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+        with pytest.raises(RunError, match="cannot write .*model: .*No space left on device"):
+            run("r3f", tiny_folder, tmp_path, "--method", "std")
+    killed_at(monkeypatch, [*range(12)])               # no step is made again
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--resume")
+
+
+def test_a_full_disk_elsewhere_is_one_line(capsys):
+    def full():
+        raise OSError(28, "No space left on device", "/cache/rows.arrow")
+
+    def other():
+        raise OSError(5, "Input/output error", "/cache/rows.arrow")
+
+    assert common.cli(full) == 1
+    said = capsys.readouterr().err
+    assert said.endswith(": cannot write /cache/rows.arrow: No space left on device\n")
+    with pytest.raises(OSError):
+        common.cli(other)
+
+
 class Bomb:
     """Runs a command when it is unpickled."""
 
@@ -2360,6 +2393,9 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
                                      f"{std}")
     assert changed("max_length", 9) == (f"--run {other}: its max_length is 9; must be 64, as of "
                                         f"{std}")
+    assert "its precision is bf16; must be fp32" in changed("precision", "bf16")
+    assert changed("method", "std") == (f"--run {other}: is a run of std with seed 0, as {std} is; "
+                                        "must be another one")
 
 
 @pytest.mark.parametrize("flags, line", [
@@ -3086,6 +3122,18 @@ def test_what_all_searched_may_differ(tmp_path, capsys):
     results = {**results_of("rte", "most", 0, 60, lr=3), "searched": {"lr": [1, 2, 3]}}
     write_run(folder, results)
     assert "--lr is not the same for the methods on rte" in refused_report(folder)
+
+
+def test_a_state_that_was_chosen_on_the_scored_set_is_told(tmp_path, capsys):
+    """Whatever chose it: --eval_every, or gtuning.py's look at the end of each epoch."""
+    told = {}
+    for name, best, flags in (("last", None, {}), ("best", {"step": 5}, {}),
+                              ("kept", {"step": 5}, {"keep": "last"}),
+                              ("held", {"step": 5}, {"dev_samples": 9})):
+        write_run(tmp_path / name, {**results_of("rte", "std", 0, 60, **flags), "best": best})
+        out, _ = printed(capsys, tmp_path / name)
+        told[name] = "The best state was chosen on the set that is scored (rte)" in out
+    assert told == {"last": False, "best": True, "kept": False, "held": False}
 
 
 def test_one_run_twice(tmp_path):
@@ -7803,6 +7851,15 @@ def test_a_long_question_is_cut(cache):
     assert text == "[CLS] is [UNK] bad ? is [SEP] the film was dull . [SEP]"
 
 
+@pytest.mark.parametrize("answers", [
+    {"text": "film", "answer_start": 4}, {"text": ["film"], "answer_start": ["4"]},
+    {"text": [None], "answer_start": [4]}, {"text": ["film"], "answer_start": []}, ["film"]])
+def test_answers_of_another_form_are_refused_with_their_row(answers):
+    table = {"id": ["a"], "question": ["is it ?"], "context": ["the film"], "answers": [answers]}
+    message = refusal(data.read_span, table, QUESTIONS, "q.json")
+    assert message.startswith("q.json: row 1: column 'answers' must have as long lists text")
+
+
 def test_every_language_has_its_questions():
     sizes = {group: len(data.GROUPS[group]) for group in ("xquad", "mlqa", "tydiqa")}
     assert sizes == {"xquad": 11, "mlqa": 7, "tydiqa": 9}
@@ -8065,10 +8122,10 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
 
 def test_each_of_several_runs_is_scored_with_its_own_g(tagged, tagger, tmp_path, cache):
     """A frozen one is --model's, a tuned one lies in the run's folder."""
-    for name, tune in (("a", "adapter"), ("b", "all")):
-        run_on_tags(gtuning, tagger, tmp_path / name, *tagged, "--method", "adapter", "--tune",
-                    tune)
-    folders = [str(tmp_path / name / "ner/adapter-0") for name in "ab"]
+    for seed, tune in enumerate(["adapter", "all"]):
+        run_on_tags(gtuning, tagger, tmp_path / tune, *tagged, "--method", "adapter", "--tune",
+                    tune, "--seeds", seed)
+    folders = [str(tmp_path / name) for name in ("adapter/ner/adapter-0", "all/ner/adapter-1")]
     files_and_sets = tagged[2:9]
     alone = [gtuning.main(["--run", folder, *files_and_sets])[0]["metrics"] for folder in folders]
     together = gtuning.main(["--run", *folders, *files_and_sets])
