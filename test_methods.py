@@ -2333,11 +2333,12 @@ def test_the_loop_in_gtunings_own_words_trains(still_folder, tmp_path, monkeypat
 
 def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path, cache, capsys):
     """The vectors and the map that it would have had after its training."""
-    argv = ["--method", "adapter", "--embed", "--eval_tasks", "toy-food", "--max_steps", 2]
-    run("gtuning", tiny_folder, tmp_path / "at_once", *argv)
-    run("gtuning", tiny_folder, tmp_path / "later", *argv[:2], *argv[3:])
+    argv = ["--method", "adapter", "--eval_tasks", "toy-food", "--max_steps", 2]
+    embed = ["--embed", "--projection", "pca"]
+    run("gtuning", tiny_folder, tmp_path / "at_once", *argv, *embed)
+    run("gtuning", tiny_folder, tmp_path / "later", *argv)
     folder = tmp_path / "later/toy/adapter-0"
-    gtuning.main(["--run", str(folder), "--embed", "--eval_tasks", "toy-food"])
+    gtuning.main(["--run", str(folder), "--eval_tasks", "toy-food", *embed])
     wanted = tmp_path / "at_once/toy"
     one, other = (np.load(path / "embed.npz") for path in (wanted / "adapter-0", folder))
     for name in ("in_domain", "out_of_domain"):
