@@ -361,10 +361,11 @@ def check_methods(args, task, methods, why=""):
 # ------------------------------------------------------------------------  2  processes and signals
 
 def cli(main):
-    """Runs `main`, returns the exit status: 2 for wrong input, 1 for a run that failed.
+    """Runs `main` and returns the exit status: 0, 2 for wrong input, 1 for a run that failed.
 
-    Rank 0 tells what is wrong. The others see the same, or that rank 0 has gone; they speak only if
-    nobody has ended them after a while, for then it is theirs alone.
+    An error usually reaches all processes, directly or because rank 0 has gone. So rank 0 prints it
+    at once and the others wait ten seconds: if nobody has ended them by then, the error is theirs
+    alone, and they print it.
     """
     rank = own_rank()
     try:
@@ -463,8 +464,12 @@ class World:
 
     @contextlib.contextmanager
     def first(self):
-        """Rank 0 runs the block first, then the first process of each other machine, whose folders
-        may be its own, then all others, who find the files."""
+        """The processes run the block in three turns, so that the others find what the first ones
+        write: rank 0; the first process of each other machine, which may have folders of its own;
+        all others.
+
+        Each process passes two barriers, those before its turn and those after it.
+        """
         turn = 2
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             turn = 1 if self.rank else 0
@@ -478,7 +483,10 @@ class World:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def put(self, inputs):
-        """Tensors by name, or such in turn, on the device; the copy to a GPU does not wait."""
+        """The inputs {name: tensor, or a dict of further inputs} on the device.
+
+        A copy to the GPU runs in the background.
+        """
         if not self.gpu:
             return inputs
         moved = {}
@@ -492,8 +500,8 @@ class World:
     def ddp(self, module, unused=True):
         """The module with its gradients averaged over the processes.
 
-        unused: some weights may have no gradient. With --compile each layer of a ModuleList is
-        compiled by itself: they share one code, which is then compiled once.
+        unused: whether some weights may get no gradient. With --compile each layer of a ModuleList
+        is compiled by itself: the layers share their code, so it is compiled once for all of them.
         """
         if self.compile:
             for part in module.modules():
@@ -792,7 +800,7 @@ def tell_settings(args, setup, world):
     world.say(f"{args.task}, {args.model}")
     world.say(f"  recipe      {args.recipe_name}" + (f": {listed(by_recipe)}" if by_recipe else ""))
     world.say(f"  set by you  {listed(by_hand)}")
-    if usual:
+    if usual and not args.run:                         # which has the runs' own
         world.say(f"  defaults    {listed(usual)}")
     if args.idle:
         world.say(f"  no effect   {listed(args.idle)}: not of {' '.join(args.method)}")
@@ -986,27 +994,37 @@ def count_labels(labels):
     return int((labels != -100).sum())
 
 
-def backward(module, batch, world, **more):
-    """Adds the gradient of the batch's mean loss, micro-batch by micro-batch.
+def labels_per_process(counts, world):
+    """The labels of the whole batch over the processes. counts: of this one's micro-batches."""
+    return float(world.total(np.array([sum(counts)]))[0]) / world.size
 
-    more: for the module's forward. Returns (loss, stats): their averages over the processes are
-    means over the batch's labels (one a row, or one a token; -100 is no label).
+
+def backward(module, batch, world, **more):
+    """Adds the gradient of a batch's mean loss to the weights' .grad.
+
+    batch: this process's micro-batches. more: further arguments of the module's forward. Returns
+    this process's (loss, stats), whose means over the processes are the means over all labels of
+    the batch (one a row, or one a token; -100 is no label).
     """
-    labels = [count_labels(inputs["labels"]) for inputs in batch]
-    mean = world.total(np.array([sum(labels)]))[0] / world.size          # of a process
-    total = {}
+    counts = [count_labels(inputs["labels"]) for inputs in batch]
+    per_process = labels_per_process(counts, world)
+    totals = {}
     for i, inputs in enumerate(batch):
-        share = labels[i] / float(mean)
+        # The loss of a micro-batch is a mean over its own labels, and the processes' gradients are
+        # averaged. Weighted by this share they give the mean over all labels of the batch.
+        share = counts[i] / per_process
         is_last = i == len(batch) - 1
-        waits = world.size > 1 and not is_last         # the processes average once a step
-        with module.no_sync() if waits else contextlib.nullcontext():
+        averaging = contextlib.nullcontext()
+        if world.size > 1 and not is_last:
+            averaging = module.no_sync()               # gradients are averaged once a step
+        with averaging:
             with world.autocast():
                 loss, stats = module(**world.put(inputs), **more)
             (loss * share).backward()
         for name, value in {"loss": loss.detach(), **stats}.items():
-            total[name] = total.get(name, 0) + value * share
-    loss = total.pop("loss")
-    return loss, total
+            totals[name] = totals.get(name, 0) + value * share
+    loss = totals.pop("loss")
+    return loss, totals
 
 
 # -----------------------------------------------------------------------  4  predictions and scores
@@ -1054,8 +1072,9 @@ def write_unscored(folder, forward, module, setup, world):
 def evaluate(forward, module, sets, setup, world, final=False, folder=None):
     """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
 
-    The first metric of the first set is the main one. final: warns of a model that says the same of
-    all rows. folder: gets what a decoder wrote, and else scored.npz, see write_scored.
+    The first metric of the first set is the main one. final: warn if a model predicts the same for
+    every row of a set. folder: where the texts that a decoder wrote go, or scored.npz of other
+    kinds (see write_scored).
     """
     started = time.monotonic()
     scores = {}
@@ -1173,6 +1192,14 @@ def run_folder(args, method, seed):
     return folder
 
 
+@dataclass
+class LoggedStep:
+    """What a step adds to the next line of the log."""
+    step: int
+    terms: dict                    # {name: tensor}, the loss among them
+    numbers: dict                  # {name: number}
+
+
 class Run:
     """One task, method and seed: its folder, steps, log, checkpoints and results.
 
@@ -1229,7 +1256,8 @@ class Run:
                 os.remove(path)
 
     def find_results(self):
-        """self.results of a finished run; an unfinished one must be wanted."""
+        """Sets self.results if the run is finished. UserError if it is unfinished, without
+        --resume."""
         path = f"{self.folder}/results.json"
         if os.path.exists(path):
             self.results = read_results(path)
@@ -1260,7 +1288,11 @@ class Run:
                             f"other flags: {', '.join(other)}; use --overwrite, or another folder")
 
     def begin(self, total, per_epoch, **parts):
-        """parts: all that has a state_dict and changes in training; a checkpoint restores it."""
+        """Starts the run, or with --resume goes on from its checkpoint.
+
+        total: its steps. parts: all that training changes, each with a state_dict; checkpoints save
+        and restore them.
+        """
         self.parts = parts
         self.total = total
         self.per_epoch = per_epoch
@@ -1292,10 +1324,11 @@ class Run:
         self.log_file.truncate(min(there, size))
 
     def steps(self, until, batches=None, first=0, shift=0, phase=""):
-        """(step, batches[step - shift]) up to step `until`.
+        """Yields (step, batches[step - shift]) for the steps from here on, up to `until`.
 
-        Each step has a random seed of its own, so that any can be the first one again. first: where
-        this phase of the run began; the bar counts from there.
+        first: the step at which this phase began, where its progress bar starts. shift: the steps
+        before it that took no batch of these. The random state of a step depends on the seed, the
+        step and the rank alone, so that a run can be resumed at any step.
         """
         if self.step >= until:
             return
@@ -1325,20 +1358,22 @@ class Run:
 
     def end_step(self, until):
         """Logs and saves what is due, and stops if a signal came. Returns a word on the loss."""
-        late = self.world.rank == 0 and time.monotonic() - self.saved > 300
-        caught, late = self.world.total(np.array([signals["caught"], late]))
+        five_minutes_over = self.world.rank == 0 and time.monotonic() - self.saved > 300
+        # All processes must decide alike: a sum is above 0 if it holds for any of them.
+        signalled, checkpoint_due = self.world.total(
+            np.array([signals["caught"], five_minutes_over]))
         if self.args.save_every:
-            late = self.step % self.args.save_every == 0
+            checkpoint_due = self.step % self.args.save_every == 0
         is_last = self.step == self.total              # saved before anything is evaluated
-        save_now = caught or late or is_last
+        save_now = signalled or checkpoint_due or is_last
+        log_now = self.step % self.args.log_every == 0 or self.step == until
 
         message = ""
-        log_now = self.step % self.args.log_every == 0 or self.step == until
         if self.pending and (log_now or save_now):     # a state that is not finite is never saved
             message = f"loss {self.flush():.3g}"
         if save_now:
             self.save()
-        if caught:
+        if signalled:
             number = signals["caught"] or signal.SIGTERM
             raise Stopped(number, f"stopped at step {self.step} of {self.total}, saved in "
                                   f"{self.folder}; the same command with --resume goes on")
@@ -1348,31 +1383,40 @@ class Run:
         """True after every n-th step but the last one: that is evaluated after the loop anyway."""
         return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total
 
-    def log(self, loss, stats, **plain):
-        """Keeps a step's terms for the next line of the log; they stay on the device until then."""
-        self.pending.append((self.step, {"loss": loss.detach(), **stats}, plain))
+    def log(self, loss, stats, **numbers):
+        """Keeps a step's terms for the next line of the log.
+
+        loss and stats are tensors, which stay on the device until then; numbers, such as the
+        learning rate, are not.
+        """
+        terms = {"loss": loss.detach(), **stats}
+        self.pending.append(LoggedStep(self.step, terms, numbers))
 
     def flush(self):
-        """A line of the log: means since the line before, over the processes. Returns the loss.
+        """Writes a line of the log, the means since the line before it. Returns the mean loss.
 
-        Here a loss that is not finite is seen.
+        The means are over steps and processes. RunError if a term of any step is not finite.
         """
-        pending, self.pending = self.pending, []
-        names = list(pending[-1][1])
-        rows = [torch.stack([terms[name].float() for name in names]) for _, terms, _ in pending]
+        pending = self.pending
+        self.pending = []
+        last = pending[-1]
+        names = list(last.terms)
+        rows = []
+        for logged in pending:
+            rows.append(torch.stack([logged.terms[name].float() for name in names]))
         values = torch.stack(rows).double().cpu().numpy()                # (steps, terms)
         values = self.world.total(values) / self.world.size
-        for (step, _, _), row in zip(pending, values):
+        for logged, row in zip(pending, values):
             if not np.isfinite(row).all():
-                self.fail_at(step, dict(zip(names, row)))
+                self.fail_at(logged.step, dict(zip(names, row)))
 
-        before, seconds_before = self.flushed
+        step_before, seconds_before = self.flushed
         seconds = max(1e-9, self.seconds - seconds_before)
-        rate = self.rows_a_step() * (self.step - before) / seconds
+        rate = self.rows_a_step() * (self.step - step_before) / seconds
         self.flushed = self.step, self.seconds
         means = dict(zip(names, values.mean(0).tolist()))
-        plain = pending[-1][2]
-        self.write_line(self.step, {**means, **plain, "examples_per_second": round(rate, 1)})
+        line = {**means, **last.numbers, "examples_per_second": round(rate, 1)}
+        self.write_line(self.step, line)
         return means["loss"]
 
     def rows_a_step(self):
@@ -1387,7 +1431,8 @@ class Run:
                 print(json.dumps(line), file=self.log_file, flush=True)
 
     def keep_best(self, metrics, module):
-        """Of two states the one with the higher main metric, the first of the first set."""
+        """Logs an evaluation, and keeps the weights if its main metric, the first one of the first
+        set, is above that of the best state so far."""
         step = min(self.step + 1, self.total)          # in the loop the step is not over yet
         self.log_scores(metrics, step)
         value = main_value(metrics)
@@ -1468,10 +1513,10 @@ class Run:
         write_unscored(self.folder, forward, module, setup, self.world)
 
     def finish(self, metrics, batches, tokenizer, write_model):
-        """Writes model/, by write_model(folder), and last of all results.json.
+        """Writes model/ by write_model(folder), then results.json, which marks the run as finished,
+        and removes the checkpoints.
 
-        The checkpoints have then done their work. All processes leave together: what stands in the
-        folder afterwards is there for all of them.
+        Every process returns only when these files are there.
         """
         if self.best is None:
             self.log_scores(metrics, self.step)
@@ -1873,12 +1918,17 @@ class CachedSplit:
     """
 
     def __init__(self, split, sentences, sizes, starts, states):
-        self.split = split                             # gives the labels
-        self.sentences_of = sentences                  # each text a row of its own
-        self.sizes = sizes                             # tokens of each sentence
-        self.starts = starts                           # where its states begin
-        self.states = states                           # (tokens, H), in the file
-        self.per_row = len(sizes) // len(split)        # 1, or 2 of pairs that were encoded apart
+        """split: gives the labels. sentences: the same texts as a Split, each a row of its own.
+
+        sizes, starts (sentences,): tokens of each sentence, and where in states its first one is.
+        states (tokens, H): of all sentences, in the file.
+        """
+        self.split = split
+        self.texts = sentences
+        self.sizes = sizes
+        self.starts = starts
+        self.states = states
+        self.per_row = len(sizes) // len(split)        # 2 sentences of pairs that are encoded apart
         self.lengths = split.lengths
         self.has_targets = False                       # a frozen encoder has no decoder
         self.labels = split.labels
@@ -1923,7 +1973,7 @@ class CachedSplit:
         progress = Progress(world, "encoding", len(todo), unit="batch")
         with torch.no_grad(), world.autocast(), progress:
             for i in todo:
-                inputs = self.sentences_of.collate(parts[i])
+                inputs = self.texts.collate(parts[i])
                 inputs.pop("labels")
                 real = inputs["attention_mask"].bool()                   # (B, n)
                 start = self.starts[parts[i][0]]
@@ -1943,8 +1993,7 @@ class CachedSplit:
 
     def sentences(self):
         """Each text a row of its own."""
-        texts = self.sentences_of
-        return CachedSplit(texts, texts, self.sizes, self.starts, self.states)
+        return CachedSplit(self.texts, self.texts, self.sizes, self.starts, self.states)
 
     def collate(self, rows, width=0, target_width=0):
         """states (B, n, H), attention_mask (B, n), with _2 the second sentence's; labels (B,), or
@@ -1961,9 +2010,12 @@ class CachedSplit:
             sentences = rows + second * len(self)
             sizes = self.sizes[sentences][:, None]                       # (B, 1)
             n = max(width, int(sizes.max()))
-            at = np.arange(n) - (n - sizes if self.split.left else 0)    # (B, n), of the sentence
-            real = (at >= 0) & (at < sizes)
-            index = (self.starts[sentences][:, None] + at).clip(0, len(self.states) - 1)
+            places = np.arange(n)                      # of the tokens in their sentence
+            if self.split.left:
+                places = places - (n - sizes)                            # (B, n)
+            real = (places >= 0) & (places < sizes)                      # (B, n)
+            index = self.starts[sentences][:, None] + places             # (B, n)
+            index = index.clip(0, len(self.states) - 1)                  # padding reads any state
             batch["states" + suffix] = self.states[torch.from_numpy(index)]
             batch["attention_mask" + suffix] = torch.from_numpy(real.astype(np.int64))
         return batch

@@ -215,22 +215,25 @@ class Layer(torch.nn.Module):
                 torch.nn.init.normal_(weight, std=0.02 if is_matrix else 0.0)
 
     def forward(self, x, mask=None, token=None):
-        """mask (B, 1, 1, n): the tokens to look at. token (B,): the only one whose new state is
-        wanted, (B, 1, H)."""
-        normed = self.norm_1(x)
+        """x (B, n, H) -> the new state of every token (B, n, H), or of one a row (B, 1, H).
+
+        mask (B, 1, 1, n), bool: the tokens that may be attended to; None: all. token (B,): the
+        place of the one token whose state is wanted; None: all tokens.
+        """
+        normed = self.norm_1(x)                                          # (B, n, H)
         asking = normed
-        seen = self.value(normed)                                        # (B, n, H)
+        attended = self.value(normed)                                    # (B, n, H)
         if token is not None:
             rows = torch.arange(len(x))
             x = x[rows, token][:, None]                                  # (B, 1, H)
-            asking = asking[rows, token][:, None]                        # (B, 1, H)
-        if normed.shape[1] > 1:                        # a sequence of one sees itself alone
-            q = self.split_heads(self.query(asking))
+            asking = normed[rows, token][:, None]                        # (B, 1, H)
+        if normed.shape[1] > 1:                        # a single token attends to itself alone
+            q = self.split_heads(self.query(asking))                     # m = n, or 1 with `token`
             k = self.split_heads(self.key(normed))
-            v = self.split_heads(seen)
-            seen = F.scaled_dot_product_attention(q, k, v, mask)         # (B, heads, n, H / heads)
-            seen = seen.transpose(1, 2).flatten(2)                       # (B, n, H)
-        x = x + self.dropout(self.out(seen))
+            v = self.split_heads(attended)
+            attended = F.scaled_dot_product_attention(q, k, v, mask)     # (B, heads, m, H / heads)
+            attended = attended.transpose(1, 2).flatten(2)               # (B, m, H)
+        x = x + self.dropout(self.out(attended))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)))))
 
     def split_heads(self, x):
@@ -296,7 +299,9 @@ class GTuning(torch.nn.Module):
             Layer(width, heads, dropout) for _ in range(layers))
         self.norm = torch.nn.LayerNorm(width)
         self.output = torch.nn.Linear(width * (4 if pair else 1), num_labels)
-        self.scale = 1.0                               # so that f(x) has its length, choice 2
+        # The LayerNorm gives vectors of length sqrt(H). Divided by `scale` they are f(x), of the
+        # length that D sees; the output layer reads them at sqrt(H) again (choice 2).
+        self.scale = 1.0
         if length:
             self.scale = width ** 0.5 / length
         self.to(plm.device).train()
@@ -331,9 +336,10 @@ class GTuning(torch.nn.Module):
             hidden = self.adapter[-1](hidden, mask, first)               # (B, 1, H)
             return (self.norm(hidden) / self.scale)[:, 0]                # f(x)          (B, H)
         hidden = self.adapter[-1](hidden, mask)                          # (B, n, H)
-        if pooling == "mean":
-            hidden = masked_mean(hidden, attention_mask)                 # (B, H)
-        return self.norm(hidden) / self.scale                            # f(x)          (B, H)
+        if pooling == "none":
+            return self.norm(hidden) / self.scale                        # by token      (B, n, H)
+        mean = masked_mean(hidden, attention_mask)                       # (B, H)
+        return self.norm(mean) / self.scale                              # f(x)          (B, H)
 
     def mean_vectors(self, attention_mask, layer=None, **inputs):
         """f(x) by the mean over the tokens, or the mean of a block of g: (B, H)."""
@@ -600,50 +606,65 @@ def draw_maps(projection, perplexity, clouds, results, names):
     return maps
 
 
-def write_figure_2(args, setup, clouds, world):
-    """embed.html and embed.json in the folder of the task, and the numbers as a table.
-
-    clouds {folder of a finished run: its two, (n, H) each}. The runs of the first seed have maps.
-    """
-    import common
-    folders = [*clouds]
-    results = {}
-    task_folder = os.path.dirname(os.path.abspath(folders[0]))
-    for folder in folders:
-        found = common.read_results(os.path.join(folder, "results.json"))
-        if found["seed"] == args.seeds[0]:
-            results[os.path.basename(os.path.abspath(folder))] = found
-    clouds = {os.path.basename(os.path.abspath(folder)): both for folder, both in clouds.items()}
+def clouds_before_training(args, setup, folders, world):
+    """The two clouds of f as the runs of the first seed began, L2-normalised, (n, H) each."""
     pair = any("input_ids_2" in split.fields for _, split in setup.own.values())
     untrained = build_f(as_before(args, folders, world), setup, args.seeds[0], world, pair)
-    before = [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
-    clouds = {BEFORE: before, **clouds}
+    return [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
+
+
+def figure_2_numbers(clouds):
+    """{"separation", "distance of the means"}: {run: value}. clouds {run: its two, (n, H) each}."""
+    import common
+    separations = {}
+    distances = {}
+    for run, (in_domain, out_of_domain) in clouds.items():
+        separations[run] = common.separation(in_domain, out_of_domain)
+        difference = in_domain.mean(0) - out_of_domain.mean(0)
+        distances[run] = float((difference**2).sum() ** 0.5)
+    return {"separation": separations, "distance of the means": distances}
+
+
+def write_figure_2(args, setup, clouds_of_folders, world):
+    """embed.html and embed.json in the folder of the task, and the numbers as a table.
+
+    clouds_of_folders {folder of a finished run: its two clouds, (n, H) each}. Only the runs of the
+    first seed are drawn.
+    """
+    import common
+    folders = [*clouds_of_folders]
+    clouds = {BEFORE: clouds_before_training(args, setup, folders, world)}
+    drawn = {}                                         # {run: results}, those of the first seed
+    for folder, both in clouds_of_folders.items():
+        run = os.path.basename(os.path.abspath(folder))
+        clouds[run] = both
+        results = common.read_results(os.path.join(folder, "results.json"))
+        if results["seed"] == args.seeds[0]:
+            drawn[run] = results
+
     names = [next(iter(setup.own)), next(iter(setup.further))]
-    numbers = {"separation": {}, "distance of the means": {}}
-    for name, (a, b) in clouds.items():
-        numbers["separation"][name] = common.separation(a, b)
-        distance = a.mean(0) - b.mean(0)
-        numbers["distance of the means"][name] = float((distance**2).sum() ** 0.5)
-    sizes = [len(cloud) for cloud in before]
+    sizes = [len(cloud) for cloud in clouds[BEFORE]]
     sets = [f"{n} sentences of {name}" for n, name in zip(sizes, names)]
+    numbers = figure_2_numbers(clouds)
     common.print_numbers(numbers, f"Figure 2: f(x), L2-normalised, of {' and '.join(sets)}",
                          world)
     if world.rank > 0:
         return
 
-    shown = {name: clouds[name] for name in [BEFORE, *results]}
     perplexity = min(30, (sum(sizes) - 1) // 3)        # t-SNE needs more than thrice as many
-    maps = draw_maps(args.projection, perplexity, shown, results, names)
+    shown = {run: clouds[run] for run in [BEFORE, *drawn]}
+    maps = draw_maps(args.projection, perplexity, shown, drawn, names)
     legend = [common.legend_of("in", MARKS["in"], f"in domain: {sets[0]}"),
               common.legend_of("out", MARKS["out"], f"out of domain: {sets[1]}")]
     words = words_of_figure_2(args.projection, perplexity, sizes)
-    title = f"{args.task}, {args.model}: f(x) in domain and out of it"
     body = common.maps_body(maps, legend, words, numbers)
+    title = f"{args.task}, {args.model}: f(x) in domain and out of it"
     page = common.html_page(title, FIGURE_STYLE + common.MAPS_STYLE, body)
-    content = {"sets": dict(zip(names, sizes)), "values": numbers, "maps": [*maps]}
     by = f"t-SNE, perplexity {perplexity}" if args.projection == "tsne" else "principal axes"
     world.say(f"the maps are by {by}")
+    task_folder = os.path.dirname(os.path.abspath(folders[0]))
     common.write_text(os.path.join(task_folder, "embed.html"), page, world)
+    content = {"sets": dict(zip(names, sizes)), "values": numbers, "maps": [*maps]}
     path = os.path.join(task_folder, "embed.json")
     common.write_text(path, json.dumps(content, indent=1), world)
 
@@ -984,19 +1005,20 @@ class Algorithm1:
         return loss, stats
 
     def with_general(self, x_t, x_u):
-        """Micro-batches that hold both, with a weight for L_G.
+        """The micro-batches of x_t, each with its x_u and with the weight of its L_G.
 
-        common.backward weighs a micro-batch by its share of the labels, which is right for L_T, a
-        mean over labels. L_G is a mean over sentences: the weight puts their share in its place.
+        common.backward multiplies the loss of a micro-batch by its labels over the labels of a
+        process. That is right for L_T, a mean over labels. L_G is a mean over sentences: its
+        weight puts the micro-batch's share of the sentences in the place of that share.
         """
         import common
-        import numpy as np
-        labels = [common.count_labels(inputs["labels"]) for inputs in x_t]
+        counts = [common.count_labels(inputs["labels"]) for inputs in x_t]
         sentences = [len(general.pop("labels")) for general in x_u]
-        mean = float(self.world.total(np.array([sum(labels)]))[0]) / self.world.size
+        per_process = common.labels_per_process(counts, self.world)
         both = []
-        for inputs, general, count, rows in zip(x_t, x_u, labels, sentences):
-            weight = torch.tensor(rows / sum(sentences) * mean / max(count, 1))
+        for inputs, general, count, rows in zip(x_t, x_u, counts, sentences):
+            share_of_sentences = rows / sum(sentences)
+            weight = torch.tensor(share_of_sentences * per_process / max(count, 1))
             both.append({**inputs, "general": general, "general_weight": weight})
         return both
 

@@ -225,18 +225,24 @@ class R3F(torch.nn.Module):
         return self.eps > 0 or (self.has_dropout and not self.share_dropout)
 
     def two_passes(self, inputs):
-        """[the logits g.f(x) and, below them, g.f(x + z)], of a stacked pass: (2B, C); or [g.f(x),
-        g.f(x + z)], of two calls, where choices 2 or 3 need them: (B, C) each."""
+        """The logits without and with noise, g.f(x) and g.f(x + z), as a list of tensors.
+
+        One tensor (2B, C) of a single stacked pass: B rows of g.f(x), then B rows of g.f(x + z).
+        Or two tensors (B, C) of two passes, where choices 2 or 3 need them.
+        """
         if self.stop_grad == "none" and not self.share_dropout:
-            with added(self.model, self.noise_for_second_half):
+            with noise_added(self.model, self.noise_for_second_half):
                 return [logits_of(self.model, stacked_twice(inputs))]
 
         if self.share_dropout:
-            with replayed(inputs), added(self.model, self.noise_unused):
+            # Afterwards the random state is what it was: the next pass draws the same masks.
+            with random_state_restored(inputs), noise_added(self.model, self.zero_noise):
                 logits = logits_of(self.model, inputs)              # g.f(x)       (B, C)
         else:
             logits = logits_of(self.model, inputs)                  # g.f(x)       (B, C)
-        with torch.set_grad_enabled(self.stop_grad == "none"), added(self.model, self.noise_for):
+
+        needs_gradient = self.stop_grad == "none"
+        with torch.set_grad_enabled(needs_gradient), noise_added(self.model, self.noise_for):
             noised = logits_of(self.model, inputs)                  # g.f(x + z)   (B, C)
         return [logits, noised]
 
@@ -249,9 +255,11 @@ class R3F(torch.nn.Module):
         first, second = x.chunk(2)
         return torch.cat([torch.zeros_like(first), self.noise_for(second)])
 
-    def noise_unused(self, x):
-        """Zeros, but drawn like `noise_for`, so that the dropout masks that follow are those of the
-        noised pass."""
+    def zero_noise(self, x):
+        """Zeros, after z was drawn and thrown away: (B, n, H) -> (B, n, H).
+
+        Drawing z moves the random state on, so both passes must draw it to get the same masks.
+        """
         return 0 * self.noise_for(x)
 
 
@@ -262,8 +270,8 @@ def word_embeddings(model):
 
 
 @contextlib.contextmanager
-def added(model, z_of):
-    """Inside, one pass of the encoder has the word embeddings x + z_of(x). Both (B, n, H).
+def noise_added(model, noise_for):
+    """Inside, the encoder reads the word embeddings x + noise_for(x), both (B, n, H). One pass.
 
     RuntimeError if the pass did not go through the encoder's word embeddings exactly once.
     """
@@ -273,8 +281,8 @@ def added(model, z_of):
     def hook(module, args, x):
         calls.append(module)
         if positions_first:
-            return x + z_of(x.transpose(0, 1)).transpose(0, 1)
-        return x + z_of(x)
+            return x + noise_for(x.transpose(0, 1)).transpose(0, 1)
+        return x + noise_for(x)
 
     handle = word_embeddings(model).register_forward_hook(hook)
     try:
@@ -286,9 +294,11 @@ def added(model, z_of):
                            f"embeddings {len(calls)} times in one pass, must be once")
 
 
-def replayed(inputs, enabled=True):
-    """Restores the random state on leaving, so that a pass inside and the next one after it have
-    the same dropout masks."""
+def random_state_restored(inputs, enabled=True):
+    """A context that puts the random state back on leaving, of the CPU and of the inputs' device.
+
+    So the pass inside it and the pass after it have the same dropout masks.
+    """
     device = next(iter(inputs.values())).device
     return torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=enabled)
 
@@ -346,49 +356,67 @@ def plain_state_dict(model):
 # ------------------------------------------------------------------------------  labels by position
 
 def loss_by_position(both, labels, lam, label_smoothing, reduction):
-    """Eq. 3 for labels by position -> loss, ce, kl. both: what `R3F.two_passes` gives, the logits
-    without and with z, [(2B, m, V)] or [(B, m, V), (B, m, V)]. labels (B, m).
+    """Eq. 3 for labels by position. Returns the scalars (loss, ce, kl).
 
-    The vocabulary makes softmax and its gradient the largest tensors of a step. So a few positions
-    at a time go through softmax, and the gradient of the loss takes the place of their logits:
-    whoever else still holds the logits must not read them after this.
+    both: the logits without and with noise, as `R3F.two_passes` returns them: [(2B, m, V)] or
+    [(B, m, V), (B, m, V)]. labels (B, m), -100 where there is none. reduction: see `R3F`.
+
+    Over a whole vocabulary, softmax and its gradient would be the largest tensors of a step. So
+    they are computed for a few positions at a time, and the gradient of these positions is
+    written over their logits: nobody may read the logits after this call.
     """
     if both[0].shape[1] != labels.shape[1]:
         raise ValueError(f"the model gives logits at {both[0].shape[1]} positions, but there are "
                          f"labels at {labels.shape[1]}")
     rows = len(labels)
     vocabulary = both[0].shape[-1]
-    labels = labels.flatten()
-    real = (labels != -100).float()
-    in_ce = real / real.sum().clamp(min=1)                          # weights by position  (B m,)
-    in_kl = {"token": in_ce, "sentence": real / rows,
-             "released": torch.ones_like(real) / rows}[reduction]
+    labels = labels.flatten()                                       # (B m,)
+    in_ce, in_kl = position_weights(labels, rows, reduction)        # (B m,) each
 
-    places = [logits.detach().contiguous() for logits in both]
+    # The memory of the logits, and the views of it that belong to x and to x + z.
+    gradients = [logits.detach().contiguous() for logits in both]
     halves = []
-    for place in places:
-        for half in place.split(rows):
+    for memory in gradients:
+        for half in memory.split(rows):
             half = half.view(-1, vocabulary)                        # (B m, V)
             half[in_kl == 0] = 0                                    # padding has no gradient
             halves.append(half)
-    ce = torch.zeros((), device=real.device)
-    kl = torch.zeros((), device=real.device)
-    for few in in_kl.nonzero().squeeze(1).split(max(1, 2**20 // vocabulary)):
+
+    ce = torch.zeros((), device=labels.device)
+    kl = torch.zeros((), device=labels.device)
+    counted = in_kl.nonzero().squeeze(1)
+    at_once = max(1, 2**20 // vocabulary)
+    for positions in counted.split(at_once):
         with torch.enable_grad():
-            logits, noised = [half[few].float().requires_grad_() for half in halves]
-            each_ce = cross_entropy(logits, labels[few].clamp(min=0), label_smoothing, "none")
-            few_ce = (in_ce[few] * each_ce).sum()
-            few_kl = (in_kl[few] * symmetric_kl(logits, noised)).sum()
-            gradients = torch.autograd.grad(few_ce + lam * few_kl, [logits, noised])
-        for half, gradient in zip(halves, gradients):
-            half[few] = gradient.to(half.dtype)
-        ce += few_ce.detach()
-        kl += few_kl.detach()
-    return KnownGradient.apply(ce + lam * kl, places, *both), ce, kl
+            logits, noised = [half[positions].float().requires_grad_() for half in halves]
+            targets = labels[positions].clamp(min=0)
+            losses = cross_entropy(logits, targets, label_smoothing, "none")
+            part_of_ce = (in_ce[positions] * losses).sum()
+            part_of_kl = (in_kl[positions] * symmetric_kl(logits, noised)).sum()
+            found = torch.autograd.grad(part_of_ce + lam * part_of_kl, [logits, noised])
+        for half, gradient in zip(halves, found):
+            half[positions] = gradient.to(half.dtype)
+        ce += part_of_ce.detach()
+        kl += part_of_kl.detach()
+    return KnownGradient.apply(ce + lam * kl, gradients, *both), ce, kl
+
+
+def position_weights(labels, rows, reduction):
+    """The weight of each position in CE and in R: labels (B m,) -> (B m,), (B m,). rows: B."""
+    real = (labels != -100).float()
+    in_ce = real / real.sum().clamp(min=1)
+    if reduction == "token":
+        return in_ce, in_ce
+    if reduction == "sentence":
+        return in_ce, real / rows
+    return in_ce, torch.ones_like(real) / rows                      # "released": padding counts
 
 
 class KnownGradient(torch.autograd.Function):
-    """A loss, given with its gradients on some tensors: backward only hands them on, once."""
+    """A loss whose gradients on `tensors` are computed already: backward only scales them.
+
+    It does so in place and lets go of them, so that backward works once.
+    """
 
     @staticmethod
     def forward(ctx, loss, gradients, *tensors):
@@ -397,8 +425,9 @@ class KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        gradients, ctx.gradients = ctx.gradients, None
-        return (None, None, *[gradient.mul_(scale) for gradient in gradients])
+        gradients = ctx.gradients
+        ctx.gradients = None
+        return None, None, *[gradient.mul_(scale) for gradient in gradients]
 
 
 def with_decoder_inputs(model, labels, inputs):
@@ -593,13 +622,13 @@ class SMART(torch.nn.Module):
 
         real = real_tokens(inputs)                                  # (B, n, 1)
         z = embedding_noise(self.model, real).normal_(0, self.sigma) * real       # z_0
-        with replayed(inputs):
+        with random_state_restored(inputs):
             logits = logits_of(self.model, inputs)                  # p(x)         (B, C)
         z = self.ascended(z, real, logits.detach(), labels, inputs)
         if self.bregman > 0:
-            with replayed(inputs), torch.no_grad():
+            with random_state_restored(inputs), torch.no_grad():
                 before = logits_of(self.average.towards(self.model), inputs)      # p(x; th~)
-        with added(self.model, lambda x: z):
+        with noise_added(self.model, lambda x: z):
             noised = logits_of(self.model, inputs)                  # p(x + z)     (B, C)
 
         ce = task_loss(logits, labels)
@@ -613,7 +642,7 @@ class SMART(torch.nn.Module):
         """z after K steps up the KL, a constant. (B, n, H) -> (B, n, H)."""
         for _ in range(self.steps):
             z.requires_grad_()
-            with replayed(inputs), added(self.model, lambda x: z):
+            with random_state_restored(inputs), noise_added(self.model, lambda x: z):
                 kl = mean_kl(logits_of(self.model, inputs), logits, labels)
             gradient, = torch.autograd.grad(kl, z)
             largest = gradient.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)  # (B, 1, 1)
@@ -684,18 +713,19 @@ class FreeLB(torch.nn.Module):
         size = real.sum((1, 2), keepdim=True) * z.shape[-1]         # n H          (B, 1, 1)
         z = z * real * self.init / size.sqrt()                      # z_0
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        sums = {}                                                   # of the gradients, by weight
+        sums = {}                                                   # {weight: sum of its gradients}
         loss = 0
         for k in range(self.steps + 1):
             z.requires_grad_()
-            with replayed(inputs, enabled=k < self.steps), added(self.model, lambda x: z):
+            same_masks = random_state_restored(inputs, enabled=k < self.steps)
+            with same_masks, noise_added(self.model, lambda x: z):
                 ce = task_loss(logits_of(self.model, inputs), labels) / (self.steps + 1)
             loss = loss + ce.detach()
-            gradient, *found = torch.autograd.grad(ce, [z, *weights], allow_unused=True)
-            for weight, part in zip(weights, found):
-                if part is not None:
-                    sums[weight] = sums.get(weight, 0) + part
-            z = self.ascended(z.detach(), gradient * real)
+            of_z, *of_weights = torch.autograd.grad(ce, [z, *weights], allow_unused=True)
+            for weight, gradient in zip(weights, of_weights):
+                if gradient is not None:
+                    sums[weight] = sums.get(weight, 0) + gradient
+            z = self.ascended(z.detach(), of_z * real)
         loss = KnownGradient.apply(loss, list(sums.values()), *sums)
         return loss, {"ce": loss.detach(), "kl": torch.zeros((), device=labels.device)}
 

@@ -341,45 +341,58 @@ class TDT(torch.nn.Module):
         return c * real_tokens(inputs)
 
     def passes(self, views, perturbable=None, given=None, **inputs):
-        """The first `views` of H, H+ and H- in one stacked pass.
+        """The logits of the first `views` of H, H+ and H-, from one stacked pass.
 
-        given (B, n): another model's c, in place of its own. Returns their logits, (B, C) each; c,
-        0 at padding, and its probabilities p, (B, n) each; and the tokens that may be perturbed
-        (B, n).
+        given (B, n): another model's c, to be used in place of this one's. Returns the logits of
+        each view, (B, C); c, 0 at padding, and the probabilities p = sigmoid(z), (B, n) each; and
+        the tokens that may be perturbed, (B, n).
         """
-        ids = inputs["input_ids"]                                        # (B, n)
-        real = real_tokens(inputs)
+        real = real_tokens(inputs)                                       # (B, n)
         can_change = real if perturbable is None else real & perturbable.bool()
         stacked = {name: torch.cat([value] * views) for name, value in inputs.items()}
         if self.hard:
-            # The second view lends its [MASK]s to both variants.
+            # The second view goes through the embedding layer as [MASK] tokens. Their embeddings
+            # stand in for the dropped tokens of e+ and for the kept ones of e-.
+            ids = inputs["input_ids"]                                    # (B, n)
             masked = ids.masked_fill(real, self.mask_token_id)
             stacked["input_ids"] = torch.cat([ids, masked, ids][:views])
-        c = p = None
+        c = None
+        p = None
 
         def perturb(x):                                                  # (views B, n, H)
             nonlocal c, p
-            e, masks = x.chunk(views)[:2]
-            z = self.score(e)                                            # (B, n)
-            p = z.sigmoid()                                              # Eq. 2
-            c = p if given is None else given
-            if self.hard and given is None:
-                two = torch.stack([z, 0 * z], -1)                        # (B, n, 2)
-                c = F.gumbel_softmax(two, self.tau, hard=True)[..., 0]   # Eq. 8, 9
-            c = c.masked_fill(~can_change, 1.0)
-
-            keep = c[..., None]                                          # (B, n, 1)
-            mu_0 = masks if self.hard else self.mu_0(e, real)
-            e_pos = keep * e + (1 - keep) * mu_0                         # Eq. 3
-            e_neg = (1 - keep) * e                                       # Eq. 5
-            if self.hard:
-                e_neg = e_neg + keep * masks
-            e_neg = torch.where(can_change[..., None], e_neg, e)
+            e, second = x.chunk(views)[:2]
+            c, p = self.draw_confidence(e, can_change, given)
+            mu_0 = second if self.hard else self.mu_0(e, real)
+            e_pos, e_neg = self.perturbed(e, mu_0, c, can_change)
             return torch.cat([e, e_pos, e_neg][:views]).to(x.dtype)
 
         with changed_embeddings(self.model, perturb, stacked["input_ids"].shape):
             logits = self.model(**stacked).logits.chunk(views)
         return logits, c * real, p, can_change
+
+    def draw_confidence(self, e, can_change, given=None):
+        """c, 1 where a token must stay, and p = sigmoid(z): e (B, n, H) -> (B, n), (B, n)."""
+        z = self.score(e)                                                # (B, n)
+        p = z.sigmoid()                                                  # Eq. 2
+        if given is not None:
+            c = given
+        elif self.hard:
+            keep_or_drop = torch.stack([z, torch.zeros_like(z)], -1)     # (B, n, 2)
+            c = F.gumbel_softmax(keep_or_drop, self.tau, hard=True)[..., 0]    # Eq. 8, 9
+        else:
+            c = p
+        return c.masked_fill(~can_change, 1.0), p
+
+    def perturbed(self, e, mu_0, c, can_change):
+        """e+ and e-: e (B, n, H), mu_0 (B, 1 or n, H), c (B, n) -> (B, n, H), (B, n, H)."""
+        keep = c[..., None]                                              # (B, n, 1)
+        e_pos = keep * e + (1 - keep) * mu_0                             # Eq. 3
+        e_neg = (1 - keep) * e                                           # Eq. 5
+        if self.hard:
+            e_neg = e_neg + keep * mu_0                                  # what is cut out: [MASK]
+        e_neg = torch.where(can_change[..., None], e_neg, e)
+        return e_pos, e_neg
 
     def mu_0(self, e, real):
         """mu_0 of Eq. 3 for each sentence: (B, n, H), (B, n) -> (B, 1, H)."""
@@ -641,32 +654,39 @@ def confidences_of(module, evaluation, name):
 
 
 def show_confidences(folder, c, evaluation):
-    """Figure 4: the distribution of the words' confidences c, and the words at its ends."""
+    """Figure 4: the distribution of the words' confidences c, and the words at its ends.
+
+    c (tokens,). Prints both, and writes them to confidences.json in the folder.
+    """
     import common
     import numpy as np
     world = evaluation.world
-    words = evaluation.ids[evaluation.is_word]
-    c = c[evaluation.is_word]
+    words = evaluation.ids[evaluation.is_word]                           # (words,)
+    c = c[evaluation.is_word]                                            # (words,)
     counts = np.histogram(c, 20, (0, 1))[0]
-    kinds, at, times = np.unique(words, return_inverse=True, return_counts=True)
-    names = evaluation.setup.tokenizer.convert_ids_to_tokens(kinds)
-    means = (np.bincount(at, c) / times).round(4).tolist()
-    mean_of = dict(zip(names, means))
-    facts = {"set": evaluation.name, "tokens": len(words), "mean": float(c.mean()),
-             "std": float(c.std())}
-
+    mean = float(c.mean())
+    std = float(c.std())
     world.say(f"\n{folder}: confidences on {evaluation.name}, {len(words)} tokens, "
-              f"mean {facts['mean']:.3f}, std {facts['std']:.3f}")
+              f"mean {mean:.3f}, std {std:.3f}")
     for i in np.flatnonzero(counts):
         bar = "#" * round(60 * counts[i] / counts.max())
         world.say(f"  {i / 20:.2f} {counts[i] / len(words):6.1%} {bar}")
-    often = [name for name, n in zip(mean_of, times) if n >= 5]
-    often = [f"{name} {mean_of[name]:.2f}" for name in sorted(often, key=mean_of.get)]
-    world.say(f"  highest, of tokens seen 5 times: {', '.join(often[:-13:-1])}")
-    world.say(f"  lowest: {', '.join(often[:12])}")
-    found = {**facts, "counts": counts.tolist(), "mean_by_token": mean_of}
+
+    # Each different token: its id, which of these every word is, and how often it is there.
+    token_ids, which, times = np.unique(words, return_inverse=True, return_counts=True)
+    names = evaluation.setup.tokenizer.convert_ids_to_tokens(token_ids)
+    means = (np.bincount(which, c) / times).round(4).tolist()
+    mean_by_token = dict(zip(names, means))
+    frequent = [name for name, n in zip(mean_by_token, times) if n >= 5]
+    frequent.sort(key=mean_by_token.get)
+    shown = [f"{name} {mean_by_token[name]:.2f}" for name in frequent]
+    world.say(f"  highest, of tokens seen 5 times: {', '.join(shown[::-1][:12])}")
+    world.say(f"  lowest: {', '.join(shown[:12])}")
+
+    content = {"set": evaluation.name, "tokens": len(words), "mean": mean, "std": std,
+               "counts": counts.tolist(), "mean_by_token": mean_by_token}
     path = os.path.join(folder, "confidences.json")
-    common.write_text(path, json.dumps(found, indent=1), world)
+    common.write_text(path, json.dumps(content, indent=1), world)
 
 
 # --------------------------------------------------------------------------  analyses: explanations
@@ -840,13 +860,14 @@ def page(explanations, title, scale):
 # --------------------------------------------------------------------------  analyses: Figures 5, 6
 
 def damage(evaluation, by, rate, draw, c, mask_id):
-    """evaluation.ids with that share of each row's words replaced: (tokens,).
+    """evaluation.ids with a share `rate` of each row's words replaced: (tokens,).
 
-    by: the words of "highest" or "lowest" confidence c become [MASK]; or random ones become
-    "[MASK]" or an "other word" of the row. draw: the seed.
+    by: "highest" or "lowest": the words of highest or lowest confidence c (tokens,) become [MASK].
+    "[MASK]" or "other word": random words become [MASK], or a random word of the same row.
+    draw: the seed.
     """
     import numpy as np
-    ids, row, is_word = evaluation.ids, evaluation.row, evaluation.is_word
+    ids = evaluation.ids
     rng = np.random.default_rng([draw, round(1000 * rate)])
     if by == "highest":
         order = -c
@@ -855,20 +876,17 @@ def damage(evaluation, by, rate, draw, c, mask_id):
     else:
         order = rng.random(len(ids))
 
-    # Words of each row, and where they begin in `places`: row by row, in that order.
-    count = np.bincount(row[is_word], minlength=row.max() + 1)
-    first = np.cumsum(count) - count
-    places = np.lexsort((order, row, ~is_word))[:is_word.sum()]
-    rank = np.arange(len(places)) - first[row[places]]
-    hit = places[rank < np.rint(rate * count)[row[places]]]
-
     changed = ids.copy()
-    if by == "other word":
-        random_rank = (rng.random(len(hit)) * count[row[hit]]).astype(int)
-        others = np.flatnonzero(is_word)[first[row[hit]] + random_rank]
-        changed[hit] = ids[others]
-    else:
-        changed[hit] = mask_id
+    row_ends = np.flatnonzero(np.diff(evaluation.row)) + 1
+    for tokens in np.split(np.arange(len(ids)), row_ends):
+        words = tokens[evaluation.is_word[tokens]]     # where this row's words stand
+        count = int(np.rint(rate * len(words)))
+        hit = words[np.argsort(order[words], kind="stable")][:count]
+        if by == "other word":
+            others = words[(rng.random(count) * len(words)).astype(int)]
+            changed[hit] = ids[others]
+        else:
+            changed[hit] = mask_id
     return changed
 
 

@@ -2275,6 +2275,7 @@ def test_a_finished_run_scores_further_sets_without_training(script, method, tin
     assert (folder / "log.jsonl").read_bytes() == log
     text = capsys.readouterr().out
     assert "toy-food" in text and f"that of {folder}" in text
+    assert "  defaults " not in text.split(f"that of {folder}")[1]
 
     again, = SCRIPTS[script].main(["--run", str(folder)])
     assert again["metrics"] == result["metrics"]       # its own sets, once more
@@ -3975,7 +3976,7 @@ def test_the_noise_of_generation_reaches_the_encoder_alone(name):
     def watch(side):
         return lambda module, args, x: seen[side].append(x.detach())
 
-    with r3f.added(model, method.noise_for_second_half):
+    with r3f.noise_added(model, method.noise_for_second_half):
         decoder_words = model.get_decoder().get_input_embeddings()
         handles = [encoder_words(model).register_forward_hook(watch("encoder")),
                    decoder_words.register_forward_hook(watch("decoder"))]
