@@ -141,9 +141,9 @@ def add_data_flags(g):
     g.add_argument("--text_columns", nargs="+", metavar="NAME",
                    help="one or two columns of your files (found by name)")
     g.add_argument("--label_column", default="label", metavar="NAME",
-                   help="of your files; numbers with a point: regression")
+                   help="column of labels in your files; numbers with a point: regression")
     g.add_argument("--target_column", metavar="NAME",
-                   help="of your files, in place of labels: the text to write (a summary)")
+                   help="column of texts to write in your files (summaries), in place of labels")
     g.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
                    help="the file of a task without a hub id")
     g.add_argument("--train_samples", type=number(int, 1), metavar="N",
@@ -167,7 +167,8 @@ def add_data_flags(g):
                    help="tokens of a text to write, in training (the task's)")
     g.add_argument("--batching", nargs="+", default=["length"], metavar="ORDER",
                    choices=["length", "random", "padded"],
-                   help="length, random or padded; several: --profile compares")
+                   help="rows of like length, random ones, or padded to --max_length; several: "
+                        "--profile compares")
 
 
 def add_model_flags(g):
@@ -175,7 +176,7 @@ def add_model_flags(g):
     g.add_argument("--init_from", default="", metavar="RUN",
                    help="start from a finished run's encoder, with a fresh head")
     g.add_argument("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"],
-                   help="of the passes; weights are fp32; auto: bf16 where the machine has it")
+                   help="in the passes; weights are fp32; auto: bf16 where the machine has it")
     g.add_argument("--weight_noise", type=number(float, 0), default=0.0, metavar="L",
                    help="NoisyTune: before training W := W + U(-L/2, L/2) std(W); its paper: 0.15")
     g.add_argument("--post_train", type=number(float, 0, above=True), metavar="E",
@@ -190,7 +191,7 @@ def add_training_flags(g, methods, default_methods):
     g.add_argument("--method", nargs="+", default=default_methods, choices=methods,
                    help="several: all run, one table")
     g.add_argument("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], metavar="N",
-                   help="one run each")
+                   help="a run for each")
     size = g.add_mutually_exclusive_group()
     size.add_argument("--batch_size", type=number(int, 1), default=32, metavar="N",
                       help="rows a step, over all processes")
@@ -229,58 +230,69 @@ def add_running_flags(g):
     again.add_argument("--overwrite", action="store_true",
                        help="start afresh where a run is already")
     g.add_argument("--eval_every", type=number(int, 0), default=0, metavar="N",
-                   help="steps; keeps the best; 0: only at the end")
+                   help="steps between looks at the validation set, of which the best state is "
+                        "kept; 0: one look at the end")
     g.add_argument("--save_every", type=number(int, 0), default=0, metavar="N",
-                   help="steps to a checkpoint; 0: five minutes")
+                   help="steps between checkpoints; 0: every five minutes")
     g.add_argument("--log_every", type=number(int, 1), default=20, metavar="N",
-                   help="steps to a line of log.jsonl")
+                   help="steps between lines of log.jsonl")
     g.add_argument("--profile", type=number(int, 0), default=0, metavar="N",
                    help="time N steps of each --method, and stop")
     g.add_argument("--grid", nargs="*", default=[], metavar="FLAG=A,B",
                    help="try all combinations, choose by the held-out rows, then run all --seeds")
     g.add_argument("--threads", type=number(int, 0), default=0, metavar="N",
-                   help="of a CPU; 0: as many as torch takes")
+                   help="CPU threads; 0: as many as torch takes")
     g.add_argument("--detect_anomaly", action="store_true",
                    help="torch's search for the first nan; slow")
 
 
 def parse(p, argv, recipe):
-    """The flags given by hand over the task's recipe over the defaults.
+    """The flags of a run: the defaults, over them the task's recipe, over both what is set by hand.
 
-    recipe(args) -> (its name, {flag: value}). Sets besides the flags: by_hand, the flags that were
-    set; recipe_name and recipe, what the recipe set; own_files, the first of one's own files or "";
-    path, where the model lies; idle, see check_methods.
+    recipe(args) -> (its name, {flag: value}). The result has some attributes besides the flags:
+    by_hand, the names of the flags that were set; recipe_name and recipe, what `recipe` returned;
+    own_files, the first of the user's own files, or ""; path, where the model lies;
+    no_effect, see check_methods.
     """
-    args = p.parse_args(argv)
-    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    by_hand = sorted(action.dest for action in p._actions if words & set(action.option_strings))
-    own_files = args.train_file or args.validation_file or args.test_file
-    if own_files and "task" in by_hand:
-        raise UserError(f"--task {args.task}: cannot go together with your own {own_files}")
-
-    task = args.name if own_files else args.task
-    args.task = task
-    if args.init_from:                                 # a recipe may look at the model
-        args.model = run_model(args.init_from)
+    by_hand = flags_by_hand(p, argv)
+    args = read_flags(p, argv, by_hand)                # the recipe looks at the task and the model
     recipe_name, values = recipe(args)
+
     p.set_defaults(**values)
-    args = p.parse_args(argv)
-    args.task = task
-    args.own_files = own_files
+    args = read_flags(p, argv, by_hand)
     args.by_hand = by_hand
     args.recipe = values
     args.recipe_name = recipe_name
-    args.idle = []
-    if args.init_from:
-        args.model = run_model(args.init_from)
+    args.no_effect = []
     args.path = args.model
     args.seeds = [*dict.fromkeys(args.seeds)]
     args.method = [*dict.fromkeys(args.method)]
     settle_length(args)
     settle_batch(args)
     if args.eval_tasks is None:
-        args.eval_tasks = [] if own_files else data.TASKS[task].further.split()
+        args.eval_tasks = [] if args.own_files else data.TASKS[args.task].further.split()
     check_flags(args)
+    return args
+
+
+def flags_by_hand(p, argv):
+    """The names of the flags that stand in argv, or in the command line if it is None."""
+    words = sys.argv[1:] if argv is None else argv
+    given = {word.split("=")[0] for word in words}
+    return sorted(action.dest for action in p._actions if given & set(action.option_strings))
+
+
+def read_flags(p, argv, by_hand):
+    """argparse's flags, with own_files, the name of the user's own task and --init_from's model."""
+    args = p.parse_args(argv)
+    args.own_files = args.train_file or args.validation_file or args.test_file
+    if args.own_files:
+        if "task" in by_hand:
+            raise UserError(f"--task {args.task}: cannot go together with your own "
+                            f"{args.own_files}")
+        args.task = args.name
+    if args.init_from:
+        args.model = run_model(args.init_from)
     return args
 
 
@@ -341,21 +353,25 @@ def check_flags(args):
 
 
 def check_methods(args, task, methods, why=""):
-    """UserError, with the reason `why`, if a --method cannot train this kind of task.
+    """UserError if a --method cannot train this kind of task. why: the reason, for the message.
 
-    methods {name: (the kinds that it can train, the flags of its own)}. Sets args.idle: the flags
-    set by hand that are of other methods alone.
+    methods {name: {"kinds": the kinds of task that it can train, "flags": those of its own}}. Sets
+    args.no_effect: the flags set by hand that belong to other methods alone.
     """
-    of_some = {flag for _, flags in methods.values() for flag in flags.split()}
-    of_these = {flag for method in args.method for flag in methods[method][1].split()}
-    args.idle = sorted(set(args.by_hand) & of_some - of_these)
+    able = [name for name in methods if task.kind in methods[name]["kinds"].split()]
     for method in args.method:
-        kinds, _ = methods[method]
-        if task.kind not in kinds.split():
-            able = [name for name, (kinds, _) in methods.items() if task.kind in kinds.split()]
+        if method not in able:
             others = " or ".join(able) or "of another script"
             raise UserError(f"--method {method}: must be {others} for {args.task}, whose kind is "
                             f"{task.kind}{why}")
+
+    of_all = set()
+    of_these = set()
+    for name, method in methods.items():
+        of_all.update(method["flags"].split())
+        if name in args.method:
+            of_these.update(method["flags"].split())
+    args.no_effect = sorted(set(args.by_hand) & (of_all - of_these))
 
 
 # ------------------------------------------------------------------------  2  processes and signals
@@ -367,7 +383,7 @@ def cli(main):
     at once and the others wait ten seconds: if nobody has ended them by then, the error is theirs
     alone, and they print it.
     """
-    rank = own_rank()
+    rank = process_rank()
     try:
         main()
         return 0
@@ -392,7 +408,7 @@ def cli(main):
         raise
 
 
-def own_rank():
+def process_rank():
     """This process's number, 0 without torchrun; a World has it too."""
     return int(os.environ.get("RANK", 0))
 
@@ -406,7 +422,7 @@ class World:
     """The processes of a run, torchrun's or this one alone: rank, size, device, precision."""
 
     def __init__(self, args):
-        self.rank = own_rank()
+        self.rank = process_rank()
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         trains = not getattr(args, "run", None)
         if trains and args.batch_size and args.batch_size % self.size:
@@ -645,7 +661,7 @@ class Setup:
     task: data.Task
     tokenizer: object
     train: data.Split | None       # None: finished runs are used, --run
-    own: dict                      # {split: (task, Split)}, validation splits
+    validation: dict               # {split: (task, Split)}
     further: dict                  # {name: (task, Split)}, of --eval_tasks
     unscored: dict                 # {split: Split}, to predict
     held_out: dict                 # {"held-out": (task, Split)}, of --dev_samples
@@ -659,7 +675,7 @@ class Setup:
     def choose_by(self):
         """The sets by which the best state is chosen, or --eval_samples of each."""
         sets = {}
-        for name, (task, split) in (self.held_out or self.own).items():
+        for name, (task, split) in (self.held_out or self.validation).items():
             if self.sample and self.sample < len(split):
                 split = split.take(data.subset(split, self.sample, 0))
             sets[name] = task, split
@@ -668,7 +684,7 @@ class Setup:
     @property
     def scored(self):
         """All sets that are scored at the end; the first has the main metric."""
-        return {**self.own, **self.further, **self.held_out}
+        return {**self.validation, **self.further, **self.held_out}
 
 
 def prepare(args, world, check=None, also_scores=(), **options):
@@ -701,14 +717,14 @@ def prepare(args, world, check=None, also_scores=(), **options):
         train = None                                   # of --run
         if rows.train is not None:
             train = encode(rows.train, task, options)
-        own = {}
-        for name, part in rows.own.items():
-            own[name] = task, encode(part, task)
+        validation = {}
+        for name, part in rows.validation.items():
+            validation[name] = task, encode(part, task)
         further = {}
         for name, (its_task, part) in rows.further.items():
             further[name] = its_task, encode(part, its_task)
         unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
-    setup = Setup(task, tokenizer, train, own, further, unscored, {}, args.eval_samples)
+    setup = Setup(task, tokenizer, train, validation, further, unscored, {}, args.eval_samples)
     if train is not None:
         hold_out(args, setup)
     if train is not None and args.batch_tokens:
@@ -721,7 +737,7 @@ def warn_of_texts(args, rows, world):
     """A line for each set with empty texts, and with texts to write that have no word for ROUGE."""
     if args.choosing or world.rank > 0:
         return
-    scored = {name: (rows.task, part) for name, part in rows.own.items()}
+    scored = {name: (rows.task, part) for name, part in rows.validation.items()}
     scored.update(rows.further)
     others = {name: (rows.task, part) for name, part in rows.unscored.items()}
     if rows.train is not None:
@@ -764,7 +780,9 @@ def hold_out(args, setup):
     setup.held_out = {"held-out": (setup.task, setup.train.take(chosen))}
     setup.train = setup.train.take(others)
     if args.choosing:
-        setup.own, setup.further, setup.unscored = {}, {}, {}
+        setup.validation = {}
+        setup.further = {}
+        setup.unscored = {}
 
 
 def tell_settings(args, setup, world):
@@ -802,8 +820,8 @@ def tell_settings(args, setup, world):
     world.say(f"  set by you  {listed(by_hand)}")
     if usual and not args.run:                         # which has the runs' own
         world.say(f"  defaults    {listed(usual)}")
-    if args.idle:
-        world.say(f"  no effect   {listed(args.idle)}: not of {' '.join(args.method)}")
+    if args.no_effect:
+        world.say(f"  no effect   {listed(args.no_effect)}: not of {' '.join(args.method)}")
     world.say(f"  labels      {labels or setup.kind.answer}")
     world.say(f"  rows        {', '.join(f'{name} {size}' for name, size in sizes.items())}")
     lengths = f"{args.max_length} tokens"
@@ -891,31 +909,46 @@ def load_model(args, setup, seed, world, path=None):
         raise UserError(f"--model {path or args.model}: cannot be loaded by "
                         f"{setup.kind.auto_class}: {first_line(error)}") from error
 
-    body = model.base_model_prefix + "."
-    fresh = args.init_from and not path and not setup.kind.decodes      # which has no head
-    if fresh:
-        for name, module in model.named_modules():
-            if name and not f"{name}.".startswith(body):
-                for weight in module.parameters(recurse=False):
-                    weight._is_hf_initialized = False  # with that mark it would stay as it is
-                model._init_weights(module)
-    if fresh or info["mismatched_keys"]:
+    draws_head = args.init_from and not path and not setup.kind.decodes
+    if draws_head:
+        draw_head(model)
+    if draws_head or info["mismatched_keys"]:
         world.say(f"{args.model}: its head is not used; a fresh one of {setup.task.outputs}")
-    lost = [key for key in info["missing_keys"] if key.startswith(body) and "pooler" not in key]
-    if lost:
-        world.say(f"warning: {args.model} lacks {len(lost)} weights of the encoder, which start at "
-                  f"random: {lost[0]} ...")
-
-    words = len(setup.tokenizer)
-    known = model.get_input_embeddings().num_embeddings
-    if words > known:
-        raise UserError(f"--model {args.model}: its tokenizer has {words} words, the model "
-                        f"embeddings for {known}")
+    warn_of_lost_weights(args, model, info["missing_keys"], world)
+    check_vocabulary(args, model, setup.tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = setup.tokenizer.pad_token_id
     if args.weight_noise and not path:
         add_weight_noise(model.base_model, args.weight_noise, seed)
     return model.to(world.device).train()              # from_pretrained gives it in eval mode
+
+
+def draw_head(model):
+    """Draws new weights for the model's head: for all modules outside its base model."""
+    body = model.base_model_prefix + "."
+    for name, module in model.named_modules():
+        if name and not f"{name}.".startswith(body):
+            for weight in module.parameters(recurse=False):
+                weight._is_hf_initialized = False      # transformers skips what has this mark
+            model._init_weights(module)
+
+
+def warn_of_lost_weights(args, model, missing, world):
+    """A line if weights of the encoder were not in the checkpoint. missing: names of weights."""
+    body = model.base_model_prefix + "."
+    lost = [key for key in missing if key.startswith(body) and "pooler" not in key]
+    if lost:
+        world.say(f"warning: {args.model} lacks {len(lost)} weights of the encoder, which start at "
+                  f"random: {lost[0]} ...")
+
+
+def check_vocabulary(args, model, tokenizer):
+    """UserError if the tokenizer has more words than the model has embeddings."""
+    words = len(tokenizer)
+    known = model.get_input_embeddings().num_embeddings
+    if words > known:
+        raise UserError(f"--model {args.model}: its tokenizer has {words} words, the model "
+                        f"embeddings for {known}")
 
 
 def add_weight_noise(model, scale, seed):
@@ -1029,6 +1062,19 @@ def backward(module, batch, world, **more):
 
 # -----------------------------------------------------------------------  4  predictions and scores
 
+def eval_inputs(split, world, name, **size):
+    """Yields (rows, labels, inputs on the device) over all rows of this process.
+
+    name: of the progress bar. size: see data.slices.
+    """
+    count = len(range(world.rank, len(split), world.size))
+    with Progress(world, name, count, unit="row") as progress:
+        for rows, inputs in data.eval_batches(split, world.rank, world.size, **size):
+            labels = inputs.pop("labels")
+            yield rows, labels, world.put(inputs)
+            progress.update(len(rows))
+
+
 def predict(forward, module, split, setup, world, name="predicting"):
     """What the task's kind keeps of the outputs, [one a row of the split], on every process.
 
@@ -1037,16 +1083,12 @@ def predict(forward, module, split, setup, world, name="predicting"):
     """
     module.eval()
     kept = [None] * len(split)
-    mine = len(range(world.rank, len(split), world.size))
-    progress = Progress(world, name, mine, unit="row")
-    with torch.inference_mode(), world.autocast(), progress:
-        size = setup.kind.eval_size(setup.task)
-        for rows, inputs in data.eval_batches(split, world.rank, world.size, **size):
-            labels = inputs.pop("labels")
-            outputs = forward(**world.put(inputs))
+    size = setup.kind.eval_size(setup.task)
+    with torch.inference_mode(), world.autocast():
+        for rows, labels, inputs in eval_inputs(split, world, name, **size):
+            outputs = forward(**inputs)
             for row, output in zip(rows, setup.kind.collect(outputs, labels, setup.tokenizer)):
                 kept[row] = output
-            progress.update(len(rows))
     module.train()
     return world.gather(kept)
 
@@ -1162,9 +1204,9 @@ def default_flags():
     return json.loads(json.dumps(defaults))
 
 
-def flags_that_count(args, own_flags):
+def flags_that_count(args, method_flags):
     """{flag: value} of all that makes a run what it is, as json gives it back."""
-    counted = {*default_flags(), *own_flags.split()} - NOT_THE_RUN
+    counted = {*default_flags(), *method_flags.split()} - NOT_THE_RUN
     values = {name: value for name, value in vars(args).items() if name in counted}
     return json.loads(json.dumps(values))
 
@@ -1203,11 +1245,11 @@ class LoggedStep:
 class Run:
     """One task, method and seed: its folder, steps, log, checkpoints and results.
 
-    own_flags: those of the script's flags that the method has a use for. These and the flags that
+    method_flags: those of the script's flags that the method uses. These and the flags that
     all scripts have tell it from other runs.
     """
 
-    def __init__(self, args, method, seed, world, own_flags=""):
+    def __init__(self, args, method, seed, world, method_flags=""):
         self.args = args
         self.method = method
         self.seed = seed
@@ -1217,7 +1259,7 @@ class Run:
         self.model_folder = f"{self.folder}/model"
         self.log_path = f"{self.folder}/log.jsonl"
         self.checkpoints = [f"{self.folder}/checkpoint.pt", f"{self.folder}/checkpoint-before.pt"]
-        self.identity = flags_that_count(args, own_flags)
+        self.identity = flags_that_count(args, method_flags)
 
         self.step = 0
         self.seconds = 0.0                             # of training, without evaluation
@@ -1588,45 +1630,29 @@ ALIKE = ["model", "max_length", "precision", "main_metric"]
 
 
 def take_runs(args, methods, labels_of=None, alike=ALIKE):
-    """--run: {folder: results} of finished runs of one task and model, none without the flag.
+    """--run: {folder: results} of finished runs of one task and model; empty without the flag.
 
-    Gives args the flags of these runs, but for those set by hand, and besides: own_labels, the
-    labels of one's own task, and own_sets, whether the sets that the runs were scored on are read.
+    Gives args the flags of the first run, but for those set by hand, and besides: own_labels, the
+    labels of the user's own task, and score_validation, whether the validation sets are read.
     methods: the script's. labels_of(folder) -> the run's labels; None: from the model's config.
     alike: the flags that must be the same for all of the runs.
     """
-    runs = {}
-    args.own_sets = True
-    for folder in args.run:
-        runs[folder] = read_finished(folder, methods)
+    args.score_validation = True
+    runs = {folder: read_finished(folder, methods) for folder in args.run}
     if not runs:
         return runs
-
-    folder, results = next(iter(runs.items()))
-    by_hand = set(args.by_hand)
     for name in ("grid", "profile", "choosing", "train_file", "init_from", "post_train", "seeds"):
-        if name in by_hand:
+        if name in args.by_hand:
             raise UserError(f"--{name}: cannot go together with --run, which trains nothing")
-    task = args.task if "task" in by_hand else results["task"]
+    folder, results = next(iter(runs.items()))
+    task = args.task if "task" in args.by_hand else results["task"]
     refuse_unlike_runs(runs, task, alike)
-    if "threads" not in by_hand:
-        args.threads = 0                               # the toy recipe's does not hold here
-    for name, value in results["args"].items():
-        if name not in by_hand:
-            setattr(args, name, value)
-    args.task = results["task"]
+
+    take_flags(args, results)
     args.method = [*dict.fromkeys(other["method"] for other in runs.values())]
     args.seeds = [*dict.fromkeys(other["seed"] for other in runs.values())]
-    args.recipe, args.recipe_name = {}, f"that of {folder}"
-    args.init_from, args.post_train, args.choosing = "", None, False
-    further = by_hand & {"eval_tasks", "test_file", "predict"}
-    args.own_sets = not further or "validation_file" in by_hand
-    if "eval_tasks" not in by_hand:
-        args.eval_tasks = []
-    if "test_file" not in by_hand:
-        args.test_file = ""
-
-    # The model's own folder has a tokenizer and a config; of a frozen encoder it is the name.
+    args.recipe_name = f"that of {folder}"
+    # A model's folder has its tokenizer and config; a frozen encoder is loaded by its name.
     saved = os.path.join(folder, "model")
     if os.path.exists(os.path.join(saved, "config.json")):
         args.model = saved
@@ -1636,6 +1662,28 @@ def take_runs(args, methods, labels_of=None, alike=ALIKE):
     if args.own_files:
         args.own_labels = labels_of_all(runs, labels_of or labels_of_config)
     return runs
+
+
+def take_flags(args, results):
+    """Gives args the flags of a finished run, but for those set by hand and those of training."""
+    by_hand = set(args.by_hand)
+    if "threads" not in by_hand:
+        args.threads = 0                               # the toy recipe's does not hold here
+    for name, value in results["args"].items():
+        if name not in by_hand:
+            setattr(args, name, value)
+    args.task = results["task"]
+    args.recipe = {}
+    args.init_from = ""
+    args.post_train = None
+    args.choosing = False
+    if "eval_tasks" not in by_hand:
+        args.eval_tasks = []
+    if "test_file" not in by_hand:
+        args.test_file = ""
+    # Without further sets to score or predict, the run's own validation sets are scored again.
+    further = by_hand & {"eval_tasks", "test_file", "predict"}
+    args.score_validation = not further or "validation_file" in by_hand
 
 
 def refuse_unlike_runs(runs, task, alike):
@@ -1725,7 +1773,7 @@ def use_runs(args, runs, setup, world, started, load, score):
             metrics = results["metrics"]
             metrics.update(score(forward, module, setup.scored, folder))
             metrics.update(averages(metrics))          # also over what was scored before
-            write_text(os.path.join(folder, "results.json"), json.dumps(results, indent=1), world)
+            write_json(os.path.join(folder, "results.json"), results, world)
             world.barrier()
         write_unscored(folder, forward, module, setup, world)
     return print_table(world.say, [*runs.values()], args, started)
@@ -1785,6 +1833,11 @@ def write_file(path, write, world):
     world.say(f"wrote {path}")
 
 
+def write_json(path, value, world):
+    """`write_text` of a value as JSON."""
+    write_text(path, json.dumps(value, indent=1), world)
+
+
 def write_text(path, text, world):
     write_file(path, lambda file: file.write(text.encode()), world)
 
@@ -1823,7 +1876,7 @@ def search(main, flags, recipe, methods, argv):
         note_search(args, found, {flag: values for flag, values in grid.items()
                                   if any(cell.startswith(f"--{flag}=") for cell in chosen)})
         results += found
-    if own_rank() == 0:
+    if process_rank() == 0:
         print_table(print, results, args, started)
     return results
 
@@ -1841,7 +1894,7 @@ def read_grid(words):
 
 def check_grid(args, grid, methods):
     """UserError if a flag cannot be searched, or if a folder of the runs to come is taken."""
-    counted = {method: flags_that_count(args, methods[method][1]) for method in args.method}
+    counted = {method: flags_that_count(args, methods[method]["flags"]) for method in args.method}
     for flag in grid:
         if flag not in vars(args):
             raise UserError(f"--grid {flag}: no such flag")
@@ -1866,7 +1919,7 @@ def check_grid(args, grid, methods):
 
 def combinations(method, args, grid, methods):
     """All combinations of those values that the method has a use for, each as flags of argv."""
-    counted = flags_that_count(args, methods[method][1])
+    counted = flags_that_count(args, methods[method]["flags"])
     useful = {flag: values for flag, values in grid.items() if flag in counted}
     cells = []
     for values in itertools.product(*useful.values()):
@@ -1891,12 +1944,12 @@ def note_search(args, results, searched):
         result["searched"] = searched
         folder = run_folder(args, result["method"], result["seed"])
         path = os.path.join(folder, "results.json")
-        if own_rank() == 0 and os.path.exists(path):
+        if process_rank() == 0 and os.path.exists(path):
             save_json(path, result)
 
 
 def write_search(args, method, cells, scores, chosen):
-    if own_rank() > 0:
+    if process_rank() > 0:
         return
     folder = os.path.join(args.output_dir, args.task)
     os.makedirs(folder, exist_ok=True)
@@ -2913,13 +2966,18 @@ def find_probes(places):
     return found
 
 
-def read_probes(places, left_out):
-    """{(probed task, metric, recipe, rows): {method: {links: [scores in percent]}}}.
+@dataclass(frozen=True)
+class Probe:
+    """One linear layer on a frozen encoder."""
+    run: str                       # the encoder's name
+    seed: int                      # of the layer
+    method: str                    # that tuned the encoder; "" of the untuned one
+    links: tuple                   # tasks of the runs that the encoder went through, in order
 
-    links: the tasks of the runs that an encoder went through, as a tuple. The encoder that was not
-    tuned has none, and counts for every method. left_out gets a line on what could not be read.
-    """
-    lines = {}
+
+def read_probe_lines(places, left_out):
+    """{(probed task, metric, recipe, rows): {Probe: score in percent}}."""
+    scores = {}
     for path in find_probes(places):
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
@@ -2931,17 +2989,31 @@ def read_probes(places, left_out):
             try:
                 line = json.loads(text)
                 key = line["task"], line["metric"], line["recipe"], int(line["rows"])
-                probe = line["run"], line["seed"], line.get("method", ""), (*line.get("links", []),)
-                lines.setdefault(key, {})[probe] = 100 * float(line["score"])    # the last counts
+                probe = Probe(line["run"], line["seed"], line.get("method", ""),
+                              tuple(line.get("links", [])))
+                scores.setdefault(key, {})[probe] = 100 * float(line["score"])    # the last counts
             except (ValueError, TypeError, KeyError, AttributeError):
                 left_out.append(f"{path}:{number}: is damaged")
+    return scores
 
+
+def read_probes(places, left_out):
+    """{(probed task, metric, recipe, rows): {method: {links: [scores in percent]}}}.
+
+    The untuned encoder has no links, and its scores stand with every method. left_out gets a line
+    on what could not be read.
+    """
     probes = {}
-    for key, scores in lines.items():
-        methods = {method for _, _, method, _ in scores} - {""}
-        for (_, _, method, links), score in scores.items():
-            for name in [method] if method else sorted(methods):
-                probes.setdefault(key, {}).setdefault(name, {}).setdefault(links, []).append(score)
+    for key, scores in read_probe_lines(places, left_out).items():
+        methods = sorted({probe.method for probe in scores} - {""})
+        by_method = {}
+        for probe, score in scores.items():
+            counts_for = [probe.method] if probe.method else methods
+            for method in counts_for:
+                by_links = by_method.setdefault(method, {})
+                by_links.setdefault(probe.links, []).append(score)
+        if by_method:
+            probes[key] = by_method
     return probes
 
 
@@ -3094,11 +3166,9 @@ def over_tasks(differences, interval):
     Only where there are two or more.
     """
     main_rows = {}
-    first_rows = {}                                    # {(task, set): its first metric's row}
     for key in differences:
         main_rows.setdefault(key[0], key)
-        first_rows.setdefault(key[:2], key)
-    further = [key for key in first_rows.values()
+    further = [key for key in first_metrics(differences).values()
                if key not in main_rows.values() and key[1].partition("/")[0] in data.TASKS]
 
     found = {}
@@ -3115,39 +3185,59 @@ def over_tasks(differences, interval):
     return found
 
 
-def over_rows(runs, differences, baseline, draws):
-    """{(task, set, its first metric): {method: (seeds, rows, low, high)}}, in points.
+def read_predictions(runs):
+    """({(task, set): {method: {seed: predictions}}}, {(task, set): labels}), arrays (rows,).
 
-    The interval of the mean difference by `paired_bootstrap`: what other seeds and other rows to
-    score would change. Of runs' folders with the same rows in scored.npz alone.
+    Of runs' folders with a scored.npz. A run that was scored on other rows of a set is left out
+    there.
     """
-    predictions = {}                                   # {(task, set, method, seed): (rows,)}
-    labels = {}                                        # {(task, set): (rows,)}
-    for run in runs if draws else []:
+    predictions = {}
+    labels = {}
+    for run in runs:
         scored = read_scored(os.path.join(run.where, "scored.npz"))
         for name in run.line["metrics"]:
             if f"{name}:labels" not in scored:
                 continue
-            mine = scored[f"{name}:labels"]
-            if np.array_equal(labels.setdefault((run.task, name), mine), mine):
-                key = run.task, name, run.label, run.seed
-                predictions[key] = scored[f"{name}:predictions"]
+            key = run.task, name
+            labels.setdefault(key, scored[f"{name}:labels"])
+            if np.array_equal(labels[key], scored[f"{name}:labels"]):
+                of_method = predictions.setdefault(key, {}).setdefault(run.label, {})
+                of_method[run.seed] = scored[f"{name}:predictions"]
+    return predictions, labels
 
+
+def over_rows(runs, differences, baseline, draws):
+    """{(task, set, its first metric): {method: (seeds, rows, low, high)}}, in points.
+
+    low, high: the interval of the mean difference by `paired_bootstrap`, which shows what other
+    seeds and other scored rows would change. Empty without draws.
+    """
+    if not draws:
+        return {}
+    predictions, labels = read_predictions(runs)
     found = {}
-    of_sets = {key[:2]: key for key in reversed(differences)}            # each by its first metric
-    for (task, name), key in reversed(of_sets.items()):
+    for place, key in first_metrics(differences).items():
+        by_method = predictions.get(place, {})
+        base = by_method.get(baseline, {})
         for column in differences[key]:
-            seeds = [seed for its_task, its_set, label, seed in predictions
-                     if (its_task, its_set, label) == (task, name, column)
-                     and (task, name, baseline, seed) in predictions]
+            mine = by_method.get(column, {})
+            seeds = [seed for seed in mine if seed in base]
             if not seeds:
                 continue
-            mine, base = ([predictions[task, name, label, seed] for seed in seeds]
-                          for label in (column, baseline))
             low, high = paired_bootstrap(
-                data.METRICS[key[2]], labels[task, name], mine, base, draws)
-            found.setdefault(key, {})[column] = len(seeds), len(mine[0]), 100 * low, 100 * high
+                data.METRICS[key[2]], labels[place], [mine[seed] for seed in seeds],
+                [base[seed] for seed in seeds], draws)
+            interval = len(seeds), len(labels[place]), 100 * low, 100 * high
+            found.setdefault(key, {})[column] = interval
     return found
+
+
+def first_metrics(differences):
+    """{(task, set): the key (task, set, metric) of its first metric}."""
+    first = {}
+    for key in differences:
+        first.setdefault(key[:2], key)
+    return first
 
 
 def relative_costs(table, task, column):
@@ -3775,7 +3865,7 @@ def report_flags():
     p.add_argument("--baseline", metavar="METHOD",
                    help="what differences are to (std, or adapter where there is no std)")
     p.add_argument("--interval", default="t", choices=[*INTERVALS],
-                   help="of the mean difference: Student's, or a bootstrap over the seeds")
+                   help="interval of the mean difference: Student's, or a bootstrap over seeds")
     p.add_argument("--rows", type=number(int, 100), nargs="?", const=10000, metavar="DRAWS",
                    help="also an interval over seeds and the rows that are scored, by a bootstrap "
                         "of so many draws (10000)")

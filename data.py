@@ -369,12 +369,12 @@ def check_task(name, flag):
 class Rows(NamedTuple):
     """All that a run reads, checked. Rows are a `datasets.Dataset`, see Kind.read.
 
-    own: the validation splits. further: the sets of --eval_tasks. warnings: lines, on those that
-    are not there and the like. unscored: splits to predict.
+    further: the sets of --eval_tasks. warnings: lines, on those that are not there and the like.
+    unscored: splits to predict.
     """
     task: Task
     train: object                                                       # rows
-    own: dict                                                           # {split: rows}
+    validation: dict                                                    # {split: rows}
     further: dict                                                       # {name: (task, rows)}
     warnings: list
     unscored: dict                                                      # {split: rows}
@@ -413,23 +413,24 @@ def load(args, also_scores=()):
 def load_to_use(args, also_scores):
     """The Rows that finished runs are used on (--run), without any to train on.
 
-    own: their own validation sets, if these are wanted; of one's own task the --validation_file.
+    validation: the runs' own sets, if these are wanted; of the user's own task the
+    --validation_file.
     """
     task = task_of_run(args) if args.own_files else TASKS[args.task]
-    own = {}
-    if args.own_sets and (args.own_files or "validation_file" in args.by_hand):
-        own[set_name(args, "validation_file")] = read_own(args, "validation_file", task)
-    elif args.own_sets:
+    validation = {}
+    if args.score_validation and (args.own_files or "validation_file" in args.by_hand):
+        validation[set_name(args, "validation_file")] = read_own(args, "validation_file", task)
+    elif args.score_validation:
         for split in task.validation.split():
-            own[split] = read(task, split, args.task, args)
-    for split, rows in own.items():
+            validation[split] = read(task, split, args.task, args)
+    for split, rows in validation.items():
         refuse_hidden(task, rows, f"--run {args.run[0]}: {split}")
 
     unscored = load_predicted(args, task)
     if args.test_file:
         unscored[set_name(args, "test_file")] = read_own(args, "test_file", task)
     further, warnings = load_further(args, task, also_scores)
-    return Rows(task, None, own, further, warnings, unscored)
+    return Rows(task, None, validation, further, warnings, unscored)
 
 
 def task_of_run(args):
@@ -437,7 +438,7 @@ def task_of_run(args):
     columns = args.text_columns
     for flag in ("test_file", "validation_file"):
         path = getattr(args, flag)
-        if not columns and path and (flag == "test_file" or args.own_sets):
+        if not columns and path and (flag == "test_file" or args.score_validation):
             columns = usual_columns(read_file(path, f"--{flag}"), f"--{flag} {path}")
     columns = columns or ["text"]                      # of no file
     if args.target_column:
@@ -901,30 +902,42 @@ def label_type(cell):
     return type(cell).__name__
 
 
+def class_index(table, task):
+    """How a table's label cells are read: (index, names_of_table).
+
+    index {text of a cell: index of task.label_names, or -1 for a hidden label}. names_of_table: the
+    label names in the order of the table's own ids, which may not be ours; None for the user's own
+    files, where a number is no id but a name.
+    """
+    import datasets
+    names = task.label_names
+    names_of_table = None if task.path == "custom" else names
+    if isinstance(table, datasets.Dataset) and task.label in table.column_names:
+        names_of_table = getattr(table.features[task.label], "names", names_of_table)
+
+    index = {"-1": -1}
+    for i, name in enumerate(names):
+        index[name] = i
+    if names_of_table:
+        index.update(zip(names_of_table, map_labels(names_of_table, names).tolist()))
+        if not any(name.isdigit() for name in names_of_table):
+            for i, name in enumerate(names_of_table):  # in a csv an id is a string
+                index[str(i)] = index[name]
+    return index, names_of_table
+
+
 def read_classify(table, task, where):
     """Rows with the text columns as strings and "label": an index of task.label_names.
 
     It is -1 where the label is hidden.
     """
-    import datasets
     texts = read_texts(table, task, where)
     names = task.label_names
-
-    # A number is an id of the table's own label names, which may be ordered unlike ours; of one's
-    # own file it is a name.
-    own = None if task.path == "custom" else names
-    if isinstance(table, datasets.Dataset) and task.label in table.column_names:
-        own = getattr(table.features[task.label], "names", own)
-    index = {"-1": -1, **{name: i for i, name in enumerate(names)}}
-    if own:
-        index.update(zip(own, map_labels(own, names).tolist()))
-        if not any(name.isdigit() for name in own):    # in a csv the numbers are strings
-            index.update((str(i), index[name]) for i, name in enumerate(own))
-
+    index, names_of_table = class_index(table, task)
     labels = []
     for row, cell in enumerate(raw_labels(table, task, where), 1):
-        if own and isinstance(cell, int) and 0 <= cell < len(own):
-            cell = own[cell]
+        if names_of_table and isinstance(cell, int) and 0 <= cell < len(names_of_table):
+            cell = names_of_table[cell]
         label = index.get(label_of(cell))
         if label is None:
             others = f" and {len(names) - 20} more" if len(names) > 20 else ""
@@ -1070,18 +1083,7 @@ def encode(rows, task, tokenizer, max_length, **options):
     The result is cached under the hash of the rows, the tokenizer and the settings.
     """
     import datasets
-    from datasets.fingerprint import Hasher
-    if tokenizer.is_fast:
-        # Calls change this state; the hash is of the rest.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        state = tokenizer.backend_tokenizer.to_str()
-    else:
-        state = [type(tokenizer).__name__, tokenizer.get_vocab()]
-    wanted = [tokenizer.model_input_names, tokenizer.padding_side, tokenizer.truncation_side]
-    settings = [task.kind, task.columns, max_length, sorted(options.items())]
-    key = Hasher.hash([rows._fingerprint, state, wanted, settings, ENCODING_VERSION])
-
+    key = encoding_key(rows, task, tokenizer, max_length, options)
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "tokenised")
     make_cache_folder(folder)
     tokenise = functools.partial(
@@ -1089,21 +1091,41 @@ def encode(rows, task, tokenizer, max_length, **options):
     encoded = rows.map(
         tokenise, batched=True, remove_columns=rows.column_names, new_fingerprint=key,
         cache_file_name=os.path.join(folder, f"{key}.arrow"), desc="tokenising")
-    table = encoded.with_format("arrow")[:]
+    fields = fields_of(encoded.with_format("arrow")[:], tokenizer.pad_token_id)
+    pads_left = tokenizer.padding_side == "left"
+    return Split(fields, pads_left, rows, has_targets=KINDS[task.kind].decodes)
 
-    fills = {"input_ids": tokenizer.pad_token_id, "labels": -100}
+
+def encoding_key(rows, task, tokenizer, max_length, options):
+    """A hash of all that decides how these rows are tokenised."""
+    from datasets.fingerprint import Hasher
+    if tokenizer.is_fast:
+        # Earlier calls leave their truncation and padding in the tokenizer: not part of the hash.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        state = tokenizer.backend_tokenizer.to_str()
+    else:
+        state = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    wanted = [tokenizer.model_input_names, tokenizer.padding_side, tokenizer.truncation_side]
+    settings = [task.kind, task.columns, max_length, sorted(options.items())]
+    return Hasher.hash([rows._fingerprint, state, wanted, settings, ENCODING_VERSION])
+
+
+def fields_of(table, pad_token_id):
+    """What a function `tokenise` made, an arrow table, as the fields of a Split: {name: Field}."""
+    fills = {"input_ids": pad_token_id, "labels": -100}
     fields = {}
     for name in table.column_names:
         fields[name] = flat(table[name], fills.get(name.removesuffix("_2"), 0))
+
     fields["note_cut"] = fields.pop("cut")
-    if "note_begins" in fields:
+    if "note_begins" in fields:                        # 1 at the first part of a row that was split
         begins = fields.pop("note_begins").values
         fields["note_row"] = Field(np.cumsum(begins) - 1, None, 0)
-    if "labels_start" in fields:
+    if "labels_start" in fields:                       # an answer's first and last token
         both = [fields.pop(name).values for name in ("labels_start", "labels_end")]
         fields["labels"] = Field(np.stack(both, 1), None, 0)            # (n, 2)
-    left = tokenizer.padding_side == "left"
-    return Split(fields, left, rows, has_targets=KINDS[task.kind].decodes)
+    return fields
 
 
 def make_cache_folder(folder):
@@ -1320,6 +1342,15 @@ class Split:
         return padded
 
 
+def padded_size(batches, lengths):
+    """What batches hold with their padding: rows times the longest text and longest target."""
+    total = 0
+    for rows in batches:
+        longest = sum(length[rows].max() for length in lengths)
+        total += len(rows) * longest
+    return total
+
+
 class Batches:
     """`batches[step]`: the micro-batches of one process at one step, each a dict of tensors.
 
@@ -1356,9 +1387,10 @@ class Batches:
         self.widths = (width, target_width) if batching == "padded" else (0, 0)
         self.tokens = tokens
         self.sizes = split.lengths + split.target_lengths if tokens else None
-        self.scaled = []                               # both lengths of all rows, over their mean
+        self.relative_lengths = []                     # of the texts and of the targets
         if split.has_targets:
-            self.scaled = [side / side.mean() for side in (split.lengths, split.target_lengths)]
+            for lengths in (split.lengths, split.target_lengths):
+                self.relative_lengths.append(lengths / lengths.mean())
         self.per_epoch = self.count_by_tokens() if tokens else math.ceil(len(split) / batch_size)
         self.real = 0
         self.computed = 0
@@ -1400,7 +1432,7 @@ class Batches:
             return self.cut(rows)
 
         if self.split.has_targets:
-            lengths = [self.blurred(side, rng) for side in self.scaled]
+            lengths = [self.blurred(side, rng) for side in self.relative_lengths]
             batches = self.halve(rows, self.per_epoch, lengths, self.sizes, self.world)
         else:
             batches = self.cut(self.sort(rows, self.blurred(self.split.lengths[rows], rng)))
@@ -1416,47 +1448,54 @@ class Batches:
         return rows[np.concatenate(by_length)]
 
     def halve(self, rows, count, lengths, sizes=None, least=1):
-        """The rows as `count` parts, of texts alike in both lengths: halves of halves.
+        """The rows as `count` batches, in each of which both lengths are alike.
 
-        lengths: of all texts, and of all targets, each over their mean. A part is sorted by one of
-        the two and cut into short and long rows: by the one that leaves less padding. sizes: of all
-        rows; all parts have about the same sum of them, or without them the same number of rows.
-        No part has fewer than `least` rows.
+        The rows are sorted by the length of their texts or of their targets, by the one that leaves
+        less padding, and cut into a short and a long half, which are halved in turn.
+
+        lengths: [of the texts, of the targets], (all rows,) each, over their mean. sizes (all
+        rows,): the batches have about equal sums of these; None: equal numbers of rows. No batch
+        has fewer than `least` rows.
         """
         if count == 1:
             return [rows]
-        left = count // 2
-        right = count - left
-        orders = [rows]                                # a part so large is cut at random
+        short_count = count // 2                       # batches that the short half becomes
+        long_count = count - short_count
+        orders = [rows]                                # while there are many: cut as they are
         if count <= self.CHUNK_OF_TWO:
             orders = [rows[np.argsort(length[rows], kind="stable")] for length in lengths]
 
-        def padded_size(halves):
-            return sum(len(half) * sum(length[half].max() for length in lengths) for half in halves)
-
         halves = []
         for order in orders:
-            weights = np.ones(len(order)) if sizes is None else sizes[order]
+            weights = np.ones(len(order))
+            if sizes is not None:
+                weights = sizes[order]
             middles = np.cumsum(weights) - weights / 2
-            end = np.searchsorted(middles, weights.sum() * left / count)
-            end = min(max(end, left * least), len(rows) - right * least)
+            end = np.searchsorted(middles, weights.sum() * short_count / count)
+            end = max(end, short_count * least)
+            end = min(end, len(rows) - long_count * least)
             halves.append((order[:end], order[end:]))
-        short, long = min(halves, key=padded_size)
-        return [*self.halve(short, left, lengths, sizes, least),
-                *self.halve(long, right, lengths, sizes, least)]
+        short, long = min(halves, key=functools.partial(padded_size, lengths=lengths))
+        return [*self.halve(short, short_count, lengths, sizes, least),
+                *self.halve(long, long_count, lengths, sizes, least)]
 
     def cut(self, rows):
-        """Rows in order as batches: by number, or by tokens, then with a row for each process."""
+        """Rows in order as an epoch's batches: of batch_size rows, or of about equal tokens."""
         if not self.tokens:
             return rows.reshape(-1, self.batch_size)
-        sizes = self.sizes[rows]
-        middles = np.cumsum(sizes) - sizes / 2
+        sizes = self.sizes[rows]                                        # tokens of each row
+        middles = np.cumsum(sizes) - sizes / 2         # of each row, among the tokens of all
         numbers = np.arange(1, self.per_epoch)
-        ends = np.searchsorted(middles, numbers * (sizes.sum() / self.per_epoch))
+        wanted_ends = np.searchsorted(middles, numbers * (sizes.sum() / self.per_epoch))
 
-        fewest = numbers * self.world                                   # rows up to each end
-        ends = np.maximum.accumulate(np.maximum(ends - fewest, 0)) + fewest
-        ends = np.minimum(ends, len(rows) - fewest[::-1])
+        # This batch and each one after it must have a row for every process.
+        ends = []
+        end = 0
+        for number, wanted_end in zip(numbers, wanted_ends):
+            batches_left = self.per_epoch - number
+            end = max(wanted_end, end + self.world)
+            end = min(end, len(rows) - batches_left * self.world)
+            ends.append(end)
         return np.split(rows, ends)
 
     def passes(self, rows):
@@ -1464,7 +1503,7 @@ class Batches:
         rows = rows[np.argsort(self.split.lengths[rows], kind="stable")]
         count = math.ceil(len(rows) / self.micro)
         if self.split.has_targets:
-            return self.halve(rows, count, self.scaled)
+            return self.halve(rows, count, self.relative_lengths)
         return [rows[i * self.micro:(i + 1) * self.micro] for i in range(count)]
 
     def state_dict(self):
@@ -1861,27 +1900,41 @@ def tokenise_tags(rows, task, tokenizer, max_length, separate=False):
     found = model_inputs(encoded)
     sources = encoded["overflow_to_sample_mapping"]
     found.update(labels=[], note_words=[], note_begins=[], cut=[0] * len(sources))
-    row = -1
+    row = None
     for source, offsets in zip(sources, encoded["offset_mapping"]):
         found["note_begins"].append(int(source != row))
         if source != row:
             row = source
-            word = -1                                  # that of the last piece
-            starts = np.cumsum([0] + [len(one) + 1 for one in sentences[row]])
+            last_word = None                           # a word may go on in the next window
         labels = []
         labelled = []
-        for begin, end in offsets:
-            begin = end - len(texts[row][begin:end].lstrip())           # some hold the space
+        for word in word_of_each_token(texts[row], sentences[row], offsets):
             label = -100
-            if begin < end:                            # else a special token, or a space alone
-                its_word = int(np.searchsorted(starts, begin, "right")) - 1
-                if its_word != word:
-                    label = rows["label"][row][its_word]
-                    labelled.append(its_word)
-                word = its_word
+            if word is not None and word != last_word:
+                label = rows["label"][row][word]
+                labelled.append(word)
+            if word is not None:
+                last_word = word
             labels.append(label)
         found["labels"].append(labels)
         found["note_words"].append(labelled)
+    return found
+
+
+def word_of_each_token(text, words, offsets):
+    """The word, by its place in `words`, that each token is a piece of; None: of no word.
+
+    text: the words with a space between each two. offsets: a token's first character and the one
+    after its last. Special tokens, and a space that is a token, are of no word.
+    """
+    starts = np.cumsum([0] + [len(word) + 1 for word in words])
+    found = []
+    for begin, end in offsets:
+        piece = text[begin:end].lstrip()               # some tokens hold the space before a word
+        if piece:
+            found.append(int(np.searchsorted(starts, end - len(piece), "right")) - 1)
+        else:
+            found.append(None)
     return found
 
 

@@ -27,9 +27,10 @@ Choices, where the paper is silent (its authors released no code):
     h: 3 pre-norm transformer layers over g's token states, drawn small, so that h begins near
     the identity.
  2. f(x) is the first token's vector, or the mean over the real tokens (--pooling mean), after a
-    LayerNorm, so that it cannot run away from D, and of length 4 whatever the width H: D has
-    slope 1, so beta and lam weigh as the vectors are long. At the LayerNorm's own sqrt(H), 20 for
-    H = 384, L_G overruled L_T and the accuracy fell to chance; at 1 the penalty overruled D.
+    LayerNorm, so that it cannot run away from D, and of length 4 whatever the width H. The length
+    matters because D has slope 1: the longer the vectors, the larger L_G, and the less the
+    penalty weighs beside it. At the LayerNorm's own sqrt(H), 20 for H = 384, L_G overruled L_T
+    and the accuracy fell to chance; at 1 the penalty overruled D.
     The output layer reads the vectors at sqrt(H). Measured with MiniLM on 2,000 rows of SST-2
     (one seed): phase 3 took the accuracy from 76.7 to between 51 and 60 at length 20, to 78.9 at 4.
  3. D: 3 pre-norm transformer layers over f(x) as a sequence of one, then a number. No dropout,
@@ -53,10 +54,11 @@ Choices, where the paper is silent (its authors released no code):
     over the tokens: the start and the end. Question and context are one text, whatever
     --pair_mode; a sample of M is then as many sentences in a row as make it as long as they are,
     or D would learn lengths.
-11. The length of f(x) is a unit of beta: D's slope is 1, so L_G grows with it. --feature_length 0
-    leaves the LayerNorm's own sqrt(H), and with it --beta on the paper's scale; at the default
-    length 4 a --beta of 0.5 is what 0.10 would be there for H = 384, and 0.0625 for H = 1024.
-    --pooling mean takes the mean before the LayerNorm, so its length is the same.
+11. The length of f(x) sets the scale of beta, because L_G grows in proportion to it (D has slope
+    1). --feature_length 0 leaves the LayerNorm's own sqrt(H), and with it --beta on the paper's
+    scale; at the default length 4 a --beta of 0.5 is what 0.10 would be there for H = 384, and
+    0.0625 for H = 1024. --pooling mean takes the mean before the LayerNorm, so its length is the
+    same.
 12. "Adam" is all that the paper says of f's rate. --schedule decay: one warm-up and one linear
     decay to 0 over the N steps on f, so phase 3 begins at about half the rate, while D's stays.
     constant: --lr after the warm-up. Measured on the toy task (8 seeds: mean and deviation, median,
@@ -107,7 +109,6 @@ The third loop of Algorithm 1 in a project of your own, with tokenized x_t and x
 import copy
 import dataclasses
 import functools
-import json
 import math
 import os
 import sys
@@ -116,9 +117,9 @@ import time
 ADAPTER = "layers pooling pair_mode tune feature_length schedule keep retrieve_layer"
 CRITIC = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
 METHODS = {                                            # the kinds of task it can train, its flags
-    "adapter": ("classify regress tag span", ADAPTER),
-    "gtuning": ("classify regress tag span", f"{ADAPTER} {CRITIC}"),
-    "self-teach": ("classify", f"{ADAPTER} unlabeled teacher teach_weight"),
+    "adapter": {"kinds": "classify regress tag span", "flags": ADAPTER},
+    "gtuning": {"kinds": "classify regress tag span", "flags": f"{ADAPTER} {CRITIC}"},
+    "self-teach": {"kinds": "classify", "flags": f"{ADAPTER} unlabeled teacher teach_weight"},
 }
 
 
@@ -139,9 +140,9 @@ def flags():
                    help="steps on D for one on f, Algorithm 1; the paper tries 3 5 7 9")
     g.add_argument("--d_lr", type=positive, default=1e-4, help="learning rate of D")
     g.add_argument("--d_betas", type=common.number(float, 0, 0.99999), nargs=2,
-                   default=[0.9, 0.999], help="of D's Adam")
+                   default=[0.9, 0.999], help="betas of D's Adam")
     g.add_argument("--layers", type=common.number(int, 1), default=3, metavar="N",
-                   help="of h and of D")
+                   help="transformer layers of h, and of D")
     g.add_argument("--pooling", default="cls", choices=["cls", "mean"], help="f(x), choice 2")
     g.add_argument("--pair_mode", default="separate", choices=["separate", "joint"],
                    help="choice 6")
@@ -153,23 +154,23 @@ def flags():
     g.add_argument("--no_cache", action="store_true",
                    help="encode every batch again; the same numbers")
     g.add_argument("--cache_dir", default=os.path.join(home, "states"), metavar="DIR",
-                   help="of g's states")
+                   help="folder of g's states")
     g.add_argument("--feature_length", type=weight, default=4.0, metavar="L",
-                   help="of f(x); 0: sqrt(H), which is the paper's scale of beta (choice 11)")
+                   help="length of f(x); 0: sqrt(H), the paper's scale of beta (choice 11)")
     g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
-                   help="of f's learning rate after the warm-up (choice 12)")
+                   help="f's learning rate after the warm-up (choice 12)")
     g.add_argument("--keep", default="best", choices=["best", "last"],
                    help="the state that counts (choice 13)")
     g.add_argument("--teacher", default="", metavar="RUN",
-                   help="of self-teach: the folder of a finished run, as of --method adapter")
+                   help="self-teach: the folder of a finished run, as of --method adapter")
     g.add_argument("--teach_weight", type=weight, default=1.0,
-                   help="of self-teach: lambda (choice 14)")
+                   help="self-teach: lambda (choice 14)")
     g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
-                   help="of tatoeba and bucc: the vectors of that block of g (those of f)")
+                   help="tatoeba, bucc: retrieve by the vectors of that block of g (f's)")
     g.add_argument("--embed", action="store_true",
                    help="Figure 2: f(x) in domain and out (the first of --eval_tasks)")
     g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
-                   help="of --embed: the map by t-SNE, or by two principal axes")
+                   help="the map of --embed: by t-SNE, or by two principal axes")
     return p
 
 
@@ -533,7 +534,7 @@ def clouds_of(f, setup, world):
     """
     import numpy as np
     clouds = []
-    for sets in (setup.own, setup.further):
+    for sets in (setup.validation, setup.further):
         _, split = next(iter(sets.values()))
         sentences = split.sentences()
         rows = np.random.default_rng(0).permutation(len(sentences))[:200]
@@ -608,7 +609,7 @@ def draw_maps(projection, perplexity, clouds, results, names):
 
 def clouds_before_training(args, setup, folders, world):
     """The two clouds of f as the runs of the first seed began, L2-normalised, (n, H) each."""
-    pair = any("input_ids_2" in split.fields for _, split in setup.own.values())
+    pair = any("input_ids_2" in split.fields for _, split in setup.validation.values())
     untrained = build_f(as_before(args, folders, world), setup, args.seeds[0], world, pair)
     return [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
 
@@ -642,7 +643,7 @@ def write_figure_2(args, setup, clouds_of_folders, world):
         if results["seed"] == args.seeds[0]:
             drawn[run] = results
 
-    names = [next(iter(setup.own)), next(iter(setup.further))]
+    names = [next(iter(setup.validation)), next(iter(setup.further))]
     sizes = [len(cloud) for cloud in clouds[BEFORE]]
     sets = [f"{n} sentences of {name}" for n, name in zip(sizes, names)]
     numbers = figure_2_numbers(clouds)
@@ -665,8 +666,7 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     task_folder = os.path.dirname(os.path.abspath(folders[0]))
     common.write_text(os.path.join(task_folder, "embed.html"), page, world)
     content = {"sets": dict(zip(names, sizes)), "values": numbers, "maps": [*maps]}
-    path = os.path.join(task_folder, "embed.json")
-    common.write_text(path, json.dumps(content, indent=1), world)
+    common.write_json(os.path.join(task_folder, "embed.json"), content, world)
 
 
 def as_before(args, folders, world):
@@ -1207,6 +1207,8 @@ def check_flags(args):
     if len(args.batching) > 1:
         given = " ".join(args.batching)
         raise UserError(f"--batching {given}: must be one name here; r3f.py compares several")
+    if args.embed:
+        args.score_validation = True                   # its first set is the text in domain
     if args.embed and not args.eval_tasks:
         raise UserError("--embed: needs --eval_tasks; the first of them is the text out of domain")
     if args.max_steps == 1 and "gtuning" in args.method:
@@ -1224,7 +1226,6 @@ def main(argv=None):
     args = common.parse(flags(), argv, recipe)
     alike = [*common.ALIKE, "pair_mode", "retrieve_layer"]
     runs = common.take_runs(args, METHODS, labels_of, alike)
-    args.own_sets = args.embed or args.own_sets        # there is the text in domain
     check_flags(args)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
@@ -1246,7 +1247,7 @@ def main(argv=None):
         results = []
         clouds = {}
         for seed, method in common.seeds_and_methods(args):
-            run = common.Run(args, method, seed, world, METHODS[method][1])
+            run = common.Run(args, method, seed, world, METHODS[method]["flags"])
             if run.results is None:
                 algorithm = Algorithm1(args, method, seed, N, setup, texts, world)
                 f = algorithm.f

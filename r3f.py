@@ -41,11 +41,12 @@ Choices, where the paper is silent or the authors' release does otherwise:
     with other weights (ModernBERT's has a LayerNorm) would not be 1-Lipschitz: an error. Nor has
     generation a g with weights of its own (section 3.2): an error too.
  6. Regression: the KL is undefined (footnote 1), so it is an error, not a silent zero.
- 7. Generation: z goes to the encoder's word embeddings alone, as in the release. R is a mean over
-    real positions, "token". The paper's lam (0.001 to 0.1) belongs to the release's unit, a sum
-    over the sentence that counts the padding too: "released". "sentence" leaves the padding out;
-    the same strength is then lam_token = lam * N / B. Of micro-batches and processes these two are
-    means that count their real words, as CE does.
+ 7. Generation: z goes to the encoder's word embeddings alone, as in the release. R can be taken in
+    three units. "token" (the default) is a mean over the real positions. "released" sums over each
+    sentence, padding included, and averages over the sentences; the paper's lam (0.001 to 0.1) is
+    in this unit. "sentence" is the same without the padding, and as strong as "token" with
+    lam_token = lam * N / B. Over micro-batches and processes, "sentence" and "released" are
+    averaged with their numbers of real words as weights, as CE is.
  8. Label smoothing is in CE alone: KL_S is of the predictions as they are (section 3.2). In eval
     mode the plain loss has it too. torch's own label_smoothing also puts e / V on y_t, so it is
     called with e * V / (V - 1).
@@ -70,12 +71,13 @@ import time
 
 NOISE = "lam eps noise stop_grad share_dropout"
 METHODS = {                                            # the kinds of task it can train, its flags
-    "std": ("classify regress tag generate", "label_smoothing"),
-    "r3f": ("classify tag generate", NOISE + " label_smoothing reduction"),
-    "r4f": ("classify", NOISE + " label_smoothing"),
-    "rdrop": ("classify", "alpha"),
-    "smart": ("classify", "lam eps smart_sigma smart_eta smart_steps bregman"),
-    "freelb": ("classify regress", "adv_steps adv_lr adv_init adv_eps"),
+    "std": {"kinds": "classify regress tag generate", "flags": "label_smoothing"},
+    "r3f": {"kinds": "classify tag generate", "flags": f"{NOISE} label_smoothing reduction"},
+    "r4f": {"kinds": "classify", "flags": f"{NOISE} label_smoothing"},
+    "rdrop": {"kinds": "classify", "flags": "alpha"},
+    "smart": {"kinds": "classify",
+              "flags": "lam eps smart_sigma smart_eta smart_steps bregman"},
+    "freelb": {"kinds": "classify regress", "flags": "adv_steps adv_lr adv_init adv_eps"},
 }
 
 # Why a method cannot train a kind of task.
@@ -877,7 +879,7 @@ def probe_task(name, encoders, settings, world):
                 split = split.take(data.subset(split, settings.train_samples, seed))
             return first_token_states(encoder, split, world, f"{name}: {encoder_name}"), split
 
-        validation = states_of(next(iter(rows.own.values())))
+        validation = states_of(next(iter(rows.validation.values())))
         train = None
         for seed in settings.seeds:
             if train is None or settings.train_samples:
@@ -1076,7 +1078,7 @@ def main(argv=None):
 
         results = []
         for seed, method in common.seeds_and_methods(args):
-            run = common.Run(args, method, seed, world, METHODS[method][1])
+            run = common.Run(args, method, seed, world, METHODS[method]["flags"])
             if run.results is None:
                 module = build(method, seed)
                 model = module.model

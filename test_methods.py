@@ -596,7 +596,7 @@ def test_both_own_files_are_read_and_the_test_file_without_labels(tmp_path):
     test = write(tmp_path / "test.jsonl", lines_of([{"text": "d"}, {"text": ["e", "f"]}]))
     rows = data.load(own(train, validation, test_file=test))
     assert rows.train.to_dict() == {"text": ["good plot", "bad actor"], "label": [1, 0]}
-    assert rows.own["validation"].to_dict() == {"text": ["c"], "label": [0]}
+    assert rows.validation["validation"].to_dict() == {"text": ["c"], "label": [0]}
     assert rows.unscored["test"].to_dict() == {"text": ["d", "e f"], "label": [-1, -1]}
     assert rows.further == {}
 
@@ -776,7 +776,7 @@ def test_the_toy_task_is_loaded_whole(all_toy_rows):
     rows = data.load(settings(eval_tasks=["toy-food"], predict=["test"], batch_size=320))
     assert rows.task == data.TASKS["toy"]
     assert len(rows.train) == 320
-    assert {name: len(split) for name, split in rows.own.items()} == {"validation": 2000}
+    assert {name: len(split) for name, split in rows.validation.items()} == {"validation": 2000}
     assert rows.further["toy-food"][0] == data.TASKS["toy-food"]
     assert len(rows.further["toy-food"][1]) == 2000
     assert rows.unscored["test"].to_dict() == data.toy_rows("film", "test").to_dict()
@@ -950,7 +950,7 @@ def test_numbers_that_are_all_hidden_are_refused(labels, tmp_path):
 
 def test_among_other_numbers_minus_one_is_a_number(tmp_path):
     given = settings(task="stsb", local_file=[f"stsb={pairs_file(tmp_path, [-1, 0.5, -1])}"])
-    assert data.load(given).own["validation"]["label"][:] == [-1.0, 0.5, -1.0]
+    assert data.load(given).validation["validation"]["label"][:] == [-1.0, 0.5, -1.0]
 
 
 def test_own_numbers_that_are_all_hidden_are_refused(tmp_path):
@@ -2036,7 +2036,7 @@ def test_every_evaluation_is_logged_with_its_seconds(tiny_folder, tmp_path, cach
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, tmp_path, cache):
-    line = r"step \d+: not finite: loss nan.*rows of the batch: \d+ \d+.*last good checkpoint is"
+    line = r"step \d+: not finite: loss nan.*rows of the batch, .*: \d+ \d+.*last good checkpoint is"
     with pytest.raises(RunError, match=line):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 1e30, "--save_every", 1,
             "--warmup", 0.5)
@@ -3010,7 +3010,8 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
     assert kept.read_text() == before
 
 
-NAMES = {"R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop", "SMART": "smart", "FreeLB": "freelb",
+NAMES = {"std": "std", "adapter": "adapter", "R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop",
+         "SMART": "smart", "FreeLB": "freelb", "nothing": "std",
          "G-Tuning": "gtuning", "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff",
          "NoisyTune": "std weight_noise=0.15", "post-training": "std post_train=3.0",
          "as in the paper": "tdt alpha=0.5 beta=0.5 variant=paper",
@@ -3048,6 +3049,11 @@ def test_the_readmes_tables_are_what_the_kept_lines_say(name, flags, header, key
     seen = set()
     for line in lines:
         method, *cells = [cell.strip() for cell in line.replace("**", "").strip("|").split("|")]
+        if NAMES[method] == table.baseline:
+            for i, key in enumerate(keys):
+                scores = [*table.rows[key][table.baseline].values()]
+                assert cells[2 * i] == f"{np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f}"
+            continue
         seen.add(NAMES[method])
         for i, key in enumerate(keys):
             found = table.differences[key][NAMES[method]]
@@ -4557,7 +4563,7 @@ def test_tifu_is_read_in_slices_of_its_parquet_export(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     args = summary_settings(task="tifu-long", eval_tasks=["tifu-long:test"])
     rows = data.load(args)
-    assert list(rows.own) == ["validation"] and list(rows.further) == ["test"]
+    assert list(rows.validation) == ["validation"] and list(rows.further) == ["test"]
     for call, part in zip(calls, ["train[:80%]", "train[80%:90%]", "train[90%:]"]):
         assert call == {"path": "ctr4si/reddit_tifu", "revision": "refs/convert/parquet",
                         "data_files": {"train": "long/train/*.parquet"}, "split": part}
