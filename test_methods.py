@@ -3028,6 +3028,7 @@ README_TABLES = [
     ("toy-tdt.jsonl", "--by alpha beta variant", "| TDT | films | p | food | p |", TOY_SETS),
     ("1000.jsonl", "", "| | SST-2, accuracy | p | CoLA, MCC | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
+    ("qqp.jsonl", "", "| | QQP, accuracy | p |", [("qqp", "validation", "accuracy")]),
     ("gtuning.jsonl", "", "| | SST-2 | p | IMDB | p | STS-B | p | SICK-R | p |",
      [("sst2", "validation", "accuracy"), ("sst2", "imdb", "accuracy"),
       ("stsb", "validation", "pearson"), ("stsb", "sick-r", "pearson")]),
