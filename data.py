@@ -861,11 +861,22 @@ def text_of(cell, row, column, where):
         cell = " ".join(cell)
     if not isinstance(cell, (str, int, float)):
         raise UserError(f"{where}: row {row}: column {column!r} must hold texts, has {cell!r:.40}")
-    text = str(cell)
+    return whole_text(str(cell), row, column, where)
+
+
+def whole_text(text, row, column, where):
+    """The text. UserError if it holds half a character, which no table can."""
     if SURROGATE.search(text):
         raise UserError(f"{where}: row {row}: column {column!r} holds half a character: "
                         f"{text!a:.40}")
     return text
+
+
+def ids_of(table, where):
+    """The rows' own names, in a column `id`, as strings; None without such a column."""
+    if "id" not in column_names(table):
+        return None
+    return [whole_text(str(cell), row, "id", where) for row, cell in enumerate(table["id"], 1)]
 
 
 def column_names(table):
@@ -944,7 +955,7 @@ def read_classify(table, task, where):
             raise UserError(f"{where}: row {row}: label {cell!r} must be one of {names[:20]}"
                             f"{others}")
         labels.append(label)
-    return make_rows(texts, labels, "int64", table)
+    return make_rows(texts, labels, "int64", ids_of(table, where))
 
 
 def read_regress(table, task, where):
@@ -958,7 +969,7 @@ def read_regress(table, task, where):
         if abs(number) > float(np.finfo(np.float32).max):
             raise UserError(f"{where}: row {row}: label {cell!r} must fit into 32 bits")
         labels.append(number)
-    return make_rows(texts, labels, "float32", table)
+    return make_rows(texts, labels, "float32", ids_of(table, where))
 
 
 def read_generate(table, task, where):
@@ -972,17 +983,17 @@ def read_generate(table, task, where):
         for row, cell in enumerate(table[task.label]):
             if cell is not None:
                 targets[row] = text_of(cell, row + 1, task.label, where).strip()
-    return make_rows(texts, targets, "string", table)
+    return make_rows(texts, targets, "string", ids_of(table, where))
 
 
-def make_rows(texts, labels, kind, table):
-    """A Dataset of strings and labels, and of the rows' own names if there is a column `id`."""
+def make_rows(texts, labels, kind, ids):
+    """A Dataset of strings and labels, and of the rows' own names if there are any."""
     import datasets
     columns = {**texts, "label": labels}
     types = {name: datasets.Value("string") for name in texts}
     types["label"] = datasets.Value(kind)
-    if "id" in column_names(table) and "id" not in texts:
-        columns["id"] = [str(cell) for cell in table["id"]]
+    if ids is not None and "id" not in texts:
+        columns["id"] = ids
         types["id"] = datasets.Value("string")
     return datasets.Dataset.from_dict(columns, features=datasets.Features(types))
 
@@ -1847,8 +1858,9 @@ def read_tags(table, task, where):
     index = {name: i for i, name in enumerate(names)}
     index.update((str(i), i) for i in range(-1, len(names)))
     if isinstance(table, datasets.Dataset) and task.label in table.column_names:
-        own = getattr(getattr(table.features[task.label], "feature", None), "names", names)
-        mapped = map_labels(own, names).tolist()
+        names_of_table = getattr(getattr(table.features[task.label], "feature", None), "names",
+                                 names)
+        mapped = map_labels(names_of_table, names).tolist()
         index.update((str(i), label) for i, label in enumerate(mapped))
 
     sentences = list(table[column])
@@ -1860,6 +1872,7 @@ def read_tags(table, task, where):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise UserError(f"{where}: row {row}: column {column!r} must hold lists of words, "
                             f"has {words!r:.40}")
+        whole_text(" ".join(words), row, column, where)
         if tags is None:
             tags = [-1] * len(words)
         if not isinstance(tags, list) or len(tags) != len(words):
@@ -2044,9 +2057,7 @@ def read_span(table, task, where):
     import datasets
     texts = read_texts(table, task, where)
     count = len(texts["context"])
-    names = [str(row) for row in range(count)]
-    if "id" in column_names(table):
-        names = [str(cell) for cell in table["id"]]
+    names = ids_of(table, where) or [str(row) for row in range(count)]
     answers = [None] * count
     if task.label in column_names(table):
         answers = list(table[task.label])
@@ -2276,7 +2287,7 @@ def read_retrieve(table, task, where):
     for column, cells in texts.items():
         texts[column] = [cell.strip() for cell in cells]
     count = len(texts[task.columns[0]])
-    return make_rows(texts, [0] * count, "int64", {})
+    return make_rows(texts, [0] * count, "int64", None)
 
 
 def nothing_hidden(labels):

@@ -626,6 +626,7 @@ def test_a_number_in_an_own_file_is_a_name_not_an_index(tmp_path):
     ({"text": {"en": "a"}}, "row 7: column 'text' must hold texts, has {'en': 'a'}"),
     ({"text": ["a", 1]}, "row 7: column 'text' must hold texts, has ['a', 1]"),
     ({"text": "a \ud83d"}, "row 7: column 'text' holds half a character"),
+    ({"id": "a \ud83d"}, "row 7: column 'id' holds half a character"),
 ])
 def test_a_cell_that_does_not_fit_is_refused_with_its_row(cells, words, tmp_path):
     rows = [{"text": "a", "label": ["no", "yes"][i % 2]} for i in range(9)]
