@@ -2874,7 +2874,7 @@ def read_curve(path, left_out):
             step, value = evaluation
             curve[step] = value
     if damaged:
-        left_out.append(f"{path}: {counted(damaged, 'damaged line')}")
+        left_out.append(f"{path}: {plural(damaged, 'damaged line')}")
     return curve
 
 
@@ -3261,10 +3261,10 @@ def remarks(table):
                       "score would change is not in them")
         if table.over_rows:
             seeds = min(n for methods in table.over_rows.values() for n, *_ in methods.values())
-            few = ""
+            caution = ""
             if seeds < 5:
-                few = f" With no more than {counted(seeds, 'seed')} those hardly vary in these."
-            said.append(f"{over_seeds}, but in those over seeds and rows.{few}")
+                caution = f" With no more than {plural(seeds, 'seed')} those hardly vary in these."
+            said.append(f"{over_seeds}, but in those over seeds and rows.{caution}")
         else:
             said.append(f"{over_seeds} (see --rows).")
     else:
@@ -3281,7 +3281,7 @@ def remarks(table):
     for n, methods in sorted(few.items()):
         named = "; ".join(f"{column} on {', '.join(sorted(tasks))}"
                           for column, tasks in methods.items())
-        said.append(f"{counted(n, 'shared seed')} can show nothing: the exact test's smallest p is "
+        said.append(f"{plural(n, 'shared seed')} can show nothing: the exact test's smallest p is "
                     f"{smallest_p(n):g}, and .05 takes {needed()} seeds ({named}).")
     if tests > 1:
         said.append(f"Each p over seeds stands for itself: of {tests} comparisons up to "
@@ -3291,7 +3291,7 @@ def remarks(table):
                for (group, _), (total, _, methods) in table.over_tasks.items()]
     for group, n, methods in dict.fromkeys(numbers):
         if n < needed(methods):
-            said.append(f"{n} {group} can show nothing: with {counted(methods, 'method')} "
+            said.append(f"{n} {group} can show nothing: with {plural(methods, 'method')} "
                         "compared, the smallest p after Holm's correction is "
                         f"{smallest_p(n, methods):.3g}, and .05 takes {needed(methods)} {group}.")
     if "further sets" in [group for group, _ in table.over_tasks]:
@@ -3328,13 +3328,14 @@ def remarks_on_choice(table):
 
 # ----------------------------------------------------------------  9  the report: tables of strings
 
-def counted(number, word):
+def plural(number, word):
+    """The number with its word, as in "1 run" and "2 runs"."""
     return f"{number} {word}" + "s" * (number != 1)
 
 
 def sizes_of(table):
-    return ", ".join([counted(len(table.runs), "run"), counted(len(table.tasks), "task"),
-                      counted(len(table.columns), "method")])
+    return ", ".join([plural(len(table.runs), "run"), plural(len(table.tasks), "task"),
+                      plural(len(table.columns), "method")])
 
 
 def short_p(p):

@@ -319,7 +319,7 @@ GROUPS = {
 SAME = ["equivalent", "duplicate", "1"]
 NOT_SAME = ["not_equivalent", "not_duplicate", "0"]
 NOT_ENTAILED = ["not_entailment", "non-entailment"]
-MEANS = {
+COUNTERPARTS = {
     "neg": ["negative"],
     "pos": ["positive"],
     "negative": ["neg"],
@@ -334,13 +334,13 @@ MEANS = {
 
 
 def map_labels(names, targets):
-    """For each of `names` its index in `targets`: by name, then by MEANS: (len(names),).
+    """For each of `names` its index in `targets`: by name, then by COUNTERPARTS: (len(names),).
 
     Raises UserError with both lists if one has no counterpart.
     """
     indices = []
     for name in names:
-        candidates = [name, *MEANS.get(name, [])]
+        candidates = [name, *COUNTERPARTS.get(name, [])]
         found = [candidate for candidate in candidates if candidate in targets]
         if not found:
             raise UserError(f"labels cannot be mapped: {name!r} of {names} has no counterpart "
