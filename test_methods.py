@@ -3030,6 +3030,7 @@ README_TABLES = [
     ("1000.jsonl", "", "| | SST-2, accuracy | p | CoLA, MCC | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
     ("qqp.jsonl", "", "| | QQP, accuracy | p |", [("qqp", "validation", "accuracy")]),
+    ("cola-full.jsonl", "", "| | CoLA in full, MCC | p |", [("cola", "validation", "mcc")]),
     ("gtuning.jsonl", "", "| | SST-2 | p | IMDB | p | STS-B | p | SICK-R | p |",
      [("sst2", "validation", "accuracy"), ("sst2", "imdb", "accuracy"),
       ("stsb", "validation", "pearson"), ("stsb", "sick-r", "pearson")]),
