@@ -1321,7 +1321,7 @@ class Run:
         for name in {**saved["args"], **self.identity}:
             was = saved["args"].get(name)
             now = self.identity.get(name)
-            # r3f.py and tdt.py share std: a flag that one of them lacks is as if it were off.
+            # Two scripts share plain fine-tuning: a flag that one of them lacks counts as off.
             in_both = name in saved["args"] and name in self.identity
             if was != now and (in_both or was or now):
                 other.append(f"--{name} {was} (now {now})")

@@ -391,7 +391,7 @@ class TDT(torch.nn.Module):
         e_pos = keep * e + (1 - keep) * mu_0                             # Eq. 3
         e_neg = (1 - keep) * e                                           # Eq. 5
         if self.hard:
-            e_neg = e_neg + keep * mu_0                                  # what is cut out: [MASK]
+            e_neg = e_neg + keep * mu_0                                  # kept in e+, here [MASK]
         e_neg = torch.where(can_change[..., None], e_neg, e)
         return e_pos, e_neg
 
