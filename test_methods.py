@@ -1589,7 +1589,7 @@ def test_the_code_is_written_to_be_read(name):
             assert not isinstance(node.value, ast.Lambda), f"{name}:{node.lineno}"
         if isinstance(node, ast.stmt):
             starts.append(node.lineno)
-    twice = {line for line in starts if starts.count(line) > 1}
+    twice = [line for line, count in collections.Counter(starts).items() if count > 1]
     assert not twice, f"{name}: two statements in lines {twice}"
 
 
@@ -1747,11 +1747,17 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path):
 
 
 def test_a_signal_in_the_first_seconds_shows_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text(textwrap.dedent("""\
+        import time
+        print("torch is being loaded", flush=True)
+        time.sleep(60)
+        """))
     process = subprocess.Popen([sys.executable, os.path.join(HERE, "r3f.py")], cwd=tmp_path,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    time.sleep(0.5)                                    # torch is being loaded
+                               env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout.readline() == "torch is being loaded\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate()[0] == "" and process.returncode != 0
+    assert process.communicate()[0] == "" and process.returncode == -signal.SIGINT
 
 
 def test_a_signal_is_not_taken_for_a_model_that_cannot_be_loaded(tiny_folder, tmp_path, cache,
@@ -1831,9 +1837,15 @@ def test_micro_batches_give_the_same_gradient(still_folder, cache):
         torch.testing.assert_close(gradient, gradients[0], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_compiled_layers_give_the_same_numbers(script, tiny_folder, small, tmp_path, monkeypatch):
-    """Every method trains and evaluates with --compile. (The layers are traced, not translated.)"""
+@pytest.mark.parametrize("script, methods", [
+    ("r3f", ["r3f", "r4f", "smart"]), ("tdt", ["tdt", "cutoff"]),
+    ("gtuning", ["adapter", "gtuning"])])
+def test_compiled_layers_give_the_same_numbers(script, methods, tiny_folder, small, tmp_path,
+                                               monkeypatch):
+    """Methods train and evaluate with --compile. (The layers are traced, not translated.)
+
+    rdrop, freelb, std and tdt-hard meet the layers as these do.
+    """
     traced = []
     compile_layer = torch.nn.Module.compile
 
@@ -1842,7 +1854,6 @@ def test_compiled_layers_give_the_same_numbers(script, tiny_folder, small, tmp_p
         compile_layer(layer, backend="eager", dynamic=dynamic)
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
-    methods = [name for name in SCRIPTS[script].METHODS if name != "self-teach"]
     reviews = small if script == "gtuning" else small[:-2]            # without --unlabeled
     losses = []
     for flags in ([], ["--compile"]):
@@ -2429,12 +2440,12 @@ def finished_toy(tiny_folder, tmp_path_factory, cache):
 def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, tmp_path, cache,
                                                           capsys):
     more = ["--T", 1] if script == "gtuning" else ["--batching", "length", "padded"]
-    seconds = run(script, tiny_folder, tmp_path / "out", "--profile", 3, *more)
+    seconds = run(script, tiny_folder, tmp_path / "out", "--profile", 1, *more)
     lines = capsys.readouterr().out.splitlines()
     head = next(i for i, line in enumerate(lines) if "ms/step" in line)
     table = [line.split() for line in lines[head + 1:]]
     assert "MB" not in lines[head]                     # a CPU's peak never falls
-    assert seconds.shape == (3, 3, len(table)) and (seconds > 0).all()
+    assert seconds.shape == (3, 1, len(table)) and (seconds > 0).all()
     assert not os.path.exists(tmp_path / "out")
     assert table[0][-1] == "1.00" and all(float(row[-1]) > 0 for row in table)
     kinds = ["cached", "encoded"] if script == "gtuning" else ["length", "padded"]
@@ -7659,22 +7670,9 @@ def test_small_passes_are_one_batch_whatever_their_number_of_words(tagged, tagge
     learned = []
     for size in (8, 3):
         out = tmp_path / str(size)
-        run_on_tags(
-            gtuning,
-            str(folder),
-            out,
-            *tagged,
-            "--method",
-            "adapter",
-            "--micro_batch_size",
-            size,
-            "--adam_eps",
-            0.01,
-            "--cache_dir",
-            tmp_path / "states",
-            "--keep",
-            "last",
-        )
+        run_on_tags(gtuning, str(folder), out, *tagged, "--method", "adapter",
+                    "--micro_batch_size", size, "--adam_eps", 0.01, "--cache_dir",
+                    tmp_path / "states", "--keep", "last")
         path = out / "ner" / "adapter-0" / "model" / "gtuning.pt"
         learned.append(torch.load(path, weights_only=True)["h"])
     for name, weight in learned[0].items():
@@ -7895,9 +7893,8 @@ def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
     flags = ["--task", "tydiqa", "--local_file", *files, "--eval_tasks", "tydiqa-english",
              "--unlabeled", general, "--predict", "validation", "--method", "gtuning", "--T", 2,
              "--max_steps", 40, "--max_length", 16]
-    (cached,) = run_on_tags(
-        gtuning, tagger, tmp_path / "a", *flags, "--cache_dir", tmp_path / "states"
-    )
+    cached, = run_on_tags(gtuning, tagger, tmp_path / "a", *flags, "--cache_dir",
+                          tmp_path / "states")
     encoded, = run_on_tags(gtuning, tagger, tmp_path / "b", *flags, "--no_cache")
     assert cached["metrics"]["validation"]["f1"] > 0.9
     assert cached["metrics"]["validation"] == cached["metrics"]["tydiqa-english"]
@@ -7957,27 +7954,10 @@ def sentences(tmp_path_factory):
                                   ["--pooling", "mean"], ["--tune", "all"]])
 def test_identical_sentences_find_each_other(more, tagged, sentences, tagger, tmp_path, cache):
     files = tagged[tagged.index("--local_file") + 1:tagged.index("--eval_tasks")]
-    (result,) = run_on_tags(
-        gtuning,
-        tagger,
-        tmp_path / "runs",
-        "--task",
-        "ner",
-        "--local_file",
-        *files,
-        f"tatoeba-deu={sentences}",
-        f"bucc-zh={sentences}",
-        "--eval_tasks",
-        "tatoeba-deu",
-        "bucc-zh",
-        "--method",
-        "adapter",
-        "--max_steps",
-        2,
-        "--cache_dir",
-        tmp_path / "states",
-        *more,
-    )
+    result, = run_on_tags(gtuning, tagger, tmp_path / "runs", "--task", "ner", "--local_file",
+                          *files, f"tatoeba-deu={sentences}", f"bucc-zh={sentences}",
+                          "--eval_tasks", "tatoeba-deu", "bucc-zh", "--method", "adapter",
+                          "--max_steps", 2, "--cache_dir", tmp_path / "states", *more)
     assert result["metrics"]["tatoeba-deu"] == result["metrics"]["bucc-zh"] == {"accuracy": 1.0}
 
 
