@@ -171,6 +171,10 @@ ROUGE = "rouge1 rouge2 rougeLsum"
 # Reddit TIFU has no splits of its own. These are PEGASUS's shares, here in the hub's order of rows.
 TIFU_SPLITS = {"train": "train[:80%]", "validation": "train[80%:90%]", "test": "train[90%:]"}
 
+# GLUE's validation rows of CoLA are the corpus's two sets, one after the other: sentences from the
+# sources of the training rows, and from others.
+COLA_SETS = {"in_domain": "validation[:527]", "out_of_domain": "validation[527:]"}
+
 # Languages in the order of the papers' tables.
 XNLI_LANGUAGES = "en fr es de el bg ru tr ar vi th zh hi sw ur".split()
 PAWS_X_LANGUAGES = "en de es fr ja ko zh".split()
@@ -183,7 +187,8 @@ TASKS = {
     "toy-tag-food": Task("toy-tag", "food", "tokens", "ADJ ADV NOUN PART PUNCT", "f1 accuracy",
                          kind="tag"),
     # GLUE
-    "cola":     Task(GLUE, "cola", "sentence", "unacceptable acceptable", "mcc accuracy"),
+    "cola":     Task(GLUE, "cola", "sentence", "unacceptable acceptable", "mcc accuracy",
+                     slices=COLA_SETS),
     "sst2":     Task(GLUE, "sst2", "sentence", "negative positive"),
     "mrpc":     Task(GLUE, "mrpc", labels="not_equivalent equivalent", metrics="accuracy f1"),
     "qqp":      Task(GLUE, "qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1"),
@@ -2608,7 +2613,7 @@ def main(argv=None):
     print(f"  columns  {', '.join(task.columns)}; label {task.label}")
     print(f"  labels   {', '.join(task.label_names) or KINDS[task.kind].answer}")
     print(f"  metrics  {task.metrics}")
-    splits = [task.train, *task.validation.split(), *task.test.split()]
+    splits = [task.train, *task.validation.split(), *task.test.split(), *(task.slices or {})]
     for split in dict.fromkeys(splits):
         try:
             rows = read(task, split, args.task, args)

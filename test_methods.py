@@ -767,6 +767,18 @@ def test_a_local_file_without_a_task_or_a_path_is_refused(given):
     assert message.startswith(f"--local_file {given}: must be NAME=FILE, NAME one of toy")
 
 
+def test_cola_has_a_set_in_its_domain_and_one_out_of_it(monkeypatch):
+    names = ["train", "validation", "validation[:527]", "validation[527:]"]
+    splits = {name: datasets.Dataset.from_dict({"sentence": [name], "label": [1], "idx": [0]})
+              for name in names}
+    hub_of(monkeypatch, **splits)
+    further = ["cola:in_domain", "cola:out_of_domain"]
+    rows = data.load(settings(task="cola", eval_tasks=further))
+    assert rows.validation["validation"]["sentence"][:] == ["validation"]
+    found = {name: table["sentence"][:] for name, (_, table) in rows.further.items()}
+    assert found == {"in_domain": ["validation[:527]"], "out_of_domain": ["validation[527:]"]}
+
+
 def test_a_task_without_a_hub_id_says_where_its_file_is():
     message = refusal(data.load, settings(task="cola-ood"))
     assert message.startswith("--task cola-ood: has no hub id; give its file as "
@@ -3041,7 +3053,10 @@ README_TABLES = [
     ("1000.jsonl", "", "| | SST-2, accuracy | p | CoLA, MCC | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
     ("qqp.jsonl", "", "| | QQP, accuracy | p |", [("qqp", "validation", "accuracy")]),
-    ("cola-full.jsonl", "", "| | CoLA in full, MCC | p |", [("cola", "validation", "mcc")]),
+    ("cola-full.jsonl", "",
+     "| | CoLA in full, MCC | p | its in-domain set | p | its out-of-domain set | p |",
+     [("cola", "validation", "mcc"), ("cola", "in_domain", "mcc"),
+      ("cola", "out_of_domain", "mcc")]),
     ("gtuning.jsonl", "", "| | SST-2 | p | IMDB | p | STS-B | p | SICK-R | p |",
      [("sst2", "validation", "accuracy"), ("sst2", "imdb", "accuracy"),
       ("stsb", "validation", "pearson"), ("stsb", "sick-r", "pearson")]),
