@@ -341,6 +341,8 @@ def check_flags(args):
         raise UserError("--profile: cannot go together with --grid")
     if len(args.text_columns or []) > 2:
         raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be one or two names")
+    if len(set(args.text_columns or [])) < len(args.text_columns or []):
+        raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be different names")
     if (args.grid or args.choosing) and not args.dev_samples:
         flag = "--grid" if args.grid else "--choosing"
         raise UserError(f"{flag}: needs --dev_samples, the training rows to choose by")
@@ -814,7 +816,10 @@ def tell_settings(args, setup, world):
     by_recipe = [name for name in args.recipe if name not in args.by_hand]
     usual = [name for name in ("lr", "epochs", "max_steps", "batch_size", "batch_tokens")
              if name not in [*args.recipe, *args.by_hand] and getattr(args, name) is not None]
-    by_hand = [name for name in args.by_hand if name not in ("choosing", "grid")]
+    not_said = ["choosing", "grid"]
+    if args.init_from:
+        not_said.append("model")
+    by_hand = [name for name in args.by_hand if name not in not_said]
     world.say(f"{args.task}, {args.model}")
     world.say(f"  recipe      {args.recipe_name}" + (f": {listed(by_recipe)}" if by_recipe else ""))
     world.say(f"  set by you  {listed(by_hand)}")
@@ -822,6 +827,8 @@ def tell_settings(args, setup, world):
         world.say(f"  defaults    {listed(usual)}")
     if args.no_effect:
         world.say(f"  no effect   {listed(args.no_effect)}: not of {' '.join(args.method)}")
+    if args.init_from and "model" in args.by_hand:
+        world.say("  no effect   --model: the run of --init_from has its own")
     world.say(f"  labels      {labels or setup.kind.answer}")
     world.say(f"  rows        {', '.join(f'{name} {size}' for name, size in sizes.items())}")
     lengths = f"{args.max_length} tokens"
@@ -1160,7 +1167,7 @@ def read_scored(path):
     try:
         with np.load(path) as scored:
             return dict(scored)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is damaged: remove it, or make the run again with "
                         "--overwrite") from error
 
@@ -1211,6 +1218,17 @@ def flags_that_count(args, method_flags):
     return json.loads(json.dumps(values))
 
 
+def digests_of_files(args):
+    """What tells the contents of one's own rows from those that another run of the path had."""
+    digests = {}
+    for flag in ("train_file", "validation_file"):
+        path = getattr(args, flag)
+        if path:
+            with open(path, "rb") as file:
+                digests[f"{flag}_digest"] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return digests
+
+
 def recipe_of(args):
     """The recipe's name without what follows it: "paper" of "paper: Table 9"."""
     return args.recipe_name.partition(":")[0]
@@ -1259,7 +1277,7 @@ class Run:
         self.model_folder = f"{self.folder}/model"
         self.log_path = f"{self.folder}/log.jsonl"
         self.checkpoints = [f"{self.folder}/checkpoint.pt", f"{self.folder}/checkpoint-before.pt"]
-        self.identity = flags_that_count(args, method_flags)
+        self.identity = {**flags_that_count(args, method_flags), **digests_of_files(args)}
 
         self.step = 0
         self.seconds = 0.0                             # of training, without evaluation
@@ -1273,6 +1291,7 @@ class Run:
             self.take_folder()
         world.barrier()
         self.find_results()
+        world.barrier()                                # before rank 0 writes there
 
     def take_folder(self):
         """Makes the folder, locks it, and with --overwrite empties it."""

@@ -707,7 +707,7 @@ def own_task(args, columns, tables):
     train, validation = labels[args.train_file], labels[args.validation_file]
 
     settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
-    whole = all(re.fullmatch(r"-?\d+", label) for label in train + validation)
+    whole = all(re.fullmatch(r"[-+]?\d+", label) for label in train + validation)
     if not whole and all(is_float(label) for label in train + validation):
         return Task(**settings, kind="regress", metrics="pearson spearman")
 
@@ -718,6 +718,10 @@ def own_task(args, columns, tables):
     if unseen:
         raise UserError(f"--validation_file {args.validation_file}: label {unseen[0]!r} is not "
                         f"in the training file, which has {names[:20]}")
+    for name in names:
+        if "\t" in name:
+            raise UserError(f"--train_file {args.train_file}: label {name!r} has a tab in it; "
+                            "must have none")
     if len(names) < 2:
         raise UserError(f"--train_file {args.train_file}: all labels are {names[0]!r}; "
                         "at least two are needed")
@@ -1789,9 +1793,9 @@ def class_text(task, logits):
 
 def number_text(task, output):
     value = float(output[0])
-    if task.path == GLUE:                              # STS-B's go from 0 to 5
-        value = min(max(value, 0.0), 5.0)
-    return f"{value:.3f}"
+    if task.path == GLUE:                              # STS-B, from 0 to 5
+        return f"{min(max(value, 0.0), 5.0):.3f}"
+    return f"{value:.7g}"
 
 
 def same_text(task, text):
@@ -2628,6 +2632,9 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except BrokenPipeError:                            # the reader of our output has gone: `| head`
+        sys.stderr.close()
+        sys.exit(1)
     except (UserError, OSError, ValueError) as error:
         # The last two: no such --model.
         print(f"data.py: {first_line(error)}", file=sys.stderr)

@@ -333,7 +333,7 @@ class GTuning(torch.nn.Module):
             hidden = layer(hidden, mask)                                 # (B, n, H)
 
         if pooling == "cls":
-            first = attention_mask.argmax(1)           # the first token that is not padding
+            first = attention_mask.long().argmax(1)    # the first token that is not padding
             hidden = self.adapter[-1](hidden, mask, first)               # (B, 1, H)
             return (self.norm(hidden) / self.scale)[:, 0]                # f(x)          (B, H)
         hidden = self.adapter[-1](hidden, mask)                          # (B, n, H)
@@ -399,7 +399,9 @@ class GTuning(torch.nn.Module):
             total = F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
             return total / (labels != -100).sum().clamp(min=1)
         if self.num_labels == 1:
-            return F.mse_loss(logits.squeeze(-1), labels.float())
+            return F.mse_loss(logits.flatten(), labels.float().flatten())
+        if not self.by_token and labels.dim() != 1:
+            raise ValueError(f"labels must be (B,), one class a row, got {tuple(labels.shape)}")
         return F.cross_entropy(logits, labels)         # of spans over the tokens: (B, n, 2), (B, 2)
 
     @property
@@ -410,7 +412,11 @@ class GTuning(torch.nn.Module):
         return torch.nn.ModuleList([self.adapter, self.norm, self.output])
 
     def save_pretrained(self, folder):
-        """What learned, and the name of the frozen plm; a tuned one with its weights."""
+        """What learned, and the name of the frozen plm; a tuned one with its weights.
+
+        A frozen plm whose weights are not those of its name is for the caller to save, and to hand
+        to from_pretrained.
+        """
         if self.tune_plm:
             self.plm.save_pretrained(folder)
         os.makedirs(folder, exist_ok=True)
@@ -453,7 +459,8 @@ def kl_to_teacher(teacher, student):
 
 class Discriminator(torch.nn.Module):
     """D: (B, H) -> (B,). Transformer layers (three in section 3.1) over a sequence of one; no
-    dropout (choice 3)."""
+    dropout (choice 3). A sequence of one needs no query and key: DistributedDataParallel around D
+    wants find_unused_parameters=True."""
 
     def __init__(self, hidden_size, layers=3):
         super().__init__()

@@ -174,7 +174,8 @@ class R3F(torch.nn.Module):
     lam: weight of the KL; 0 is plain fine-tuning. eps: scale of z. noise: "uniform" or "normal".
     stop_grad: "none", or "noised" (choice 3). share_dropout: choice 2. label_smoothing: e, and
     reduction: "token", "sentence" or "released", for labels by position (choices 7 and 8).
-    In eval mode there is no noise: one pass, the plain loss. Source: Eq. 3, 4; Table 6.
+    In eval mode there is no noise: one pass, the plain loss. Call .train() before training: what
+    from_pretrained returns is in eval mode, without dropout. Source: Eq. 3, 4; Table 6.
     """
 
     def __init__(self, model, lam=1.0, eps=1e-5, noise="uniform", stop_grad="none",
@@ -190,6 +191,7 @@ class R3F(torch.nn.Module):
             raise ValueError("label_smoothing needs classes: a regression has no other labels")
         if lam > 0:
             refuse_regression(model, "R3F")
+            refuse_rounding(model, eps)
 
         self.model = model
         self.lam = lam
@@ -204,7 +206,11 @@ class R3F(torch.nn.Module):
     @parametrize.cached()                              # R4F: one power iteration a step, one W
     def forward(self, labels, **inputs):
         """labels (B,) or (B, m), inputs as the model takes them, input_ids (B, n)
-        -> (loss, {"ce", "kl"}), means over the batch."""
+        -> (loss, {"ce", "kl"}), means over the batch.
+
+        Labels by position belong to the logits at the same position: of a causal language model
+        the caller shifts them.
+        """
         inputs = with_decoder_inputs(self.model, labels, inputs)
         if not self.two_passes_differ():
             return plain_loss(self.model, labels, inputs, self.label_smoothing)
@@ -283,8 +289,8 @@ def noise_added(model, noise_for):
     def hook(module, args, x):
         calls.append(module)
         if positions_first:
-            return x + noise_for(x.transpose(0, 1)).transpose(0, 1)
-        return x + noise_for(x)
+            return x + noise_for(x.transpose(0, 1)).transpose(0, 1).to(x.dtype)
+        return x + noise_for(x).to(x.dtype)
 
     handle = word_embeddings(model).register_forward_hook(hook)
     try:
@@ -297,7 +303,7 @@ def noise_added(model, noise_for):
 
 
 def random_state_restored(inputs, enabled=True):
-    """A context that puts the random state back on leaving, of the CPU and of the inputs' device.
+    """A context that puts the random state back on leaving, of the CPU and of the inputs' GPU.
 
     So the pass inside it and the pass after it have the same dropout masks.
     """
@@ -317,7 +323,8 @@ def spectral_normalize(model):
     """R4F, Eq. 5: every Linear of the head (all outside `model.base_model`) gets W / sigma(W), in
     place. Returns model.
 
-    sigma(W) by power iteration, one a training step (Miyato et al., 2018), frozen in eval mode.
+    sigma(W) by power iteration, one a training step (Miyato et al., 2018), frozen in eval mode:
+    it follows a head that moves with some delay, so the norm is 1 up to what the last steps moved.
     Between the layers stand only 1-Lipschitz functions (tanh, dropout at evaluation), so that the
     head is 1-Lipschitz; GELU is 1.13. A head with weights outside a Linear is a ValueError.
     """
@@ -365,11 +372,10 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
 
     Over a whole vocabulary, softmax and its gradient would be the largest tensors of a step. So
     they are computed for a few positions at a time, and the gradient of these positions is
-    written over their logits: nobody may read the logits after this call.
+    written over their logits: nobody may read the logits after this call. In fp16 the gradient is
+    rounded before a GradScaler can scale it; bf16 has no such limit.
     """
-    if both[0].shape[1] != labels.shape[1]:
-        raise ValueError(f"the model gives logits at {both[0].shape[1]} positions, but there are "
-                         f"labels at {labels.shape[1]}")
+    refuse_unlike(both[0], labels)
     rows = len(labels)
     vocabulary = both[0].shape[-1]
     labels = labels.flatten()                                       # (B m,)
@@ -468,7 +474,10 @@ def logits_of(model, inputs):
 
 def stacked_twice(inputs):
     """The batch and, below it, the batch once more: two passes in one. (B, n) -> (2B, n)."""
-    return {name: torch.cat([value, value]) for name, value in inputs.items()}
+    stacked = {}
+    for name, value in inputs.items():
+        stacked[name] = torch.cat([value, value]) if torch.is_tensor(value) else value
+    return stacked
 
 
 def cross_entropy(logits, labels, label_smoothing=0.0, reduction="mean"):
@@ -482,14 +491,15 @@ def cross_entropy(logits, labels, label_smoothing=0.0, reduction="mean"):
 
 
 def task_loss(logits, labels, label_smoothing=0.0):
-    """The plain loss, a mean over the labels that are not -100: cross entropy, or squared error
-    where there is one output. Without any such label it is 0."""
+    """The plain loss: squared error where a row has one output, else cross entropy, a mean over the
+    labels that are not -100. Of labels by position, if none is left, it is 0."""
+    if logits.dim() == 2 and logits.shape[-1] == 1:
+        return F.mse_loss(logits.float().flatten(), labels.float().flatten())
+    refuse_unlike(logits, labels)
     if labels.dim() == 2:
         real = labels != -100
         losses = cross_entropy(logits[real], labels[real], label_smoothing, "none")
         return losses.sum() / real.sum().clamp(min=1)
-    if logits.shape[-1] == 1:
-        return F.mse_loss(logits.float().squeeze(-1), labels.float())
     return cross_entropy(logits, labels, label_smoothing)
 
 
@@ -510,6 +520,22 @@ def refuse_negative(**settings):
             raise ValueError(f"{name} must not be negative, got {value}")
 
 
+def refuse_unlike(logits, labels):
+    """ValueError unless there is one label a row or, of logits by position, one a position."""
+    if logits.shape[1:-1] != labels.shape[1:]:
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: "
+                         "must be one class for each row, or for each position")
+
+
+def refuse_rounding(model, eps):
+    """ValueError if z is lost when it is added to word embeddings of low precision."""
+    weight = word_embeddings(model).weight
+    least = torch.finfo(weight.dtype).eps * weight.detach().abs().float().mean()
+    if 0 < eps < least:
+        raise ValueError(f"eps {eps} is lost in word embeddings of {weight.dtype}: load the model "
+                         "with dtype=torch.float32, and use autocast")
+
+
 def refuse_regression(model, method):
     if model.config.num_labels == 1:
         raise ValueError(f"{method} needs classes: the KL of a regression model is undefined "
@@ -519,7 +545,7 @@ def refuse_regression(model, method):
 # --------------------------------------------------------------------------------------  its rivals
 
 def mean_kl(logits_p, logits_q, labels):
-    """KL_S, averaged over the labels that are not -100."""
+    """KL_S, averaged over the rows or, of labels by position, over those that are not -100."""
     if labels.dim() == 2:
         real = labels != -100
         logits_p, logits_q = logits_p[real], logits_q[real]
@@ -605,6 +631,7 @@ class SMART(torch.nn.Module):
             raise ValueError(f"steps must be at least 1, got {steps}")
         if lam > 0 or bregman > 0:
             refuse_regression(model, "SMART")
+            refuse_rounding(model, eps)
         self.model = model
         self.lam = lam
         self.eps = eps

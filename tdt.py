@@ -199,7 +199,10 @@ def released_triplet_loss(logits, logits_pos, logits_neg, margin):
 def task_loss(logits, labels):
     """The cross entropy, of one output the mean squared error: (B, C), (B,) -> a scalar. Eq. 1."""
     if logits.shape[-1] == 1:
-        return F.mse_loss(logits.float().squeeze(-1), labels.float())
+        return F.mse_loss(logits.float().flatten(), labels.float().flatten())
+    if logits.dim() != 2 or labels.dim() != 1:
+        raise ValueError(f"logits and labels must be (B, C) and (B,), one class a row, got "
+                         f"{tuple(logits.shape)} and {tuple(labels.shape)}")
     return F.cross_entropy(logits.float(), labels)
 
 
@@ -222,6 +225,14 @@ def real_tokens(inputs):
     if mask is None:
         mask = torch.ones_like(inputs["input_ids"])
     return mask.bool()
+
+
+def stack(inputs, views):
+    """The batch, `views` times below itself: as many passes in one. (B, n) -> (views B, n)."""
+    stacked = {}
+    for name, value in inputs.items():
+        stacked[name] = torch.cat([value] * views) if torch.is_tensor(value) else value
+    return stacked
 
 
 def embedding_layer(model):
@@ -263,7 +274,8 @@ class TDT(torch.nn.Module):
 
     alpha, beta: weights of L_C and L_R; both 0 is plain fine-tuning. margin: m. mu0: "mean", "zero"
     or "noise". hard: TDT-hard, with temperature tau; it needs mask_token_id. variant: "paper" or
-    "released" (choice 4). In eval mode nothing is perturbed: one pass, the plain loss.
+    "released" (choice 4). In eval mode nothing is perturbed: one pass, the plain loss. Call
+    .train() before training: what from_pretrained returns is in eval mode, without dropout.
     confidence_layer wants a higher learning rate than the model (choice 9), and margin 0 trains
     better than 2 (choice 10).
     Source: Eq. 1-9; defaults from the grid of section 3.2.
@@ -350,7 +362,7 @@ class TDT(torch.nn.Module):
         """
         real = real_tokens(inputs)                                       # (B, n)
         can_change = real if perturbable is None else real & perturbable.bool()
-        stacked = {name: torch.cat([value] * views) for name, value in inputs.items()}
+        stacked = stack(inputs, views)
         if self.hard:
             # The second view goes through the embedding layer as [MASK] tokens. Their embeddings
             # stand in for the dropped tokens of e+ and for the kept ones of e-.
@@ -465,7 +477,7 @@ class TokenCutoff(torch.nn.Module):
 
         real = real_tokens(inputs)                                       # (B, n)
         falls = self.draw(real, perturbable)
-        twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        twice = stack(inputs, 2)
         twice["attention_mask"] = torch.cat([real, real & ~falls]).long()
 
         def cut(e):                                                      # (2B, n, H)

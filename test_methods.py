@@ -551,6 +551,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 @pytest.mark.parametrize("labels, names", [
     (["yes", "no", "no"], ["no", "yes"]),
     (["10", "9", "-1"], ["-1", "9", "10"]),
+    (["+1", "-1", "+1"], ["-1", "+1"]),
     (["1", "01", "01"], ["01", "1"]),
     (["1", "\u00b2", "1"], ["1", "\u00b2"]),                            # a digit that is no number
     (["1.5", "2", "-.5e1"], []),
@@ -1448,8 +1449,9 @@ def test_own_predictions_have_probabilities_and_the_ids_of_the_file(tmp_path):
 
 def test_own_predicted_numbers_have_the_ids_of_the_file(tmp_path):
     task = data.Task("custom", text="text", kind="regress", metrics="pearson spearman")
-    assert written(task, [[7.5]], tmp_path) == "index\tprediction\n0\t7.500\n"
-    assert written(task, [[7.5]], tmp_path, ["a7"]) == "index\tid\tprediction\n0\ta7\t7.500\n"
+    assert written(task, [[7.5]], tmp_path) == "index\tprediction\n0\t7.5\n"
+    assert written(task, [[7.5]], tmp_path, ["a7"]) == "index\tid\tprediction\n0\ta7\t7.5\n"
+    assert written(task, [[4.7e-5]], tmp_path) == "index\tprediction\n0\t4.7e-05\n"
 
 
 def test_ids_go_from_the_file_to_the_predictions(tokenizer, tmp_path):
@@ -2027,6 +2029,29 @@ def test_plain_fine_tuning_by_one_recipe_is_one_run_for_all_scripts(tiny_folder,
         assert second == first and "finished before" in capsys.readouterr().out
 
 
+def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, cache):
+    """Also of an unfinished one: a checkpoint holds the same flags."""
+    path = tmp_path / "rows.csv"
+    rows = "text,label\n" + "good plot,yes\nbad plot,no\n" * 16
+    write(path, rows)
+    flags = ["--method", "std", "--train_file", path, "--validation_file", path, "--max_steps", 2]
+    first = run("r3f", tiny_folder, tmp_path, *flags)
+    assert run("r3f", tiny_folder, tmp_path, *flags) == first
+    write(path, rows.replace("yes", "good").replace("no", "bad"))
+    with pytest.raises(UserError, match="other flags: --train_file_digest .*use --overwrite"):
+        run("r3f", tiny_folder, tmp_path, *flags)
+
+
+def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp_path, monkeypatch):
+    """Else a slow process would take the log of this very run for an unfinished one."""
+    order = []
+    monkeypatch.setattr(common.Run, "find_results", lambda self: order.append("looked"))
+    world = types.SimpleNamespace(rank=0, barrier=lambda: order.append("barrier"))
+    args = parse("r3f", "--model", tiny_folder, "--output_dir", tmp_path)
+    common.Run(args, "r3f", 0, world)
+    assert order == ["barrier", "looked", "barrier"]
+
+
 def test_what_one_script_alone_can_do_to_plain_fine_tuning_is_another_run(tiny_folder, tmp_path,
                                                                          cache, monkeypatch):
     run("r3f", tiny_folder, tmp_path / "smooth", "--method", "std", "--label_smoothing", 0.4)
@@ -2580,6 +2605,8 @@ other.csv | good.csv | | no column text
 good.csv | other.csv | | no column 'text'
 good.csv | good.csv | --text_columns a | no column 'a' (--text_columns)
 good.csv | good.csv | --text_columns a b c | must be one or two names
+good.csv | good.csv | --text_columns text text | --text_columns text text: must be different names
+tab.jsonl | tab.jsonl | | label 'no\\tx' has a tab in it
 good.csv | good.csv | --label_column y | no column 'y' (--label_column)
 good.csv | unseen.csv | | label 'maybe' is not in the training file
 same.csv | same.csv | | all labels are 'no'
@@ -2611,6 +2638,7 @@ def wrong_files(tmp_path_factory, tiny_folder):
     write(folder / "AFILE", "x")
     write(folder / "bad.jsonl", '{"text": "a", "label"\n')
     rows = [{"text": "fine", "label": labels[i % 2]} for i in range(40)]
+    write_rows(folder / "tab.jsonl", [{**row, "label": row["label"] + "\tx"} for row in rows])
     del rows[6]["text"]
     write_rows(folder / "hole.jsonl", rows)
     (folder / "latin.csv").write_bytes("text,label\ncaf\xe9,yes\n".encode("latin-1"))
@@ -2817,8 +2845,9 @@ def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
     os.remove(folder / "rte/std-1/scored.npz")
     out, _ = printed(capsys, folder, "--rows", 100)
     assert re.search(r"over seeds and rows.*?more .* 1 +100\n", out, re.S)
-    (folder / "rte/std-1/scored.npz").write_bytes(b"PK")
-    assert "scored.npz: is damaged" in refused_report(folder, "--rows")
+    for damaged in (b"PK", b""):
+        (folder / "rte/std-1/scored.npz").write_bytes(damaged)
+        assert "scored.npz: is damaged" in refused_report(folder, "--rows")
 
 
 # -------------------------------------------------------------------------------- made-up runs
@@ -4067,7 +4096,7 @@ def test_a_pass_without_any_label_has_the_loss_0():
 
 def test_labels_that_do_not_stand_below_the_logits_are_an_error():
     labels, inputs = batch_to_tag()
-    with pytest.raises(ValueError, match="9 positions.* 7"):
+    with pytest.raises(ValueError, match=r"labels \(4, 7\) do not fit logits \(8, 9, "):
         r3f.R3F(tiny_tagger())(labels[:, :7], **inputs)
 
 
@@ -4944,14 +4973,15 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(
 
 
 def test_init_from_keeps_the_words_that_writing_shares_with_reading(tiny_bart, files, tmp_path,
-                                                                    cache):
+                                                                    cache, capsys):
     """A model that writes has no head of its own to draw afresh."""
-    summarise(tiny_bart, tmp_path, *files, "--method", "std", "--max_steps", 1, "--batch_size", 8,
-        "--max_target_length", 8)
+    flags = [*files, "--method", "std", "--max_steps", 1, "--batch_size", 8,
+             "--max_target_length", 8]
+    summarise(tiny_bart, tmp_path, *flags)
     folder = tmp_path / "own/std-0"
-    again, = summarise("unused", tmp_path / "again", *files, "--method", "std", "--max_steps", 1,
-                 "--batch_size", 8, "--lr", 1e-30, "--max_target_length", 8, "--init_from", folder)
+    again, = summarise("unused", tmp_path / "again", *flags, "--lr", 1e-30, "--init_from", folder)
     assert again["steps"] == 1
+    assert "  no effect   --model: the run of --init_from has its own\n" in capsys.readouterr().out
     assert_same_weights(weights(tmp_path / "own"), weights(tmp_path / "again/own"), 1e-12)
 
 
@@ -8193,6 +8223,101 @@ def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, cache, m
     before = untrained["embeddings.word_embeddings.weight"]
     for a, b in ((weights[0], before), (weights[1], before), (weights[0], weights[1])):
         assert (a - b).abs().max() > 1e-3
+
+
+# ===============================================================  the methods, in one's own project
+
+def wrapped(num_labels, **load):
+    """{name: method} around a model without dropout, all of the same weights."""
+    def model():
+        return tiny(num_labels=num_labels, dropout=False, spread=0.2).to(**load)
+
+    if num_labels == 1:
+        methods = {"r3f": r3f.R3F(model(), lam=0.0), "freelb": r3f.FreeLB(model(), init=0.0),
+                   "tdt": tdt.TDT(model())}
+    else:
+        methods = {"r3f": r3f.R3F(model()), "rdrop": r3f.RDrop(model()),
+                   "smart": r3f.SMART(model()), "freelb": r3f.FreeLB(model()),
+                   "tdt": tdt.TDT(model()), "cutoff": tdt.TokenCutoff(model())}
+    methods["gtuning"] = gtuning.GTuning(model().bert, num_labels)
+    return methods
+
+
+def test_numbers_to_predict_may_be_a_column():
+    """(B, 1) means what (B,) means; broadcast against (B,), it would be another loss."""
+    _, inputs = batch()
+    numbers = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for name, method in wrapped(num_labels=1).items():
+        method.eval()
+        flat = method(numbers, **inputs)[0]
+        torch.testing.assert_close(method(numbers[:, None], **inputs)[0], flat)
+        assert flat > 0.5, name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_several_classes_a_row_are_refused(training):
+    _, inputs = batch()
+    labels = torch.tensor([[1.0, 0, 1], [0, 1, 1], [0, 0, 0], [1, 1, 1]])
+    for method in wrapped(num_labels=3).values():
+        with pytest.raises(ValueError, match=r"labels.*\(4, 3\)|labels.* one class"):
+            method.train(training)(labels, **inputs)
+
+
+def test_a_token_classifier_is_no_model_for_tdt():
+    """With as many classes as tokens, cross entropy would take one for the other."""
+    model = transformers.BertForTokenClassification(
+        transformers.BertConfig(**SMALL, num_labels=9))
+    _, inputs = batch()
+    labels = torch.zeros(4, 9, dtype=torch.long)
+    for method in (tdt.TDT(model), tdt.TokenCutoff(model)):
+        with pytest.raises(ValueError, match="one class a row"):
+            method.train()(labels, **inputs)
+
+
+def test_noise_that_would_be_rounded_away_is_refused():
+    model = tiny().to(torch.bfloat16)
+    said = "eps 1e-05 is lost in word embeddings of torch.bfloat16"
+    for method in (r3f.R3F, r3f.SMART):
+        with pytest.raises(ValueError, match=said):
+            method(model)
+        method(model, eps=0.1)
+    r3f.R3F(model, lam=0.0)
+
+
+def test_a_model_of_low_precision_trains():
+    labels, inputs = batch()
+    for name, method in wrapped(num_labels=3, dtype=torch.float32).items():
+        if name in ("r3f", "smart"):
+            method.eps = 0.1
+        for inner in (getattr(method, "model", None), getattr(method, "plm", None)):
+            if inner is not None:
+                inner.to(torch.bfloat16)
+        loss, _ = method.train()(labels, **inputs)
+        loss.backward()
+        assert torch.isfinite(loss), name
+
+
+def test_inputs_that_are_no_tensors_go_to_every_pass():
+    labels, inputs = batch()
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for name, method in wrapped(num_labels=3).items():
+        if name == "gtuning":
+            continue
+        torch.manual_seed(0)
+        loss, _ = method.train()(labels, **inputs)
+        for mask in (inputs["attention_mask"].bool(), None):
+            torch.manual_seed(0)
+            other, _ = method(labels, input_ids=inputs["input_ids"], attention_mask=mask,
+                              return_dict=True)
+            torch.testing.assert_close(other, loss, msg=name)
+
+
+def test_a_mask_may_be_of_bools():
+    labels, inputs = batch()
+    f = gtuning.GTuning(tiny(dropout=False).bert, 3).eval()
+    mask = inputs.pop("attention_mask")
+    torch.testing.assert_close(f.logits(attention_mask=mask.bool(), **inputs),
+                               f.logits(attention_mask=mask, **inputs))
 
 
 # =========================================================================  processes of their own
