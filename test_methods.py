@@ -3121,6 +3121,44 @@ def test_the_readmes_tables_are_what_the_kept_lines_say(name, flags, header, key
     assert seen == set(table.columns) - {table.baseline}
 
 
+# The README's rows beside the papers' gains: (method, set) -> file of kept lines, key, column.
+CLAIMS = {
+    ("R3F", "SST-2"): ("1000.jsonl", ("sst2", "validation", "accuracy"), "r3f"),
+    ("R3F", "CoLA"): ("1000.jsonl", ("cola", "validation", "mcc"), "r3f"),
+    ("R3F", "CoLA, all rows"): ("cola-full.jsonl", ("cola", "validation", "mcc"), "r3f"),
+    ("TDT", "SST-2"): ("1000.jsonl", ("sst2", "validation", "accuracy"), "tdt"),
+    ("TDT", "CoLA"): ("1000.jsonl", ("cola", "validation", "mcc"), "tdt"),
+    ("TDT", "QQP"): ("qqp.jsonl", ("qqp", "validation", "accuracy"), "tdt"),
+}
+for on, key in {"SST-2": ("sst2", "validation", "accuracy"),
+                "MNLI": ("mnli", "validation_matched", "accuracy"),
+                "RTE": ("rte", "validation", "accuracy"),
+                "STS-B": ("stsb", "validation", "pearson"),
+                "SST-2, tested on IMDB": ("sst2", "imdb", "accuracy"),
+                "MNLI, tested on SICK": ("mnli", "sick", "accuracy"),
+                "RTE, tested on HANS": ("rte", "hans", "accuracy"),
+                "STS-B, tested on SICK-R": ("stsb", "sick-r", "pearson")}.items():
+    CLAIMS["G-Tuning", on] = "gtuning.jsonl", key, "gtuning"
+
+
+def test_the_gains_beside_the_papers_are_what_the_kept_lines_say(tmp_path):
+    tables = {}
+    for name in {name for name, _, _ in CLAIMS.values()}:
+        shutil.copy(os.path.join(HERE, ".results", name), tmp_path)
+        tables[name], = common.main_report([str(tmp_path / name)])
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    lines = text.partition("| | over | on | paper | here | seeds |")[2].split("\n\n")[0]
+    seen = set()
+    for line in lines.split("\n")[2:]:
+        method, over, on, _, here, seeds = [cell.strip() for cell in line.strip("|").split("|")]
+        seen.add((method, on))
+        name, key, column = CLAIMS[method, on]
+        found = tables[name].differences[key][column]
+        assert here == f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+        assert (over, int(seeds)) == (tables[name].baseline, found.n)
+    assert seen == set(CLAIMS)
+
+
 def test_a_line_is_small():
     """Of the flags that all scripts have it holds those that are not a default."""
     line = common.result_line(results_of("rte", "more", 3, 60, lam=1.0, lr=1e-5))
