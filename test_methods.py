@@ -3082,6 +3082,7 @@ README_TABLES = [
     ("1000.jsonl", "", "| | SST-2, accuracy | p | CoLA, MCC | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
     ("qqp.jsonl", "", "| | QQP, accuracy | p |", [("qqp", "validation", "accuracy")]),
+    ("stsb.jsonl", "", "| | STS-B, Spearman | p |", [("stsb", "validation", "spearman")]),
     ("cola-full.jsonl", "",
      "| | CoLA in full, MCC | p | its in-domain set | p | its out-of-domain set | p |",
      [("cola", "validation", "mcc"), ("cola", "in_domain", "mcc"),
@@ -3129,6 +3130,7 @@ CLAIMS = {
     ("TDT", "SST-2"): ("1000.jsonl", ("sst2", "validation", "accuracy"), "tdt"),
     ("TDT", "CoLA"): ("1000.jsonl", ("cola", "validation", "mcc"), "tdt"),
     ("TDT", "QQP"): ("qqp.jsonl", ("qqp", "validation", "accuracy"), "tdt"),
+    ("TDT", "STS-B"): ("stsb.jsonl", ("stsb", "validation", "spearman"), "tdt"),
 }
 for on, key in {"SST-2": ("sst2", "validation", "accuracy"),
                 "MNLI": ("mnli", "validation_matched", "accuracy"),
