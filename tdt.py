@@ -201,7 +201,7 @@ def task_loss(logits, labels):
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.float().flatten(), labels.float().flatten())
     if logits.dim() != 2 or labels.dim() != 1:
-        raise ValueError(f"logits and labels must be (B, C) and (B,), one class a row, got "
+        raise ValueError("logits and labels must be (B, C) and (B,), one class a row, got "
                          f"{tuple(logits.shape)} and {tuple(labels.shape)}")
     return F.cross_entropy(logits.float(), labels)
 
