@@ -252,7 +252,7 @@ def parse(p, argv, recipe):
     recipe(args) -> (its name, {flag: value}). The result has some attributes besides the flags:
     by_hand, the names of the flags that were set; recipe_name and recipe, what `recipe` returned;
     own_files, the first of the user's own files, or ""; path, where the model lies;
-    no_effect, see check_methods.
+    of_methods and no_effect, see check_methods.
     """
     by_hand = flags_by_hand(p, argv)
     args = read_flags(p, argv, by_hand)                # the recipe looks at the task and the model
@@ -263,6 +263,7 @@ def parse(p, argv, recipe):
     args.by_hand = by_hand
     args.recipe = values
     args.recipe_name = recipe_name
+    args.of_methods = []
     args.no_effect = []
     args.path = args.model
     args.seeds = [*dict.fromkeys(args.seeds)]
@@ -358,7 +359,8 @@ def check_methods(args, task, methods, why=""):
     """UserError if a --method cannot train this kind of task. why: the reason, for the message.
 
     methods {name: {"kinds": the kinds of task that it can train, "flags": those of its own}}. Sets
-    args.no_effect: the flags set by hand that belong to other methods alone.
+    args.of_methods: the flags of these methods' own; and args.no_effect: those set by hand that
+    belong to other methods alone.
     """
     able = [name for name in methods if task.kind in methods[name]["kinds"].split()]
     for method in args.method:
@@ -367,13 +369,13 @@ def check_methods(args, task, methods, why=""):
             raise UserError(f"--method {method}: must be {others} for {args.task}, whose kind is "
                             f"{task.kind}{why}")
 
-    of_all = set()
-    of_these = set()
+    of_all = []
     for name, method in methods.items():
-        of_all.update(method["flags"].split())
+        of_all += method["flags"].split()
         if name in args.method:
-            of_these.update(method["flags"].split())
-    args.no_effect = sorted(set(args.by_hand) & (of_all - of_these))
+            args.of_methods += method["flags"].split()
+    args.of_methods = [*dict.fromkeys(args.of_methods)]
+    args.no_effect = sorted(set(args.by_hand) & (set(of_all) - set(args.of_methods)))
 
 
 # ------------------------------------------------------------------------  2  processes and signals
@@ -814,7 +816,9 @@ def tell_settings(args, setup, world):
     names = setup.task.label_names
     labels = ", ".join(names[:20]) + (f" ... ({len(names)})" if len(names) > 20 else "")
     by_recipe = [name for name in args.recipe if name not in args.by_hand]
-    usual = [name for name in ("lr", "epochs", "max_steps", "batch_size", "batch_tokens")
+    of_training = ["lr", "epochs", "max_steps", "batch_size", "batch_tokens", "warmup",
+                   "weight_decay", "betas", "adam_eps", "grad_clip"]
+    usual = [name for name in [*of_training, *args.of_methods]
              if name not in [*args.recipe, *args.by_hand] and getattr(args, name) is not None]
     not_said = ["choosing", "grid"]
     if args.init_from:
@@ -855,8 +859,8 @@ def load_tokenizer(args, world, task=None):
     from transformers import AutoConfig, AutoTokenizer
     args.path = find_model(args.model, world)
     try:
-        config = AutoConfig.from_pretrained(args.path)
-        tokenizer = AutoTokenizer.from_pretrained(args.path)
+        config = AutoConfig.from_pretrained(args.path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(args.path, trust_remote_code=False)
     except Exception as error:
         why = first_line(error)
         if args.path.startswith((".", "/", "~")) and not os.path.isdir(args.path):
@@ -911,12 +915,14 @@ def load_model(args, setup, seed, world, path=None):
     try:
         model, info = loader.from_pretrained(
             start, **setup.kind.settings(setup.task), dtype=torch.float32,
-            ignore_mismatched_sizes=True, output_loading_info=True)
+            ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"--model {path or args.model}: cannot be loaded by "
                         f"{setup.kind.auto_class}: {first_line(error)}") from error
 
-    draws_head = args.init_from and not path and not setup.kind.decodes
+    draws_head = False
+    if not path and not setup.kind.decodes:
+        draws_head = args.init_from or has_another_head(model, start, info, setup.task)
     if draws_head:
         draw_head(model)
     if draws_head or info["mismatched_keys"]:
@@ -928,6 +934,21 @@ def load_model(args, setup, seed, world, path=None):
     if args.weight_noise and not path:
         add_weight_noise(model.base_model, args.weight_noise, seed)
     return model.to(world.device).train()              # from_pretrained gives it in eval mode
+
+
+def has_another_head(model, start, info, task):
+    """Whether the checkpoint `start` has a head for other labels than the task's, or for these in
+    another order. info: what from_pretrained says of the keys."""
+    from transformers import AutoConfig
+    body = model.base_model_prefix + "."
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    loaded = {name for name, _ in model.named_parameters()} - set(info["missing_keys"]) - mismatched
+    has_head = any(not name.startswith(body) for name in loaded)
+    if not has_head or not task.label_names:           # numbers are numbers in every head
+        return False
+    names = AutoConfig.from_pretrained(start, trust_remote_code=False).id2label
+    names = [str(names[number]).lower() for number in sorted(names)]
+    return names != [name.lower() for name in task.label_names]
 
 
 def draw_head(model):
@@ -2002,6 +2023,7 @@ class CachedSplit:
         self.states = states
         self.per_row = len(sizes) // len(split)        # 2 sentences of pairs that are encoded apart
         self.lengths = split.lengths
+        self.sides = split.sides
         self.has_targets = False                       # a frozen encoder has no decoder
         self.labels = split.labels
         self.rows = split.rows                         # for the scores, like the notes
@@ -4121,7 +4143,7 @@ def post_trained(args, setup, seed, world):
     torch.manual_seed(0)                               # a head that it lacks begins at random
     try:
         model, info = transformers.AutoModelForMaskedLM.from_pretrained(
-            args.path, dtype=torch.float32, output_loading_info=True)
+            args.path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{given} must be a model that predicts masked words: "
                         f"{first_line(error)}") from error

@@ -1249,6 +1249,8 @@ class Split:
     rows: the Dataset that they were made of, or None. lengths (n,): tokens of each row.
     has_targets: labels are lists of their own, for a decoder to write, not one a row or a token.
     target_lengths (n,): how long these are, else 0.
+    sides: one or two lists of lengths (n,), of what is padded apart: the text, or the two texts of
+    a pair that are encoded apart, or the text and the target.
 
     A field note_NAME is in no batch. note_cut (n,): 1 where a row was truncated. note_row (n,):
     where one of `rows` was split into several, the one that each is a part of.
@@ -1259,11 +1261,13 @@ class Split:
         self.left = left
         self.rows = rows
         inputs = [field for name, field in fields.items() if name.startswith("input_ids")]
-        self.lengths = sum(np.diff(field.offsets) for field in inputs)
+        self.sides = [np.diff(field.offsets) for field in inputs]
+        self.lengths = sum(self.sides)
         self.has_targets = has_targets
         self.target_lengths = np.zeros_like(self.lengths)
         if has_targets:
             self.target_lengths = np.diff(fields["labels"].offsets)
+            self.sides.append(self.target_lengths)
 
     def __len__(self):
         return len(self.lengths)
@@ -1363,7 +1367,7 @@ class Split:
 
 
 def padded_size(batches, lengths):
-    """What batches hold with their padding: rows times the longest text and longest target."""
+    """What batches hold with their padding: rows times the longest of each side."""
     total = 0
     for rows in batches:
         longest = sum(length[rows].max() for length in lengths)
@@ -1381,7 +1385,7 @@ class Batches:
 
     tokens: a batch is not `batch_size` rows but about that many tokens, labels that are lists
     counted in: ceil(all tokens / tokens) batches an epoch, of equal size to within two rows, with
-    each row once. Rows with targets are put into batches by both lengths, see `halve`.
+    each row once. Rows of two sides are put into batches by both lengths, see `halve`.
 
     batching: "length" is that; "random" leaves the shuffled order; "padded" also pads to `width`
     and `target_width`. The last two are what other scripts do, kept for --profile to compare with.
@@ -1407,10 +1411,8 @@ class Batches:
         self.widths = (width, target_width) if batching == "padded" else (0, 0)
         self.tokens = tokens
         self.sizes = split.lengths + split.target_lengths if tokens else None
-        self.relative_lengths = []                     # of the texts and of the targets
-        if split.has_targets:
-            for lengths in (split.lengths, split.target_lengths):
-                self.relative_lengths.append(lengths / lengths.mean())
+        self.two_sided = len(split.sides) == 2
+        self.relative_lengths = [lengths / lengths.mean() for lengths in split.sides]
         self.per_epoch = self.count_by_tokens() if tokens else math.ceil(len(split) / batch_size)
         self.real = 0
         self.computed = 0
@@ -1451,7 +1453,7 @@ class Batches:
         if self.batching != "length":
             return self.cut(rows)
 
-        if self.split.has_targets:
+        if self.two_sided:
             lengths = [self.blurred(side, rng) for side in self.relative_lengths]
             batches = self.halve(rows, self.per_epoch, lengths, self.sizes, self.world)
         else:
@@ -1470,10 +1472,10 @@ class Batches:
     def halve(self, rows, count, lengths, sizes=None, least=1):
         """The rows as `count` batches, in each of which both lengths are alike.
 
-        The rows are sorted by the length of their texts or of their targets, by the one that leaves
-        less padding, and cut into a short and a long half, which are halved in turn.
+        The rows are sorted by the length of one side or of the other, by the one that leaves less
+        padding, and cut into a short and a long half, which are halved in turn.
 
-        lengths: [of the texts, of the targets], (all rows,) each, over their mean. sizes (all
+        lengths: [of one side, of the other], (all rows,) each, over their mean. sizes (all
         rows,): the batches have about equal sums of these; None: equal numbers of rows. No batch
         has fewer than `least` rows.
         """
@@ -1522,7 +1524,7 @@ class Batches:
         """The rows of a batch that are this process's, in micro-batches of like length."""
         rows = rows[np.argsort(self.split.lengths[rows], kind="stable")]
         count = math.ceil(len(rows) / self.micro)
-        if self.split.has_targets:
+        if self.two_sided:
             return self.halve(rows, count, self.relative_lengths)
         return [rows[i * self.micro:(i + 1) * self.micro] for i in range(count)]
 
@@ -2609,7 +2611,7 @@ def main(argv=None):
     unit = "words"
     if args.model:
         from transformers import AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         count = count_tokens
         unit = "tokens"
 

@@ -6,7 +6,7 @@ x: the word embeddings (B, n, H), y: labels (B,).
 
     L = CE(g.f(x), y) + lam * KL_S(g.f(x) || g.f(x + z))    Eq. 3
         KL_S(p, q) = KL(p || q) + KL(q || p)
-    z ~ N(0, eps^2 I)  or  z ~ U(-eps, eps)                  Eq. 4
+    z ~ N(0, eps^2 I)  or  z ~ U(-eps, eps)                  Eq. 4, where eps is called sigma
     R4F: Lip{g} <= 1, by W := W / sigma(W) in the head g     Eq. 5
 
 Generation (section 3.2) and tags: labels y_t at m positions of B sentences, N of them real. LS is
@@ -212,7 +212,7 @@ class R3F(torch.nn.Module):
         the caller shifts them.
         """
         inputs = with_decoder_inputs(self.model, labels, inputs)
-        if not self.two_passes_differ():
+        if not self.needs_two_passes():
             return plain_loss(self.model, labels, inputs, self.label_smoothing)
 
         both = self.two_passes(inputs)
@@ -226,8 +226,8 @@ class R3F(torch.nn.Module):
             loss = ce + self.lam * kl                               # Eq. 3
         return loss, {"ce": ce.detach(), "kl": kl.detach()}
 
-    def two_passes_differ(self):
-        """False where the KL would have no weight, or would be 0 for sure."""
+    def needs_two_passes(self):
+        """False where the KL has no weight, or is 0 for sure."""
         if not self.training or self.lam == 0:
             return False
         return self.eps > 0 or (self.has_dropout and not self.share_dropout)
@@ -236,11 +236,12 @@ class R3F(torch.nn.Module):
         """The logits without and with noise, g.f(x) and g.f(x + z), as a list of tensors.
 
         One tensor (2B, C) of a single stacked pass: B rows of g.f(x), then B rows of g.f(x + z).
-        Or two tensors (B, C) of two passes, where choices 2 or 3 need them.
+        Or two tensors (B, C) of two passes, where choices 2 or 3 need them. They are not made one
+        here, for loss_by_position writes gradients into the memory that they have.
         """
         if self.stop_grad == "none" and not self.share_dropout:
             with noise_added(self.model, self.noise_for_second_half):
-                return [logits_of(self.model, stacked_twice(inputs))]
+                return [logits_of(self.model, stack(inputs, 2))]
 
         if self.share_dropout:
             # Afterwards the random state is what it was: the next pass draws the same masks.
@@ -283,12 +284,12 @@ def noise_added(model, noise_for):
 
     RuntimeError if the pass did not go through the encoder's word embeddings exactly once.
     """
-    positions_first = model.config.model_type == "xlnet"            # its x are (n, B, H)
+    is_xlnet = model.config.model_type == "xlnet"                   # its x is (n, B, H)
     calls = []
 
     def hook(module, args, x):
         calls.append(module)
-        if positions_first:
+        if is_xlnet:
             return x + noise_for(x.transpose(0, 1)).transpose(0, 1).to(x.dtype)
         return x + noise_for(x).to(x.dtype)
 
@@ -325,8 +326,9 @@ def spectral_normalize(model):
 
     sigma(W) by power iteration, one a training step (Miyato et al., 2018), frozen in eval mode:
     it follows a head that moves with some delay, so the norm is 1 up to what the last steps moved.
-    Between the layers stand only 1-Lipschitz functions (tanh, dropout at evaluation), so that the
-    head is 1-Lipschitz; GELU is 1.13. A head with weights outside a Linear is a ValueError.
+    With tanh between its layers the head is 1-Lipschitz (RoBERTa's). With GELU (ELECTRA's) its
+    bound is 1.13, which is let through. BERT's pooler is part of f and stays as it is. A head with
+    weights outside a Linear is a ValueError.
     """
     if model.get_output_embeddings() is not None:
         raise ValueError(f"{type(model).__name__} predicts words: there g has no weights of its "
@@ -420,6 +422,8 @@ def position_weights(labels, rows, reduction):
     return in_ce, torch.ones_like(real) / rows                      # "released": padding counts
 
 
+# --------------------------------------------------------------------------  shared with its rivals
+
 class KnownGradient(torch.autograd.Function):
     """A loss whose gradients on `tensors` are computed already: backward only scales them.
 
@@ -470,14 +474,14 @@ def logits_of(model, inputs):
     return F.linear(states, head.weight, bias[0])                   # (B, m, V)
 
 
-# --------------------------------------------------------------------------  shared with its rivals
-
-def stacked_twice(inputs):
-    """The batch and, below it, the batch once more: two passes in one. (B, n) -> (2B, n)."""
+# same: stack
+def stack(inputs, views):
+    """The batch, `views` times below itself: as many passes in one. (B, n) -> (views B, n)."""
     stacked = {}
     for name, value in inputs.items():
-        stacked[name] = torch.cat([value, value]) if torch.is_tensor(value) else value
+        stacked[name] = torch.cat([value] * views) if torch.is_tensor(value) else value
     return stacked
+# end same
 
 
 def cross_entropy(logits, labels, label_smoothing=0.0, reduction="mean"):
@@ -509,6 +513,7 @@ def plain_loss(model, labels, inputs, label_smoothing=0.0):
     return ce, {"ce": ce.detach(), "kl": torch.zeros((), device=labels.device)}
 
 
+# same: refuse
 def refuse_other(name, value, allowed):
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
@@ -518,6 +523,7 @@ def refuse_negative(**settings):
     for name, value in settings.items():
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
+# end same
 
 
 def refuse_unlike(logits, labels):
@@ -592,7 +598,7 @@ class RDrop(torch.nn.Module):
         if not self.training or self.alpha == 0:
             return plain_loss(self.model, labels, inputs)
 
-        first, second = logits_of(self.model, stacked_twice(inputs)).chunk(2)     # p_1, p_2
+        first, second = logits_of(self.model, stack(inputs, 2)).chunk(2)          # p_1, p_2
         ce = (task_loss(first, labels) + task_loss(second, labels)) / 2
         kl = mean_kl(first, second, labels)
         return ce + self.alpha / 2 * kl, {"ce": ce.detach(), "kl": kl.detach()}
@@ -642,7 +648,6 @@ class SMART(torch.nn.Module):
         if bregman > 0:
             self.average = Average(model, 0.99)                     # th~
 
-    @parametrize.cached()
     def forward(self, labels, **inputs):
         """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"})."""
         inputs = with_decoder_inputs(self.model, labels, inputs)
@@ -787,7 +792,7 @@ def first_token_states(encoder, split, world, name):
             hidden = encoder(**world.put(inputs)).last_hidden_state      # (B, n, H)
             states[torch.from_numpy(rows)] = hidden[torch.arange(len(rows)), first].float().cpu()
             progress.update(len(rows))
-    return states.clone()
+    return states
 
 
 def fit_by_recipe(x, y, classes, args):
@@ -834,15 +839,13 @@ def probe_score(train, validation, task, settings, seed):
     import data
     x, split = train
     x_scored, scored = validation
-    if settings.probe_recipe == "converged":
-        mean = x.mean(0)
-        std = x.std(0).clamp(min=1e-6)
-        x = (x - mean) / std
-        x_scored = (x_scored - mean) / std
     y = torch.from_numpy(split.labels.copy())
     torch.manual_seed(seed)                            # the same start and rows for all encoders
     if settings.probe_recipe == "converged":
-        layer = fit_converged(x, y, task.outputs)
+        mean = x.mean(0)
+        std = x.std(0).clamp(min=1e-6)
+        x_scored = (x_scored - mean) / std
+        layer = fit_converged((x - mean) / std, y, task.outputs)
     else:
         layer = fit_by_recipe(x, y, task.outputs, settings)
     with torch.no_grad():
@@ -893,7 +896,8 @@ def probe_task(name, encoders, settings, world):
         its.model = path
         tokenizer = common.load_tokenizer(its, world)
         try:
-            encoder = AutoModel.from_pretrained(path, dtype=torch.float32).to(world.device)
+            encoder = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+            encoder = encoder.to(world.device)
         except Exception as error:
             raise common.UserError(f"--probe: {path} cannot be loaded: "
                                    f"{data.first_line(error)}") from error

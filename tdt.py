@@ -28,17 +28,18 @@ Choices, where the paper is silent or the authors' release does otherwise:
     token, position and segment, no context.
  2. e, e+ and e- are made of one such output, with one dropout mask, and pass the encoder as one
     stacked batch.
- 3. gamma is nowhere in the paper, and the release has no such term. 0.01 keeps the mean of c_i
-    near 0.5; 0.1 and more pull it towards 0 and cost accuracy, since mu_0, the sentence's own
-    mean, tells what it says. Measured on the toy task (an earlier recipe, bf16, three seeds), by
-    gamma 0, 0.01, 0.03, 0.1, 0.3: accuracy on food 85.3, 85.9, 84.9, 81.9, 79.9; mean confidence
-    0.57, 0.58, 0.50, 0.39, 0.28.
+ 3. The paper gives gamma no value, and the release has no such term. 0.01 leaves the mean of c_i
+    as it is without it; 0.1 and more pull it towards 0 and cost accuracy, since mu_0, the
+    sentence's own mean, tells what it says. Measured on the toy task (an earlier recipe, bf16,
+    three seeds), by gamma 0, 0.01, 0.03, 0.1, 0.3: accuracy on food 85.3, 85.9, 84.9, 81.9, 79.9;
+    mean confidence 0.57, 0.58, 0.50, 0.39, 0.28.
  4. d(a, b) = KL(a || b) in the order written, summed over classes; the hinge per example, then the
     mean. variant="released" is the authors' code: KL(b || a), averaged over batch and classes,
     0.5 on both negative terms, one hinge a batch, no gamma, padding counted in mu_0, so that
     padding changes the loss.
  5. mu_0 and ||C||_2 are over the real tokens of each sentence; gradients flow through mu_0.
     Special tokens learn a c_i too, as released; --keep_special leaves them as they are in e+, e-.
+    A token that must stay counts in ||C||_2 with its c_i of 1.
  6. TDT-hard: straight-through Gumbel-softmax of the logits (z_i, 0), for which P(c_i = 1) =
     sigmoid(z_i) as in Eq. 2. A dropped token is [MASK] sent through the embedding layer, so that
     it keeps its position; e- masks the kept ones.
@@ -206,6 +207,7 @@ def task_loss(logits, labels):
     return F.cross_entropy(logits.float(), labels)
 
 
+# same: refuse
 def refuse_other(name, value, allowed):
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
@@ -215,6 +217,7 @@ def refuse_negative(**settings):
     for name, value in settings.items():
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
+# end same
 
 
 # --------------------------------------------------------------------------  the method: where e is
@@ -227,12 +230,14 @@ def real_tokens(inputs):
     return mask.bool()
 
 
+# same: stack
 def stack(inputs, views):
     """The batch, `views` times below itself: as many passes in one. (B, n) -> (views B, n)."""
     stacked = {}
     for name, value in inputs.items():
         stacked[name] = torch.cat([value] * views) if torch.is_tensor(value) else value
     return stacked
+# end same
 
 
 def embedding_layer(model):
@@ -376,8 +381,8 @@ class TDT(torch.nn.Module):
             nonlocal c, p
             e, second = x.chunk(views)[:2]
             c, p = self.draw_confidence(e, can_change, given)
-            mu_0 = second if self.hard else self.mu_0(e, real)
-            e_pos, e_neg = self.perturbed(e, mu_0, c, can_change)
+            filler = second if self.hard else self.mean_or_noise(e, real)
+            e_pos, e_neg = self.perturbed(e, filler, c, can_change)
             return torch.cat([e, e_pos, e_neg][:views]).to(x.dtype)
 
         with changed_embeddings(self.model, perturb, stacked["input_ids"].shape):
@@ -397,17 +402,20 @@ class TDT(torch.nn.Module):
             c = p
         return c.masked_fill(~can_change, 1.0), p
 
-    def perturbed(self, e, mu_0, c, can_change):
-        """e+ and e-: e (B, n, H), mu_0 (B, 1 or n, H), c (B, n) -> (B, n, H), (B, n, H)."""
+    def perturbed(self, e, filler, c, can_change):
+        """e+ and e-: e (B, n, H), c (B, n) -> (B, n, H), (B, n, H).
+
+        filler: mu_0 (B, 1, H), or of TDT-hard the embeddings of [MASK] (B, n, H).
+        """
         keep = c[..., None]                                              # (B, n, 1)
-        e_pos = keep * e + (1 - keep) * mu_0                             # Eq. 3
+        e_pos = keep * e + (1 - keep) * filler                           # Eq. 3
         e_neg = (1 - keep) * e                                           # Eq. 5
         if self.hard:
-            e_neg = e_neg + keep * mu_0                                  # kept in e+, here [MASK]
+            e_neg = e_neg + keep * filler                                # kept in e+, here [MASK]
         e_neg = torch.where(can_change[..., None], e_neg, e)
         return e_pos, e_neg
 
-    def mu_0(self, e, real):
+    def mean_or_noise(self, e, real):
         """mu_0 of Eq. 3 for each sentence: (B, n, H), (B, n) -> (B, 1, H)."""
         counted = torch.ones_like(real) if self.variant == "released" else real
         weight = counted[..., None]
@@ -628,7 +636,7 @@ def load_run(folder, method, world, mask_token_id=None, like=None, confidences="
     path = os.path.join(folder, "model")
     try:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=torch.float32)
+            path, dtype=torch.float32, trust_remote_code=False)
         results = common.read_results(os.path.join(like or folder, "results.json"))
         settings = results["args"]
         module = TDT(
@@ -935,25 +943,26 @@ def curves(modules, kinds, rates, draws, evaluation):
     return found
 
 
-def drop_words(modules, folders, by, c, rates, evaluation):
-    """Figure 6 of one seed: its curves. by: the method whose confidences c choose the words.
+def drop_words(modules, folders, chosen_by, c, rates, evaluation):
+    """Figure 6 of one seed: its curves. chosen_by: the method whose confidences c choose the words.
 
     As a control they are also chosen by an untrained confidence layer, the one that run began with.
     """
     import data
     mask_token_id = evaluation.setup.tokenizer.mask_token_id
-    untrained = load_run(folders[by], by, evaluation.world, mask_token_id,
+    folder = folders[chosen_by]
+    untrained = load_run(folder, chosen_by, evaluation.world, mask_token_id,
                          confidences="confidence-start.pt")
     c_start = confidences_of(untrained, evaluation, "confidences, untrained")
     words = evaluation.is_word
     correlation = data.spearman(c[words], c_start[words])
-    evaluation.world.say(f"\n{folders[by]}: rank correlation of its confidences with the "
+    evaluation.world.say(f"\n{folder}: rank correlation of its confidences with the "
                          f"untrained ones on {evaluation.name}: {correlation:.2f}")
     kinds = {"highest": ("highest", c), "lowest": ("lowest", c),
              "highest, untrained": ("highest", c_start), "lowest, untrained": ("lowest", c_start)}
     found = curves(modules, kinds, rates, 1, evaluation)
-    write_curves(folders[by], "drop", found, evaluation,
-                 confidences=folders[by], correlation_with_start=round(correlation, 4))
+    write_curves(folder, "drop", found, evaluation,
+                 confidences=folder, correlation_with_start=round(correlation, 4))
     return found
 
 
@@ -999,7 +1008,7 @@ class Clouds:
     """H, H+ and H- of some sentences: the state of [CLS] after the last layer, in eval mode."""
     states: object                                                       # (3, rows, H)
     logits: object                                                       # (3, rows, C)
-    c: list                        # of each batch, (B, n)
+    c: list                        # of each batch, (B, n); all models get the same batches
 
 
 def clouds_of(module, split, cls_token, world, name, given=None):
@@ -1033,7 +1042,7 @@ def clouds_of(module, split, cls_token, world, name, given=None):
     return Clouds(states, np.stack([logits for _, logits in kept], 1), used)
 
 
-def nearest_has_class(x, originals, classes):
+def nearest_has_class(x, originals, labels):
     """Share of the points whose nearest original is of their class: (n, H), (n, H), (n,).
 
     Point i was made of original i, which does not count: it lies near by making.
@@ -1043,14 +1052,11 @@ def nearest_has_class(x, originals, classes):
     n = len(x)
     distances = common.square_distances(np.concatenate([x, originals]))[:n, n:]
     np.fill_diagonal(distances, np.inf)
-    return float((classes[distances.argmin(1)] == classes).mean())
+    return float((labels[distances.argmin(1)] == labels).mean())
 
 
-def cloud_numbers(clouds, classes, labels, metric):
-    """What Figure 3 is to show, computed on the vectors themselves.
-
-    classes (rows,): the model's indices of the labels.
-    """
+def cloud_numbers(clouds, labels, metric):
+    """What Figure 3 is to show, computed on the vectors themselves. labels (rows,)."""
     import common
     import data
     import numpy as np
@@ -1062,7 +1068,7 @@ def cloud_numbers(clouds, classes, labels, metric):
         found[key] = common.separation(states[a], states[b])
     for name, x in zip(names, states):
         found[f"nearest original of the same class, {name}"] = nearest_has_class(
-            x, states[0], classes)
+            x, states[0], labels)
     for name, logits in zip(names, clouds.logits):
         found[f"{metric}, {name}"] = data.METRICS[metric](logits.argmax(1), labels)
     return {name: round(value, 4) for name, value in found.items()}
@@ -1076,7 +1082,8 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     """
     import common
     import data
-    setup, world = evaluation.setup, evaluation.world
+    setup = evaluation.setup
+    world = evaluation.world
     tokenizer = setup.tokenizer
     if n < len(evaluation.split):
         rows = data.subset(evaluation.split, n, 0)
@@ -1084,21 +1091,25 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     else:
         chosen = evaluation.split.rows
     chosen_flags = common.read_results(os.path.join(folders[chosen_by], "results.json"))["args"]
-    marks = marks_of(args.task, chosen_flags["keep_special"])
-    split = data.encode(chosen, evaluation.task, tokenizer, args.max_length, perturb=marks)
+    perturb = what_to_perturb(args.task, chosen_flags["keep_special"])
+    split = data.encode(chosen, evaluation.task, tokenizer, args.max_length, perturb=perturb)
     metric = evaluation.task.metrics.split()[0]
     perplexity = min(30, (3 * len(split) - 1) // 3)    # t-SNE needs more than thrice as many points
 
-    first = None
+    def clouds_by(method, given=None):
+        bar = f"{folders[method]}: H, H+, H-"
+        return clouds_of(modules[method], split, tokenizer.cls_token_id, world, bar, given)
+
+    clouds_of_all = {chosen_by: clouds_by(chosen_by)}
+    for method in modules:
+        if method != chosen_by:
+            given = None if method in CONFIDENT else clouds_of_all[chosen_by].c
+            clouds_of_all[method] = clouds_by(method, given)
+
     numbers = {}
     maps = {}
-    others = [method for method in modules if method != chosen_by]
-    for method in [chosen_by, *others]:                # its c are needed first
-        given = None if method in CONFIDENT else first.c
-        clouds = clouds_of(modules[method], split, tokenizer.cls_token_id, world,
-                           f"{folders[method]}: H, H+, H-", given)
-        first = first or clouds
-        numbers[method] = cloud_numbers(clouds, split.labels, split.labels, metric)
+    for method, clouds in clouds_of_all.items():
+        numbers[method] = cloud_numbers(clouds, split.labels, metric)
         if world.rank == 0:
             try:
                 points = common.tsne(clouds.states.reshape(3 * len(split), -1), perplexity)
@@ -1348,7 +1359,7 @@ def write_model(method, module, untrained, folder):
         torch.save(untrained, f"{folder}/confidence-start.pt")
 
 
-def marks_of(task, keep_special):
+def what_to_perturb(task, keep_special):
     """Which tokens may be perturbed, for the tokeniser: a column's name, "special" (all but special
     tokens) or None (all)."""
     import data
@@ -1357,12 +1368,12 @@ def marks_of(task, keep_special):
     return "special" if keep_special else None
 
 
-def setup_for(method, setup, marks):
-    """The setup with the marks of perturbable tokens only for a method that wants them.
+def setup_for(method, setup, perturb):
+    """The setup, without the field `perturbable` for a method that does not want it.
 
-    marks: see `marks_of`; without them only token cutoff has some.
+    perturb: see `what_to_perturb`; where it is None only token cutoff wants the field.
     """
-    if marks or method == "cutoff":
+    if perturb or method == "cutoff":
         return setup
     train = copy.copy(setup.train)
     train.fields = {name: field for name, field in train.fields.items() if name != "perturbable"}
@@ -1377,7 +1388,7 @@ def main(argv=None):
     asked = read_analyses(args)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
-    marks = marks_of(args.task, args.keep_special)
+    perturb = what_to_perturb(args.task, args.keep_special)
 
     def check(task):
         common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
@@ -1386,8 +1397,8 @@ def main(argv=None):
     with common.processes(args) as world:
         if asked.finished:
             return use_finished(args, asked, world, started)
-        perturb = marks or ("special" if "cutoff" in args.method else None)
-        setup = common.prepare(args, world, check, perturb=perturb)
+        of_any = perturb or ("special" if "cutoff" in args.method else None)
+        setup = common.prepare(args, world, check, perturb=of_any)
         check_tokenizer(args, setup.tokenizer, args.method, asked)
 
         def build(method, seed):
@@ -1408,7 +1419,7 @@ def main(argv=None):
                 module = build(method, seed)
                 model = module.model
                 untrained = copy_confidences(module)
-                batches = common.build_batches(setup_for(method, setup, marks), args, seed, world)
+                batches = common.build_batches(setup_for(method, setup, perturb), args, seed, world)
                 total = common.count_steps(args, batches.per_epoch)
                 optimizer, schedule = build_optimizer(method, module, args, total)
                 run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,

@@ -15,6 +15,7 @@ import functools
 import glob
 import gzip
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -1618,8 +1619,13 @@ def blocks(name):
 
 
 def test_the_marked_blocks_are_the_same_in_all_scripts():
-    assert blocks("r3f") == blocks("tdt") == blocks("gtuning")
-    assert {"start", "update", "end"} <= set(blocks("r3f"))
+    of_scripts = {name: blocks(name) for name in SCRIPTS}
+    for (a, of_a), (b, of_b) in itertools.combinations(of_scripts.items(), 2):
+        for label in of_a.keys() & of_b.keys():
+            assert of_a[label] == of_b[label], f"{label} in {a} and {b}"
+    for found in of_scripts.values():
+        assert {"start", "update", "end"} <= set(found)
+    assert {"stack", "refuse"} <= set(of_scripts["r3f"]) & set(of_scripts["tdt"])
 
 
 def test_the_layers_are_not_reversed():
@@ -1688,14 +1694,25 @@ def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, cache, capsys):
     assert "toy" in line and "lr 0.0005" in line and "epochs" not in line
     by_hand = next(line for line in told if "set by you" in line)
     assert "max_steps 12" in by_hand and "seeds 0" in by_hand
-    assert "no effect" not in " ".join(told) and "  defaults " not in " ".join(told)
+    assert "no effect" not in " ".join(told)
+    defaults = next(line for line in told if line.startswith("  defaults "))
+    assert "label_smoothing 0.0" in defaults and "lam" not in defaults
+
+
+def test_the_flags_of_a_method_are_told(tiny_folder, tmp_path, cache, capsys):
+    run("tdt", tiny_folder, tmp_path, "--method", "tdt", "--gamma", 0.02, "--max_steps", 1)
+    told = capsys.readouterr().out
+    line, = [line for line in told.splitlines() if line.startswith("  defaults ")]
+    assert "margin 0.0" in line and "c_lr 0.01" in line and "mu0 mean" in line
+    assert "gamma" not in line and "alpha" not in line                        # by hand, by recipe
+    assert "tau" not in line and "cutoff_rate" not in line                    # of other methods
 
 
 def test_the_rate_is_told_where_no_recipe_sets_it(tiny_folder, tmp_path, cache, capsys):
     write(tmp_path / "t.csv", "text,label\n" + "good film,a\ndull plot,b\n" * 8)
     run("r3f", tiny_folder, tmp_path, "--train_file", tmp_path / "t.csv", "--validation_file",
         tmp_path / "t.csv", "--method", "std", "--batch_size", 4)
-    assert "  defaults    lr 1e-05\n" in capsys.readouterr().out
+    assert "  defaults    lr 1e-05, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rank, local_rank, before", [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
@@ -2173,6 +2190,19 @@ def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path, cache)
     assert not os.path.exists(bomb.mark)
 
 
+def test_no_code_of_a_models_repository_is_run(tiny_folder, tmp_path, cache, capfd, monkeypatch):
+    """Nor is anybody asked whether it should be."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "evil")
+    config = json.load(open(folder / "config.json"))
+    config.update(model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"})
+    write(folder / "config.json", json.dumps(config))
+    write(folder / "evil.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *words: "y")
+    with pytest.raises(UserError, match="--model .*evil"):
+        run("r3f", folder, tmp_path / "out", "--method", "std")
+    assert not os.path.exists(tmp_path / "ran") and "y/N" not in capfd.readouterr().out
+
+
 # -------------------------------------------------------------------- held-out rows and the search
 
 def test_held_out_rows_are_not_trained_on_and_the_same_for_all_seeds(tiny_folder, cache):
@@ -2374,7 +2404,8 @@ def test_the_loop_in_gtunings_own_words_trains(still_folder, tmp_path, monkeypat
     ids = torch.randint(5, 30, (8, 6))
     x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     names = {**vars(gtuning), "AutoModel": transformers.AutoModel, "name": still_folder,
-             "batches": [(x, torch.arange(8) % 2, x)] * 3}
+             "batches": [(x, torch.arange(8) % 2, x)] * 3,
+             "critic_batches": itertools.repeat((x, x), 15)}
     exec(textwrap.dedent(code), names)
     loaded = gtuning.GTuning.from_pretrained("my-f")
     assert torch.allclose(loaded.logits(**x), names["f"].eval().logits(**x), atol=1e-6)
@@ -4088,7 +4119,7 @@ def test_the_noise_of_generation_reaches_the_encoder_alone(name):
         decoder_words = model.get_decoder().get_input_embeddings()
         handles = [encoder_words(model).register_forward_hook(watch("encoder")),
                    decoder_words.register_forward_hook(watch("decoder"))]
-        twice = r3f.stacked_twice(r3f.with_decoder_inputs(model, labels, inputs))
+        twice = r3f.stack(r3f.with_decoder_inputs(model, labels, inputs), 2)
         model(**twice)
     for handle in handles:
         handle.remove()
@@ -4836,6 +4867,29 @@ def test_no_pass_over_texts_to_write_has_more_rows_than_asked_for():
         assert sorted(np.concatenate(passes)) == sorted(batches.rows(step))
 
 
+def test_sentences_of_pairs_apart_are_alike_on_both_sides():
+    """Means and deviations of MNLI's premises and hypotheses, in gtuning.py's batches."""
+    rng = np.random.default_rng(0)
+    sides = [rng.gamma(2.5, 11, 20000), rng.gamma(9, 1.6, 20000)]
+    sides = [side.round().clip(4, 256).astype(int) for side in sides]
+    fields = {}
+    for name, lengths in zip(("input_ids", "input_ids_2"), sides):
+        fields[name] = data.Field(None, np.concatenate([[0], np.cumsum(lengths)]), 0)
+    batches = data.Batches(data.Split(fields), 64, 0, micro=32)
+    seen = collections.Counter()
+    real = computed = 0
+    for step in range(batches.per_epoch):
+        assert len(batches.rows(step)) == 64
+        for rows in batches.passes(batches.rows(step)):
+            assert len(rows) == 32
+            seen.update(rows.tolist())
+            for lengths in sides:
+                real += lengths[rows].sum()
+                computed += len(rows) * lengths[rows].max()
+    assert len(seen) == 20000 and sum(seen.values()) == 64 * 313
+    assert real / computed > 0.93
+
+
 def test_rows_of_a_fixed_number_are_sorted_on_both_sides_too():
     split = random_split(4000)
     by_length = real_share(data.Batches(split, 8, 0))
@@ -5049,6 +5103,29 @@ def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
         heads.append(model.classifier.weight)
     assert heads[0].abs().max() < 0.2
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize("labels, kept", [
+    (["negative", "positive"], True),
+    (["NEGATIVE", "POSITIVE"], True),
+    (["positive", "negative"], False),
+    (["LABEL_0", "LABEL_1"], False),
+])
+def test_a_head_for_other_labels_is_not_used(labels, kept, tiny_folder, tmp_path, capsys):
+    """Or for these in another order."""
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tiny_folder, id2label=dict(enumerate(labels)))
+    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
+    tuned.save_pretrained(tmp_path)
+    setup = argparse.Namespace(
+        kind=data.KINDS["classify"], task=data.TASKS["toy"],
+        tokenizer=transformers.AutoTokenizer.from_pretrained(tiny_folder))
+    args = argparse.Namespace(path=str(tmp_path), model="m", init_from="", weight_noise=0.0,
+                              post_train=None)
+    model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
+    assert (model.classifier.weight == 7).all().item() == kept
+    assert ("m: its head is not used; a fresh one of 2" in capsys.readouterr().out) != kept
+    assert [*model.config.id2label.values()] == data.TASKS["toy"].label_names
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -5750,15 +5827,6 @@ def test_help_says_what_the_authors_ran(capsys):
         tdt.flags().parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--batching padded --max_length 256" in text
-
-
-def test_the_marked_blocks_are_those_of_r3f():
-    def blocks(module):
-        with open(module.__file__, encoding="utf-8") as file:
-            return re.findall(r"# same: (\w+)\n(.*?)# end same", file.read(), re.S)
-
-    assert blocks(tdt) == blocks(r3f)
-    assert [name for name, _ in blocks(tdt)] == ["start", "update", "end"]
 
 
 # -------------------------------------------------------------------------------  analyses: pieces
@@ -7175,8 +7243,8 @@ def test_the_script_equals_algorithm_1_read_literally(pairs, still_folder, small
     assert_same_state(expected, last, 2e-6)
     expected = literal.D.state_dict()
     for name in ("layers.3.bias", "output.bias"):      # L_D has no gradient on these: Adam makes
-        del expected[name], critic[name]               # steps of rounding errors
-    assert_same_state(expected, critic, 1e-5)
+        del expected[name], critic[name]               # steps of rounding errors, of 1e-3 each
+    assert_same_state(expected, critic, 2e-4)          # so does a weight whose gradient is near 0
 
 
 def test_vectors_have_no_dropout_and_leave_f_in_train_mode(tiny_folder, small, tmp_path, cache):
