@@ -158,7 +158,8 @@ def add_data_flags(g):
                    help="also test on these tasks (NAME or NAME:SPLIT); a group, such as xnli, is "
                         "all its languages")
     g.add_argument("--predict", nargs="+", default=[], metavar="SPLIT",
-                   help="write predictions-SPLIT.tsv, as GLUE wants it; texts: .jsonl")
+                   help="write predictions-SPLIT.tsv, as GLUE wants it; tags and texts: .jsonl, "
+                        "answers: .json")
     g.add_argument("--main_metric", metavar="NAME",
                    help="the task's metric that comes first and is chosen by (the task's first)")
     g.add_argument("--max_length", type=number(int, 4), metavar="N",

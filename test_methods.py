@@ -8244,6 +8244,26 @@ def test_self_teach_learns_from_labels_and_from_a_finished_run(labelled, tagger,
         assert line["loss"] == line["l_t"]
 
 
+def test_self_teach_of_a_regression_is_the_squared_error(tagger, tmp_path, cache):
+    rows = [{"text": f"film is {word}", "label": value}
+            for word, value in (("good", 4.5), ("bad", 0.5)) for _ in range(8)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    general = write(tmp_path / "general.txt", "the film is good .\nthe soup is bad .\n" * 8)
+    flags = ["--train_file", path, "--validation_file", path, "--unlabeled", general,
+             "--max_length", 24, "--cache_dir", tmp_path / "states", "--log_every", 1,
+             "--batch_size", 8, "--max_steps", 2]
+    run_on_tags(gtuning, tagger, tmp_path, *flags, "--method", "adapter")
+    run_on_tags(gtuning, tagger, tmp_path, *flags, "--method", "self-teach", "--teacher",
+                tmp_path / "custom/adapter-0", "--teach_weight", 2)
+    lines = log_of(tmp_path / "custom/self-teach-0", "kl")
+    assert len(lines) == 2
+    for line in lines:
+        assert line["kl"] > 0
+        assert line["loss"] == pytest.approx(line["l_t"] + 2 * line["kl"], abs=1e-5)
+    numbers = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.5], [0.0]])
+    assert gtuning.kl_to_teacher(*numbers).item() == pytest.approx((0.25 + 4) / 2)
+
+
 def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_path, cache):
     with pytest.raises(UserError, match="--teacher is missing: must be the folder"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach")
