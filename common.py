@@ -2799,6 +2799,10 @@ def check_line(line):
     searched = line.get("searched", {})
     if not isinstance(searched, dict) or not all(isinstance(x, list) for x in searched.values()):
         raise ValueError("'searched' is wrong")
+    for key in ("by", "differ"):
+        names = line.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key!r} is wrong")
     for name in ("steps", "seconds"):
         if line.get(name) is not None and not is_number(line[name]):
             raise ValueError(f"{name!r} is no number")
@@ -2854,7 +2858,7 @@ def finished_run(where, line, by, curve):
     defaults = default_flags()
     flags = {**defaults, **line["flags"]}
     words = [line["method"]]
-    for name in by:
+    for name in dict.fromkeys([*by, *line.get("by", [])]):
         if flags.get(name) != defaults.get(name):
             words.append(f"{name}={flags[name]}")
     return Finished(where, line, flags, " ".join(words), curve)
@@ -3070,19 +3074,22 @@ def in_order(runs):
     return sorted(runs, key=place_of)
 
 
-def keep_lines(path, runs, by, free):
+def keep_lines(path, runs, by, differ):
     """Writes the runs' lines to a file of kept lines, beside or instead of those that are there.
 
-    What cannot stand in one table is refused, see refuse_unlike. Returns all runs of the file.
+    by, differ: the report's flags. A line has them too, so that it needs none when it is read. What
+    cannot stand in one table is refused, see refuse_unlike. Returns all runs of the file.
     """
     left_out = []
     there = read_kept(path, by, left_out) if os.path.exists(path) else []
     if left_out:
         raise UserError(f"--keep {left_out[0]}")
-    refuse_unlike([*there, *runs], free)
+    refuse_unlike([*there, *runs], by, differ)
     lines = {(run.task, run.label, run.seed): run for run in [*there, *runs]}
     runs = in_order(lines.values())
-    text = "".join(json.dumps(run.line) + "\n" for run in runs)
+    own = {"by": [name for name in by if name not in METHOD_FLAGS], "differ": differ}
+    own = {key: names for key, names in own.items() if names}
+    text = "".join(json.dumps({**run.line, **own}) + "\n" for run in runs)
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         replace_text(path, text)
@@ -3093,13 +3100,17 @@ def keep_lines(path, runs, by, free):
 
 # -------------------------------------------------------------  9  the report: what may be compared
 
-def refuse_unlike(runs, free):
-    """UserError if two runs of one task differ in what is not the method. free: flags that may.
+def refuse_unlike(runs, by, differ):
+    """UserError if two runs of one task differ in what is not the method.
 
+    by, differ: flags that may, as those may that kept lines have with them, see `keep_lines`.
     The seeds of a method must have all flags alike; the methods of a task those that all scripts
     have, but for what all of them searched over the same values. A flag that one of the runs lacks
     came later.
     """
+    free = NOT_COMPARED.union(by, differ)
+    for run in runs:
+        free.update(run.line.get("by", []), run.line.get("differ", []))
     first = {}                                         # {(task, method): a run}
     for run in runs:
         other = first.setdefault((run.task, run.label), run)
@@ -3942,10 +3953,9 @@ def main_report(argv=None):
                 raise UserError(f"--{flag} {name}: must be a flag of these runs, without its "
                                 "dashes")
 
-    free = NOT_COMPARED | set(args.by) | set(args.differ)
     tables = []
     for title, runs in found:
-        refuse_unlike(runs, free)
+        refuse_unlike(runs, args.by, args.differ)
         baseline = args.baseline or usual_baseline(runs)
         tables.append(build_table(title, runs, baseline, args.interval, args.rows))
     if args.rows and not any(table.over_rows for table in tables):
@@ -3969,7 +3979,7 @@ def main_report(argv=None):
         runs = [run for table in tables for run in table.runs if os.path.isdir(run.where)]
         if not runs:
             raise UserError(f"--keep {args.keep}: there is no run's folder to keep")
-        kept = keep_lines(args.keep, runs, args.by, free)
+        kept = keep_lines(args.keep, runs, args.by, args.differ)
         print(f"wrote {len(kept)} lines to {args.keep}")
     write_report(args, tables, probes, left_out)
     return tables

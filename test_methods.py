@@ -3109,7 +3109,7 @@ TOY_SETS = [("toy", "validation", "accuracy"), ("toy", "toy-food", "accuracy")]
 README_TABLES = [
     ("toy.jsonl", "", "| | films | p | food | p |", TOY_SETS),
     ("toy-more.jsonl", "", "| std with | films | p | food | p |", TOY_SETS),
-    ("toy-tdt.jsonl", "--by alpha beta variant", "| TDT | films | p | food | p |", TOY_SETS),
+    ("toy-tdt.jsonl", "", "| TDT | films | p | food | p |", TOY_SETS),
     ("1000.jsonl", "", "| | SST-2, accuracy | p | CoLA, MCC | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
     ("qqp.jsonl", "", "| | QQP, accuracy | p |", [("qqp", "validation", "accuracy")]),
@@ -3198,6 +3198,34 @@ def test_the_gains_beside_the_papers_are_what_the_kept_lines_say(tmp_path):
         assert here == f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
         assert (over, int(seeds)) == (tables[name].baseline, found.n)
     assert seen == set(CLAIMS)
+
+
+def test_all_kept_lines_of_the_repository_are_tables(tmp_path):
+    """Each file is one, without further flags."""
+    folder = shutil.copytree(os.path.join(HERE, ".results"), tmp_path / "results")
+    files = sorted(path.stem for path in folder.glob("*.jsonl"))
+    assert sorted(table.title for table in common.main_report([str(folder)])) == files
+
+
+def test_lines_know_the_flags_that_they_were_kept_with(tmp_path):
+    """--by and --differ: what is read later needs neither."""
+    folder = tmp_path / "runs"
+    for number, lam in enumerate((0.5, 1.0)):
+        for seed in range(2):
+            results = results_of("rte", "more", seed, 60, lam=lam, teacher=f"run-{seed}")
+            write_run(folder / str(number), results)
+    kept = str(tmp_path / "kept.jsonl")
+    flags = ["--by", "lam", "--differ", "teacher"]
+    assert "--lam is not the same" in refused_report(folder)
+    before, = common.main_report([str(folder), *flags, "--keep", kept])
+    after, = common.main_report([kept])
+    assert after.columns == before.columns == ["more lam=0.5", "more lam=1.0"]
+    assert after.rows == before.rows
+    lines = open(kept).read().splitlines()
+    broken = json.dumps({**json.loads(lines[0]), "by": "lam"})
+    write(kept, "\n".join([broken, *lines[1:]]))
+    table, = common.main_report([kept])
+    assert len(table.runs) == 3
 
 
 def test_a_line_is_small():
