@@ -76,9 +76,10 @@ def number(kind, low, high=math.inf, above=False):
     def parse_number(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        allowed = math.isfinite(value) and low <= value <= high and not (above and value == low)
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
+            finite = False
+        allowed = finite and low <= value <= high and not (above and value == low)
         if not allowed:
             raise argparse.ArgumentTypeError(f"must be a{whole} number {bounds}, got {text!r}")
         return value
@@ -106,11 +107,12 @@ class Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         default = action.default
-        if default is False or default in (None, "", [], argparse.SUPPRESS):
-            return action.help
-        if isinstance(default, list):
-            default = " ".join(map(str, default))
-        return f"{action.help} (default: {default})".replace("%", "%%")
+        shown = action.help
+        if default is not False and default not in (None, "", [], argparse.SUPPRESS):
+            if isinstance(default, list):
+                default = " ".join(map(str, default))
+            shown = f"{shown} (default: {default})"
+        return shown.replace("%", "%%")
 
 
 def parser(doc, methods, default_methods):
@@ -400,8 +402,9 @@ def cli(main):
         if rank == 0:
             tell_error(rank, stop.message)
         return stop.code
-    except BrokenPipeError:                            # the reader of our output has gone: `| head`
-        sys.stderr.close()
+    except BrokenPipeError as error:                   # often the reader of our output: `| head`
+        tell_error(rank, f"an output is closed: {error.strerror}")
+        silence_output()
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -411,6 +414,12 @@ def cli(main):
     except RuntimeError:
         time.sleep(10 if rank else 0)                  # a process that waited for one that failed
         raise
+
+
+def silence_output():
+    """What is still to be written to stdout goes nowhere: the end of Python then says nothing."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
 
 
 def process_rank():
@@ -462,7 +471,7 @@ class World:
         """A numpy array's sum over the processes, on all of them."""
         if self.size == 1:
             return np.asarray(array)
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        tensor = torch.tensor(array)                   # a copy: the sum is made in place
         dist.all_reduce(tensor)
         return tensor.numpy()
 
@@ -484,7 +493,7 @@ class World:
             dist.barrier()
 
     @contextlib.contextmanager
-    def first(self):
+    def in_turns(self):
         """The processes run the block in three turns, so that the others find what the first ones
         write: rank 0; the first process of each other machine, which may have folders of its own;
         all others.
@@ -521,18 +530,24 @@ class World:
     def ddp(self, module, unused=True):
         """The module with its gradients averaged over the processes.
 
-        unused: whether some weights may get no gradient. With --compile each layer of a ModuleList
-        is compiled by itself: the layers share their code, so it is compiled once for all of them.
+        unused: whether some weights may get no gradient. With --compile its layers are compiled.
         """
         if self.compile:
-            for part in module.modules():
-                if type(part) is torch.nn.ModuleList:
-                    for layer in part:
-                        layer.compile(dynamic=True)
+            compile_layers(module)
         if self.size == 1:
             return module
         return torch.nn.parallel.DistributedDataParallel(
             module, forward_sync_buffers=False, find_unused_parameters=unused)
+
+    def synchronize(self):
+        """Waits until the GPU has done what it was given."""
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def reset_peak_memory(self):
+        """Of a GPU; a CPU's process cannot forget its peak."""
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
 
     def peak_memory(self):
         """MB, of this process since its start (of a GPU: since the last reset)."""
@@ -543,8 +558,15 @@ class World:
     def __str__(self):
         if self.gpu:
             return f"{self.size} x {torch.cuda.get_device_name()}"
-        threads = torch.get_num_threads()
-        return f"{self.size} x CPU with {threads} thread{'s' * (threads > 1)}"
+        return f"{self.size} x CPU with {plural(torch.get_num_threads(), 'thread')}"
+
+
+def compile_layers(module):
+    """Compiles each layer of a ModuleList by itself: they share their code, so once for all."""
+    for part in module.modules():
+        if type(part) is torch.nn.ModuleList:
+            for layer in part:
+                layer.compile(dynamic=True)
 
 
 class Progress:
@@ -678,13 +700,13 @@ class Setup:
 
     @functools.cached_property
     def choose_by(self):
-        """The sets by which the best state is chosen, or --eval_samples of each."""
-        sets = {}
-        for name, (task, split) in (self.held_out or self.validation).items():
-            if self.sample and self.sample < len(split):
-                split = split.take(data.subset(split, self.sample, 0))
-            sets[name] = task, split
-        return sets
+        """{split: (task, Split)}: the one set by which the best state is chosen, the first, or
+        --eval_samples of it."""
+        sets = self.held_out or self.validation
+        name, (task, split) = next(iter(sets.items()))
+        if self.sample and self.sample < len(split):
+            split = split.take(data.subset(split, self.sample, 0))
+        return {name: (task, split)}
 
     @property
     def scored(self):
@@ -698,8 +720,10 @@ def prepare(args, world, check=None, also_scores=(), **options):
     also_scores: see data.load. options: of the kind's `tokenise` in data.py; `perturb` is for the
     training rows alone.
     """
-    with world.first():
+    with world.in_turns():
         rows = data.load(args, also_scores)
+    if args.choosing:                                  # by the held-out rows alone
+        rows = rows._replace(validation={}, further={}, unscored={})
     for line in rows.warnings:
         world.say(f"warning: {line}")
     if check:
@@ -718,7 +742,7 @@ def prepare(args, world, check=None, also_scores=(), **options):
         return data.encode(rows, task, tokenizer, args.max_length, **options)
 
     task = with_main_metric(rows.task, args.main_metric)
-    with world.first():
+    with world.in_turns():
         train = None                                   # of --run
         if rows.train is not None:
             train = encode(rows.train, task, options)
@@ -784,10 +808,6 @@ def hold_out(args, setup):
     others = np.setdiff1d(np.arange(len(setup.train)), chosen)
     setup.held_out = {"held-out": (setup.task, setup.train.take(chosen))}
     setup.train = setup.train.take(others)
-    if args.choosing:
-        setup.validation = {}
-        setup.further = {}
-        setup.unscored = {}
 
 
 def tell_settings(args, setup, world):
@@ -848,7 +868,7 @@ def find_model(name, world):
     toys = {"toy": toy_model, "toy-sum": toy_writer}
     if name not in toys:
         return name
-    with world.first():
+    with world.in_turns():
         return toys[name](world)
 
 
@@ -910,7 +930,7 @@ def load_model(args, setup, seed, world, path=None):
     loader = getattr(transformers, setup.kind.auto_class)
     start = path or args.path
     if args.post_train and not path:
-        with world.first():
+        with world.in_turns():
             start = post_trained(args, setup, seed, world)
     torch.manual_seed(seed)
     try:
@@ -1058,7 +1078,8 @@ def count_labels(labels):
 
 def labels_per_process(counts, world):
     """The labels of the whole batch over the processes. counts: of this one's micro-batches."""
-    return float(world.total(np.array([sum(counts)]))[0]) / world.size
+    total = float(world.total(np.array([sum(counts)]))[0])
+    return max(total, 1.0) / world.size                # a batch may have none: its loss is 0
 
 
 def backward(module, batch, world, **more):
@@ -1147,6 +1168,7 @@ def evaluate(forward, module, sets, setup, world, final=False, folder=None):
     every row of a set. folder: where the texts that a decoder wrote go, or scored.npz of other
     kinds (see write_scored).
     """
+    world.synchronize()                                # what is left of training is not evaluation
     started = time.monotonic()
     scores = {}
     scored = {}
@@ -1243,8 +1265,9 @@ def flags_that_count(args, method_flags):
 def digests_of_files(args):
     """What tells the contents of one's own rows from those that another run of the path had."""
     digests = {}
-    for flag in ("train_file", "validation_file"):
-        path = getattr(args, flag)
+    paths = {"train_file": args.train_file, "validation_file": args.validation_file,
+             "local_file": data.local_files(args).get(args.task)}
+    for flag, path in paths.items():
         if path:
             with open(path, "rb") as file:
                 digests[f"{flag}_digest"] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
@@ -1301,13 +1324,22 @@ class Run:
         self.checkpoints = [f"{self.folder}/checkpoint.pt", f"{self.folder}/checkpoint-before.pt"]
         self.identity = {**flags_that_count(args, method_flags), **digests_of_files(args)}
 
-        self.step = 0
+        self.step = 0                                  # how many are done
+        self.total = 0                                 # how many there are
+        self.per_epoch = 1
+        self.parts = {}                                # all that training changes
+        self.batches = None                            # those of the phase under way
+        self.shift = 0                                 # steps before it that took none of these
         self.seconds = 0.0                             # of training, without evaluation
         self.started = None                            # when the step under way began
+        self.saved = 0.0                               # when the last checkpoint was
         self.best = None                               # {"step", "seconds", "value", "metrics"}
         self.best_weights = None
+        self.lock = None                               # of the folder, rank 0's
+        self.log_file = None                           # rank 0's
         self.pending = []                              # steps that are not in the log yet
-        self.results = None
+        self.flushed = 0, 0.0                          # step, seconds at the log's last line
+        self.results = None                            # once the run is finished
 
         if world.rank == 0:
             self.take_folder()
@@ -1329,14 +1361,19 @@ class Run:
             why = "another run is writing there" if taken else error.strerror
             raise UserError(f"--output_dir {self.args.output_dir}: cannot write {self.folder}: "
                             f"{why}") from None
-        if not self.args.overwrite:
-            return
-        for name in os.listdir(self.folder):
-            path = os.path.join(self.folder, name)
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            elif name != ".lock":
-                os.remove(path)
+        if self.args.overwrite:
+            self.empty_folder()
+
+    def empty_folder(self):
+        try:
+            for name in os.listdir(self.folder):
+                path = os.path.join(self.folder, name)
+                if os.path.isdir(path):
+                    shutil.rmtree(path)
+                elif name != ".lock":
+                    os.remove(path)
+        except OSError as error:
+            raise UserError(f"--overwrite: cannot empty {self.folder}: {error.strerror}") from None
 
     def find_results(self):
         """Sets self.results if the run is finished. UserError if it is unfinished, without
@@ -1365,10 +1402,13 @@ class Run:
             # Two scripts share plain fine-tuning: a flag that one of them lacks counts as off.
             in_both = name in saved["args"] and name in self.identity
             if was != now and (in_both or was or now):
-                other.append(f"--{name} {was} (now {now})")
+                if name.endswith("_digest"):
+                    other.append(f"other rows in --{name.removesuffix('_digest')}")
+                else:
+                    other.append(f"--{name} {was} (now {now})")
         if other:
             raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with "
-                            f"other flags: {', '.join(other)}; use --overwrite, or another folder")
+                            f"{', '.join(other)}; use --overwrite, or another folder")
 
     def begin(self, total, per_epoch, **parts):
         """Starts the run, or with --resume goes on from its checkpoint.
@@ -1396,7 +1436,8 @@ class Run:
         if self.world.rank == 0:
             self.open_log(state["log_bytes"] if state else 0)
         self.saved = time.monotonic()
-        self.flushed = self.step, self.seconds         # where the last line of the log was
+        self.flushed = self.step, self.seconds
+        self.world.reset_peak_memory()
 
     def open_log(self, size):
         """The log as it was at the checkpoint. One that was deleted since is not made up."""
@@ -1427,8 +1468,6 @@ class Run:
 
                 yield self.step, None if batches is None else batches[self.step - shift]
 
-                self.seconds = self.seconds_so_far()
-                self.started = None
                 self.step += 1
                 progress.update(message=self.end_step(until))
                 signals["in_step"] = False
@@ -1441,15 +1480,21 @@ class Run:
 
     def end_step(self, until):
         """Logs and saves what is due, and stops if a signal came. Returns a word on the loss."""
-        five_minutes_over = self.world.rank == 0 and time.monotonic() - self.saved > 300
+        late = self.world.rank == 0 and time.monotonic() - self.saved > 300
         # All processes must decide alike: a sum is above 0 if it holds for any of them.
-        signalled, checkpoint_due = self.world.total(
-            np.array([signals["caught"], five_minutes_over]))
+        signalled, late = self.world.total(np.array([signals["caught"], late])) > 0
         if self.args.save_every:
             checkpoint_due = self.step % self.args.save_every == 0
+        else:
+            checkpoint_due = late
         is_last = self.step == self.total              # saved before anything is evaluated
         save_now = signalled or checkpoint_due or is_last
         log_now = self.step % self.args.log_every == 0 or self.step == until
+
+        if log_now or save_now:                        # the time of work that is done
+            self.world.synchronize()
+        self.seconds = self.seconds_so_far()
+        self.started = None
 
         message = ""
         if self.pending and (log_now or save_now):     # a state that is not finite is never saved
@@ -1462,7 +1507,7 @@ class Run:
                                   f"{self.folder}; the same command with --resume goes on")
         return message
 
-    def every(self, n):
+    def is_due(self, n):
         """True after every n-th step but the last one: that is evaluated after the loop anyway."""
         return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total
 
@@ -1535,7 +1580,8 @@ class Run:
         if self.batches is not None:
             numbers = self.batches.rows(step - self.shift)
             rows = f"; rows of the batch, of those trained on: {' '.join(map(str, numbers))}"
-        self.fail(f"{self.folder}: step {step}: not finite: {values}{rows}; see --detect_anomaly")
+        self.fail(f"{self.folder}: step {step + 1}: not finite: {values}{rows}; see "
+                  "--detect_anomaly")
 
     def fail(self, message, cause=None):
         there = [path for path in self.checkpoints if os.path.exists(path)]
@@ -1591,10 +1637,6 @@ class Run:
                             "starts afresh")
         return None
 
-    def predict(self, forward, module, setup):
-        """Writes the predictions for every split that --predict and --test_file name."""
-        write_unscored(self.folder, forward, module, setup, self.world)
-
     def finish(self, metrics, batches, tokenizer, write_model):
         """Writes model/ by write_model(folder), then results.json, which marks the run as finished,
         and removes the checkpoints.
@@ -1612,8 +1654,11 @@ class Run:
                 if not self.args.choosing:             # of those only the score is wanted
                     write_model(folder)
                     tokenizer.save_pretrained(folder)
-                os.sync()
-                replace_text(f"{self.folder}/results.json", json.dumps(self.results, indent=1))
+                    for path in [*glob.glob(f"{folder}/*"), folder]:
+                        sync(path)
+            results_path = f"{self.folder}/results.json"
+            with self.guard(results_path):
+                replace_text(results_path, json.dumps(self.results, indent=1))
             for path in self.checkpoints:
                 if os.path.exists(path):
                     os.remove(path)
@@ -1682,7 +1727,8 @@ def take_runs(args, methods, labels_of=None, alike=ALIKE):
     runs = {folder: read_finished(folder, methods) for folder in args.run}
     if not runs:
         return runs
-    for name in ("grid", "profile", "choosing", "train_file", "init_from", "post_train", "seeds"):
+    for name in ("grid", "profile", "choosing", "train_file", "init_from", "post_train", "method",
+                 "seeds", "resume", "overwrite"):
         if name in args.by_hand:
             raise UserError(f"--{name}: cannot go together with --run, which trains nothing")
     folder, results = next(iter(runs.items()))
@@ -1749,6 +1795,17 @@ def refuse_unlike_runs(runs, task, alike):
                             "is; must be another one")
 
 
+def refuse_other_flags(args, runs):
+    """UserError if a flag set by hand is not the runs' own and says more than what to score."""
+    may_be_new = {"eval_tasks", "validation_file", "test_file", "text_columns"}
+    for (folder, results), name in itertools.product(runs.items(), args.by_hand):
+        saved = results["args"].get(name)
+        is_of_run = name in results["args"] and name not in may_be_new
+        if is_of_run and getattr(args, name) != saved:
+            raise UserError(f"--{name}: must be {saved}, as of --run {folder}, whose results.json "
+                            "gets the scores")
+
+
 def read_finished(folder, methods):
     """results.json of a finished run of one of these methods. UserError."""
     wanted = f"--run {folder}: must be the folder of a finished run of {', '.join(methods)}"
@@ -1800,21 +1857,19 @@ def use_runs(args, runs, setup, world, started, load, score):
     load(folder, results) -> (forward, module), score(forward, module, sets, folder) -> the scores,
     which join those in results.json. Predictions lie beside it. Returns all results.
     """
-    own = {"eval_tasks", "validation_file", "test_file", "text_columns"}
-    for (folder, results), name in itertools.product(runs.items(), args.by_hand):
-        saved = results["args"].get(name)
-        if name in results["args"] and name not in own and getattr(args, name) != saved:
-            raise UserError(f"--{name}: must be {saved}, as of --run {folder}, whose results.json "
-                            "gets the scores")
-
+    refuse_other_flags(args, runs)
     for folder, results in runs.items():
         world.say(f"\n{folder}")
         forward, module = load(folder, results)
         if setup.scored:
-            metrics = results["metrics"]
-            metrics.update(score(forward, module, setup.scored, folder))
-            metrics.update(averages(metrics))          # also over what was scored before
-            write_json(os.path.join(folder, "results.json"), results, world)
+            scores = score(forward, module, setup.scored, folder)
+            path = os.path.join(folder, "results.json")
+            results = read_results(path)               # another --run may have added to them
+            results["metrics"].update(scores)
+            results["metrics"].update(averages(results["metrics"]))
+            runs[folder] = results
+            world.barrier()                            # all have read it
+            write_json(path, results, world)
             world.barrier()
         write_unscored(folder, forward, module, setup, world)
     return print_table(world.say, [*runs.values()], args, started)
@@ -1845,9 +1900,14 @@ def replace_file(path, write, keep=None):
     if keep and os.path.exists(path):
         os.replace(path, keep)
     os.replace(path + ".tmp", path)
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(os.path.dirname(path) or ".")
+
+
+def sync(path):
+    """Waits until a file, or what a folder lists, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    os.fsync(opened)
+    os.close(opened)
 
 
 def replace_text(path, text):
@@ -1914,8 +1974,8 @@ def search(main, flags, recipe, methods, argv):
             write_search(args, method, cells, scores, chosen)
         # The last --grid holds, and it is empty: this call trains, it does not search.
         found = main([*argv, "--grid", "--method", method, *chosen])
-        note_search(args, found, {flag: values for flag, values in grid.items()
-                                  if any(cell.startswith(f"--{flag}=") for cell in chosen)})
+        useful = flags_that_count(args, methods[method]["flags"])
+        note_search(args, found, {flag: grid[flag] for flag in grid if flag in useful})
         results += found
     if process_rank() == 0:
         print_table(print, results, args, started)
@@ -2029,6 +2089,7 @@ class CachedSplit:
         self.labels = split.labels
         self.rows = split.rows                         # for the scores, like the notes
         self.note = split.note
+        self.column = split.column
 
     @classmethod
     def build(cls, split, encode, width, folder, model_digest, world):
@@ -2038,14 +2099,14 @@ class CachedSplit:
         order = np.concatenate(parts)
         sizes = sentences.lengths
         starts = np.zeros(len(order), np.int64)
-        starts[order] = np.cumsum([0, *sizes[order]])[:-1]
+        starts[order] = np.cumsum(sizes[order]) - sizes[order]
 
         dtype = torch.bfloat16 if world.bf16 else torch.float32
-        path = os.path.join(folder, states_key(sentences, f"{model_digest} {dtype}"))
+        path = os.path.join(folder, states_key(sentences, f"{model_digest} {world.precision}"))
         total = int(sizes.sum())
         bytes_needed = total * width * dtype.itemsize
         try:
-            with world.first():
+            with world.in_turns():
                 reserve_states(path, bytes_needed, len(parts), len(order), total, world)
             states = torch.from_file(path, shared=True, size=total * width, dtype=dtype)
             marks = np.memmap(f"{path}.done", np.uint8, "r+")            # a byte for each part
@@ -2123,7 +2184,8 @@ def states_key(sentences, model):
         values, offsets, _ = sentences.fields[name]
         is_input = name != "labels" and not name.startswith("note_")
         if offsets is not None and is_input:
-            key.update(values.tobytes() + offsets.tobytes())
+            key.update(values.tobytes())
+            key.update(offsets.tobytes())
     return key.hexdigest()
 
 
@@ -2150,7 +2212,8 @@ def digest_weights(module):
     digest = hashlib.blake2b()
     for name, tensor in module.state_dict().items():
         if "pooler" not in name:
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().reshape(-1))
     return digest.hexdigest()
 
 
@@ -2162,8 +2225,7 @@ def print_table(say, results, args, started):
     for result in results:                             # with --run not all may have the same ones
         sets.update(result["metrics"])
     wide = max(10, *map(len, sets))
-    seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
-    say(f"\n{args.task}, {results[0]['model']}, {seeds}, in percent")
+    say(f"\n{args.task}, {results[0]['model']}, {plural(len(args.seeds), 'seed')}, in percent")
     say(f"{'set':<{wide}}  {'metric':<9} {'method':<9} {'mean':>6} {'std':>5} {'median':>6} "
         f"{'max':>6}")
     for name, metrics in sets.items():
@@ -2173,10 +2235,9 @@ def print_table(say, results, args, started):
                         if r["method"] == method and name in r["metrics"]]
                 if not runs:
                     continue
-                values = 100 * np.array(runs)
-                std = f"{values.std(ddof=1):.2f}" if len(values) > 1 else "-"
-                say(f"{name:<{wide}}  {metric:<9} {method:<9} {values.mean():6.2f} {std:>5} "
-                    f"{np.median(values):6.2f} {values.max():6.2f}")
+                _, mean, std, median, most = score_cells(100 * np.array(runs))
+                say(f"{name:<{wide}}  {metric:<9} {method:<9} {mean:>6} {std:>5} {median:>6} "
+                    f"{most:>6}")
     where = os.path.join(args.output_dir, args.task)
     if args.run:
         where = "the folders of the runs"
@@ -2276,8 +2337,7 @@ def profile_steps(args, world, rows):
 
         batches.real = 0
         batches.computed = 0
-        if world.gpu:
-            torch.cuda.reset_peak_memory_stats()
+        world.reset_peak_memory()
         flops = 0
         with torch.compiler.set_stance("force_eager"):                   # compiled is not counted
             for i in chosen[name]:                     # this also warms up
@@ -2299,12 +2359,10 @@ def profile_steps(args, world, rows):
 
 def time_call(world, call):
     """Seconds that a call takes, the GPU's work included."""
-    if world.gpu:
-        torch.cuda.synchronize()
+    world.synchronize()
     started = time.perf_counter()
     call()
-    if world.gpu:
-        torch.cuda.synchronize()
+    world.synchronize()
     return time.perf_counter() - started
 
 
@@ -2756,7 +2814,7 @@ def summarise_differences(differences, interval):
 # Flags that change neither what is trained nor which state of it is scored.
 NOT_COMPARED = {"task", "eval_tasks", "log_every"}
 
-# Flags of all scripts that make a method of their own of the one that is trained with them.
+# Common flags that change the method itself: a run with one is a method of its own in the report.
 METHOD_FLAGS = ["weight_noise", "post_train"]
 
 
@@ -2816,7 +2874,8 @@ def check_line(line):
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether it is a finite int or float."""
+    return isinstance(value, (int, float)) and -math.inf < value < math.inf
 
 
 @dataclass
@@ -3035,7 +3094,7 @@ def read_probe_lines(places, left_out):
             try:
                 line = json.loads(text)
                 key = line["task"], line["metric"], line["recipe"], int(line["rows"])
-                probe = Probe(line["run"], line["seed"], line.get("method", ""),
+                probe = Probe(line["run"], line["seed"], line.get("method") or "",
                               tuple(line.get("links", [])))
                 scores.setdefault(key, {})[probe] = 100 * float(line["score"])    # the last counts
             except (ValueError, TypeError, KeyError, AttributeError):
@@ -3046,20 +3105,19 @@ def read_probe_lines(places, left_out):
 def read_probes(places, left_out):
     """{(probed task, metric, recipe, rows): {method: {links: [scores in percent]}}}.
 
-    The untuned encoder has no links, and its scores stand with every method. left_out gets a line
-    on what could not be read.
+    The untuned encoder has no links, and its scores stand with every method; alone it is one.
+    left_out gets a line on what could not be read.
     """
     probes = {}
     for key, scores in read_probe_lines(places, left_out).items():
-        methods = sorted({probe.method for probe in scores} - {""})
+        methods = sorted({probe.method for probe in scores} - {""}) or ["untuned"]
         by_method = {}
         for probe, score in scores.items():
             counts_for = [probe.method] if probe.method else methods
             for method in counts_for:
                 by_links = by_method.setdefault(method, {})
                 by_links.setdefault(probe.links, []).append(score)
-        if by_method:
-            probes[key] = by_method
+        probes[key] = by_method
     return probes
 
 
@@ -3077,19 +3135,25 @@ def in_order(runs):
 def keep_lines(path, runs, by, differ):
     """Writes the runs' lines to a file of kept lines, beside or instead of those that are there.
 
-    by, differ: the report's flags. A line has them too, so that it needs none when it is read. What
-    cannot stand in one table is refused, see refuse_unlike. Returns all runs of the file.
+    by, differ: the report's flags. A line has them too, beside those that it had, so that it needs
+    none when it is read. What cannot stand in one table is refused, see refuse_unlike. Returns all
+    runs of the file.
     """
     left_out = []
     there = read_kept(path, by, left_out) if os.path.exists(path) else []
     if left_out:
         raise UserError(f"--keep {left_out[0]}")
-    refuse_unlike([*there, *runs], by, differ)
+    refuse_unlike([*there, *runs], [*METHOD_FLAGS, *by], differ)
     lines = {(run.task, run.label, run.seed): run for run in [*there, *runs]}
     runs = in_order(lines.values())
-    own = {"by": [name for name in by if name not in METHOD_FLAGS], "differ": differ}
-    own = {key: names for key, names in own.items() if names}
-    text = "".join(json.dumps({**run.line, **own}) + "\n" for run in runs)
+    text = ""
+    for run in runs:
+        line = dict(run.line)
+        for key, names in (("by", by), ("differ", differ)):
+            names = [*dict.fromkeys([*line.get(key, []), *names])]
+            if names:
+                line[key] = names
+        text += json.dumps(line) + "\n"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         replace_text(path, text)
@@ -3410,8 +3474,8 @@ def spread_cells(difference):
 
 
 def score_cells(values):
-    """Seeds, mean, std (n - 1), median and max of {seed: value}."""
-    values = np.array([*values.values()])
+    """How many there are, their mean, std (n - 1), median and max, as text."""
+    values = np.array([*values])
     if not len(values):
         return ["-"] * 5
     std = f"{values.std(ddof=1):.2f}" if len(values) > 1 else "-"
@@ -3423,7 +3487,7 @@ def score_rows(table):
     """(header, rows): five rows for each task, set and metric, a column for each method."""
     rows = []
     for key, row in table.rows.items():
-        cells = [score_cells(row.get(column, {})) for column in table.columns]
+        cells = [score_cells(row.get(column, {}).values()) for column in table.columns]
         for place, name in enumerate(["seeds", "mean", "std (n-1)", "median", "max"]):
             rows.append([*key, name, *[cell[place] for cell in cells]])
     return ["task", "set", "metric", "", *table.columns], rows
@@ -3493,9 +3557,8 @@ def probe_rows(probes):
         for links in chains:
             for method, scores in methods.items():
                 if links in scores and (links or method == min(methods)):
-                    values = dict(enumerate(scores[links]))
                     after = f"after {' '.join(links)}, {method}" if links else "untuned"
-                    rows.append([named, after, *score_cells(values)])
+                    rows.append([named, after, *score_cells(scores[links])])
     return ["probe", "encoder", "probes", "mean", "std (n-1)", "median", "max"], rows
 
 
@@ -3561,7 +3624,7 @@ def tsv_report(tables):
     for table in tables:
         for key, row in table.rows.items():
             for column in sorted(row, key=table.columns.index):
-                cells = [table.title, *key, column, *score_cells(row[column])]
+                cells = [table.title, *key, column, *score_cells(row[column].values())]
                 difference = table.differences[key].get(column)
                 lines.append("\t".join(cells + difference_numbers(difference, "")))
         for (group, column), (total, p, _) in table.over_tasks.items():
@@ -3647,6 +3710,8 @@ def line_at(x1, y1, x2, y2, name):
 
 def round_numbers(low, high):
     """Three to eight round numbers from low to high, for an axis."""
+    if low == high:
+        return [low]
     most = (high - low) / 3
     power = 10.0 ** math.floor(math.log10(most))
     step = max(power * factor for factor in (1, 2, 5) if power * factor <= most)
@@ -3707,7 +3772,7 @@ def curve_svg(curves, colours, label):
 
 def dots_svg(groups, colours, label):
     """A row of dots for each method, a tick at their median. groups {method: values}."""
-    left = 24 + 7.3 * max(map(len, groups))
+    left = min(240, 24 + 7.3 * max(map(len, groups)))
     width = 480
     row = 26
     bottom = row * len(groups) + 6
@@ -3923,8 +3988,9 @@ def report_flags():
     p.add_argument("--rows", type=number(int, 100), nargs="?", const=10000, metavar="DRAWS",
                    help="also an interval over seeds and the rows that are scored, by a bootstrap "
                         "of so many draws (10000)")
-    p.add_argument("--by", nargs="+", default=METHOD_FLAGS, metavar="FLAG",
-                   help="flags that belong to the method: a column for each value")
+    p.add_argument("--by", nargs="+", default=[], metavar="FLAG",
+                   help="flags that belong to the method: a column for each value, as for those of "
+                        f"{' and '.join(METHOD_FLAGS)}")
     p.add_argument("--differ", nargs="+", default=[], metavar="FLAG",
                    help="flags that may differ though they are not the method")
     p.add_argument("--keep", default="", metavar="FILE",
@@ -3944,9 +4010,10 @@ def main_report(argv=None):
     """Prints the report and writes it. Returns the tables."""
     args = report_flags().parse_args(argv)
     left_out = []
-    found = read_places(args.places, args.by, left_out)
+    by = [*METHOD_FLAGS, *args.by]
+    found = read_places(args.places, by, left_out)
     every_run = [run for _, runs in found for run in runs]
-    known = {name for run in every_run for name in run.flags} | set(METHOD_FLAGS)
+    known = {name for run in every_run for name in run.flags}
     for flag, names in (("by", args.by), ("differ", args.differ)):
         for name in names:
             if name not in known:
@@ -3955,7 +4022,7 @@ def main_report(argv=None):
 
     tables = []
     for title, runs in found:
-        refuse_unlike(runs, args.by, args.differ)
+        refuse_unlike(runs, by, args.differ)
         baseline = args.baseline or usual_baseline(runs)
         tables.append(build_table(title, runs, baseline, args.interval, args.rows))
     if args.rows and not any(table.over_rows for table in tables):

@@ -48,35 +48,38 @@ class Kind:
     """All that differs between kinds of task, so that no other place asks which kind a task is.
 
     auto_class    the class of `transformers` that loads a model for it
-    settings      (task) -> what its `from_pretrained` is given
     read          (table, task, where) -> Dataset: checks raw columns, gives rows with "label"
-    hidden        (labels) -> int or None: the first row whose label is not given
-    comparable    (task, trained): UserError if a model trained for one cannot do the other
+    hidden        (label) -> bool: whether it is not given
     tokenise      (rows, task, tokenizer, max_length, ...) -> {field: a value or a list per row}
-    forward       (model, task) -> forward(**inputs), the outputs of a batch
     collect       (outputs, labels, tokenizer) -> [what is kept of each row of a batch]
     score         (task, trained, kept, split) -> {metric: value}
     text          (task, kept of one row) -> its prediction in words
-    write         (folder, name, task, kept, split) -> path of the file of predictions
     answer        what a label is where labels have no names
     eval_size     (task) -> how large the batches of an evaluation are, see `slices`
+
+    Of a kind that is trained, and not only scored:
+
+    settings      (task) -> what `from_pretrained` of the class is given
+    comparable    (task, trained): UserError if a model trained for one cannot do the other
+    forward       (model, task) -> forward(**inputs), the outputs of a batch
+    write         (folder, name, task, kept, split) -> path of the file of predictions
     decodes       the model must have a decoder; what it writes is kept for all sets that are scored
     predictions   (task, trained, kept) -> (n,), which METRICS compare with the labels of the rows;
                   None: the scores are no such comparison
     """
     auto_class: str
-    settings: Callable
     read: Callable
     hidden: Callable
-    comparable: Callable
     tokenise: Callable
-    forward: Callable
     collect: Callable
     score: Callable
     text: Callable
-    write: Callable
     answer: str
     eval_size: Callable
+    settings: Callable | None = None
+    comparable: Callable | None = None
+    forward: Callable | None = None
+    write: Callable | None = None
     decodes: bool = False
     predictions: Callable | None = None
 
@@ -94,6 +97,11 @@ class Decoding(NamedTuple):
     no_repeat: int = 0
 
 
+def names_of(value):
+    """A list of names: those of a tuple, or the words of a string."""
+    return list(value) if isinstance(value, tuple) else value.split()
+
+
 @dataclass(frozen=True)
 class Task:
     """One row of TASKS. Lists are written as words with spaces between them.
@@ -101,8 +109,8 @@ class Task:
     path, config    the hub repository; a task without one is read from a --local_file
     where           where that file is to be had
     text            one or two columns (a tuple of them if a name has a space)
-    labels          names in the order of the ids (with tabs between them if a name has a space);
-                    none: the label is a number
+    labels          names in the order of the ids (a tuple of them if a name has a space); none:
+                    the label is a number
     metrics         the first is the main one
     train, validation, test    splits: to train on, to score, to predict
     slices          {split: the part of the repository's splits that it is}
@@ -110,7 +118,7 @@ class Task:
     kind            a line of KINDS
     script          the repository holds only a loading script, which is never run: its parquet
                     export is read
-    sample          that many seeded rows are scored
+    sample          as one of --eval_tasks, that many seeded rows of it are scored
     perturb         the one text column whose words may be perturbed
     names           the leaderboard's files hold label names, not ids
     further         the sets out of its domain that go with it, unless --eval_tasks names others
@@ -122,7 +130,7 @@ class Task:
     path: str
     config: str = ""
     text: str | tuple = "sentence1 sentence2"
-    labels: str = ""
+    labels: str | tuple = ""
     metrics: str = "accuracy"
     train: str = "train"
     validation: str = "validation"
@@ -143,14 +151,11 @@ class Task:
 
     @property
     def columns(self):
-        if isinstance(self.text, tuple):
-            return list(self.text)
-        return self.text.split()
+        return names_of(self.text)
 
     @property
     def label_names(self):
-        separator = "\t" if "\t" in self.labels else None
-        return self.labels.split(separator)
+        return names_of(self.labels)
 
     @property
     def outputs(self):
@@ -243,12 +248,26 @@ TASKS = {
                      kind="generate", metrics=ROUGE, further="xsum:test", target_length=128,
                      decoding=Decoding(6, 1.0, 10, 60, no_repeat=3)),
 }
-for language in XNLI_LANGUAGES:
-    TASKS[f"xnli-{language}"] = Task(XNLI, language, "premise hypothesis", NLI, validation="test")
-for language in PAWS_X_LANGUAGES:
-    TASKS[f"paws-x-{language}"] = Task(PAWS_X, language, labels="0 1", validation="test")
 
-# XTREME: trained on English, scored in each language (a row for every one, as above).
+# A name of --eval_tasks that stands for several; their average is given too.
+GROUPS = {}
+
+
+def add_languages(group, languages, task):
+    """A row GROUP-LANGUAGE of TASKS, task(language), for each of them; GROUP stands for all."""
+    GROUPS[group] = []
+    for language in languages:
+        name = f"{group}-{language}"
+        TASKS[name] = task(language)
+        GROUPS[group].append(name)
+
+
+add_languages("xnli", XNLI_LANGUAGES, lambda language: Task(
+    XNLI, language, "premise hypothesis", NLI, validation="test"))
+add_languages("paws-x", PAWS_X_LANGUAGES, lambda language: Task(
+    PAWS_X, language, labels="0 1", validation="test"))
+
+# XTREME: trained on English, scored in each language.
 XTREME = "google/xtreme"
 POS_TAGS = "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"
 NER_TAGS = "O B-PER I-PER B-ORG I-ORG B-LOC I-LOC"
@@ -268,12 +287,12 @@ TASKS["pos"] = Task(XTREME, "udpos.English", "tokens", POS_TAGS, "f1 accuracy", 
                     label="pos_tags", further="pos")
 TASKS["ner"] = Task(XTREME, "PAN-X.en", "tokens", NER_TAGS, "f1", kind="tag", label="ner_tags",
                     further="ner")
-for code, language in POS_LANGUAGES.items():
-    TASKS[f"pos-{code}"] = Task(XTREME, f"udpos.{language}", "tokens", POS_TAGS, "f1 accuracy",
-                                kind="tag", label="pos_tags", validation="test")
-for code in NER_LANGUAGES:
-    TASKS[f"ner-{code}"] = Task(XTREME, f"PAN-X.{code}", "tokens", NER_TAGS, "f1", kind="tag",
-                                label="ner_tags", validation="test")
+add_languages("pos", POS_LANGUAGES, lambda code: Task(
+    XTREME, f"udpos.{POS_LANGUAGES[code]}", "tokens", POS_TAGS, "f1 accuracy", kind="tag",
+    label="pos_tags", validation="test"))
+add_languages("ner", NER_LANGUAGES, lambda code: Task(
+    XTREME, f"PAN-X.{code}", "tokens", NER_TAGS, "f1", kind="tag", label="ner_tags",
+    validation="test"))
 
 XQUAD_LANGUAGES = "ar de el en es hi ru th tr vi zh".split()
 MLQA_LANGUAGES = "ar de en es hi vi zh".split()
@@ -286,38 +305,23 @@ TASKS["toy-qa-food"] = Task("toy-qa", "food", **QUESTIONS)
 TASKS["xquad"] = Task(XTREME, "SQuAD", **QUESTIONS, further="xquad")
 TASKS["mlqa"] = Task(XTREME, "SQuAD", **QUESTIONS, further="mlqa")
 TASKS["tydiqa"] = Task(XTREME, "tydiqa", **QUESTIONS, only="english-", further="tydiqa")
-for language in XQUAD_LANGUAGES:
-    TASKS[f"xquad-{language}"] = Task("google/xquad", f"xquad.{language}", **QUESTIONS)
-for language in MLQA_LANGUAGES:
-    TASKS[f"mlqa-{language}"] = Task(XTREME, f"MLQA.{language}.{language}", **QUESTIONS,
-                                     validation="test", language=language)
-for language in TYDIQA_LANGUAGES:
-    TASKS[f"tydiqa-{language}"] = Task(XTREME, "tydiqa", **QUESTIONS, only=f"{language}-")
+add_languages("xquad", XQUAD_LANGUAGES, lambda language: Task(
+    "google/xquad", f"xquad.{language}", **QUESTIONS))
+add_languages("mlqa", MLQA_LANGUAGES, lambda language: Task(
+    XTREME, f"MLQA.{language}.{language}", **QUESTIONS, validation="test", language=language))
+add_languages("tydiqa", TYDIQA_LANGUAGES, lambda language: Task(
+    XTREME, "tydiqa", **QUESTIONS, only=f"{language}-"))
 
 # Asked as XTREME does: Tatoeba from English to the other language, BUCC to English.
 BUCC_LANGUAGES = "de fr ru zh".split()
 TATOEBA_LANGUAGES = ("afr ara ben bul cmn deu ell est eus fin fra heb hin hun ind ita jav jpn kat "
                      "kaz kor mal mar nld pes por rus spa swh tam tel tgl tha tur urd vie").split()
-for language in BUCC_LANGUAGES:
-    TASKS[f"bucc-{language}"] = Task(XTREME, f"bucc18.{language}", kind="retrieve",
-                                     text="source_sentence target_sentence", train="test",
-                                     validation="test")
-for language in TATOEBA_LANGUAGES:
-    TASKS[f"tatoeba-{language}"] = Task(XTREME, f"tatoeba.{language}", kind="retrieve",
-                                        text="target_sentence source_sentence", train="validation")
-
-# A name of --eval_tasks that stands for several; their average is given too.
-GROUPS = {
-    "xnli": [f"xnli-{language}" for language in XNLI_LANGUAGES],
-    "paws-x": [f"paws-x-{language}" for language in PAWS_X_LANGUAGES],
-    "pos": [f"pos-{code}" for code in POS_LANGUAGES],
-    "ner": [f"ner-{code}" for code in NER_LANGUAGES],
-    "xquad": [f"xquad-{language}" for language in XQUAD_LANGUAGES],
-    "mlqa": [f"mlqa-{language}" for language in MLQA_LANGUAGES],
-    "tydiqa": [f"tydiqa-{language}" for language in TYDIQA_LANGUAGES],
-    "bucc": [f"bucc-{language}" for language in BUCC_LANGUAGES],
-    "tatoeba": [f"tatoeba-{language}" for language in TATOEBA_LANGUAGES],
-}
+add_languages("bucc", BUCC_LANGUAGES, lambda language: Task(
+    XTREME, f"bucc18.{language}", kind="retrieve", text="source_sentence target_sentence",
+    train="test", validation="test"))
+add_languages("tatoeba", TATOEBA_LANGUAGES, lambda language: Task(
+    XTREME, f"tatoeba.{language}", kind="retrieve", text="target_sentence source_sentence",
+    train="validation"))
 
 # Where another set has no label of the same name, these of its labels count as the trained task's,
 # as in the papers.
@@ -409,6 +413,9 @@ def load(args, also_scores=()):
 
     unscored = load_unscored(args, task)
     further, warnings = load_further(args, task, also_scores)
+    if args.own_files and os.path.samefile(args.train_file, args.validation_file):
+        warnings.append(f"--validation_file {args.validation_file}: is the training file too, so "
+                        "what is scored was trained on")
     if args.task in local_files(args):
         warnings.append(f"--local_file {args.task}: is all splits of {args.task}, so what is "
                         "scored was trained on")
@@ -431,31 +438,38 @@ def load_to_use(args, also_scores):
     for split, rows in validation.items():
         refuse_hidden(task, rows, f"--run {args.run[0]}: {split}")
 
-    unscored = load_predicted(args, task)
-    if args.test_file:
-        unscored[set_name(args, "test_file")] = read_own(args, "test_file", task)
+    unscored = load_unscored(args, task)
     further, warnings = load_further(args, task, also_scores)
     return Rows(task, None, validation, further, warnings, unscored)
 
 
 def task_of_run(args):
     """The Task of a finished run on one's own files, by its flags and its model's labels."""
-    columns = args.text_columns
-    for flag in ("test_file", "validation_file"):
-        path = getattr(args, flag)
-        if not columns and path and (flag == "test_file" or args.score_validation):
-            columns = usual_columns(read_file(path, f"--{flag}"), f"--{flag} {path}")
-    columns = columns or ["text"]                      # of no file
+    columns = columns_of_files(args)
     if args.target_column:
         return own_summary_task(args, columns)
     settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
     if len(args.own_labels) == 1:
         return Task(**settings, kind="regress", metrics="pearson spearman")
-    return Task(**settings, labels="\t".join(args.own_labels))
+    return Task(**settings, labels=tuple(args.own_labels))
+
+
+def columns_of_files(args):
+    """The text columns: those named, or the usual ones of the first file that is read."""
+    if args.text_columns:
+        return args.text_columns
+    flags = ["test_file"]
+    if args.score_validation:
+        flags.append("validation_file")
+    for flag in flags:
+        path = getattr(args, flag)
+        if path:
+            return usual_columns(read_file(path, f"--{flag}"), f"--{flag} {path}")
+    return ["text"]                                    # no file is read: nothing depends on it
 
 
 def read_own(args, flag, task):
-    """The rows of --test_file or --validation_file, for a finished run's task.
+    """The rows of --test_file or --validation_file, for a task whose labels are known.
 
     --text_columns says where the texts of a task of the table are.
     """
@@ -488,9 +502,9 @@ def load_unscored(args, task):
     """{split: rows} of --predict and of --test_file: their labels may be hidden."""
     unscored = load_predicted(args, task)
     if args.test_file:
-        table = read_file(args.test_file, "--test_file")
-        drop_blank_labels(table, task)
-        unscored["test"] = KINDS[task.kind].read(table, task, args.test_file)
+        of_own_task = args.own_files and not args.run
+        name = "test" if of_own_task else set_name(args, "test_file")
+        unscored[name] = read_own(args, "test_file", task)
     return unscored
 
 
@@ -585,7 +599,8 @@ def check_comparable(task, trained, name):
 def refuse_hidden(task, rows, where):
     """Rows that are scored must have labels."""
     labels = rows["label"][:]                          # a list; the column itself reads row by row
-    row = KINDS[task.kind].hidden(labels)
+    is_hidden = KINDS[task.kind].hidden
+    row = next((row for row, label in enumerate(labels) if is_hidden(label)), None)
     if row is not None:
         raise UserError(f"{where}: row {row + 1} has a hidden label (-1, an empty text, or no "
                         f"column {task.label!r}): it can only be predicted")
@@ -681,8 +696,7 @@ def usual_columns(table, where):
 
 def check_column(name, flag, table, path):
     if name not in table:
-        raise UserError(f"{flag} {name}: no column {name!r} ({flag}) in {path}, "
-                        f"which has {[*table]}")
+        raise UserError(f"{flag} {name}: no such column in {path}, which has {[*table]}")
     if name == "label" and flag == "--text_columns":
         raise UserError("--text_columns label: must have another name; label is what the answers "
                         "are called from here on")
@@ -718,14 +732,10 @@ def own_task(args, columns, tables):
     if unseen:
         raise UserError(f"--validation_file {args.validation_file}: label {unseen[0]!r} is not "
                         f"in the training file, which has {names[:20]}")
-    for name in names:
-        if "\t" in name:
-            raise UserError(f"--train_file {args.train_file}: label {name!r} has a tab in it; "
-                            "must have none")
     if len(names) < 2:
         raise UserError(f"--train_file {args.train_file}: all labels are {names[0]!r}; "
                         "at least two are needed")
-    return Task(**settings, labels="\t".join(names))
+    return Task(**settings, labels=tuple(names))
 
 
 def own_summary_task(args, columns):
@@ -858,7 +868,7 @@ def read_texts(table, task, where):
             raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
         texts = []
         for row, cell in enumerate(table[column], 1):
-            if cell is None:
+            if cell is None or cell != cell:           # None, or a NaN of json
                 raise UserError(f"{where}: row {row}: no text in column {column!r}")
             texts.append(text_of(cell, row, column, where))
         found[column] = texts
@@ -903,6 +913,8 @@ def raw_labels(table, task, where):
     cells = list(table[task.label])
     given = [(row, cell) for row, cell in enumerate(cells, 1) if cell is not None]
     for row, cell in given:
+        if not isinstance(cell, (str, int, float)):
+            raise UserError(f"{where}: row {row}: label {cell!r:.40} must be a word or a number")
         first_row, first = given[0]
         if label_type(cell) != label_type(first):
             raise UserError(f"{where}: row {row}: label {cell!r} is a {label_type(cell)}, "
@@ -915,11 +927,7 @@ def label_type(cell):
     """The type of a label in words: whole numbers and others are one."""
     if isinstance(cell, bool):
         return "truth value"
-    if isinstance(cell, (int, float)):
-        return "number"
-    if isinstance(cell, str):
-        return "string"
-    return type(cell).__name__
+    return "string" if isinstance(cell, str) else "number"
 
 
 def class_index(table, task):
@@ -978,6 +986,8 @@ def read_regress(table, task, where):
         if abs(number) > float(np.finfo(np.float32).max):
             raise UserError(f"{where}: row {row}: label {cell!r} must fit into 32 bits")
         labels.append(number)
+    if set(labels) == {-1.0}:                          # hidden; else a number like any other
+        labels = [math.nan] * len(labels)
     return make_rows(texts, labels, "float32", ids_of(table, where))
 
 
@@ -1007,19 +1017,13 @@ def make_rows(texts, labels, kind, ids):
     return datasets.Dataset.from_dict(columns, features=datasets.Features(types))
 
 
-def hidden_class(labels):
-    """The first row whose class is -1, or None."""
-    return next((row for row, label in enumerate(labels) if label == -1), None)
+def hidden_class(label):
+    return label == -1
 
 
-def hidden_number(labels):
-    """0 if all are -1, which is else a number like any other, or None."""
-    return 0 if set(labels) == {-1.0} else None
-
-
-def hidden_text(labels):
-    """The first row whose text is empty, or None."""
-    return next((row for row, label in enumerate(labels) if not label), None)
+def none_given(label):
+    """Whether a text to write, or a list of answers, is empty."""
+    return not label
 
 
 def count_empty_texts(task, rows):
@@ -1175,8 +1179,8 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
     for a row that was truncated.
 
     separate: each column alone, the second one's fields with the suffix _2.
-    perturb: adds `perturbable`, 1 at the tokens of the texts ("special": all but the special ones)
-    or of one column alone (its name).
+    perturb: adds `perturbable`, 1 at the tokens of the texts (True: all but the special ones) or of
+    one column alone (its name).
     """
     found = {"labels": rows["label"], "cut": [0] * len(rows["label"])}
     groups = [[column] for column in task.columns] if separate else [task.columns]
@@ -1191,7 +1195,10 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
             overflows = [bool(encoding.overflowing) for encoding in encoded.encodings]
             found["cut"] = [int(before or now) for before, now in zip(found["cut"], overflows)]
         if perturb:
-            allowed = {task.columns.index(perturb)} if perturb in task.columns else {0, 1}
+            if not encoded.is_fast:
+                raise UserError("to leave special tokens as they are takes a fast tokenizer; "
+                                f"{type(tokenizer).__name__} is not fast")
+            allowed = {0, 1} if perturb is True else {task.columns.index(perturb)}
             marks = []
             for row in range(len(rows["label"])):
                 marks.append([int(part in allowed) for part in encoded.sequence_ids(row)])
@@ -1209,8 +1216,8 @@ def tokenise_in_windows(tokenizer, *texts, **settings):
     """A tokenizer's encoding of texts, too long ones in several rows, with the characters that each
     token is: offset_mapping. UserError if it does not know them."""
     if not tokenizer.is_fast:
-        raise UserError(f"tags and answers need a fast tokenizer, {type(tokenizer).__name__} is "
-                        "none")
+        raise UserError(f"tags and answers need a fast tokenizer; {type(tokenizer).__name__} is "
+                        "not fast")
     return tokenizer(*texts, return_overflowing_tokens=True, return_offsets_mapping=True,
                      return_attention_mask=True, **settings)
 
@@ -1289,7 +1296,7 @@ class Split:
         return np.arange(len(self))
 
     def column(self, name):
-        """A column of the rows, such as their own names, or None if they have it not."""
+        """A column of the rows, such as their own names, as a list; None if there is none."""
         if self.rows is None or name not in self.rows.column_names:
             return None
         return list(self.rows[name])
@@ -1475,16 +1482,16 @@ class Batches:
         The rows are sorted by the length of one side or of the other, by the one that leaves less
         padding, and cut into a short and a long half, which are halved in turn.
 
-        lengths: [of one side, of the other], (all rows,) each, over their mean. sizes (all
-        rows,): the batches have about equal sums of these; None: equal numbers of rows. No batch
-        has fewer than `least` rows.
+        lengths: [of one side, of the other], (all rows,) each, over their mean; none: the rows
+        stay in their order. sizes (all rows,): the batches have about equal sums of these; None:
+        equal numbers of rows. No batch has fewer than `least` rows.
         """
         if count == 1:
             return [rows]
         short_count = count // 2                       # batches that the short half becomes
         long_count = count - short_count
         orders = [rows]                                # while there are many: cut as they are
-        if count <= self.CHUNK_OF_TWO:
+        if lengths and count <= self.CHUNK_OF_TWO:
             orders = [rows[np.argsort(length[rows], kind="stable")] for length in lengths]
 
         halves = []
@@ -1503,22 +1510,9 @@ class Batches:
 
     def cut(self, rows):
         """Rows in order as an epoch's batches: of batch_size rows, or of about equal tokens."""
-        if not self.tokens:
-            return rows.reshape(-1, self.batch_size)
-        sizes = self.sizes[rows]                                        # tokens of each row
-        middles = np.cumsum(sizes) - sizes / 2         # of each row, among the tokens of all
-        numbers = np.arange(1, self.per_epoch)
-        wanted_ends = np.searchsorted(middles, numbers * (sizes.sum() / self.per_epoch))
-
-        # This batch and each one after it must have a row for every process.
-        ends = []
-        end = 0
-        for number, wanted_end in zip(numbers, wanted_ends):
-            batches_left = self.per_epoch - number
-            end = max(wanted_end, end + self.world)
-            end = min(end, len(rows) - batches_left * self.world)
-            ends.append(end)
-        return np.split(rows, ends)
+        if self.tokens:
+            return self.halve(rows, self.per_epoch, [], self.sizes, self.world)
+        return rows.reshape(-1, self.batch_size)
 
     def passes(self, rows):
         """The rows of a batch that are this process's, in micro-batches of like length."""
@@ -1752,8 +1746,7 @@ def same_labels(task, trained):
 
 
 def any_model(task, trained):
-    """Whatever a model was trained for: correlations need no common scale, texts no common words,
-    questions and vectors no labels."""
+    """No check: a model of any task of the kind can be scored on it."""
 
 
 def usual_size(task):
@@ -1794,20 +1787,22 @@ def class_text(task, logits):
 
 
 def number_text(task, output):
-    value = float(output[0])
-    if task.path == GLUE:                              # STS-B, from 0 to 5
-        return f"{min(max(value, 0.0), 5.0):.3f}"
-    return f"{value:.7g}"
+    return f"{float(output[0]):.7g}"
 
 
 def same_text(task, text):
     return text
 
 
+def is_submission(task, name):
+    """Whether a set is what GLUE's leaderboard wants predicted."""
+    return task.path == GLUE and name in task.test.split()
+
+
 def write_classes(folder, name, task, kept, split):
     """For GLUE its submission format, an index and a label; for others also all probabilities."""
     labels = [class_text(task, logits) for logits in kept]
-    if task.path == GLUE:
+    if is_submission(task, name):
         if not task.names:
             labels = [str(task.label_names.index(label)) for label in labels]
         return write_table(folder, name, ["prediction"], [labels])
@@ -1824,9 +1819,11 @@ def write_classes(folder, name, task, kept, split):
 
 
 def write_numbers(folder, name, task, kept, split):
-    names = None if task.path == GLUE else split.column("id")
+    if is_submission(task, name):                      # of STS-B, from 0 to 5
+        values = [f"{min(max(float(output[0]), 0.0), 5.0):.3f}" for output in kept]
+        return write_table(folder, name, ["prediction"], [values])
     values = [number_text(task, output) for output in kept]
-    return write_table(folder, name, ["prediction"], [values], names)
+    return write_table(folder, name, ["prediction"], [values], split.column("id"))
 
 
 def write_texts(folder, name, task, kept, split):
@@ -1898,9 +1895,8 @@ def read_tags(table, task, where):
     return datasets.Dataset.from_dict({column: sentences, "label": labels}, features=features)
 
 
-def hidden_tags(labels):
-    """The first row with a -1."""
-    return next((row for row, tags in enumerate(labels) if -1 in tags), None)
+def hidden_tags(tags):
+    return -1 in tags
 
 
 def same_tags(task, trained):
@@ -1971,7 +1967,7 @@ def collect_tags(outputs, labels, tokenizer):
 
 def predicted_tags(kept, split):
     """{sentence: a tag for each word}, -1 where the word has no piece."""
-    lengths = [len(tags) for tags in split.rows["label"]]
+    lengths = [len(tags) for tags in split.column("label")]
     found = {}
     for part, tags in enumerate(kept):
         row = int(split.note("row", part))
@@ -1984,7 +1980,7 @@ def predicted_tags(kept, split):
 def score_tags(task, trained, kept, split):
     """{metric: value}. A word without a prediction is an error; no word is left out."""
     predicted = predicted_tags(kept, split)
-    gold = split.rows["label"]
+    gold = split.column("label")
     names = task.label_names
     right = 0
     words = 0
@@ -2033,7 +2029,7 @@ def write_tags(folder, name, task, kept, split):
     """A json object a line: a sentence's words and tags, null where a word has no piece."""
     path = os.path.join(folder, f"predictions-{name}.jsonl")
     predicted = predicted_tags(kept, split)
-    sentences = split.rows[task.columns[0]]
+    sentences = split.column(task.columns[0])
     with open(path, "w", encoding="utf-8") as file:
         for row, tags in sorted(predicted.items()):
             named = [task.label_names[tag] if tag >= 0 else None for tag in tags]
@@ -2117,11 +2113,6 @@ def nearest(context, answer, start):
     return min(places, key=lambda place: abs(place - start), default=-1)
 
 
-def hidden_answers(labels):
-    """The first row without an answer."""
-    return next((row for row, answers in enumerate(labels) if not answers), None)
-
-
 def tokenise_span(rows, task, tokenizer, max_length, separate=False):
     """Question and context as one text, a long context in windows, each a row.
 
@@ -2199,7 +2190,7 @@ def collect_spans(outputs, labels, tokenizer):
 
 def best_answers(kept, split):
     """{row of split.rows: the text of its best span over all windows}, "" if there is none."""
-    contexts = split.rows["context"]
+    contexts = split.column("context")
     best = {}
     for part, (places, values) in enumerate(kept):
         row = int(split.note("row", part))
@@ -2263,7 +2254,7 @@ def answer_scores(prediction, answers, language="en", rule="squad"):
 
 def score_spans(task, trained, kept, split):
     """{metric: mean over the questions}."""
-    answers = split.rows["label"]
+    answers = split.column("label")
     rule = "mlqa" if task.language else "squad"
     scores = []
     for row, text in best_answers(kept, split).items():
@@ -2282,7 +2273,7 @@ def span_text(task, best):
 def write_spans(folder, name, task, kept, split):
     """{id: answer}, as SQuAD's scripts read it."""
     path = os.path.join(folder, f"predictions-{name}.json")
-    names = split.rows["id"]
+    names = split.column("id")
     found = {names[row]: text for row, text in best_answers(kept, split).items()}
     with open(path, "w", encoding="utf-8") as file:
         json.dump(found, file, ensure_ascii=False, indent=1)
@@ -2301,17 +2292,9 @@ def read_retrieve(table, task, where):
     return make_rows(texts, [0] * count, "int64", None)
 
 
-def nothing_hidden(labels):
-    """No row has a label."""
-
-
 def tokenise_retrieve(rows, task, tokenizer, max_length, separate=True):
     """Both sentences, always apart."""
     return tokenise_texts(rows, task, tokenizer, max_length, separate=True)
-
-
-def no_forward(model, task):
-    raise RuntimeError("a set to retrieve from has no logits: its vectors are the script's choice")
 
 
 def score_retrieve(task, trained, kept, split):
@@ -2332,10 +2315,6 @@ def vector_text(task, vectors):
     return " ".join(f"{value:.4g}" for value in vectors[0][:4])
 
 
-def write_nothing(folder, name, task, kept, split):
-    raise RuntimeError("a set of --eval_tasks is scored alone")
-
-
 KINDS = {
     "classify": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
@@ -2345,13 +2324,13 @@ KINDS = {
         predictions=predicted_classes),
     "regress": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
-        read=read_regress, hidden=hidden_number, comparable=any_model, tokenise=tokenise_texts,
+        read=read_regress, hidden=math.isnan, comparable=any_model, tokenise=tokenise_texts,
         forward=logits_of, collect=collect_rows, score=score_rows, text=number_text,
         write=write_numbers, answer="a number (regression)", eval_size=usual_size,
         predictions=predicted_numbers),
     "generate": Kind(
         auto_class="AutoModelForSeq2SeqLM", settings=no_settings,
-        read=read_generate, hidden=hidden_text, comparable=any_model, tokenise=tokenise_generate,
+        read=read_generate, hidden=none_given, comparable=any_model, tokenise=tokenise_generate,
         forward=decoded, collect=collect_texts, score=score_texts, text=same_text,
         write=write_texts, answer="a text", eval_size=size_for_beams, decodes=True),
     "tag": Kind(
@@ -2361,15 +2340,13 @@ KINDS = {
         write=write_tags, answer="a tag for each word", eval_size=usual_size),
     "span": Kind(
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
-        read=read_span, hidden=hidden_answers, comparable=any_model, tokenise=tokenise_span,
+        read=read_span, hidden=none_given, comparable=any_model, tokenise=tokenise_span,
         forward=logits_of, collect=collect_spans, score=score_spans, text=span_text,
         write=write_spans, answer="a part of the text", eval_size=usual_size),
     "retrieve": Kind(
-        auto_class="AutoModel", settings=head_settings,
-        read=read_retrieve, hidden=nothing_hidden, comparable=any_model,
-        tokenise=tokenise_retrieve, forward=no_forward, collect=collect_rows,
-        score=score_retrieve, text=vector_text, write=write_nothing, answer="a sentence",
-        eval_size=usual_size),
+        auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,
+        tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve, text=vector_text,
+        answer="a sentence", eval_size=usual_size),
 }
 
 
@@ -2563,11 +2540,16 @@ def shown(cell):
     return cell
 
 
+COUNTED = 5000                     # rows of which the lengths are told
+
+
 def describe(task, split, rows, count, unit):
     """Prints a split's size, lengths and first rows. count(texts) -> their lengths."""
-    texts = []
-    for row in rows.select(range(min(len(rows), 5000))):
-        texts.append(" ".join(shown(row[column]) for column in task.columns))
+    counted = rows
+    if len(rows) > COUNTED:
+        counted = rows.shuffle(seed=0).select(range(COUNTED))
+        unit = f"{unit} of {COUNTED} of them"
+    texts = [" ".join(shown(row[column]) for column in task.columns) for row in counted]
     lengths = count(texts)
     quantiles = []
     for percent in (5, 50, 95, 100):
@@ -2620,6 +2602,8 @@ def main(argv=None):
     print(f"  labels   {', '.join(task.label_names) or KINDS[task.kind].answer}")
     print(f"  metrics  {task.metrics}")
     splits = [task.train, *task.validation.split(), *task.test.split(), *(task.slices or {})]
+    if args.task in local_files(args):
+        splits = ["file"]                              # which is all splits
     for split in dict.fromkeys(splits):
         try:
             rows = read(task, split, args.task, args)

@@ -134,6 +134,7 @@ def flags():
     weight = common.number(float, 0)
     positive = common.number(float, 0, above=True)
     home = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+
     g = p.add_argument_group("G-Tuning")
     g.add_argument("--alpha", type=weight, default=1.0, help="weight of L_T, Eq. 6")
     g.add_argument("--beta", type=weight, default=0.5, help="weight of L_G, Eq. 6")
@@ -141,41 +142,45 @@ def flags():
                    help="lambda, Eq. 3: weight of the gradient penalty")
     g.add_argument("--epsilon", default="normal", choices=["normal", "uniform"],
                    help="distribution of e, Eq. 4 (choice 4)")
-    g.add_argument("--T", type=common.number(int, 1), default=5, metavar="N",
+    g.add_argument("--T", type=common.number(int, 1), default=5, metavar="T",
                    help="steps on D for one on f, Algorithm 1; the paper tries 3 5 7 9")
     g.add_argument("--d_lr", type=positive, default=1e-4, help="learning rate of D")
     g.add_argument("--d_betas", type=common.number(float, 0, 0.99999), nargs=2,
                    default=[0.9, 0.999], help="betas of D's Adam")
+    g.add_argument("--unlabeled", default="Salesforce/wikitext:wikitext-103-raw-v1:train",
+                   metavar="M", help="a text file; a csv, tsv, json or jsonl with a column text; "
+                                     "or ID:CONFIG:SPLIT of the hub")
+    g.add_argument("--keep", default="best", choices=["best", "last"],
+                   help="the state that counts (choice 13)")
+
+    g = p.add_argument_group("f, and the states of g")
     g.add_argument("--layers", type=common.number(int, 1), default=3, metavar="N",
                    help="transformer layers of h, and of D")
     g.add_argument("--pooling", default="cls", choices=["cls", "mean"], help="f(x), choice 2")
+    g.add_argument("--feature_length", type=weight, default=4.0, metavar="L",
+                   help="length of f(x); 0: sqrt(H) (choice 11)")
     g.add_argument("--pair_mode", default="separate", choices=["separate", "joint"],
                    help="choice 6")
     g.add_argument("--tune", default="adapter", choices=["adapter", "all"],
                    help="all: g too (FT, Appendix A)")
-    g.add_argument("--unlabeled", default="Salesforce/wikitext:wikitext-103-raw-v1:train",
-                   metavar="M", help="a text file; a csv, tsv, json or jsonl with a column text; "
-                                     "or ID:CONFIG:SPLIT of the hub")
+    g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
+                   help="f's learning rate after the warm-up (choice 12)")
     g.add_argument("--no_cache", action="store_true",
                    help="encode every batch again; the same numbers")
     g.add_argument("--cache_dir", default=os.path.join(home, "states"), metavar="DIR",
                    help="folder of g's states")
-    g.add_argument("--feature_length", type=weight, default=4.0, metavar="L",
-                   help="length of f(x); 0: sqrt(H) (choice 11)")
-    g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
-                   help="f's learning rate after the warm-up (choice 12)")
-    g.add_argument("--keep", default="best", choices=["best", "last"],
-                   help="the state that counts (choice 13)")
+
+    g = p.add_argument_group("Self-Teach, Figure 2, retrieval")
     g.add_argument("--teacher", default="", metavar="RUN",
                    help="self-teach: the folder of a finished run, as of --method adapter")
     g.add_argument("--teach_weight", type=weight, default=1.0,
                    help="self-teach: lambda (choice 14)")
-    g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
-                   help="tatoeba, bucc: retrieve by the vectors of that block of g (f's)")
     g.add_argument("--embed", action="store_true",
                    help="Figure 2: f(x) in domain and out (the first of --eval_tasks)")
     g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
                    help="the map of --embed: by t-SNE, or by two principal axes")
+    g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
+                   help="tatoeba, bucc: retrieve by the vectors of that block of g (f's)")
     return p
 
 
@@ -776,7 +781,7 @@ class Texts:
 def draw_general(args, setup, wanted, world):
     """M of choice 7: `wanted` single sentences of general text, encoded. Fewer if there are."""
     import data
-    with world.first():
+    with world.in_turns():
         rows = data.general_text(args.unlabeled, wanted)
         if setup.task.kind == "span":
             rows = long_texts(args, setup, rows, wanted)
@@ -792,8 +797,9 @@ def draw_taught(args, setup, wanted, world):
     Of pairs the two are neighbours in M (choice 14).
     """
     import data
+    from datasets import Dataset
     columns = ["sentence1", "sentence2"][:len(setup.task.columns)]
-    with world.first():
+    with world.in_turns():
         rows = data.general_text(args.unlabeled, wanted * len(columns))
         texts = rows["text"][:]
         count = len(texts) // len(columns)
@@ -803,7 +809,7 @@ def draw_taught(args, setup, wanted, world):
         table = {"label": list(range(count))}
         for i, column in enumerate(columns):
             table[column] = texts[i::len(columns)][:count]
-        return data.encode(rows.from_dict(table), data.Task("", text=tuple(columns)),
+        return data.encode(Dataset.from_dict(table), data.Task("", text=tuple(columns)),
                            setup.tokenizer, args.max_length,
                            separate=args.pair_mode == "separate")
 
@@ -811,16 +817,13 @@ def draw_taught(args, setup, wanted, world):
 def logits_of_teacher(args, task, split, pair, world):
     """The logits of --teacher, in eval mode, of all rows: (rows, C), not on the GPU."""
     import common
-    import data
     f = load_teacher(args, task, pair).to(world.device)
-    found = torch.empty(len(split), f.num_labels)
-    with common.Progress(world, "teacher", len(split), unit="row") as progress, torch.no_grad():
-        with world.autocast():
-            for rows, inputs in data.eval_batches(split):
-                inputs.pop("labels")
-                found[torch.from_numpy(rows)] = f.logits(**world.put(inputs)).float().cpu()
-                progress.update(len(rows))
-    return found
+    found = [None] * len(split)
+    with torch.no_grad(), world.autocast():
+        for rows, _, inputs in common.eval_inputs(split, world, "teacher"):
+            for row, logits in zip(rows, f.logits(**inputs).float().cpu()):
+                found[row] = logits
+    return torch.stack(world.gather(found))
 
 
 def load_teacher(args, task, pair):
@@ -854,6 +857,7 @@ def load_teacher(args, task, pair):
 def long_texts(args, setup, sentences, wanted):
     """General text in pieces about as long as the rows of B: a Dataset like `sentences`."""
     import data
+    from datasets import Dataset
     ids = setup.tokenizer(sentences["text"][:1000])["input_ids"]
     length = sum(map(len, ids)) / len(ids)
     together = max(1, round(setup.train.lengths.mean() / length))
@@ -861,7 +865,7 @@ def long_texts(args, setup, sentences, wanted):
     joined = []
     for first in range(0, len(texts), together):
         joined.append(" ".join(texts[first:first + together]))
-    return sentences.from_dict({"text": joined, "label": [-1] * len(joined)})
+    return Dataset.from_dict({"text": joined, "label": [-1] * len(joined)})
 
 
 def vectors(f, split, rows, world, progress=None):
@@ -886,8 +890,15 @@ def evaluate_sets(args, f, sets, setup, texts, world, final=False, folder=None):
     texts: the Texts that may have g's states; None: all is encoded.
     """
     import common
-    to_retrieve = {name: pair for name, pair in sets.items() if pair[0].kind == "retrieve"}
-    others = {name: pair for name, pair in sets.items() if name not in to_retrieve}
+    import data
+    to_retrieve = {}
+    others = {}
+    for name, (task, split) in sets.items():
+        has_logits = data.KINDS[task.kind].forward is not None
+        if has_logits:
+            others[name] = task, split
+        else:
+            to_retrieve[name] = task, split
     if texts is not None:
         others = texts.sets_with_states(f, others)
     scores = common.evaluate(f.logits, f, others, setup, world, final, folder)
@@ -1276,7 +1287,7 @@ def main(argv=None):
                 for step, x_t in run.steps(end_1, algorithm.x_t, phase=phase_1):
                     loss, stats = algorithm.fit_task(x_t, step)
                     run.log(loss, stats, lr=algorithm.lr, phase=1)
-                    if run.every(eval_every):
+                    if run.is_due(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
 
                 # "for _ to N/2 do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
@@ -1297,7 +1308,7 @@ def main(argv=None):
                     r = step - end_2
                     loss, stats = algorithm.joint_round(r, end_2 - end_1 + r * args.T, x_t)
                     run.log(loss, stats, lr=algorithm.lr, phase=3)
-                    if run.every(eval_every):
+                    if run.is_due(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
 
                 keep_state(run, args, f, evaluate(f, setup.choose_by))
@@ -1307,7 +1318,7 @@ def main(argv=None):
                     world.say(f"{run.name}: the best state is of phase 1, before D")
             if setup.unscored or args.embed:
                 f = load_f(run.model_folder, seed, vars(args), args, setup, world)
-                run.predict(f.logits, f, setup)
+                common.write_unscored(run.folder, f.logits, f, setup, world)
             if args.embed:
                 clouds[run.folder] = embed(run.folder, f, setup, world)
             results.append(run.results)

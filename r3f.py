@@ -781,17 +781,13 @@ def norm_of(z):
 def first_token_states(encoder, split, world, name):
     """The last hidden state of each row's first token, before any pooler: (n, H), fp32."""
     import common
-    import data
     encoder.eval()                                     # frozen, its dropout removed (A.2)
     states = torch.empty(len(split), encoder.config.hidden_size)
-    progress = common.Progress(world, name, len(split), unit="row")
-    with torch.inference_mode(), world.autocast(), progress:
-        for rows, inputs in data.eval_batches(split):
-            inputs.pop("labels")
+    with torch.inference_mode(), world.autocast():
+        for rows, _, inputs in common.eval_inputs(split, world, name):
             first = inputs["attention_mask"].argmax(1)                   # (B,)
-            hidden = encoder(**world.put(inputs)).last_hidden_state      # (B, n, H)
+            hidden = encoder(**inputs).last_hidden_state                 # (B, n, H)
             states[torch.from_numpy(rows)] = hidden[torch.arange(len(rows)), first].float().cpu()
-            progress.update(len(rows))
     return states
 
 
@@ -813,20 +809,19 @@ def fit_by_recipe(x, y, classes, args):
     return layer
 
 
-def fit_converged(x, y, classes, decay=1e-3, iterations=200):
+def fit_converged(x, y, classes):
     """The linear layer of least cross entropy on standardised states, by L-BFGS on all rows.
 
-    decay: of the squared weights; without it the layer of separable classes has no end.
+    Squared weights count 1e-3: without that the layer of separable classes has no end.
     """
     layer = torch.nn.Linear(x.shape[1], classes)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=iterations,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(layer(x), y) + decay * layer.weight.square().sum()
+        loss = F.cross_entropy(layer(x), y) + 1e-3 * layer.weight.square().sum()
         loss.backward()
         return loss
 
@@ -1116,9 +1111,9 @@ def main(argv=None):
                 batches = common.build_batches(setup, args, seed, world)
                 total = common.count_steps(args, batches.per_epoch)
                 optimizer, schedule = common.build_optimizer(module, args, total)
+                ddp = world.ddp(module)
                 run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
                           schedule=schedule, batches=batches)
-                ddp = world.ddp(module)
 
                 for step, batch in run.steps(total, batches):
                     lr = schedule.get_last_lr()[0]
@@ -1131,7 +1126,7 @@ def main(argv=None):
                     optimizer.zero_grad()
                     # end same
                     run.log(loss, stats, lr=lr)
-                    if run.every(args.eval_every):
+                    if run.is_due(args.eval_every):
                         run.keep_best(evaluate(model, setup.choose_by), module)
 
                 if args.eval_every:
@@ -1142,7 +1137,8 @@ def main(argv=None):
                 run.finish(metrics, batches, setup.tokenizer, write)
             if setup.unscored:
                 model = common.load_model(args, setup, seed, world, run.model_folder)
-                run.predict(setup.kind.forward(model, setup.task), model, setup)
+                forward = setup.kind.forward(model, setup.task)
+                common.write_unscored(run.folder, forward, model, setup, world)
             results.append(run.results)
         return common.print_table(world.say, results, args, started)
 

@@ -92,7 +92,7 @@ METHODS = {                                            # the kinds of task it ca
 WHY = {"regress": ": JS of a regression is undefined"}
 
 # Those whose models come with confidences.
-CONFIDENT = ["tdt", "tdt-hard"]
+WITH_CONFIDENCES = ["tdt", "tdt-hard"]
 
 
 def flags():
@@ -135,14 +135,16 @@ def flags():
                    help="Figure 3: a map of H, H+ and H- of N rows (300), and numbers beside it "
                         "(none)")
     g.add_argument("--perturb", action="store_true",
-                   help="Figure 5: accuracy when random words become [MASK] or another word")
+                   help="Figure 5: accuracy when random tokens become [MASK] or one of "
+                        "the same row")
     g.add_argument("--drop", action="store_true",
                    help="Figure 6: accuracy without the words of highest or lowest confidence; "
                         "beside it the same by an untrained confidence layer")
     g.add_argument("--rates", type=common.number(float, 0, 1), nargs="+",
-                   default=[0.1, 0.2, 0.3, 0.4, 0.5], help="share of the words, for both")
+                   default=[0.1, 0.2, 0.3, 0.4, 0.5],
+                   help="shares of the words that --drop and --perturb replace")
     g.add_argument("--draws", type=common.number(int, 1), default=10, metavar="N",
-                   help="of random words for each rate of --perturb")
+                   help="how often the words of --perturb are drawn, for each rate")
     return p
 
 
@@ -560,33 +562,42 @@ def read_analyses(args):
     methods = [set(folders) for folders in asked.runs.values()] or [set(args.method)]
     if asked.drop or asked.confidences or asked.texts or asked.tsne:
         for found in methods:
-            if not found & set(CONFIDENT):
+            if not found & set(WITH_CONFIDENCES):
                 raise common.UserError(
                     "--explain, --confidences, --tsne, --drop: need a run of tdt or tdt-hard of "
-                    f"each seed, {' and '.join(sorted(found))} alone has no confidences")
+                    f"each seed, {' and '.join(sorted(found))} has none of those")
     return asked
 
 
 def read_texts(given, path):
     """The texts of --explain and of --explain_file. A tab is a ||| too."""
     import common
-    lines = list(given)
+    lines = [("--explain", line) for line in given]
     if path:
         try:
             with open(path, encoding="utf-8-sig", errors="replace") as file:
-                lines += file.read().split("\n")
+                of_file = file.read().split("\n")
         except OSError as error:
             raise common.UserError(f"--explain_file {path}: {error.strerror}") from None
+        if not any(line.strip() for line in of_file):
+            raise common.UserError(f"--explain_file {path}: holds no text")
+        for number, line in enumerate(of_file, 1):
+            if line.strip():
+                lines.append((f"--explain_file {path}: line {number}", line))
 
-    texts = [line.strip().replace("\t", " ||| ") for line in lines if line.strip()]
-    for text in texts:
-        parts = [part.strip() for part in text.split("|||")]
-        if len(parts) > 2 or not all(parts):
-            raise common.UserError(f"--explain: must have a text, or two with ||| between them, "
+    texts = []
+    for where, line in lines:
+        text = line.strip().replace("\t", " ||| ")
+        if len(parts_of(text)) > 2 or not all(parts_of(text)):
+            raise common.UserError(f"{where}: must have a text, or two with ||| between them, "
                                    f"got {text!r}")
-    if (given or path) and not texts:
-        raise common.UserError("--explain: must have a text, or two with ||| between them")
+        texts.append(text)
     return texts
+
+
+def parts_of(text):
+    """The sentences of a text to explain."""
+    return [part.strip() for part in text.split("|||")]
 
 
 def runs_by_seed(runs):
@@ -643,7 +654,7 @@ def load_run(folder, method, world, mask_token_id=None, like=None, confidences="
             model, mu0=settings.get("mu0", "mean"), hard=results["method"] == "tdt-hard",
             tau=settings.get("tau", 1.0), variant=settings.get("variant", "paper"),
             mask_token_id=mask_token_id)
-        if method in CONFIDENT:
+        if method in WITH_CONFIDENCES:
             file = os.path.join(path, confidences)
             state = torch.load(file, map_location="cpu", weights_only=True)
             module.confidence_layer.load_state_dict(state)
@@ -739,7 +750,7 @@ def scale_of(c, evaluation):
 
 def explain(module, tokenizer, text, max_length, world):
     """The Explanation of a text, or of two with ||| between them."""
-    parts = [part.strip() for part in text.split("|||")]
+    parts = parts_of(text)
     encoded = tokenizer(*parts, truncation=True, max_length=max_length,
                         return_offsets_mapping=True, return_tensors="pt")
     spans = encoded.pop("offset_mapping")[0].tolist()
@@ -748,7 +759,8 @@ def explain(module, tokenizer, text, max_length, world):
     with torch.inference_mode():
         c = module.confidence(**inputs)[0].tolist()
         logits = module.model(**inputs).logits[0].float()                # (C,)
-    unknown = (encoded["input_ids"][0] == tokenizer.unk_token_id).tolist()
+    ids = encoded["input_ids"][0].tolist()
+    unknown = [token == tokenizer.unk_token_id for token in ids]
     words = words_of(parts, encoded.sequence_ids(0), encoded.word_ids(0), spans, c, unknown)
     if len(logits) == 1:
         return Explanation(text, round(logits.item(), 3), None, words)
@@ -763,8 +775,9 @@ def words_of(parts, sentences, numbers, spans, c, unknown):
 
     A word is what the tokenizer first splits a text into (punctuation stands alone), and has the
     largest confidence of its pieces. sentences: 0, 1 or None for special tokens. numbers: of the
-    word within its sentence. spans: first and last character. unknown: whether the model has no
-    embedding for it, so that c is about its place alone; such a word ends in "(unknown)".
+    word within its sentence. spans: its first character and the one after its last. unknown:
+    whether the model has no embedding for it, so that c is about its place alone; such a word ends
+    in "(unknown)".
     """
     found = {}
     strange = set()
@@ -876,21 +889,17 @@ def page(explanations, title, scale):
 
 # --------------------------------------------------------------------------  analyses: Figures 5, 6
 
-def damage(evaluation, by, rate, draw, c, mask_id):
+def damage(evaluation, rate, draw, mask_id, order=None, sampled=False):
     """evaluation.ids with a share `rate` of each row's words replaced: (tokens,).
 
-    by: "highest" or "lowest": the words of highest or lowest confidence c (tokens,) become [MASK].
-    "[MASK]" or "other word": random words become [MASK], or a random word of the same row.
+    order (tokens,): a row's words with the lowest numbers are replaced; None: random ones.
+    sampled: by a token drawn from the same row, which may be the same; else by [MASK].
     draw: the seed.
     """
     import numpy as np
     ids = evaluation.ids
     rng = np.random.default_rng([draw, round(1000 * rate)])
-    if by == "highest":
-        order = -c
-    elif by == "lowest":
-        order = c
-    else:
+    if order is None:
         order = rng.random(len(ids))
 
     changed = ids.copy()
@@ -899,7 +908,7 @@ def damage(evaluation, by, rate, draw, c, mask_id):
         words = tokens[evaluation.is_word[tokens]]     # where this row's words stand
         count = int(np.rint(rate * len(words)))
         hit = words[np.argsort(order[words], kind="stable")][:count]
-        if by == "other word":
+        if sampled:
             others = words[(rng.random(count) * len(words)).astype(int)]
             changed[hit] = ids[others]
         else:
@@ -924,19 +933,20 @@ def score_tokens(module, ids, evaluation, name):
 def curves(modules, kinds, rates, draws, evaluation):
     """{"method, kind": {rate: scores}} for modules {method: module}.
 
-    kinds {name: (by, c)}, see `damage`; draws: scores for each rate.
+    kinds {name: which words are replaced, and by what, as arguments of `damage`}. draws: scores for
+    each rate.
     """
     found = {}
     mask_id = evaluation.setup.tokenizer.mask_token_id
     for method, module in modules.items():
         whole = score_tokens(module, evaluation.ids, evaluation, f"{method}, all words")
-        for kind, (by, c) in kinds.items():
+        for kind, which in kinds.items():
             name = f"{method}, {kind}"
             found[name] = {0.0: [whole]}
             for rate in rates:
                 scores = []
                 for draw in range(draws):
-                    ids = damage(evaluation, by, rate, draw, c, mask_id)
+                    ids = damage(evaluation, rate, draw, mask_id, **which)
                     bar = f"{name}, {rate:.0%}"
                     scores.append(score_tokens(module, ids, evaluation, bar))
                 found[name][rate] = scores
@@ -958,8 +968,8 @@ def drop_words(modules, folders, chosen_by, c, rates, evaluation):
     correlation = data.spearman(c[words], c_start[words])
     evaluation.world.say(f"\n{folder}: rank correlation of its confidences with the "
                          f"untrained ones on {evaluation.name}: {correlation:.2f}")
-    kinds = {"highest": ("highest", c), "lowest": ("lowest", c),
-             "highest, untrained": ("highest", c_start), "lowest, untrained": ("lowest", c_start)}
+    kinds = {"highest": {"order": -c}, "lowest": {"order": c},
+             "highest, untrained": {"order": -c_start}, "lowest, untrained": {"order": c_start}}
     found = curves(modules, kinds, rates, 1, evaluation)
     write_curves(folder, "drop", found, evaluation,
                  confidences=folder, correlation_with_start=round(correlation, 4))
@@ -968,7 +978,7 @@ def drop_words(modules, folders, chosen_by, c, rates, evaluation):
 
 def perturb_words(modules, folder, confident, asked, evaluation):
     """Figure 5 of one seed: its curves, written into `folder`. confident: as in `write_curves`."""
-    kinds = {"[MASK]": ("[MASK]", None), "other word": ("other word", None)}
+    kinds = {"[MASK]": {}, "other word": {"sampled": True}}
     found = curves(modules, kinds, asked.rates, asked.draws, evaluation)
     write_curves(folder, "perturb", found, evaluation, confidences=confident)
     return found
@@ -1022,21 +1032,24 @@ def clouds_of(module, split, cls_token, world, name, given=None):
     def keep(module, args, outputs):
         last.append(outputs[0])                                          # (3B, n, H)
 
-    handle = module.model.base_model.register_forward_hook(keep)
+    module.eval()
     torch.manual_seed(0)                               # TDT-hard and mu_0 of noise draw
-    with torch.inference_mode():
-        for rows, _, inputs in common.eval_inputs(split, world, name):
-            at = (inputs["input_ids"] == cls_token).int().argmax(1)      # (B,)
-            perturbable = inputs.pop("perturbable", None)
-            theirs = given[len(used)] if given else None
-            logits, c, _, _ = module.passes(3, perturbable, theirs, **inputs)
-            used.append(c)
-            states = torch.stack(last.pop().chunk(3))                    # (3, B, n, H)
-            states = states[:, torch.arange(len(rows)), at].float().cpu().numpy()
-            logits = torch.stack(logits).float().cpu().numpy()           # (3, B, C)
-            for i, row in enumerate(rows):
-                kept[row] = states[:, i], logits[:, i]
-    handle.remove()
+    handle = module.model.base_model.register_forward_hook(keep)
+    try:
+        with torch.inference_mode():
+            for rows, _, inputs in common.eval_inputs(split, world, name):
+                at = (inputs["input_ids"] == cls_token).int().argmax(1)  # (B,)
+                perturbable = inputs.pop("perturbable", None)
+                theirs = given[len(used)] if given else None
+                logits, c, _, _ = module.passes(3, perturbable, theirs, **inputs)
+                used.append(c)
+                states = torch.stack(last.pop().chunk(3))                # (3, B, n, H)
+                states = states[:, torch.arange(len(rows)), at].float().cpu().numpy()
+                logits = torch.stack(logits).float().cpu().numpy()       # (3, B, C)
+                for i, row in enumerate(rows):
+                    kept[row] = states[:, i], logits[:, i]
+    finally:
+        handle.remove()
     kept = world.gather(kept)
     states = np.stack([state for state, _ in kept], 1)
     return Clouds(states, np.stack([logits for _, logits in kept], 1), used)
@@ -1085,14 +1098,13 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     setup = evaluation.setup
     world = evaluation.world
     tokenizer = setup.tokenizer
-    if n < len(evaluation.split):
-        rows = data.subset(evaluation.split, n, 0)
-        chosen = evaluation.split.take(rows).rows
-    else:
-        chosen = evaluation.split.rows
+    chosen = evaluation.split.rows
+    if n < len(chosen):
+        chosen = chosen.select(data.subset(evaluation.split, n, 0))
     chosen_flags = common.read_results(os.path.join(folders[chosen_by], "results.json"))["args"]
     perturb = what_to_perturb(args.task, chosen_flags["keep_special"])
-    split = data.encode(chosen, evaluation.task, tokenizer, args.max_length, perturb=perturb)
+    with world.in_turns():
+        split = data.encode(chosen, evaluation.task, tokenizer, args.max_length, perturb=perturb)
     metric = evaluation.task.metrics.split()[0]
     perplexity = min(30, (3 * len(split) - 1) // 3)    # t-SNE needs more than thrice as many points
 
@@ -1103,7 +1115,7 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     clouds_of_all = {chosen_by: clouds_by(chosen_by)}
     for method in modules:
         if method != chosen_by:
-            given = None if method in CONFIDENT else clouds_of_all[chosen_by].c
+            given = None if method in WITH_CONFIDENCES else clouds_of_all[chosen_by].c
             clouds_of_all[method] = clouds_by(method, given)
 
     numbers = {}
@@ -1158,7 +1170,7 @@ def clouds_body(maps, numbers, labels, names, chosen_by, perplexity):
 
     drawn = {}
     for method, points in maps.items():
-        whose = "" if method in CONFIDENT else f", its H+ and H- with the c of {chosen_by}"
+        whose = "" if method in WITH_CONFIDENCES else f", its H+ and H- with the c of {chosen_by}"
         clouds = dict(zip(MARKS, points))
         drawn[method + whose] = common.map_svg(clouds, MARKS, filled)
     words = (
@@ -1221,7 +1233,7 @@ def analyse(args, asked, setup, tokenizer, world):
     dropped = []
     perturbed = []
     for folders in asked.runs.values():
-        confident = [method for method in folders if method in CONFIDENT]
+        confident = [method for method in folders if method in WITH_CONFIDENCES]
         chosen_by = confident[0] if confident else None
         modules = {}
         for method, folder in folders.items():
@@ -1339,7 +1351,7 @@ def build_method(method, model, args, mask_token_id):
 def build_optimizer(method, module, args, steps):
     """As in all scripts, but for the confidence layer, which learns at --c_lr."""
     import common
-    part = module.confidence_layer if method in CONFIDENT else None
+    part = module.confidence_layer if method in WITH_CONFIDENCES else None
     return common.build_optimizer(module, args, steps, part, args.c_lr)
 
 
@@ -1354,24 +1366,24 @@ def copy_confidences(module):
 def write_model(method, module, untrained, folder):
     """The model as others load it, and its confidence layer as it was learned and as it began."""
     module.model.save_pretrained(folder)
-    if method in CONFIDENT:
+    if method in WITH_CONFIDENCES:
         torch.save(copy_confidences(module), f"{folder}/confidence.pt")
         torch.save(untrained, f"{folder}/confidence-start.pt")
 
 
 def what_to_perturb(task, keep_special):
-    """Which tokens may be perturbed, for the tokeniser: a column's name, "special" (all but special
-    tokens) or None (all)."""
+    """Which tokens may be perturbed, for the tokeniser: those of a column, by its name; all but
+    special ones, True; or all, False."""
     import data
     if task in data.TASKS and data.TASKS[task].perturb:
         return data.TASKS[task].perturb
-    return "special" if keep_special else None
+    return keep_special
 
 
 def setup_for(method, setup, perturb):
     """The setup, without the field `perturbable` for a method that does not want it.
 
-    perturb: see `what_to_perturb`; where it is None only token cutoff wants the field.
+    perturb: see `what_to_perturb`; where it is False only token cutoff wants the field.
     """
     if perturb or method == "cutoff":
         return setup
@@ -1397,7 +1409,7 @@ def main(argv=None):
     with common.processes(args) as world:
         if asked.finished:
             return use_finished(args, asked, world, started)
-        of_any = perturb or ("special" if "cutoff" in args.method else None)
+        of_any = perturb or "cutoff" in args.method
         setup = common.prepare(args, world, check, perturb=of_any)
         check_tokenizer(args, setup.tokenizer, args.method, asked)
 
@@ -1422,9 +1434,9 @@ def main(argv=None):
                 batches = common.build_batches(setup_for(method, setup, perturb), args, seed, world)
                 total = common.count_steps(args, batches.per_epoch)
                 optimizer, schedule = build_optimizer(method, module, args, total)
+                ddp = world.ddp(module)
                 run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
                           schedule=schedule, batches=batches)
-                ddp = world.ddp(module)
 
                 for step, batch in run.steps(total, batches):
                     lr = schedule.get_last_lr()[0]
@@ -1437,7 +1449,7 @@ def main(argv=None):
                     optimizer.zero_grad()
                     # end same
                     run.log(loss, stats, lr=lr)
-                    if run.every(args.eval_every):
+                    if run.is_due(args.eval_every):
                         run.keep_best(evaluate(model, setup.choose_by), module)
 
                 if args.eval_every:
@@ -1448,7 +1460,8 @@ def main(argv=None):
                 run.finish(metrics, batches, setup.tokenizer, write)
             if setup.unscored:
                 model = common.load_model(args, setup, seed, world, run.model_folder)
-                run.predict(setup.kind.forward(model, setup.task), model, setup)
+                forward = setup.kind.forward(model, setup.task)
+                common.write_unscored(run.folder, forward, model, setup, world)
             asked.runs.setdefault(seed, {})[method] = run.folder
             results.append(run.results)
         if asked.any:
