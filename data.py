@@ -6,7 +6,7 @@
     2  reading                     load, own_files, read_file, general_text
     3  encoding, by kind           encode, tokenise_texts
     4  batches                     Field, Split, Batches, eval_batches, subset
-    5  metrics                     METRICS, rouge, score_rows, write_classes, KINDS
+    5  metrics                     METRICS, rouge; outputs, scores and files of each kind; KINDS
     6  the toy language            toy_rows, toy_summaries, toy_tags, toy_questions, toy_corpus
 
 A further task is one row of TASKS. A further kind of task is one group of functions and one line of
@@ -1690,6 +1690,8 @@ def common_in_order(a, b):
     return places
 
 
+# Of each kind: how a model is loaded and asked, and what is kept of its answers.
+
 def logits_of(model, task):
     """forward(**inputs) -> logits (B, C) of a Hugging Face classifier."""
     def forward(**inputs):
@@ -1757,6 +1759,8 @@ def size_for_beams(task):
     """Each row is searched for by so many beams at once."""
     return {"tokens": 32768 // task.decoding.beams, "most": 256 // task.decoding.beams}
 
+
+# Classes, numbers and texts to write: their scores, and their files of predictions.
 
 def predicted_classes(task, trained, kept):
     """The best of logits, the trained task's labels mapped to those of `task`: (n,)."""
