@@ -892,7 +892,7 @@ def whole_text(text, row, column, where):
 
 
 def ids_of(table, where):
-    """The rows' own names, in a column `id`, as strings; None without such a column."""
+    """The rows' own ids, in a column `id`, as strings; None without such a column."""
     if "id" not in column_names(table):
         return None
     return [whole_text(str(cell), row, "id", where) for row, cell in enumerate(table["id"], 1)]
@@ -1006,7 +1006,7 @@ def read_generate(table, task, where):
 
 
 def make_rows(texts, labels, kind, ids):
-    """A Dataset of strings and labels, and of the rows' own names if there are any."""
+    """A Dataset of strings and labels, and of the rows' own ids if there are any."""
     import datasets
     columns = {**texts, "label": labels}
     types = {name: datasets.Value("string") for name in texts}
@@ -1296,7 +1296,7 @@ class Split:
         return np.arange(len(self))
 
     def column(self, name):
-        """A column of the rows, such as their own names, as a list; None if there is none."""
+        """A column of the rows, such as their own ids, as a list; None if there is none."""
         if self.rows is None or name not in self.rows.column_names:
             return None
         return list(self.rows[name])
@@ -1833,20 +1833,20 @@ def write_numbers(folder, name, task, kept, split):
 def write_texts(folder, name, task, kept, split):
     """A json object a line: the row's own id, or its index; what was written; what was wanted."""
     path = os.path.join(folder, f"predictions-{name}.jsonl")
-    names = split.column("id") or range(len(kept))
+    ids = split.column("id") or range(len(kept))
     with open(path, "w", encoding="utf-8") as file:
-        for row, text, reference in zip(names, kept, split.column("label")):
+        for row, text, reference in zip(ids, kept, split.column("label")):
             line = {"id": row, "prediction": text, "reference": reference or None}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return path
 
 
-def write_table(folder, name, header, columns, names=None):
+def write_table(folder, name, header, columns, ids=None):
     """A tsv: the row's index, its own id where it has one, and the columns. Returns its path."""
     path = os.path.join(folder, f"predictions-{name}.tsv")
-    if names:
+    if ids:
         header = ["id", *header]
-        columns = [names, *columns]
+        columns = [ids, *columns]
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(["index", *header])
@@ -2068,14 +2068,14 @@ def read_span(table, task, where):
     import datasets
     texts = read_texts(table, task, where)
     count = len(texts["context"])
-    names = ids_of(table, where) or [str(row) for row in range(count)]
+    ids = ids_of(table, where) or [str(row) for row in range(count)]
     answers = [None] * count
     if task.label in column_names(table):
         answers = list(table[task.label])
 
     found = {"id": [], "question": [], "context": [], "label": [], "starts": []}
     for row in range(count):
-        if not names[row].startswith(task.only):
+        if not ids[row].startswith(task.only):
             continue
         given = answers[row] or {"text": [], "answer_start": []}
         if not are_answers(given):
@@ -2085,7 +2085,7 @@ def read_span(table, task, where):
         context = texts["context"][row]
         starts = [nearest(context, *answer)
                   for answer in zip(given["text"], given["answer_start"])]
-        values = names[row], texts["question"][row], context, list(given["text"]), starts
+        values = ids[row], texts["question"][row], context, list(given["text"]), starts
         for name, value in zip(found, values):
             found[name].append(value)
     if not found["id"]:
@@ -2263,8 +2263,8 @@ def score_spans(task, trained, kept, split):
     scores = []
     for row, text in best_answers(kept, split).items():
         scores.append(answer_scores(text, answers[row], task.language or "en", rule))
-    em, f1 = np.mean(scores, 0)
-    values = {"em": float(em), "f1": float(f1)}
+    em, mean_f1 = np.mean(scores, 0)
+    values = {"em": float(em), "f1": float(mean_f1)}
     return {name: values[name] for name in task.metrics.split()}
 
 
@@ -2277,8 +2277,8 @@ def span_text(task, best):
 def write_spans(folder, name, task, kept, split):
     """{id: answer}, as SQuAD's scripts read it."""
     path = os.path.join(folder, f"predictions-{name}.json")
-    names = split.column("id")
-    found = {names[row]: text for row, text in best_answers(kept, split).items()}
+    ids = split.column("id")
+    found = {ids[row]: text for row, text in best_answers(kept, split).items()}
     with open(path, "w", encoding="utf-8") as file:
         json.dump(found, file, ensure_ascii=False, indent=1)
     return path
