@@ -563,7 +563,7 @@ def clouds_of(f, setup, world):
 
 
 def embed(folder, f, setup, world):
-    """Both clouds of a run, L2-normalised. As they are, they are written to its embed.npz."""
+    """Writes both clouds of a run to its embed.npz, and returns them L2-normalised."""
     import common
     import numpy as np
     in_domain, out_of_domain = clouds_of(f, setup, world)
@@ -656,13 +656,13 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     import common
     folders = [*clouds_of_folders]
     clouds = {BEFORE: clouds_before_training(args, setup, folders, world)}
-    drawn = {}                                         # {run: results}, those of the first seed
+    results_drawn = {}                                 # {run: results}, those of the first seed
     for folder, both in clouds_of_folders.items():
         run = os.path.basename(os.path.abspath(folder))
         clouds[run] = both
         results = common.read_results(os.path.join(folder, "results.json"))
         if results["seed"] == args.seeds[0]:
-            drawn[run] = results
+            results_drawn[run] = results
 
     names = [next(iter(setup.validation)), next(iter(setup.further))]
     sizes = [len(cloud) for cloud in clouds[BEFORE]]
@@ -674,8 +674,8 @@ def write_figure_2(args, setup, clouds_of_folders, world):
         return
 
     perplexity = min(30, (sum(sizes) - 1) // 3)        # t-SNE needs more than thrice as many
-    shown = {run: clouds[run] for run in [BEFORE, *drawn]}
-    maps = draw_maps(args.projection, perplexity, shown, drawn, names)
+    clouds_drawn = {run: clouds[run] for run in [BEFORE, *results_drawn]}
+    maps = draw_maps(args.projection, perplexity, clouds_drawn, results_drawn, names)
     legend = [common.legend_of("in", MARKS["in"], f"in domain: {sets[0]}"),
               common.legend_of("out", MARKS["out"], f"out of domain: {sets[1]}")]
     words = words_of_figure_2(args.projection, perplexity, sizes)
@@ -730,7 +730,9 @@ class Texts:
     """B, M and the sets to score, with g's token states in place of the ids while g is frozen.
 
     pair: whether a row has two sentences, apart. M: a Split, or None where no method wants it.
+    taught, teacher_logits: what Self-Teach learns from, a Split and (rows, C), or None.
     folder: where the states lie; None: every batch is encoded again, with the same numbers.
+    cached {(what g's weights hash to, split): the split with its states}.
     """
 
     def __init__(self, args, setup, world):
@@ -794,7 +796,7 @@ def draw_general(args, setup, wanted, world):
 def draw_taught(args, setup, wanted, world):
     """General text with as many columns as the task has, in the same form; labels: 0, 1, 2 ...
 
-    Of pairs the two are neighbours in M (choice 14).
+    Of pairs the two are neighbours in M (choice 14). They repeat if they are fewer than `wanted`.
     """
     import data
     from datasets import Dataset

@@ -968,6 +968,28 @@ def probe(args, argv):
 
 # --------------------------------------------------------------------------------------  the recipe
 
+# FreeLB's release, for RoBERTa: length of an ascent, ascents, size of z_0, bound of |z|.
+FREELB = {
+    "mnli": (0.1, 2, 0.1, 0.3),
+    "qnli": (0.1, 2, 0.2, 0.2),
+    "qqp": (0.15, 2, 0.32, 0.62),
+    "sst2": (0.1, 2, 1.0, 0.6),
+    "rte": (0.06, 3, 0.16, 0.14),
+    "mrpc": (0.04, 3, 0.64, 0.4),
+    "cola": (0.025, 3, 0.4, 0.3),
+    "stsb": (0.1, 3, 0.16, 0.28),
+}
+
+# Tables 7 and 8: real tokens a batch, updates, warm-up; XSum is not in the paper.
+SUMMARIES = {
+    "cnndm": (1024, 80000, 1000),
+    "gigaword": (2048, 200000, 5000),
+    "tifu-long": (2048, 200000, 5000),
+    "tifu-short": (2048, 200000, 5000),
+    "xsum": (2048, 200000, 5000),
+}
+
+
 def recipe(args):
     """Tables 5, 6 and 9: learning rate, updates and batch by task; Adam, decay, warm-up for all."""
     table = {
@@ -1013,30 +1035,8 @@ def recipe(args):
     return "r3f: Tables 5 and 6", values
 
 
-# FreeLB's release, for RoBERTa: length of an ascent, ascents, size of z_0, bound of |z|.
-FREELB = {
-    "mnli": (0.1, 2, 0.1, 0.3),
-    "qnli": (0.1, 2, 0.2, 0.2),
-    "qqp": (0.15, 2, 0.32, 0.62),
-    "sst2": (0.1, 2, 1.0, 0.6),
-    "rte": (0.06, 3, 0.16, 0.14),
-    "mrpc": (0.04, 3, 0.64, 0.4),
-    "cola": (0.025, 3, 0.4, 0.3),
-    "stsb": (0.1, 3, 0.16, 0.28),
-}
-
-# Tables 7 and 8: real tokens a batch, updates, warm-up; XSum is not in the paper.
-SUMMARIES = {
-    "cnndm": (1024, 80000, 1000),
-    "gigaword": (2048, 200000, 5000),
-    "tifu-long": (2048, 200000, 5000),
-    "tifu-short": (2048, 200000, 5000),
-    "xsum": (2048, 200000, 5000),
-}
-
-
 def summary_recipe(args):
-    """Of summaries, the tasks' and one's own. Choice 10."""
+    """The recipe of the tasks of summaries, and of one's own; choice 10."""
     values = {"model": "facebook/bart-large", "lr": 3e-5, "betas": [0.9, 0.98], "adam_eps": 1e-8,
               "weight_decay": 0.01, "grad_clip": 0.1, "lam": 0.01, "label_smoothing": 0.1,
               "max_length": 1024, "eval_samples": 500, "batch_tokens": 2048}

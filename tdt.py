@@ -546,7 +546,8 @@ def read_analyses(args):
     import common
     finished = common.take_runs(args, METHODS)
     rates = [rate for rate in dict.fromkeys(args.rates) if rate > 0]
-    asked = Analyses(finished, runs_by_seed(finished), read_texts(args.explain, args.explain_file),
+    texts = texts_to_explain(args.explain, args.explain_file)
+    asked = Analyses(finished, runs_by_seed(finished), texts,
                      confidences=args.confidences, tsne=args.tsne, perturb=args.perturb,
                      drop=args.drop, rates=rates, draws=args.draws)
     if "rates" in args.by_hand and not (args.drop or args.perturb):
@@ -569,7 +570,7 @@ def read_analyses(args):
     return asked
 
 
-def read_texts(given, path):
+def texts_to_explain(given, path):
     """The texts of --explain and of --explain_file. A tab is a ||| too."""
     import common
     lines = [("--explain", line) for line in given]
@@ -761,7 +762,7 @@ def explain(module, tokenizer, text, max_length, world):
         logits = module.model(**inputs).logits[0].float()                # (C,)
     ids = encoded["input_ids"][0].tolist()
     unknown = [token == tokenizer.unk_token_id for token in ids]
-    words = words_of(parts, encoded.sequence_ids(0), encoded.word_ids(0), spans, c, unknown)
+    words = words_with_c(parts, encoded.sequence_ids(0), encoded.word_ids(0), spans, c, unknown)
     if len(logits) == 1:
         return Explanation(text, round(logits.item(), 3), None, words)
     probabilities = logits.softmax(-1)
@@ -770,7 +771,7 @@ def explain(module, tokenizer, text, max_length, world):
     return Explanation(text, label, round(probabilities[best].item(), 4), words)
 
 
-def words_of(parts, sentences, numbers, spans, c, unknown):
+def words_with_c(parts, sentences, numbers, spans, c, unknown):
     """[word, confidence, sentence] of each word, from what is known of each token.
 
     A word is what the tokenizer first splits a text into (punctuation stands alone), and has the
@@ -1184,7 +1185,7 @@ def clouds_body(maps, numbers, labels, names, chosen_by, perplexity):
 
 # ---------------------------------------------------------------------------  analyses: all of them
 
-def check_task(args, asked, task):
+def check_figure_3(args, asked, task):
     """UserError if --tsne is asked for a task without classes."""
     import common
     if asked.tsne and task.outputs == 1:
@@ -1213,7 +1214,7 @@ def use_finished(args, asked, world, started):
     to_score = not asked.any or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
     if to_score or asked.figures:
-        setup = common.prepare(args, world, functools.partial(check_task, args, asked))
+        setup = common.prepare(args, world, functools.partial(check_figure_3, args, asked))
         tokenizer = setup.tokenizer
     else:
         tokenizer = common.load_tokenizer(args, world)
@@ -1404,7 +1405,7 @@ def main(argv=None):
 
     def check(task):
         common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
-        check_task(args, asked, task)
+        check_figure_3(args, asked, task)
 
     with common.processes(args) as world:
         if asked.finished:

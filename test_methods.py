@@ -5941,7 +5941,7 @@ def test_a_word_has_the_largest_confidence_of_its_pieces():
     encoded = tokenizer(text, return_offsets_mapping=True)
     c = [0.99, 0.2, 0.7, 0.3, 0.4, 0.1, 0.98]
     unknown = [False] * 5 + [True, False]
-    words = tdt.words_of([text], encoded.sequence_ids(0), encoded.word_ids(0),
+    words = tdt.words_with_c([text], encoded.sequence_ids(0), encoded.word_ids(0),
                          encoded["offset_mapping"], c, unknown)
     assert words == [["Unbearable", 0.7, 0], ["plot", 0.4, 0], ["! (unknown)", 0.1, 0]]
 
