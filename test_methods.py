@@ -2072,6 +2072,15 @@ def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, ca
         run("r3f", tiny_folder, tmp_path, *flags)
 
 
+def test_a_local_file_whose_rows_have_changed_is_another_run(tmp_path, cache):
+    rows = [{"sentence": "a good plot", "label": i % 2} for i in range(20)]
+    path = write_rows(tmp_path / "ood.jsonl", rows)
+    args = parse("r3f", "--task", "cola-ood", "--local_file", f"cola-ood={path}", "bustm=nowhere")
+    before = common.digests_of_files(args)
+    write_rows(tmp_path / "ood.jsonl", rows[::-1])
+    assert [*before] == ["local_file_digest"] and common.digests_of_files(args) != before
+
+
 def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp_path, monkeypatch):
     """Else a slow process would take the log of this very run for an unfinished one."""
     order = []
@@ -2159,6 +2168,18 @@ def test_a_full_disk_while_the_model_is_written_is_one_line(tiny_folder, tmp_pat
             run("r3f", tiny_folder, tmp_path, "--method", "std")
     killed_at(monkeypatch, [*range(12)])               # no step is made again
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--resume")
+
+
+def test_a_closed_output_is_one_line(capsys, monkeypatch):
+    """Of whichever pipe: a worker's tells as much."""
+    silenced = []
+    monkeypatch.setattr(common, "silence_output", lambda: silenced.append(True))
+
+    def closed():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert common.cli(closed) == 1
+    assert capsys.readouterr().err.endswith(": an output is closed: Broken pipe\n") and silenced
 
 
 def test_a_full_disk_elsewhere_is_one_line(capsys):
@@ -2459,6 +2480,24 @@ def test_scores_that_are_there_are_not_overwritten_by_those_of_a_file(tiny_folde
     assert (folder / "predictions-test-jsonl.tsv").exists()
     with pytest.raises(UserError, match="--max_length: must be 64, as of --run .*, whose results"):
         r3f.main(["--run", str(folder), "--max_length", "16"])
+
+
+def test_two_commands_that_score_one_run_at_the_same_time_lose_nothing(tiny_folder, tmp_path, cache,
+                                                                       monkeypatch):
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2)
+    folder = str(tmp_path / "toy/std-0")
+    evaluate = common.evaluate
+
+    def evaluate_while_another_does(*args, **more):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "evaluate", evaluate)
+            r3f.main(["--run", folder, "--eval_tasks", "toy:test"])
+        return evaluate(*args, **more)
+
+    monkeypatch.setattr(common, "evaluate", evaluate_while_another_does)
+    result, = r3f.main(["--run", folder, "--eval_tasks", "toy-food:test"])
+    assert [*result["metrics"]] == ["validation", "toy-food", "test", "toy-food/test"]
+    assert load(f"{folder}/results.json") == result
 
 
 def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_path, cache):
