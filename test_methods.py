@@ -3170,6 +3170,10 @@ README_TABLES = [
      "| fp32 | SST-2, accuracy | p | CoLA, MCC | p | its out-of-domain set | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc"),
       ("cola", "out_of_domain", "mcc")]),
+    ("cola-10.jsonl", "",
+     "| 320 steps | CoLA, MCC | p | its in-domain set | p | its out-of-domain set | p |",
+     [("cola", "validation", "mcc"), ("cola", "in_domain", "mcc"),
+      ("cola", "out_of_domain", "mcc")]),
     ("stsb.jsonl", "", "| | STS-B, Spearman | p |", [("stsb", "validation", "spearman")]),
     ("stsb-10.jsonl", "", "| 320 steps | STS-B, Spearman | p |",
      [("stsb", "validation", "spearman")]),
@@ -3221,6 +3225,7 @@ CLAIMS = {
     ("R4F", "CoLA"): ("1000-fp32.jsonl", ("cola", "validation", "mcc"), "r4f"),
     ("TDT", "SST-2"): ("1000.jsonl", ("sst2", "validation", "accuracy"), "tdt"),
     ("TDT", "CoLA"): ("1000.jsonl", ("cola", "validation", "mcc"), "tdt"),
+    ("TDT", "CoLA, 320 steps"): ("cola-10.jsonl", ("cola", "validation", "mcc"), "tdt"),
     ("TDT", "QQP"): ("qqp.jsonl", ("qqp", "validation", "accuracy"), "tdt"),
     ("TDT", "STS-B, 320 steps"): ("stsb-10.jsonl", ("stsb", "validation", "spearman"), "tdt"),
 }
