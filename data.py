@@ -2623,7 +2623,7 @@ if __name__ == "__main__":
     try:
         main()
     except BrokenPipeError:                            # the reader of our output has gone: `| head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError, ValueError) as error:
         # The last two: no such --model.
