@@ -613,6 +613,13 @@ def test_both_own_files_are_read_and_the_test_file_without_labels(tmp_path):
         data.load, own(train, validation, test_file=test))
 
 
+def test_a_file_that_is_trained_on_and_scored_gets_a_warning(tmp_path):
+    path = write(tmp_path / "good.csv", GOOD)
+    line, = data.load(own(path, path)).warnings
+    assert line == (f"--validation_file {path}: is the training file too, so what is scored was "
+                    "trained on")
+
+
 def test_a_number_in_an_own_file_is_a_name_not_an_index(tmp_path):
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 2}, {"text": "c", "label": 2}]
     loaded = data.load(own(write(tmp_path / "t.jsonl", lines_of(rows))))
@@ -2235,6 +2242,22 @@ def test_no_code_of_a_models_repository_is_run(tiny_folder, tmp_path, cache, cap
     with pytest.raises(UserError, match="--model .*evil"):
         run("r3f", folder, tmp_path / "out", "--method", "std")
     assert not os.path.exists(tmp_path / "ran") and "y/N" not in capfd.readouterr().out
+
+
+def test_the_best_state_is_chosen_by_one_set(cache):
+    """MNLI's other validation set is scored at the end alone."""
+    split = split_of([0, 1, 1])
+    sets = {name: (data.TASKS["mnli"], split) for name in ("validation_matched", "mismatched")}
+    setup = common.Setup(data.TASKS["mnli"], None, split, sets, {}, {}, {}, sample=2)
+    (name, (_, chosen)), = setup.choose_by.items()
+    assert name == "validation_matched" and len(chosen) == 2
+    assert [*setup.scored] == [*sets]
+
+
+@pytest.mark.parametrize("text", ["1" * 400, "nan", "1e400", "0", "x"])
+def test_what_is_no_number_from_1_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number from 1"):
+        common.number(int, 1)(text)
 
 
 # -------------------------------------------------------------------- held-out rows and the search
@@ -6334,6 +6357,8 @@ def test_a_module_in_train_mode_is_read_without_its_dropout(copied):
         "labels": data.Field(np.zeros(2, int), None, 0)})
 
     explanation = tdt.explain(module, tokenizer, "great cast", 32, world)
+    tokenizer.unk_token = None                         # as of tokenizers by bytes
+    assert tdt.explain(module, tokenizer, "great cast", 32, world) == explanation
     c = tdt.confidences_of(module, evaluation, "bar")
     module.train()
     assert tdt.explain(module, tokenizer, "great cast", 32, world) == explanation
