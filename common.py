@@ -1161,6 +1161,13 @@ def write_unscored(folder, forward, module, setup, world):
         write_predictions(folder, name, kept, split, setup, world)
 
 
+def predict_unscored(args, run, setup, world):
+    """`write_unscored` with the model that a run has saved."""
+    if setup.unscored:
+        model = load_model(args, setup, run.seed, world, run.model_folder)
+        write_unscored(run.folder, setup.kind.forward(model, setup.task), model, setup, world)
+
+
 def evaluate(forward, module, sets, setup, world, final=False, folder=None):
     """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
 

@@ -1135,10 +1135,7 @@ def main(argv=None):
                 metrics = evaluate(model, setup.scored, final=True, folder=run.folder)
                 write = functools.partial(write_model, model)
                 run.finish(metrics, batches, setup.tokenizer, write)
-            if setup.unscored:
-                model = common.load_model(args, setup, seed, world, run.model_folder)
-                forward = setup.kind.forward(model, setup.task)
-                common.write_unscored(run.folder, forward, model, setup, world)
+            common.predict_unscored(args, run, setup, world)
             results.append(run.results)
         return common.print_table(world.say, results, args, started)
 

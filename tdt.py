@@ -1459,10 +1459,7 @@ def main(argv=None):
                 metrics = evaluate(model, setup.scored, final=True, folder=run.folder)
                 write = functools.partial(write_model, method, module, untrained)
                 run.finish(metrics, batches, setup.tokenizer, write)
-            if setup.unscored:
-                model = common.load_model(args, setup, seed, world, run.model_folder)
-                forward = setup.kind.forward(model, setup.task)
-                common.write_unscored(run.folder, forward, model, setup, world)
+            common.predict_unscored(args, run, setup, world)
             asked.runs.setdefault(seed, {})[method] = run.folder
             results.append(run.results)
         if asked.any:

@@ -3173,6 +3173,7 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
 NAMES = {"std": "std", "adapter": "adapter", "R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop",
          "SMART": "smart", "FreeLB": "freelb", "nothing": "std",
          "G-Tuning": "gtuning", "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff",
+         "160": "std epochs=5.0", "320": "std epochs=10.0",
          "NoisyTune": "std weight_noise=0.15",
          "NoisyTune, 0.2": "std weight_noise=0.2", "post-training": "std post_train=3.0",
          "as in the paper": "tdt alpha=0.5 beta=0.5 variant=paper",
@@ -3194,6 +3195,9 @@ README_TABLES = [
      "| fp32 | SST-2, accuracy | p | CoLA, MCC | p | its out-of-domain set | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc"),
       ("cola", "out_of_domain", "mcc")]),
+    ("steps.jsonl", "--baseline 'std epochs=5.0'",
+     "| steps of `std` | SST-2, accuracy | p | CoLA, MCC | p |",
+     [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
     ("cola-10.jsonl", "",
      "| 320 steps | CoLA, MCC | p | its in-domain set | p | its out-of-domain set | p |",
      [("cola", "validation", "mcc"), ("cola", "in_domain", "mcc"),
@@ -3219,7 +3223,7 @@ def test_the_readmes_tables_are_what_the_kept_lines_say(name, flags, header, key
     """Every difference, its interval and its p, of every method."""
     path = tmp_path / name                             # the report writes beside the lines
     shutil.copy(os.path.join(HERE, ".results", name), path)
-    table, = common.main_report([str(path), *flags.split()])
+    table, = common.main_report([str(path), *shlex.split(flags)])
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
     assert text.count(header) == 1
     lines = text.partition(header)[2].split("\n\n")[0].split("\n")[2:]
