@@ -4099,13 +4099,12 @@ def toy_model(world):
         vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=256, max_position_embeddings=64, initializer_range=0.1)
     model = BertForMaskedLM(config).to(world.device).eval()              # eval: no dropout here
-    ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"]
-    steps = 1800
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    steps = 1200
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    hide = functools.partial(hide_words, share=0.25, special=torch.arange(5), mask=4)
-    batches = toy_batches(ids.to(world.device), steps)
+    hide = functools.partial(hide_words, share=0.15, special=torch.arange(5), mask=4)
+    batches = toy_batches(tokenizer, steps, world)
     learn_masked_words(model, batches, hide, optimizer, schedule)
     return save_made(model, tokenizer, folder)
 
@@ -4144,12 +4143,14 @@ def save_made(model, tokenizer, folder):
     return folder
 
 
-def toy_batches(ids, steps):
-    """Batches of 64 rows of ids (rows, n), padded with 0."""
-    for _ in range(steps):
-        x = ids[torch.randint(len(ids), (64,), device=ids.device)]
-        x = x[:, :int((x != 0).sum(1).max())]                            # (64, n)
-        yield {"input_ids": x, "attention_mask": (x != 0).long()}
+def toy_batches(tokenizer, steps, world):
+    """64 reviews of the toy corpus a step, about as long as each other: the ids and their mask."""
+    rows = data.general_text("toy", len(data.toy_corpus()))
+    split = data.encode(rows, data.TASKS["toy"], tokenizer, 64)
+    batches = data.Batches(split, 64, seed=0)
+    for step in range(steps):
+        inputs, = batches[step]
+        yield world.put({name: inputs[name] for name in ("input_ids", "attention_mask")})
 
 
 def hide_words(x, share, special, mask, others=0):
@@ -4310,8 +4311,8 @@ def toy_writer(world):
         bos_token_id=begin, eos_token_id=end, decoder_start_token_id=end,
         forced_eos_token_id=end)
     model = BartForConditionalGeneration(config).to(world.device).eval() # eval: no dropout here
-    ids = tokenizer(corpus, padding=True, return_tensors="pt")["input_ids"]
-    learn_to_restore(model, ids.to(world.device))
+    steps = 600
+    learn_to_restore(model, toy_batches(tokenizer, steps, world), steps)
     return save_made(model, tokenizer, folder)
 
 
@@ -4332,15 +4333,16 @@ def toy_tokenizer(words):
         cls_token=begin, sep_token=end, bos_token=begin, eos_token=end, mask_token=mask)
 
 
-def learn_to_restore(model, ids, steps=600, lr=3e-3):
+def learn_to_restore(model, batches, steps):
     """Denoising of a toy BART: -E log P(x | m(x)), m masks a third of the words.
 
-    ids (rows, n), padded with 0; words are above 4, the special tokens' ids, [MASK] is 4.
+    batches: the inputs of each step, padded with 0; words are above 4, the special tokens' ids,
+    [MASK] is 4.
     """
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=0.1)
-    for inputs in toy_batches(ids, steps):
+        optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    for inputs in batches:
         x = inputs["input_ids"]                                          # (64, n)
         m_x, _ = hide_words(x, 0.33, torch.arange(5), 4)
         labels = x.masked_fill(x == 0, -100)

@@ -2415,7 +2415,7 @@ def toy_opinions(domain, rng, labelled):
         if rng.random() < 0.05:
             phrase.append("not")
             good = not good
-        if not labelled and rng.random() < 0.6:
+        if not labelled and rng.random() < 0.9:
             phrase.append(rng.choice(TOY_WORDS["adverb"][not good]))
         adjectives = "both" if rng.random() < 0.1 else domain
         phrase.append(rng.choice(TOY_WORDS[adjectives][not good]))

@@ -5365,7 +5365,8 @@ def test_denoising_restores_a_third_of_the_words():
     ids[:, 0] = 2
     ids[:50, 8:] = 0
     model = Restorer()
-    common.learn_to_restore(model, ids, steps=4)
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    common.learn_to_restore(model, [batch] * 4, steps=4)
     for inputs in model.seen:
         damaged, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
         assert ((labels == -100) == (mask == 0)).all()
@@ -5378,7 +5379,8 @@ def test_denoising_restores_a_third_of_the_words():
 def test_the_toy_task_runs_with_its_own_model(tmp_path, cache, monkeypatch):
     """Its pre-training is cut short here."""
     real = common.learn_to_restore
-    monkeypatch.setattr(common, "learn_to_restore", lambda model, ids: real(model, ids, steps=3))
+    monkeypatch.setattr(common, "learn_to_restore", lambda model, batches, steps: real(
+        model, itertools.islice(batches, 3), steps))
     results = summarise("toy-sum", tmp_path, "--task", "toy-sum", "--max_steps", 2, "--eval_tasks",
                   "toy-sum-food", "--local_file", f"toy-sum-food={food_file(tmp_path)}",
                   "--method", "std", "--max_target_length", 8)
