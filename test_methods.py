@@ -8,6 +8,7 @@ Last come the tests of processes of their own, which run beside all the others f
 """
 import argparse
 import collections
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -1889,13 +1890,12 @@ def test_micro_batches_give_the_same_gradient(still_folder, cache):
 
 
 @pytest.mark.parametrize("script, methods", [
-    ("r3f", ["r3f", "r4f", "smart"]), ("tdt", ["tdt", "cutoff"]),
-    ("gtuning", ["adapter", "gtuning"])])
+    ("r3f", ["r3f", "smart"]), ("tdt", ["tdt", "cutoff"]), ("gtuning", ["gtuning"])])
 def test_compiled_layers_give_the_same_numbers(script, methods, tiny_folder, small, tmp_path,
                                                monkeypatch):
     """Methods train and evaluate with --compile. (The layers are traced, not translated.)
 
-    rdrop, freelb, std and tdt-hard meet the layers as these do.
+    The other methods meet the layers as these do.
     """
     traced = []
     compile_layer = torch.nn.Module.compile
@@ -1905,7 +1905,7 @@ def test_compiled_layers_give_the_same_numbers(script, methods, tiny_folder, sma
         compile_layer(layer, backend="eager", dynamic=dynamic)
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
-    reviews = small if script == "gtuning" else small[:-2]            # without --unlabeled
+    reviews = [*small, "--T", 1] if script == "gtuning" else small[:-2]      # no --unlabeled
     losses = []
     for flags in ([], ["--compile"]):
         out = tmp_path / str(len(flags))
@@ -1929,12 +1929,10 @@ def test_a_model_that_sees_one_class_alone_gets_a_warning(tiny_folder, tmp_path,
 
 # ----------------------------------------------------------------------------------------- 5  a run
 
-RUNS = [("r3f", "std"), ("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt"), ("tdt", "tdt-hard"),
-        ("gtuning", "adapter"), ("gtuning", "gtuning")]
-
-
-@pytest.mark.parametrize("script, method", RUNS)
+@pytest.mark.parametrize("script, method", [
+    ("r3f", "std"), ("tdt", "tdt-hard"), ("gtuning", "adapter")])
 def test_the_same_command_gives_the_same_bits(script, method, tiny_folder, tmp_path, cache):
+    """The other methods: those of the next test end with the same bits, killed or not."""
     first, = run(script, tiny_folder, tmp_path / "a", "--method", method)
     second, = run(script, tiny_folder, tmp_path / "b", "--method", method)
     assert first["metrics"] == second["metrics"]
@@ -1944,15 +1942,13 @@ def test_the_same_command_gives_the_same_bits(script, method, tiny_folder, tmp_p
     assert {"loss", "lr", "epoch", "examples_per_second"} <= last.keys()
 
 
-@pytest.mark.parametrize("script, method", [
-    ("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt"), ("gtuning", "gtuning")])
+@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt")])
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, method, tiny_folder, tmp_path,
                                                           cache, monkeypatch):
+    """gtuning, with its phases: below."""
     more = ["--method", method, "--save_every", 3, "--eval_every", 4, "--log_every", 2]
-    if script == "gtuning":
-        more += ["--T", 2]
     whole, = run(script, tiny_folder, tmp_path / "whole", *more)
-    steps = [5, 10, 16] if script == "gtuning" else [5, 10]           # one in each phase
+    steps = [5, 10]
     killed_at(monkeypatch, steps)
     while steps:
         with pytest.raises(KeyError):
@@ -2280,19 +2276,27 @@ SEARCH = ["--method", "std", "r3f", "--grid", "lr=1e-3,1e-5", "lam=1,5", "--dev_
           "--seeds", 3, 4, "--max_steps", 4]
 
 
-def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(tiny_folder, tmp_path, cache,
-                                                                   capsys):
-    results = run("r3f", tiny_folder, tmp_path, *SEARCH)
+@pytest.fixture(scope="module")
+def searched(tiny_folder, tmp_path_factory, cache):
+    """The folder of a finished search, its results and what it said."""
+    out = tmp_path_factory.mktemp("searched")
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        results = run("r3f", tiny_folder, out, *SEARCH)
+    return out, results, told.getvalue()
+
+
+def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
+    out, results, told = searched
     assert [(r["method"], r["seed"]) for r in results] == [
         ("std", 3), ("std", 4), ("r3f", 3), ("r3f", 4)]
     tried = {}
     for method, cells in (("std", 2), ("r3f", 4)):     # std has no use for lam
-        search = json.load(open(tmp_path / f"toy/search-{method}.json"))
+        search = json.load(open(out / f"toy/search-{method}.json"))
         tried[method] = [" ".join(cell["flags"]) for cell in search["tried"]]
         assert len(tried[method]) == cells and search["held_out_rows"] == 40
         for cell in search["tried"]:
             name = ",".join(flag.removeprefix("--") for flag in cell["flags"])
-            folder = tmp_path / "grid" / name / "toy" / f"{method}-3"
+            folder = out / "grid" / name / "toy" / f"{method}-3"
             found = json.load(open(folder / "results.json"))
             assert list(found["metrics"]) == ["held-out"]
             assert cell["score"] == found["metrics"]["held-out"]["accuracy"]
@@ -2304,18 +2308,17 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(tiny_folder, 
                 assert result["args"]["lr"] == float(best["flags"][0].removeprefix("--lr="))
                 assert "validation" in result["metrics"] and "held-out" in result["metrics"]
     assert tried["std"] == ["--lr=1e-3", "--lr=1e-5"]
-    saved = json.load(open(tmp_path / "toy/r3f-4/results.json"))
+    saved = json.load(open(out / "toy/r3f-4/results.json"))
     assert saved["searched"] == {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
-    told = capsys.readouterr().out
     assert "r3f: chosen of 4:" in told
     assert "toy, r3f: trying lr=1e-3,lam=5\n" in told
     assert told.count("  set by you ") == 2            # once a method, with what was chosen
 
 
-def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(tiny_folder, tmp_path, cache,
-                                                                     monkeypatch):
+def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(searched, tiny_folder,
+                                                                     tmp_path, monkeypatch):
     """And no finished cell or seed is run again."""
-    whole = run("r3f", tiny_folder, tmp_path / "whole", *SEARCH)
+    finished, whole, _ = searched
     out = tmp_path / "killed"
     begun = []
     begin = common.Run.begin
@@ -2330,7 +2333,7 @@ def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(tiny_folder
         with pytest.raises(KeyError):
             run("r3f", tiny_folder, out, *SEARCH, "--save_every", 1, "--resume")
     again = run("r3f", tiny_folder, out, *SEARCH, "--save_every", 1, "--resume")
-    assert_same_weights(weights(tmp_path / "whole"), weights(out))
+    assert_same_weights(weights(finished), weights(out))
     assert [r["metrics"] for r in again] == [r["metrics"] for r in whole]
     assert [r["searched"] for r in again] == [r["searched"] for r in whole]
     assert len(set(begun)) == 2 + 4 + 4 and len(begun) == 10 + 3         # three were begun twice
@@ -2582,11 +2585,12 @@ def finished_toy(tiny_folder, tmp_path_factory, cache):
 
 # ---------------------------------------------------------------------- 7  tables, pages, --profile
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["r3f", "tdt"])
 def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, tmp_path, cache,
                                                           capsys):
-    more = ["--T", 1] if script == "gtuning" else ["--batching", "length", "padded"]
-    seconds = run(script, tiny_folder, tmp_path / "out", "--profile", 1, *more)
+    """gtuning's: below."""
+    seconds = run(script, tiny_folder, tmp_path / "out", "--profile", 1, "--batching", "length",
+                  "padded")
     lines = capsys.readouterr().out.splitlines()
     head = next(i for i, line in enumerate(lines) if "ms/step" in line)
     table = [line.split() for line in lines[head + 1:]]
@@ -2594,11 +2598,9 @@ def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, t
     assert seconds.shape == (3, 1, len(table)) and (seconds > 0).all()
     assert not os.path.exists(tmp_path / "out")
     assert table[0][-1] == "1.00" and all(float(row[-1]) > 0 for row in table)
-    kinds = ["cached", "encoded"] if script == "gtuning" else ["length", "padded"]
-    assert [row[1] for row in table] == [kinds[0]] * 2 + [kinds[1]] * 2
-    if script != "gtuning":
-        real = {row[1]: float(row[5].rstrip("%")) for row in table}
-        assert real["length"] > real["padded"]
+    assert [row[1] for row in table] == ["length"] * 2 + ["padded"] * 2
+    real = {row[1]: float(row[5].rstrip("%")) for row in table}
+    assert real["length"] > real["padded"]
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -5606,7 +5608,9 @@ def test_hard_keeps_a_token_with_its_confidence_as_probability():
     labels, inputs = batch()
     module = wide(tdt.TDT(wide_tiny(), hard=True, mask_token_id=4))
     torch.manual_seed(0)
-    kept = torch.stack([module.passes(2, **inputs)[1].detach() for _ in range(400)])
+    e = tdt.embedding_layer(module.model)(inputs["input_ids"]).detach()
+    real = tdt.real_tokens(inputs)
+    kept = torch.stack([module.draw_confidence(e, real)[0].detach() * real for _ in range(400)])
     assert (kept.round() - kept).abs().max() < 1e-5
     confidence = module.confidence(**inputs).detach()
     torch.testing.assert_close(kept.mean(0), confidence, atol=0.1, rtol=0)
@@ -7685,10 +7689,12 @@ def test_figure_2_is_not_drawn_while_flags_are_chosen(tiny_folder, small, tmp_pa
 def test_profile_times_the_steps_from_states_and_from_texts(tiny_folder, small, tmp_path, cache,
                                                             capsys):
     both = ["--method", "adapter", "gtuning"]
-    seconds = tune(tiny_folder, tmp_path / "out", *small, *both, "--profile", 2, "--T", 1)
-    rows = re.findall(r"^(\w+, \w+) ", capsys.readouterr().out, re.M)
-    assert rows == ["adapter, cached", "gtuning, cached", "adapter, encoded", "gtuning, encoded"]
-    assert seconds.shape == (3, 2, 4) and (seconds > 0).all()
+    seconds = tune(tiny_folder, tmp_path / "out", *small, *both, "--profile", 1, "--T", 1)
+    rows = re.findall(r"^(\w+, \w+) .* ([\d.]+)$", capsys.readouterr().out, re.M)
+    assert [name for name, _ in rows] == [
+        "adapter, cached", "gtuning, cached", "adapter, encoded", "gtuning, encoded"]
+    assert rows[0][1] == "1.00" and all(float(cost) > 0 for _, cost in rows)
+    assert seconds.shape == (3, 1, 4) and (seconds > 0).all()
     assert not os.path.exists(tmp_path / "out")
 
     tune(tiny_folder, tmp_path / "out", *small, "--profile", 1, "--T", 1, "--tune", "all")
