@@ -189,13 +189,21 @@ def no_waiting_for_the_disk(started):
 
 @pytest.fixture(scope="session", autouse=True)
 def few_toy_rows(started):
-    """Runs in this process are scored on 320 of the toy language's 2000 rows."""
-    def first_rows(domain, split):
-        return data.toy_rows(domain, split).select(range(320))
+    """Runs in this process see few of the toy language's rows."""
+    def first_rows(make, n, domain, split):
+        return make(domain, split).select(range(n))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.TOYS, "toy", first_rows)
+        for name, n in (("toy", 320), ("toy-sum", 40), ("toy-qa", 40)):
+            few = functools.partial(first_rows, data.TOYS[name], n)
+            patch.setitem(data.TOYS, name, few)
         yield
+
+
+@pytest.fixture
+def quick_maps(monkeypatch):
+    """Maps after a few steps, where the page and the numbers beside them are looked at."""
+    monkeypatch.setattr(common, "tsne", functools.partial(common.tsne, steps=60))
 
 
 @pytest.fixture
@@ -1791,11 +1799,11 @@ def test_texts_to_write_without_a_word_for_rouge_are_counted(capsys):
 
 # ------------------------------------------------------------------------- 2  processes and signals
 
-def test_wrong_input_is_one_line_and_status_2(tmp_path):
-    done = subprocess.run([sys.executable, os.path.join(HERE, "r3f.py"), "--lr", "-3"],
-                          capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "r3f.py: --lr: must be a number above 0, got '-3'\n"
+def test_wrong_input_is_one_line_and_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["r3f.py", "--lr", "-3"])
+    assert common.cli(r3f.main) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == "r3f.py: --lr: must be a number above 0, got '-3'\n"
 
 
 def test_a_signal_in_the_first_seconds_shows_no_traceback(tmp_path):
@@ -3633,7 +3641,6 @@ def test_many_columns_go_below(tmp_path):
     assert sum(line.strip().startswith("std") for line in lines) == len(lines) // 5
 
 
-@pytest.mark.skipif(not hasattr(common, "main_report"), reason="for the code in common.py")
 def test_program_needs_no_torch(tmp_path):
     """python common.py FOLDER, and its exit status."""
     write_runs(tmp_path / "runs", 2, ["rte"])
@@ -4978,7 +4985,7 @@ def real_share(batches):
 
 
 @pytest.mark.parametrize("name, source, spread, target, target_spread, n, micro", [
-    ("gigaword", 38, 12, 13, 4.4, 200000, 0),
+    ("gigaword", 38, 12, 13, 4.4, 50000, 0),
     ("gigaword", 38, 12, 13, 4.4, 2000, 10),
     ("xsum", 480, 290, 29, 7.3, 1000, 0),
 ])
@@ -6392,10 +6399,12 @@ def test_a_run_trained_on_a_gpu_is_read_without_one(copied, monkeypatch):
 
 # ----------------------------------------------------------------------------------  wrong input
 
-@pytest.fixture
-def folders(copied, tmp_path, monkeypatch):
-    """Folders of runs that are not what --run wants, and TDT and AGAIN, which are."""
-    results = load(copied / "results.json")
+@pytest.fixture(scope="module")
+def folders(toy, tmp_path_factory):
+    """Where folders of runs lie that are not what --run wants, and TDT and AGAIN, which are."""
+    here = tmp_path_factory.mktemp("folders")
+    run = run_of(toy[0])
+    results = load(f"{run}/results.json")
     texts = {
         "R3F": json.dumps({**results, "method": "r3f"}),
         "ODD": json.dumps({**results, "method": ["tdt"]}),
@@ -6407,21 +6416,20 @@ def folders(copied, tmp_path, monkeypatch):
         "NOMODEL": json.dumps(results),
     }
     for name, text in texts.items():
-        os.makedirs(tmp_path / name)
-        (tmp_path / name / "results.json").write_text(text)
-    shutil.copytree(copied, tmp_path / "TDT")
-    shutil.copytree(copied, tmp_path / "AGAIN")
-    shutil.copytree(copied, tmp_path / "TOY")
-    (tmp_path / "TOY/results.json").write_text(json.dumps({**results, "task": "toy"}))
-    shutil.copytree(copied, tmp_path / "STD")
-    (tmp_path / "STD/results.json").write_text(json.dumps({**results, "method": "std"}))
+        os.makedirs(here / name)
+        (here / name / "results.json").write_text(text)
+    shutil.copytree(run, here / "TDT")
+    shutil.copytree(run, here / "AGAIN")
+    shutil.copytree(run, here / "TOY")
+    (here / "TOY/results.json").write_text(json.dumps({**results, "task": "toy"}))
+    shutil.copytree(run, here / "STD")
+    (here / "STD/results.json").write_text(json.dumps({**results, "method": "std"}))
     for name, missing in (("NOSTART", "confidence-start.pt"), ("NOWEIGHTS", "model.safetensors")):
-        shutil.copytree(copied, tmp_path / name)
-        os.remove(tmp_path / name / "model" / missing)
-    (tmp_path / "BADTEXTS").write_text("a\n\na ||| b ||| c\n")
-    (tmp_path / "NOTEXT").write_text("\n \n")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+        shutil.copytree(run, here / name)
+        os.remove(here / name / "model" / missing)
+    (here / "BADTEXTS").write_text("a\n\na ||| b ||| c\n")
+    (here / "NOTEXT").write_text("\n \n")
+    return here
 
 
 WANTED = "must be the folder of a finished run of std, tdt, tdt-hard, cutoff: "
@@ -6473,7 +6481,8 @@ BAD = [
 
 
 @pytest.mark.parametrize("argv, line", BAD, ids=[" ".join(argv) for argv, _ in BAD])
-def test_wrong_input_gets_one_line(argv, line, folders):
+def test_wrong_input_gets_one_line(argv, line, folders, monkeypatch):
+    monkeypatch.chdir(folders)
     with pytest.raises(UserError) as error:
         tdt.main(argv)
     message = str(error.value)
@@ -6897,7 +6906,8 @@ def test_variants_are_made_as_the_run_was_trained(tmp_path):
     assert module.hard and module.mask_token_id == 4
 
 
-def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_bert, capsys):
+def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_bert, quick_maps,
+                                                                         capsys):
     argv = [*flags_on(toy_bert), "--method", "std", "tdt", "tdt-hard"]
     tdt.main([*argv, "--tsne"])
     runs = toy_bert / "runs/custom"
@@ -7366,8 +7376,8 @@ def test_the_script_equals_algorithm_1_read_literally(pairs, still_folder, small
     """With its cache, micro-batches and shortcuts. (A large eps of Adam, for a small one makes
     steps of rounding errors.)"""
     monkeypatch.setattr(torch.optim, "Adam", functools.partial(torch.optim.Adam, eps=1e-2))
-    N = 8
-    argv = ["--model", still_folder, "--max_steps", N, "--T", 3, "--seeds", 3, "--method",
+    N = 4
+    argv = ["--model", still_folder, "--max_steps", N, "--T", 2, "--seeds", 3, "--method",
             "gtuning", "--batch_size", 8, "--lr", 1e-2, "--adam_eps", 1e-2, "--d_lr", 1e-3,
             "--micro_batch_size", 4, "--precision", "fp32"]
     argv = [str(word) for word in argv] + (small_pairs if pairs else small)
@@ -7623,7 +7633,7 @@ def test_the_maps_of_figure_2(projection):
 
 
 def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(tiny_folder, small, tmp_path,
-                                                                     cache, capsys):
+                                                                     quick_maps, cache, capsys):
     flags = [*small, "--method", "adapter", "gtuning", "--embed", "--eval_tasks", "toy-food"]
     results = tune(tiny_folder, tmp_path, *flags)
     told = capsys.readouterr().out
@@ -7659,7 +7669,8 @@ def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(tiny_folder
     assert "principal axes" in (tmp_path / "custom/embed.html").read_text()
 
 
-def test_figure_2_of_few_sentences_and_before_training(tiny_folder, tmp_path, cache, capsys):
+def test_figure_2_of_few_sentences_and_before_training(tiny_folder, quick_maps, tmp_path, cache,
+                                                       capsys):
     """A run whose steps change nothing has the cloud of before; 20 points need a lower perplexity.
     """
     rows = data.toy_rows("film", "train")
@@ -8198,8 +8209,8 @@ def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
     general = tmp_path / "general.txt"
     general.write_text("the film is good .\nthe soup is bad .\n" * 60)
     flags = ["--task", "tydiqa", "--local_file", *files, "--eval_tasks", "tydiqa-english",
-             "--unlabeled", general, "--predict", "validation", "--method", "gtuning", "--T", 2,
-             "--max_steps", 40, "--max_length", 16]
+             "--unlabeled", general, "--predict", "validation", "--method", "gtuning", "--T", 1,
+             "--max_steps", 40, "--eval_every", 20, "--max_length", 16]
     cached, = run_on_tags(gtuning, tagger, tmp_path / "a", *flags, "--cache_dir",
                           tmp_path / "states")
     encoded, = run_on_tags(gtuning, tagger, tmp_path / "b", *flags, "--no_cache")
