@@ -64,6 +64,8 @@ class Kind:
     forward       (model, task) -> forward(**inputs), the outputs of a batch
     write         (folder, name, task, kept, split) -> path of the file of predictions
     decodes       the model must have a decoder; what it writes is kept for all sets that are scored
+    by_token      a model answers with a vector for each token of a text, not with one for the text
+    passages      the texts are of several sentences
     predictions   (task, trained, kept) -> (n,), which METRICS compare with the labels of the rows;
                   None: the scores are no such comparison
     """
@@ -81,6 +83,8 @@ class Kind:
     forward: Callable | None = None
     write: Callable | None = None
     decodes: bool = False
+    by_token: bool = False
+    passages: bool = False
     predictions: Callable | None = None
 
 
@@ -2341,12 +2345,13 @@ KINDS = {
         auto_class="AutoModelForTokenClassification", settings=head_settings,
         read=read_tags, hidden=hidden_tags, comparable=same_tags, tokenise=tokenise_tags,
         forward=logits_of, collect=collect_tags, score=score_tags, text=tags_text,
-        write=write_tags, answer="a tag for each word", eval_size=usual_size),
+        write=write_tags, answer="a tag for each word", eval_size=usual_size, by_token=True),
     "span": Kind(
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
         read=read_span, hidden=none_given, comparable=any_model, tokenise=tokenise_span,
         forward=logits_of, collect=collect_spans, score=score_spans, text=span_text,
-        write=write_spans, answer="a part of the text", eval_size=usual_size),
+        write=write_spans, answer="a part of the text", eval_size=usual_size, by_token=True,
+        passages=True),
     "retrieve": Kind(
         auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,
         tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve, text=vector_text,

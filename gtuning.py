@@ -785,7 +785,7 @@ def draw_general(args, setup, wanted, world):
     import data
     with world.in_turns():
         rows = data.general_text(args.unlabeled, wanted)
-        if setup.task.kind == "span":
+        if setup.kind.passages:
             rows = long_texts(args, setup, rows, wanted)
         M = data.encode(rows, data.Task("", text="text"), setup.tokenizer, args.max_length)
     if len(M) < wanted:
@@ -1097,7 +1097,7 @@ def build_f(args, setup, seed, world, pair):
     """f around --model, its weights drawn by the seed."""
     import common
     plm = common.load_model(args, setup, seed, world).base_model
-    by_token = setup.task.kind if setup.task.kind in ("tag", "span") else ""
+    by_token = setup.task.kind if setup.kind.by_token else ""
     if args.retrieve_layer and args.retrieve_layer > plm.config.num_hidden_layers:
         raise common.UserError(f"--retrieve_layer {args.retrieve_layer}: must be at most "
                                f"{plm.config.num_hidden_layers}, the blocks of {args.model}")
