@@ -306,6 +306,11 @@ def killed_at(monkeypatch, steps):
     monkeypatch.setattr(common.Run, "log", log)
 
 
+def noise_that_is_not_drawn(self, x):
+    """In place of R3F.noise_for: the same however the rows are split up."""
+    return self.eps * x.roll(1, -1)
+
+
 def made_again(self, *terms, **plain):
     """In place of Run.log, where no step is left to be made."""
     pytest.fail(f"step {self.step} is made again")
@@ -1899,7 +1904,8 @@ def test_a_model_folder_without_a_tokenizer_is_refused(tiny_folder, tmp_path, ca
         run("r3f", folder, tmp_path / "out")
 
 
-def test_micro_batches_give_the_same_gradient(still_folder, cache):
+def test_micro_batches_give_the_same_gradient(still_folder, cache, monkeypatch):
+    monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
     gradients = []
     for micro in (16, 8, 4):
         args = parse("r3f", "--model", still_folder, "--micro_batch_size", micro, "--seeds", 0)
@@ -1908,10 +1914,11 @@ def test_micro_batches_give_the_same_gradient(still_folder, cache):
             model = common.load_model(args, setup, 0, world)
             batch = common.build_batches(setup, args, 0, world)[2]
             assert len(batch) == 16 // micro
-            loss, stats = common.backward(r3f.R3F(model, eps=0.0), batch, world)
+            loss, stats = common.backward(r3f.R3F(model, eps=5.0), batch, world)
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         gradients.append(torch.cat(grads))
-        assert abs(loss - stats["ce"]) < 1e-6
+        assert abs(loss - stats["ce"] - stats["kl"]) < 1e-6
+        assert stats["kl"] > 1e-6
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], atol=1e-6, rtol=1e-4)
 
@@ -3940,7 +3947,7 @@ def test_stop_grad_noised_holds_the_noised_prediction_constant():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_noise_arrives_and_padding_is_inert(name):
+def test_the_noise_arrives_and_padding_is_inert(name, monkeypatch):
     model, (labels, inputs) = tiny(name, dropout=False), batch(name)
     method = r3f.R3F(model, eps=0.05)
     loss, stats = method(labels, **inputs)
@@ -3960,7 +3967,8 @@ def test_the_noise_arrives_and_padding_is_inert(name):
     wider = {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], side),
              "input_ids": torch.nn.functional.pad(inputs["input_ids"], side,
                                                   value=model.config.pad_token_id or 0)}
-    method.eval()
+    monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
+    method = r3f.R3F(wide_tiny(name), eps=0.5)
     assert abs(method(labels, **inputs)[0] - method(labels, **wider)[0]) < 1e-4
 
 
@@ -8086,7 +8094,9 @@ def test_of_tags_d_reads_the_mean_and_the_output_layer_each_token(tagger):
               "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
     logits = f.logits(**inputs)
     assert logits.shape == (2, 4, 3)
-    assert f.features(**inputs).shape == (2, 32)
+    features = f.features(**inputs)
+    assert torch.equal(features, f.features(pooling="mean", **inputs))
+    assert not torch.allclose(features, f.features(pooling="cls", **inputs), atol=1e-2)
     alone = f.logits(input_ids=torch.tensor([[2, 9, 3]]), attention_mask=torch.ones(1, 3).long())
     torch.testing.assert_close(logits[1, :3], alone[0], atol=1e-5, rtol=0)
 
@@ -8302,15 +8312,32 @@ def sentences(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("same") / "same.jsonl", rows)
 
 
-@pytest.mark.parametrize("more", [[], ["--no_cache"], ["--retrieve_layer", 1],
-                                  ["--pooling", "mean"], ["--tune", "all"]])
-def test_identical_sentences_find_each_other(more, tagged, sentences, tagger, tmp_path, cache):
+@pytest.mark.parametrize("more, block", [([], None), (["--retrieve_layer", 1], 1),
+                                         (["--tune", "all"], None)])
+def test_identical_sentences_find_each_other(more, block, tagged, sentences, tagger, tmp_path,
+                                             cache, monkeypatch):
+    """By f, or by a block of g."""
+    mean_vectors, features = gtuning.GTuning.mean_vectors, gtuning.GTuning.features
+    asked, used = set(), set()
+
+    def asked_for(self, attention_mask, layer=None, **inputs):
+        asked.add(layer)
+        return mean_vectors(self, attention_mask, layer, **inputs)
+
+    def used_of_f(self, *args, pooling=None, **inputs):
+        used.add(pooling)
+        return features(self, *args, pooling=pooling, **inputs)
+
+    monkeypatch.setattr(gtuning.GTuning, "mean_vectors", asked_for)
+    monkeypatch.setattr(gtuning.GTuning, "features", used_of_f)
     files = tagged[tagged.index("--local_file") + 1:tagged.index("--eval_tasks")]
     result, = run_on_tags(gtuning, tagger, tmp_path / "runs", "--task", "ner", "--local_file",
                           *files, f"tatoeba-deu={sentences}", f"bucc-zh={sentences}",
                           "--eval_tasks", "tatoeba-deu", "bucc-zh", "--method", "adapter",
                           "--max_steps", 2, "--cache_dir", tmp_path / "states", *more)
     assert result["metrics"]["tatoeba-deu"] == result["metrics"]["bucc-zh"] == {"accuracy": 1.0}
+    assert asked == {block}
+    assert ("mean" in used) == (block is None)
 
 
 def test_a_block_of_g_gives_its_mean(tagger):
@@ -8638,11 +8665,15 @@ def test_inputs_that_are_no_tensors_go_to_every_pass():
             continue
         torch.manual_seed(0)
         loss, _ = method.train()(labels, **inputs)
+        passes = []
+        method.model.register_forward_pre_hook(
+            lambda model, args, given: passes.append(given), with_kwargs=True)
         for mask in (inputs["attention_mask"].bool(), None):
             torch.manual_seed(0)
             other, _ = method(labels, input_ids=inputs["input_ids"], attention_mask=mask,
                               return_dict=True)
             torch.testing.assert_close(other, loss, msg=name)
+        assert passes and all("return_dict" in given for given in passes), name
 
 
 def test_a_mask_may_be_of_bools():
@@ -8744,15 +8775,16 @@ def slow(self, folder):
     save_pretrained(self, folder)
 
 gtuning.GTuning.save_pretrained = slow
+r3f.R3F.noise_for = lambda self, x: self.eps * x.roll(1, -1)
 for script, argv in json.load(open(sys.argv[1])):
     status = common.cli(functools.partial(sys.modules[script].main, argv))
     if status:
         sys.exit(status)
 """
 
-# Dropout is off, and there is no noise.
+# Dropout is off, and the noise is not drawn.
 RUNS_OF_TWO = {
-    "r3f": ["r3f", "--method", "r3f", "--eps", 0, "--max_steps", 8, "--predict", "test"],
+    "r3f": ["r3f", "--method", "r3f", "--eps", 5, "--max_steps", 8, "--predict", "test"],
     "tdt": ["tdt", "--method", "tdt", "--max_steps", 8, "--predict", "test"],
     "gtuning": ["gtuning", "--max_steps", 12, "--batch_size", 16, "--eval_every", 99, "--embed",
                 "--eval_tasks", "toy-food", "--lr", 1e-2, "--adam_eps", 1e-2, "--d_lr", 1e-2,
@@ -8788,8 +8820,9 @@ def runs_of_two(second_process, still_folder, tiny_bart, small, files, tmp_path_
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS_OF_TWO if name != "refused"])
-def test_two_processes_end_like_one(name, runs_of_two, all_toy_rows, tmp_path):
+def test_two_processes_end_like_one(name, runs_of_two, all_toy_rows, tmp_path, monkeypatch):
     """Within 1e-5; and all find the model that rank 0 writes, to predict and to embed."""
+    monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
     script, flags = runs_of_two.argv[name]
     one, = SCRIPTS[script].main([*flags, "--output_dir", str(tmp_path)])
     _, told = runs_of_two.future.result()
@@ -9022,7 +9055,8 @@ def gradients(method, kind, rank, size, micro):
     x_t = data.Batches(rows_of(kind), 12, 0, rank, size, micro, "random")[0]
     world = common.World(SimpleNamespace(batch_size=12, compile=False, precision="fp32"))
     world.rank, world.size, more = rank, size, {}
-    module = r3f.R3F(words, eps=0.0)
+    module = r3f.R3F(words, eps=0.5)
+    module.noise_for = lambda x: 0.5 * x.roll(1, -1)
     if method == "gtuning":
         D = gtuning.Discriminator(8)
         more = {"D": D.requires_grad_(False), "alpha": 1.0, "beta": 50.0}
