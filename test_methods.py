@@ -916,7 +916,7 @@ def test_a_large_set_is_scored_on_a_seeded_sample(monkeypatch):
     numbers = [int(text.split()[1]) for text in rows["sentence1"]]
     assert len(set(numbers)) == 40
     assert numbers == sorted(numbers)
-    assert numbers != list(range(40))
+    assert numbers[:10] == [4, 5, 8, 9, 10, 11, 13, 15, 16, 19]
     assert again["sentence1"][:] == rows["sentence1"][:]
 
 
@@ -1060,8 +1060,7 @@ def test_general_text_is_in_a_fixed_order(tmp_path):
     path = write(tmp_path / "m.txt", "\n".join(sentences))
     ten = data.general_text(path, 10)["text"][:]
     assert data.general_text(path, 5)["text"][:] == ten[:5]
-    assert len(set(ten)) == 10
-    assert ten != sentences[:10]
+    assert ten == [sentences[i] for i in (4, 19, 6, 2, 13, 16, 3, 11, 10, 8)]
 
 
 def test_general_text_can_be_fewer_than_asked_for(tmp_path):
@@ -1321,9 +1320,13 @@ def test_any_step_is_there_at_once(thousand):
 
 
 def test_long_batches_come_neither_early_nor_late(thousand):
-    rows = order(data.Batches(thousand, 16, seed=1), 0)
-    means = thousand.lengths[rows].mean(1)
-    assert abs(np.corrcoef(means, np.arange(63))[0, 1]) < 0.3
+    """Over many seeds the places of the three longest are spread over all 63."""
+    places = []
+    for seed in range(60):
+        rows = order(data.Batches(thousand, 16, seed=seed), 0)
+        places += thousand.lengths[rows].mean(1).argsort()[-3:].tolist()
+    assert 26 < np.mean(places) < 36
+    assert 15 < np.std(places) < 21
 
 
 def test_nineteen_of_twenty_computed_tokens_are_real(thousand):
@@ -2149,22 +2152,35 @@ def test_plain_fine_tuning_by_two_recipes_is_two_runs(tiny_folder, tmp_path, cac
     assert sorted(os.listdir(tmp_path / "mine")) == ["std-0", "std-tdt-0"]
 
 
-def test_every_evaluation_is_logged_with_its_seconds(tiny_folder, tmp_path, cache):
+def test_every_evaluation_is_logged_with_its_seconds(tiny_folder, tmp_path, cache, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     result, = run("r3f", tiny_folder, tmp_path, "--method", "std", "--eval_every", 4)
     lines = log_of(tmp_path / "toy/std-0", "metrics")
     assert [line["step"] for line in lines] == [4, 8, 12]
     assert lines[-1]["metrics"].keys() == {"validation"}
     seconds = [line["seconds"] for line in lines]
-    assert seconds == sorted(seconds) and seconds[-1] <= result["train_seconds"]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] <= result["train_seconds"]
     best = next(line for line in lines if line["step"] == result["best"]["step"])
-    assert result["best"]["seconds"] == best["seconds"]
+    assert result["best"]["seconds"] == pytest.approx(best["seconds"], abs=1)  # it is read twice
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, tmp_path, cache):
-    line = r"step \d+: not finite: loss nan.*rows of the batch.*: \d+ \d+.*last good checkpoint is"
-    with pytest.raises(RunError, match=line):
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, tmp_path, cache, monkeypatch):
+    rows_of = data.Batches.rows
+    seen = {}
+
+    def note(self, step):
+        seen[step] = rows_of(self, step)
+        return seen[step]
+
+    monkeypatch.setattr(data.Batches, "rows", note)
+    line = r"step (\d+): not finite: loss nan.*rows of the batch[^:]*: ([\d ]+); .*checkpoint is"
+    with pytest.raises(RunError, match=line) as error:
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 1e30, "--save_every", 1,
             "--warmup", 0.5)
+    step, rows = re.search(line, str(error.value)).groups()
+    assert int(step) > 1
+    assert rows.split() == [str(row) for row in seen[int(step) - 1]]
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tiny_folder, tmp_path, cache,
@@ -2804,8 +2820,12 @@ def wrong_files(tmp_path_factory, tiny_folder):
 
 def refused(script, argv, folder, tiny_folder, tmp_path, monkeypatch):
     """The one line with which these flags are refused. No model may be loaded before."""
+    real = transformers.AutoModelForSequenceClassification.from_pretrained
+
     def load(*args, **how):
-        if "NOWEIGHTS" not in argv and "AFILE" not in argv:
+        if "NOWEIGHTS" in argv:
+            return real(*args, **how)
+        if "AFILE" not in argv:
             pytest.fail("a model is loaded before the input is checked")
         raise OSError("no weights")
 
@@ -3636,8 +3656,9 @@ def test_curve_svg_by_hand():
     drawn = common.curve_svg({"std": {0: [0, 50, 100], 10: [0, 50, 100]}}, {"std": "c0"}, "label")
     assert '<polyline points="46.0,121.0 456.0,121.0"' in drawn
     band = re.search(r'<polygon points="([^"]+)"', drawn)[1].split()
-    assert band[0].split(",")[1] == band[1].split(",")[1] > "220"         # the least, below
-    assert float(band[2].split(",")[1]) < 25
+    heights = [float(point.split(",")[1]) for point in band]
+    assert heights[0] == heights[1] > 220              # the least, below
+    assert heights[2] < 25
 
 
 def test_dots_svg_has_a_dot_for_each_value():
@@ -4213,7 +4234,7 @@ def test_the_gradient_of_generation_is_that_of_the_plain_formula(reduction, stop
     assert same_gradients(ours, gradients_of(model), tolerance=1e-5)
 
 
-def test_a_large_vocabulary_goes_through_softmax_in_parts():
+def test_a_large_vocabulary_goes_through_softmax_in_parts(monkeypatch):
     """V = 50265 and 40 positions: several parts. Values and gradients against double precision."""
     torch.manual_seed(0)
     both = torch.randn(4, 25, 50265)
@@ -4221,8 +4242,17 @@ def test_a_large_vocabulary_goes_through_softmax_in_parts():
     labels[0, 15:] = -100
     wide = both.double().requires_grad_()
     both.requires_grad_()
+    cross_entropy = r3f.cross_entropy
+    parts = []
+
+    def note(logits, *more):
+        parts.append(len(logits))
+        return cross_entropy(logits, *more)
+
+    monkeypatch.setattr(r3f, "cross_entropy", note)
     loss, ce, kl = r3f.loss_by_position([both * 1], labels, 0.5, 0.1, "token")
     loss.backward()
+    assert parts == [20, 20]
 
     real = labels != -100
     p, q = (half[real].log_softmax(-1) for half in wide.chunk(2))
@@ -5646,10 +5676,11 @@ def test_hard_keeps_a_token_with_its_confidence_as_probability():
     torch.manual_seed(0)
     e = tdt.embedding_layer(module.model)(inputs["input_ids"]).detach()
     real = tdt.real_tokens(inputs)
-    kept = torch.stack([module.draw_confidence(e, real)[0].detach() * real for _ in range(400)])
+    many = module.draw_confidence(e.repeat(4000, 1, 1), real.repeat(4000, 1))[0].detach()
+    kept = many.view(4000, *real.shape) * real
     assert (kept.round() - kept).abs().max() < 1e-5
     confidence = module.confidence(**inputs).detach()
-    torch.testing.assert_close(kept.mean(0), confidence, atol=0.1, rtol=0)
+    torch.testing.assert_close(kept.mean(0), confidence, atol=0.03, rtol=0)
     module(labels, **inputs)[0].backward()
     assert module.confidence_layer.weight.grad.abs().max() > 0
 
@@ -5730,16 +5761,30 @@ def test_noise_as_mu_0_is_drawn_anew():
     assert len(losses) == 3
 
 
-def test_losses_are_fp32_under_autocast():
+def test_losses_are_fp32_under_autocast(monkeypatch):
     module = wide(tdt.TDT(wide_tiny()))
     labels, inputs = batch()
+    passes = module.passes
+    made = []
+
+    def note(*args, **more):
+        made.append(passes(*args, **more))
+        return made[-1]
+
+    monkeypatch.setattr(module, "passes", note)
     with torch.autocast("cpu", torch.bfloat16):
         loss, stats = module(labels, **inputs)
         c = module.confidence(**inputs)
     assert loss.dtype == torch.float32
     assert all(value.dtype == torch.float32 for value in stats.values())
-    assert loss.item() == pytest.approx(numpy_tdt(module, labels, inputs)[0], rel=0.05)
     torch.testing.assert_close(c, module.confidence(**inputs), atol=1e-6, rtol=1e-6)
+
+    # The passes may be in bf16; the loss of what they gave is that of the same numbers in fp32.
+    (logits, *rest), = made
+    assert logits[0].dtype == torch.bfloat16
+    wide_logits = [view.float() for view in logits]
+    monkeypatch.setattr(module, "passes", lambda *args, **more: (wide_logits, *rest))
+    assert loss.item() == pytest.approx(module(labels, **inputs)[0].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [
@@ -6302,11 +6347,22 @@ def test_the_models_see_what_was_dropped(copied, monkeypatch):
     assert seen == [0, 0, 0, 1, 1, 1, 1]               # the first two are for the confidences
 
 
-def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys):
+def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys, monkeypatch):
     folder, argv, _ = toy
+    masked = set()
+    damage = tdt.damage
+
+    def note(evaluation, rate, draw, mask_id, order=None, sampled=False):
+        ids = damage(evaluation, rate, draw, mask_id, order, sampled)
+        if rate == 0.5 and not sampled:
+            masked.add(tuple(ids.tolist()))
+        return ids
+
+    monkeypatch.setattr(tdt, "damage", note)
     tdt.main([*argv, "--perturb", "--draws", "3", "--rates", "0", "0.5"])
     values = load(run_of(folder) / "perturb.json")["values"]
     assert len(values["tdt, [MASK]"]["0.5"]) == 3 and len(values["tdt, [MASK]"]["0.0"]) == 1
+    assert len(masked) == 3                            # the same three for every method
     assert "cutoff, other word" in values
     assert "+-" in capsys.readouterr().out
 
@@ -6369,10 +6425,21 @@ def test_an_earlier_page_is_not_overwritten(copied):
         assert text.split()[0] in (copied / f"{name}.html").read_text(encoding="utf-8")
 
 
-def test_with_the_confidences_the_page_has_their_range(copied):
+def test_with_the_confidences_the_page_has_their_range(copied, monkeypatch):
+    scale_of = tdt.scale_of
+    ranges = []
+
+    def note(c, evaluation):
+        words = c[evaluation.is_word]
+        ranges.append((words.min(), words.max()))
+        return scale_of(c, evaluation)
+
+    monkeypatch.setattr(tdt, "scale_of", note)
     tdt.main(["--run", str(copied), "--explain", "great cast", "--confidences"])
     page = (copied / "explain.html").read_text(encoding="utf-8")
-    assert "the range on validation" in page and "from 0.00 to 1.00" not in page
+    (low, high), = ranges
+    assert "the range on validation" in page
+    assert f"from {low:.2f} to {max(high, low + 0.01):.2f}" in page
 
 
 def test_a_regression_is_explained_and_token_cutoff_refuses_it(tmp_path, cache):
@@ -7200,12 +7267,12 @@ def test_the_losses_of_f_are_equations_2_and_6_in_numpy():
     assert torch.isclose(f(labels, D, 1.0, 0.0, general, **inputs)[0], loss)
 
 
-def test_while_f_learns_neither_d_nor_g_does():
+def test_while_f_learns_g_does_not():
     f = f_of()
     D = gtuning.Discriminator(32).requires_grad_(False)
     labels, inputs = batch()
     f(labels, D, general=inputs, **inputs)[0].backward()
-    assert all(p.grad is None for p in [*D.parameters(), *f.plm.parameters()])
+    assert all(p.grad is None for p in f.plm.parameters())
     assert all(p.grad is not None for p in f.trained.parameters())
 
 
@@ -7578,6 +7645,7 @@ def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small
                                                              monkeypatch):
     full = argparse.Namespace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(gtuning.GTuning, "encode", lambda *a, **k: pytest.fail("it encodes"))
     with pytest.raises(UserError, match="--cache_dir .* 0.000 GB are free, the feature cache "
                                         "needs 0.00.*--no_cache"):
         tune(still_folder, tmp_path, *small, "--cache_dir", tmp_path / "states")
@@ -8053,6 +8121,7 @@ def gradient_of_a_round(folder, flags, micro):
 
         def keep(optimizer, *_):
             gradients.update(gradients_of(algorithm.f))
+            assert not gradients_of(algorithm.D)       # while f learns, D does not
 
         algorithm.optimizer.register_step_pre_hook(keep)
         x_t = algorithm.x_t[0]
@@ -9228,14 +9297,23 @@ def test_a_probe_finds_what_a_model_was_trained_for(newcomers_runs, all_toy_rows
     assert len(found) == 4
 
 
-def test_a_probe_by_the_papers_recipe_hardly_moves(newcomers_runs, tmp_path):
+def test_a_probe_by_the_papers_recipe_hardly_moves(newcomers_runs, tmp_path, monkeypatch):
     """Its layer starts at the same place for every encoder, and moves by lr * updates / 2."""
     newcomers_runs[1].result()
     run = newcomers_runs[0] / "toy-model/toy/std-0"
     words = ["--probe", run, "--probe_tasks", "toy", "--lr", "1e-5", "--max_steps", "50"]
+    build = common.build_optimizer
+    starts = []
+
+    def note(layer, *more):
+        starts.append(layer.weight.tolist())
+        return build(layer, *more)
+
+    monkeypatch.setattr(common, "build_optimizer", note)
     lines = probe(tmp_path, *words, "--seeds", 0, 1)
     assert [line["seed"] for line in lines] == [0, 1, 0, 1]
     assert {line["recipe"] for line in lines} == {"paper"}
+    assert starts[:2] == starts[2:] and starts[0] != starts[1]
 
     torch.manual_seed(0)
     x = torch.randn(64, 8)
