@@ -9254,7 +9254,7 @@ def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path
         with monkeypatch.context() as patch:
             patch.setattr(os, "getpid", lambda: 0)
             assert common.save_made(model, tokenizer, folder) == folder
-        os.makedirs(path)
+        os.makedirs(path, exist_ok=True)
         write(f"{path}/slower", "")
 
     slower = types.SimpleNamespace(save_pretrained=while_the_other_saves)
