@@ -4082,12 +4082,22 @@ def write_report(args, tables, probes, left_out):
 
 # -------------------------------------------------------------------  10  masked language modelling
 
+TOY_BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 256, "max_position_embeddings": 64, "initializer_range": 0.1}
+TOY_BERT_TRAINING = {"steps": 1200, "lr": 2e-3, "betas": (0.9, 0.98), "share": 0.15}
+
+TOY_BART = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256,
+            "max_position_embeddings": 64, "init_std": 0.1}
+TOY_BART_TRAINING = {"steps": 600, "lr": 3e-3, "share": 0.33}
+
+
 def toy_model(world):
     """Folder of a 2-layer BERT, pre-trained once on the toy corpus, which covers both domains."""
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
     corpus = data.toy_corpus()
     words = data.toy_vocabulary()
-    folder = toy_folder("toy-bert", words + corpus)
+    folder = toy_folder("toy-bert", words + corpus, TOY_BERT, TOY_BERT_TRAINING)
     if os.path.exists(os.path.join(folder, "config.json")):
         return folder
 
@@ -4095,23 +4105,23 @@ def toy_model(world):
     torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=64)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=256, max_position_embeddings=64, initializer_range=0.1)
+    config = BertConfig(vocab_size=len(words), **TOY_BERT)
     model = BertForMaskedLM(config).to(world.device).eval()              # eval: no dropout here
-    steps = 1200
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
+    steps = TOY_BERT_TRAINING["steps"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=TOY_BERT_TRAINING["betas"], fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    hide = functools.partial(hide_words, share=0.15, special=torch.arange(5), mask=4)
+        optimizer, TOY_BERT_TRAINING["lr"], total_steps=steps, pct_start=0.1)
+    hide = functools.partial(
+        hide_words, share=TOY_BERT_TRAINING["share"], special=torch.arange(5), mask=4)
     batches = toy_batches(tokenizer, steps, world)
     learn_masked_words(model, batches, hide, optimizer, schedule)
     return save_made(model, tokenizer, folder)
 
 
-def toy_folder(name, made_of):
-    """Where a toy model lies that is made of these words and texts."""
-    return made_folder(name, "\n".join(made_of).encode())
+def toy_folder(name, text, *settings):
+    """Where a toy model lies that is made of these words and texts with these settings."""
+    return made_folder(name, "\n".join(text).encode(), f"{settings}".encode())
 
 
 def made_folder(name, *made_of):
@@ -4296,7 +4306,7 @@ def toy_writer(world):
     from transformers import BartConfig, BartForConditionalGeneration
     corpus = data.toy_corpus()
     words = [*data.toy_vocabulary(), "\n"]
-    folder = toy_folder("toy-bart", words + corpus)
+    folder = toy_folder("toy-bart", words + corpus, TOY_BART, TOY_BART_TRAINING)
     if os.path.exists(os.path.join(folder, "config.json")):
         return folder
 
@@ -4305,13 +4315,10 @@ def toy_writer(world):
     tokenizer = toy_tokenizer(words)
     pad, _, begin, end = range(4)
     config = BartConfig(
-        vocab_size=len(words), d_model=64, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=256,
-        decoder_ffn_dim=256, max_position_embeddings=64, init_std=0.1, pad_token_id=pad,
-        bos_token_id=begin, eos_token_id=end, decoder_start_token_id=end,
-        forced_eos_token_id=end)
+        vocab_size=len(words), pad_token_id=pad, bos_token_id=begin, eos_token_id=end,
+        decoder_start_token_id=end, forced_eos_token_id=end, **TOY_BART)
     model = BartForConditionalGeneration(config).to(world.device).eval() # eval: no dropout here
-    steps = 600
+    steps = TOY_BART_TRAINING["steps"]
     learn_to_restore(model, toy_batches(tokenizer, steps, world), steps)
     return save_made(model, tokenizer, folder)
 
@@ -4341,10 +4348,10 @@ def learn_to_restore(model, batches, steps):
     """
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+        optimizer, TOY_BART_TRAINING["lr"], total_steps=steps, pct_start=0.1)
     for inputs in batches:
         x = inputs["input_ids"]                                          # (64, n)
-        m_x, _ = hide_words(x, 0.33, torch.arange(5), 4)
+        m_x, _ = hide_words(x, TOY_BART_TRAINING["share"], torch.arange(5), 4)
         labels = x.masked_fill(x == 0, -100)
         model(**{**inputs, "input_ids": m_x}, labels=labels).loss.backward()
         optimizer.step()

@@ -9269,6 +9269,14 @@ def test_a_run_of_the_toy_model_is_the_same_wherever_the_model_lies(newcomers_ru
     assert r3f.main(argv)[0]["metrics"] == results["metrics"]
 
 
+def test_a_toy_model_of_other_text_or_settings_is_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    folder = common.toy_folder("toy", ["film", "food"], {"lr": 1e-3})
+    assert common.toy_folder("toy", ["film", "food"], {"lr": 1e-3}) == folder
+    assert common.toy_folder("toy", ["film", "soup"], {"lr": 1e-3}) != folder
+    assert common.toy_folder("toy", ["film", "food"], {"lr": 2e-3}) != folder
+
+
 def test_a_cache_that_cannot_be_made_is_told_in_one_line(tmp_path, monkeypatch):
     import huggingface_hub.constants
     (tmp_path / "file").write_text("")
