@@ -8987,7 +8987,7 @@ KILLED_RUNS = {
 
 def flags_of_killed(script, model, out):
     return [*KILLED_RUNS[script], "--model", model, "--output_dir", str(out), "--seeds", "0",
-            "--max_steps", "60", "--save_every", "10", "--precision", "fp32"]
+            "--max_steps", "40", "--save_every", "10", "--precision", "fp32"]
 
 
 def as_a_command(script, argv, output):
