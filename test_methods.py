@@ -3249,10 +3249,12 @@ README_TABLES = [
     ("1000.jsonl", "", "| | SST-2, accuracy | p | CoLA, MCC | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
     ("qqp.jsonl", "", "| | QQP, accuracy | p |", [("qqp", "validation", "accuracy")]),
+    ("mrpc.jsonl", "", "| | MRPC, accuracy | p |", [("mrpc", "validation", "accuracy")]),
     ("1000-fp32.jsonl", "",
      "| fp32 | SST-2, accuracy | p | CoLA, MCC | p | its out-of-domain set | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc"),
       ("cola", "out_of_domain", "mcc")]),
+    ("1000-bf16.jsonl", "", "| bf16 | SST-2, accuracy | p |", [("sst2", "validation", "accuracy")]),
     ("steps.jsonl", "--baseline 'std epochs=5.0'",
      "| steps of `std` | SST-2, accuracy | p | CoLA, MCC | p |",
      [("sst2", "validation", "accuracy"), ("cola", "validation", "mcc")]),
@@ -3321,6 +3323,7 @@ CLAIMS = {
     ("TDT", "CoLA"): ("1000.jsonl", ("cola", "validation", "mcc"), "tdt"),
     ("TDT", "SST-2, 320 steps"): ("320.jsonl", ("sst2", "validation", "accuracy"), "tdt"),
     ("TDT", "CoLA, 320 steps"): ("320.jsonl", ("cola", "validation", "mcc"), "tdt"),
+    ("TDT", "MRPC"): ("mrpc.jsonl", ("mrpc", "validation", "accuracy"), "tdt"),
     ("TDT", "QQP"): ("qqp.jsonl", ("qqp", "validation", "accuracy"), "tdt"),
     ("TDT", "STS-B, 320 steps"): ("stsb-10.jsonl", ("stsb", "validation", "spearman"), "tdt"),
 }
@@ -3339,6 +3342,7 @@ for on, key in {"SST-2": ("sst2", "validation", "accuracy"),
 TOLD = [
     ("rdrop-again.jsonl", "", "rdrop", [("sst2", "validation", "accuracy")]),
     ("rdrop-mrpc.jsonl", "", "rdrop", [("mrpc", "validation", "accuracy")]),
+    ("freelb-again.jsonl", "", "freelb", [("sst2", "validation", "accuracy")]),
     ("toy-gtuning.jsonl", "--baseline adapter", "gtuning", TOY_SETS),
     ("toy-teach.jsonl", "--baseline adapter", "self-teach", TOY_SETS),
 ]
