@@ -3229,7 +3229,7 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
 
 
 NAMES = {"std": "std", "adapter": "adapter", "R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop",
-         "SMART": "smart", "FreeLB": "freelb", "nothing": "std",
+         "SMART": "smart", "FreeLB": "freelb", "nothing": "std", "R3F, eps 0.01": "r3f",
          "G-Tuning": "gtuning", "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff",
          "160": "std epochs=5.0", "320": "std epochs=10.0",
          "NoisyTune": "std weight_noise=0.15",
