@@ -3343,6 +3343,7 @@ TOLD = [
     ("rdrop-again.jsonl", "", "rdrop", [("sst2", "validation", "accuracy")]),
     ("rdrop-mrpc.jsonl", "", "rdrop", [("mrpc", "validation", "accuracy")]),
     ("freelb-again.jsonl", "", "freelb", [("sst2", "validation", "accuracy")]),
+    ("1000-bf16.jsonl", "", "freelb", [("sst2", "imdb", "accuracy")]),
     ("toy-gtuning.jsonl", "--baseline adapter", "gtuning", TOY_SETS),
     ("toy-teach.jsonl", "--baseline adapter", "self-teach", TOY_SETS),
 ]
