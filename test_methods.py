@@ -1929,7 +1929,7 @@ def test_micro_batches_give_the_same_gradient(still_folder, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("script, methods", [
-    ("r3f", ["r3f"]), ("tdt", ["tdt", "cutoff"]), ("gtuning", ["gtuning"])])
+    ("r3f", ["r3f", "smart"]), ("tdt", ["tdt", "cutoff"]), ("gtuning", ["gtuning"])])
 def test_compiled_layers_give_the_same_numbers(script, methods, tiny_folder, small, tmp_path,
                                                monkeypatch):
     """Methods train and evaluate with --compile. (The layers are traced, not translated.)
@@ -8358,10 +8358,14 @@ def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
     flags = ["--task", "tydiqa", "--local_file", *files, "--eval_tasks", "tydiqa-english",
              "--unlabeled", general, "--predict", "validation", "--method", "gtuning", "--T", 1,
              "--max_steps", 40, "--eval_every", 20, "--max_length", 16]
-    result, = run_on_tags(gtuning, tagger, tmp_path, *flags, "--cache_dir", tmp_path / "states")
-    assert result["metrics"]["validation"]["f1"] > 0.9
-    assert result["metrics"]["validation"] == result["metrics"]["tydiqa-english"]
-    path = tmp_path / "tydiqa" / "gtuning-0" / "predictions-validation.json"
+    cached, = run_on_tags(gtuning, tagger, tmp_path / "a", *flags, "--cache_dir",
+                          tmp_path / "states")
+    encoded, = run_on_tags(gtuning, tagger, tmp_path / "b", *flags, "--no_cache")
+    assert cached["metrics"]["validation"]["f1"] > 0.9
+    assert cached["metrics"]["validation"] == cached["metrics"]["tydiqa-english"]
+    assert cached["metrics"]["validation"]["f1"] == pytest.approx(
+        encoded["metrics"]["validation"]["f1"], abs=0.02)
+    path = tmp_path / "a" / "tydiqa" / "gtuning-0" / "predictions-validation.json"
     answers = json.loads(path.read_text())
     assert len(answers) == 40 and answers["english-0"] == "soup"
 
@@ -9281,12 +9285,22 @@ def test_a_run_of_the_toy_model_is_the_same_wherever_the_model_lies(newcomers_ru
     assert r3f.main(argv)[0]["metrics"] == results["metrics"]
 
 
-def test_a_toy_model_of_other_text_or_settings_is_another(tmp_path, monkeypatch):
+@pytest.mark.parametrize("make, settings", [
+    (common.toy_model, [common.TOY_BERT, common.TOY_BERT_TRAINING]),
+    (common.toy_writer, [common.TOY_BART, common.TOY_BART_TRAINING])])
+def test_a_toy_model_of_other_text_or_settings_is_another(make, settings, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
-    folder = common.toy_folder("toy", ["film", "food"], {"lr": 1e-3})
-    assert common.toy_folder("toy", ["film", "food"], {"lr": 1e-3}) == folder
-    assert common.toy_folder("toy", ["film", "soup"], {"lr": 1e-3}) != folder
-    assert common.toy_folder("toy", ["film", "food"], {"lr": 2e-3}) != folder
+    monkeypatch.setattr(os.path, "exists", lambda path: True)           # so it is found, not made
+    folder = make(None)
+    for table in settings:
+        for name in table:
+            with monkeypatch.context() as patch:
+                patch.setitem(table, name, 7)
+                assert make(None) != folder, name
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "toy_corpus", lambda: ["film"])
+        assert make(None) != folder
+    assert make(None) == folder
 
 
 def test_a_cache_that_cannot_be_made_is_told_in_one_line(tmp_path, monkeypatch):
