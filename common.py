@@ -2524,9 +2524,10 @@ def contour(values, level):
     Pieces [(start, end)], each end a (column, row) on an edge of a square of four neighbours, where
     the level lies between the two values.
     """
-    rows, columns = values.shape
+    above = (values >= level).astype(int)
+    corners_above = above[:-1, :-1] + above[:-1, 1:] + above[1:, 1:] + above[1:, :-1]
     pieces = []
-    for row, column in itertools.product(range(rows - 1), range(columns - 1)):
+    for row, column in np.argwhere((corners_above > 0) & (corners_above < 4)):
         corners = [(row, column), (row, column + 1), (row + 1, column + 1), (row + 1, column)]
         crossings = []
         for a, b in zip(corners, corners[1:] + corners[:1]):

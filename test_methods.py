@@ -16,6 +16,7 @@ import fcntl
 import functools
 import glob
 import gzip
+import inspect
 import io
 import itertools
 import json
@@ -181,26 +182,46 @@ def cache(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_waiting_for_the_disk(started):
-    """In this process alone; those that run beside it write as ever."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: None)
-        patch.setattr(os, "sync", lambda: None)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def few_toy_rows(started):
-    """Runs in this process see few of the toy language's rows."""
+@contextlib.contextmanager
+def in_short():
+    """Runs do not wait for the disk, and see few of the toy language's rows."""
     def first_rows(make, n, domain, split):
         return make(domain, split).select(range(n))
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr(os, "sync", lambda: None)
         for name, n in (("toy", 320), ("toy-sum", 40), ("toy-qa", 40)):
             few = functools.partial(first_rows, data.TOYS[name], n)
             patch.setitem(data.TOYS, name, few)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_runs(started):
+    """Of the tests, not of what the fixtures of BESIDE start."""
+    with in_short():
+        yield
+
+
+def beside(test):
+    """A test that the second process runs, from the start of the session on.
+
+    It may take parameters, fixtures of the session, tmp_path and monkeypatch.
+    """
+    test.beside = True
+    return test
+
+
+def run_alone(test, folder, given):
+    """A test that is marked so, in the second process."""
+    with in_short(), pytest.MonkeyPatch.context() as monkeypatch:
+        if "monkeypatch" in given:
+            given["monkeypatch"] = monkeypatch
+        if "tmp_path" in given:
+            given["tmp_path"] = folder
+        test(**given)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -210,7 +231,7 @@ def quick_maps(monkeypatch):
 
 
 @pytest.fixture
-def all_toy_rows(few_toy_rows, monkeypatch):
+def all_toy_rows(short_runs, monkeypatch):
     monkeypatch.setitem(data.TOYS, "toy", data.toy_rows)
 
 
@@ -1928,6 +1949,7 @@ def test_micro_batches_give_the_same_gradient(still_folder, cache, monkeypatch):
         torch.testing.assert_close(gradient, gradients[0], atol=1e-6, rtol=1e-4)
 
 
+@beside
 @pytest.mark.parametrize("script, methods", [
     ("r3f", ["r3f", "smart"]), ("tdt", ["tdt", "cutoff"]), ("gtuning", ["gtuning"])])
 def test_compiled_layers_give_the_same_numbers(script, methods, tiny_folder, small, tmp_path,
@@ -5479,6 +5501,7 @@ def test_denoising_restores_a_third_of_the_words():
         assert 0.25 < hidden.sum() / (whole > 4).sum() < 0.42
 
 
+@beside
 def test_the_toy_task_runs_with_its_own_model(tmp_path, cache, monkeypatch):
     """Its pre-training is cut short here."""
     real = common.learn_to_restore
@@ -7602,6 +7625,7 @@ def test_the_bar_says_the_phase_and_counts_its_steps(tiny_folder, small, tmp_pat
                     ("custom gtuning-0 phase 3 of 3, f and D", 6, 0)]
 
 
+@beside
 def test_a_run_killed_in_any_phase_and_resumed_ends_with_the_same_bits(tiny_folder, small,
                                                                        tmp_path, cache,
                                                                        monkeypatch):
@@ -8102,6 +8126,7 @@ def tagged(tmp_path_factory):
             "--unlabeled", str(general), "--predict", "validation"]
 
 
+@beside
 def test_gtuning_learns_tags_with_and_without_the_cache(tagged, tagger, tmp_path, cache):
     def no_cache(name, *more):
         return run_on_tags(gtuning, tagger, tmp_path / name, *tagged, "--T", 1, *more)
@@ -8341,6 +8366,7 @@ def test_every_language_has_its_questions():
     assert data.TASKS["tydiqa"].only == "english-"
 
 
+@beside
 def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
     rng = np.random.default_rng(0)
     rows = []
@@ -8806,17 +8832,42 @@ def test_a_mask_may_be_of_bools():
 # =========================================================================  processes of their own
 
 # Each fixture of this list starts something in other processes and returns a future of its end.
-# They start before the first test, in this order, and run beside the tests above.
+# They start before the first test, in this order, and run beside the tests above. After them come
+# the tests that are marked with `beside`.
 BESIDE = ["copied_alone", "runs_of_two", "killed_runs", "gradients_of_two", "newcomers_runs"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def started(request):
+def started(request, tmp_path_factory):
     """Starts what the selected tests need of other processes."""
     needed = {name for test in request.session.items for name in test.fixturenames}
     for name in BESIDE:
         if name in needed:
             request.getfixturevalue(name)
+    request.session.items.sort(key=lambda test: hasattr(test.function, "beside"))
+    for test in request.session.items:
+        if hasattr(test.function, "beside"):
+            start_beside(test, request, tmp_path_factory.mktemp("beside"))
+
+
+def start_beside(test, request, folder):
+    """Submits a test to the second process. What is left to do here, at last, is to wait for it."""
+    params = test.callspec.params if hasattr(test, "callspec") else {}
+    given = {}
+    for name in inspect.signature(test.function).parameters:
+        if name in ("monkeypatch", "tmp_path"):
+            given[name] = None                         # the second process has its own
+        elif name in params:
+            given[name] = params[name]
+        else:
+            given[name] = request.getfixturevalue(name)
+    second_process = request.getfixturevalue("second_process")
+    future = second_process.submit(run_alone, test.function, folder, given)
+
+    def wait_for_it(**fixtures):
+        future.result()
+
+    test.obj = wait_for_it
 
 
 @pytest.fixture(scope="session")
@@ -8905,8 +8956,8 @@ RUNS_OF_TWO = {
     "r3f": ["r3f", "--method", "r3f", "--eps", 5, "--max_steps", 8, "--predict", "test"],
     "tdt": ["tdt", "--method", "tdt", "--max_steps", 8, "--predict", "test"],
     "gtuning": ["gtuning", "--max_steps", 12, "--batch_size", 16, "--eval_every", 99, "--embed",
-                "--eval_tasks", "toy-food", "--lr", 1e-2, "--adam_eps", 1e-2, "--d_lr", 1e-2,
-                "--beta", 5],
+                "--projection", "pca", "--eval_tasks", "toy-food", "--lr", 1e-2, "--adam_eps",
+                1e-2, "--d_lr", 1e-2, "--beta", 5],
     "summaries": ["r3f", "--method", "std", "--batch_tokens", 300, "--max_steps", 6, "--lr", 1e-3,
                   "--label_smoothing", 0.1, "--max_target_length", 8],
     "refused": ["r3f", "--text_columns", "no"],
@@ -9074,93 +9125,53 @@ def test_real_kills_and_signals_lose_nothing(script, killed_runs):
 
 # ---------------------------------------------------------------------------------------- gradients
 
-FREELB = """
-import sys
-from types import SimpleNamespace
-import torch
-
-sys.path.insert(0, sys.argv[1])
-import r3f as r3f
-
-
 class Words(torch.nn.Module):
-    config = SimpleNamespace(is_encoder_decoder=False, model_type="words", num_labels=3)
+    """A classifier of a row's words, or of each word; its dropout is off."""
+    config = types.SimpleNamespace(is_encoder_decoder=False, model_type="words", num_labels=3,
+                                   hidden_size=8, num_attention_heads=2, hidden_dropout_prob=0.0,
+                                   to_dict=dict)
+    device = "cpu"
 
-    def __init__(self):
+    def __init__(self, by_token=False):
         super().__init__()
-        self.words, self.head = torch.nn.Embedding(99, 8), torch.nn.Linear(8, 3)
+        self.by_token = by_token
+        self.words = torch.nn.Embedding(99, 8)
+        self.head = torch.nn.Linear(8, 3)
 
     def get_input_embeddings(self):
         return self.words
 
     def forward(self, input_ids, attention_mask):
-        x = self.words(input_ids).tanh() * attention_mask[..., None]
-        return SimpleNamespace(logits=self.head(x.sum(1)))
+        states = self.words(input_ids).tanh() * attention_mask[..., None]
+        logits = self.head(states if self.by_token else states.sum(1))
+        return types.SimpleNamespace(last_hidden_state=states, logits=logits)
 
 
-def gradients(module, rows):
-    loss, _ = module(labels[rows], input_ids=ids[rows], attention_mask=mask[rows])
+def gradients_of_freelb(wrap, rows):
+    """Of FreeLB, on these of eight rows."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 99, (8, 6))[rows]
+    labels = (torch.arange(8) % 3)[rows]
+    mask = (torch.arange(6) < torch.tensor([6, 5, 4, 3] * 2)[:, None]).long()[rows]
+    module = wrap(r3f.FreeLB(Words(), adv_lr=0.5, init=0.0))
+    loss, _ = module(labels, input_ids=ids, attention_mask=mask)
     loss.backward()
     return [p.grad for p in module.parameters()]
 
 
-def compare(rank, meeting):
-    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
-    ddp = torch.nn.parallel.DistributedDataParallel(r3f.FreeLB(shared, adv_lr=0.5, init=0.0))
-    both = gradients(ddp, slice(rank, None, 2))
-    one = gradients(r3f.FreeLB(alone, adv_lr=0.5, init=0.0), slice(None))
+def compare_freelb(rank):
+    one = gradients_of_freelb(lambda module: module, slice(None))
+    both = gradients_of_freelb(torch.nn.parallel.DistributedDataParallel, slice(rank, None, 2))
     assert all(g.abs().max() > 1e-3 for g in one)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(both, one))
-    torch.distributed.destroy_process_group()
-    assert "transformers" not in sys.modules
+    for a, b in zip(one, both):
+        torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-5)
 
 
-torch.manual_seed(0)
-ids, labels = torch.randint(0, 99, (8, 6)), torch.arange(8) % 3
-mask = (torch.arange(6) < torch.tensor([6, 5, 4, 3] * 2)[:, None]).long()
-alone, shared = Words(), Words()
-shared.load_state_dict(alone.state_dict())
-torch.multiprocessing.start_processes(compare, (sys.argv[2],), nprocs=2, start_method="fork")
-"""
-
-
-BY_TOKEN = """
-import os
-import sys
-from types import SimpleNamespace
-import torch
-sys.path.insert(0, sys.argv[1])
-import common
-import data
-import gtuning
-import numpy as np
-import r3f
-
-
-class Words(torch.nn.Module):
-    config = SimpleNamespace(is_encoder_decoder=False, model_type="words", num_labels=3,
-                             hidden_size=8, num_attention_heads=2, hidden_dropout_prob=0.0,
-                             to_dict=dict)
-    device = "cpu"
-
-    def __init__(self):
-        super().__init__()
-        self.words, self.head = torch.nn.Embedding(99, 8), torch.nn.Linear(8, 3)
-
-    def get_input_embeddings(self):
-        return self.words
-
-    def forward(self, input_ids, attention_mask):
-        states = self.words(input_ids).tanh()
-        return SimpleNamespace(last_hidden_state=states, logits=self.head(states))
-
-
-def rows_of(kind, n=12):
-    # Rows of 3 to 14 tokens. A tag for every second token; an answer that starts at the second.
+def rows_by_token(kind, n=12):
+    """Rows of 3 to 14 tokens: a tag for every second token; an answer that starts at the second."""
     lengths = np.arange(3, 3 + n)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.arange(offsets[-1])
-    rows = np.repeat(np.arange(n), lengths)
     if kind == "tag":
         labels = data.Field(np.where(tokens % 2, tokens % 3, -100), offsets, -100)
     else:
@@ -9170,60 +9181,64 @@ def rows_of(kind, n=12):
                        "labels": labels})
 
 
-def gradients(method, kind, rank, size, micro):
+def gradients_by_token(method, kind, rank, size, micro):
     torch.manual_seed(0)
-    words = Words()
-    x_t = data.Batches(rows_of(kind), 12, 0, rank, size, micro, "random")[0]
-    world = common.World(SimpleNamespace(batch_size=12, compile=False, precision="fp32"))
-    world.rank, world.size, more = rank, size, {}
-    module = r3f.R3F(words, eps=0.5)
-    module.noise_for = lambda x: 0.5 * x.roll(1, -1)
+    words = Words(by_token=True)
+    x_t = data.Batches(rows_by_token(kind), 12, 0, rank, size, micro, "random")[0]
+    world = common.World(types.SimpleNamespace(batch_size=12, compile=False, precision="fp32"))
+    world.rank = rank
+    world.size = size
+    more = {}
     if method == "gtuning":
-        D = gtuning.Discriminator(8)
-        more = {"D": D.requires_grad_(False), "alpha": 1.0, "beta": 50.0}
+        D = gtuning.Discriminator(8).requires_grad_(False)
+        more = {"D": D, "alpha": 1.0, "beta": 50.0}
         module = gtuning.GTuning(words, 3 if kind == "tag" else 2, by_token=kind)
-        x_u = data.Batches(rows_of("span"), 12, 1, rank, size, micro, "random")[0]
-        x_t = gtuning.Algorithm1.with_general(SimpleNamespace(world=world), x_t, x_u)
+        x_u = data.Batches(rows_by_token("span"), 12, 1, rank, size, micro, "random")[0]
+        x_t = gtuning.Algorithm1.with_general(types.SimpleNamespace(world=world), x_t, x_u)
+    else:
+        module = r3f.R3F(words, eps=0.5)
+        module.noise_for = functools.partial(noise_that_is_not_drawn, module)
     common.backward(world.ddp(module), x_t, world, **more)
     return [p.grad for p in module.parameters() if p.grad is not None]
 
 
-def compare(rank, meeting):
-    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+def compare_by_token(rank):
     for method, kind in (("gtuning", "tag"), ("gtuning", "span"), ("r3f", "tag")):
-        one = gradients(method, kind, 0, 1, 12)
-        both = gradients(method, kind, rank, 2, 4)     # passes of 4 and 2 rows
+        one = gradients_by_token(method, kind, 0, 1, 12)
+        both = gradients_by_token(method, kind, rank, 2, 4)      # passes of 4 and 2 rows
         assert len(one) == len(both) and all(g.abs().max() > 1e-4 for g in one[:2])
         for a, b in zip(one, both):
-            assert torch.allclose(a, b, atol=1e-6, rtol=1e-4), (method, kind, a - b)
+            torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-4, msg=f"{method}, {kind}")
+
+
+def one_of_two(rank, compare, meeting):
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    compare(rank)
     torch.distributed.destroy_process_group()
-    assert "transformers" not in sys.modules
 
 
-torch.multiprocessing.start_processes(compare, (sys.argv[2],), nprocs=2, start_method="fork")
-"""
+def in_two_processes(compare, meeting):
+    torch.multiprocessing.start_processes(
+        one_of_two, (compare, str(meeting)), nprocs=2, start_method="fork")
 
 
-GRADIENTS_OF_TWO = {"freelb": FREELB, "by_token": BY_TOKEN}
+GRADIENTS_OF_TWO = {"freelb": compare_freelb, "by_token": compare_by_token}
 
 
 @pytest.fixture(scope="session")
 def gradients_of_two(second_process, tmp_path_factory):
-    """{name: future of a script that compares the gradient in two processes with that of one}"""
+    """{name: future of the comparison of a gradient in two processes with that of one}"""
     futures = {}
-    for name, script in GRADIENTS_OF_TWO.items():
-        folder = tmp_path_factory.mktemp(name)
-        command = [sys.executable, write(folder / "two.py", script), HERE, str(folder / "meeting")]
-        futures[name] = second_process.submit(
-            subprocess.run, command, capture_output=True, text=True)
+    for name, compare in GRADIENTS_OF_TWO.items():
+        meeting = tmp_path_factory.mktemp(name) / "meeting"
+        futures[name] = second_process.submit(in_two_processes, compare, meeting)
     return futures
 
 
 @pytest.mark.parametrize("name", GRADIENTS_OF_TWO)
 def test_a_gradient_in_two_processes_is_that_of_one(name, gradients_of_two):
     """Of FreeLB; of tags and answers, of which the processes have unlike numbers of labels."""
-    done = gradients_of_two[name].result()
-    assert done.returncode == 0, done.stderr
+    gradients_of_two[name].result()
 
 
 # ------------------------------------------------------------------------------------ the toy world
