@@ -51,6 +51,10 @@ class RunError(Exception):
     """A run that cannot go on: its loss is not finite, its disk is full. One line, as UserError."""
 
 
+class NotFinite(RunError):
+    """The loss of a step is not finite, in all processes alike."""
+
+
 class Stopped(SystemExit):
     """A signal ends the run. code: 128 + its number. message: the line that says how to go on."""
 
@@ -673,11 +677,19 @@ def processes(args):
             torch.set_num_threads(args.threads)
         try:
             yield world
+        except NotFinite:
+            leave(world)                               # a search goes on
+            raise
         finally:
             torch.set_num_threads(threads)
-        if world.size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
+        leave(world)
+
+
+def leave(world):
+    """Ends the processes' group, in all of them at the same time."""
+    if world.size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 # -------------------------------------------------------------------  3  model, optimizer, backward
@@ -777,7 +789,7 @@ def warn_of_texts(args, rows, world):
             world.say(f"warning: {name}: {count} of {len(part)} rows have an empty text")
     for name, (task, part) in scored.items():
         if data.KINDS[task.kind].decodes:
-            count = sum(not data.words_of(text) for text in part["label"])
+            count = sum(not data.words_of(text) for text in part["label"][:])
             if count:
                 world.say(f"warning: {name}: in {count} of {len(part)} rows the {task.label} has "
                           "no word for ROUGE, which knows a-z and 0-9 alone")
@@ -1254,6 +1266,12 @@ NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
     "detect_anomaly", "threads", "grid", "name", "run"}
 
+# Flags of which all runs of a search have the same: what the rows are, and how they are scored.
+NOT_SEARCHED = {
+    "task", "train_file", "validation_file", "test_file", "text_columns", "label_column",
+    "target_column", "local_file", "dev_samples", "eval_samples", "eval_tasks", "main_metric",
+    "choosing", "log_every"}
+
 
 @functools.cache
 def default_flags():
@@ -1587,13 +1605,13 @@ class Run:
         if self.batches is not None:
             numbers = self.batches.rows(step - self.shift)
             rows = f"; rows of the batch, of those trained on: {' '.join(map(str, numbers))}"
-        self.fail(f"{self.folder}: step {step + 1}: not finite: {values}{rows}; see "
-                  "--detect_anomaly")
+        raise NotFinite(f"{self.folder}: step {step + 1}: not finite: {values}{rows}; see "
+                        f"--detect_anomaly; {self.last_checkpoint()}")
 
-    def fail(self, message, cause=None):
+    def last_checkpoint(self):
+        """Where it is, in words."""
         there = [path for path in self.checkpoints if os.path.exists(path)]
-        last = f"the last good checkpoint is {there[0]}" if there else "there is no checkpoint"
-        raise RunError(f"{message}; {last}") from cause
+        return f"the last good checkpoint is {there[0]}" if there else "there is no checkpoint"
 
     @contextlib.contextmanager
     def guard(self, path):
@@ -1607,7 +1625,7 @@ class Run:
             inner = error.__context__
             cause = inner if isinstance(inner, OSError) else error
             why = getattr(cause, "strerror", None) or first_line(cause)
-            self.fail(f"cannot write {path}: {why}", error)
+            raise RunError(f"cannot write {path}: {why}; {self.last_checkpoint()}") from error
 
     def save(self):
         """A checkpoint, from rank 0: all have the same weights."""
@@ -1955,7 +1973,8 @@ def search(main, flags, recipe, methods, argv):
 
     Each combination is a run of the first seed that scores the held-out rows alone; the best main
     metric decides. These runs lie in OUTPUT_DIR/grid, are found again like all finished runs, and
-    the search is told in OUTPUT_DIR/TASK/search-METHOD.json. Returns the results of all seeds.
+    the search is told in OUTPUT_DIR/TASK/search-METHOD.json. A combination whose loss is not finite
+    is the worst. Returns the results of all seeds.
     """
     started = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -1974,10 +1993,10 @@ def search(main, flags, recipe, methods, argv):
         if len(cells) > 1:
             scores = []
             for cell in cells:
-                result, = main(cell_flags(argv, method, args, cell))
-                best = result["best"]
-                scores.append(best["value"] if best else main_value(result["metrics"]))
+                scores.append(score_of_cell(main, cell_flags(argv, method, args, cell)))
             chosen = cells[int(np.argmax(scores))]
+            if max(scores) == -math.inf:
+                raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
             write_search(args, method, cells, scores, chosen)
         # The last --grid holds, and it is empty: this call trains, it does not search.
         found = main([*argv, "--grid", "--method", method, *chosen])
@@ -1987,6 +2006,18 @@ def search(main, flags, recipe, methods, argv):
     if process_rank() == 0:
         print_table(print, results, args, started)
     return results
+
+
+def score_of_cell(main, argv):
+    """The main metric of a run of the search; -inf if its loss is not finite."""
+    try:
+        result, = main(argv)
+    except NotFinite as error:
+        if process_rank() == 0:
+            print(error)
+        return -math.inf
+    best = result["best"]
+    return best["value"] if best else main_value(result["metrics"])
 
 
 def read_grid(words):
@@ -2006,7 +2037,7 @@ def check_grid(args, grid, methods):
     for flag in grid:
         if flag not in vars(args):
             raise UserError(f"--grid {flag}: no such flag")
-        if not any(flag in flags for flags in counted.values()):
+        if flag in NOT_SEARCHED or not any(flag in flags for flags in counted.values()):
             raise UserError(f"--grid {flag}: {' and '.join(args.method)} cannot be searched over "
                             "it; must be a flag of the method, the model or the training")
         if flag in args.by_hand:
@@ -2018,7 +2049,8 @@ def check_grid(args, grid, methods):
             continue
         saved = read_results(path)["args"]
         for name, value in counted[method].items():
-            is_open = name in grid or value is None    # the model decides what is None
+            by_model = value is None or name in ("max_length", "max_target_length")
+            is_open = name in grid or (by_model and name not in args.by_hand)
             if not is_open and name in saved and saved[name] != value:
                 raise UserError(f"--output_dir {args.output_dir}: {folder} holds a run with "
                                 f"--{name} {saved[name]} (now {value}); use --overwrite, or "
@@ -2061,7 +2093,9 @@ def write_search(args, method, cells, scores, chosen):
         return
     folder = os.path.join(args.output_dir, args.task)
     os.makedirs(folder, exist_ok=True)
-    tried = [{"flags": cell, "score": score} for cell, score in zip(cells, scores)]
+    tried = []
+    for cell, score in zip(cells, scores):
+        tried.append({"flags": cell, "score": score if score > -math.inf else "not finite"})
     search = {"method": method, "held_out_rows": args.dev_samples, "tried": tried, "chosen": chosen}
     save_json(os.path.join(folder, f"search-{method}.json"), search)
     print(f"{args.task} {method}: chosen of {len(cells)}: {' '.join(chosen) or 'the defaults'}")
@@ -2502,12 +2536,12 @@ def density(cloud, xs, ys):
     return near_y @ near_x.T
 
 
-def grid_over(points, margin=0.02, steps=60):
-    """The axes of a grid over all points (n, 2), and a little beyond: xs (steps,), ys (steps,)."""
+def grid_over(points):
+    """The axes of a grid over all points (n, 2), and 2% beyond: xs (60,), ys (60,)."""
     low = points.min(0)
     high = points.max(0)
-    beyond = max(margin * (high - low).max(), 1e-9)
-    return np.linspace(low - beyond, high + beyond, steps).T
+    beyond = max(0.02 * (high - low).max(), 1e-9)
+    return np.linspace(low - beyond, high + beyond, 60).T
 
 
 def densest(cloud, points):
@@ -2670,7 +2704,8 @@ T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622
 def t_interval(differences):
     """95 % interval of the mean of n paired differences, by Student's t: (low, high).
 
-    nan for a single difference, which says nothing of the spread.
+    A bootstrap over so few differences would be too narrow: of normal ones, 89 % of its intervals
+    hold the true mean with 8 seeds. nan for a single difference, which says nothing of the spread.
     """
     n = len(differences)
     if n < 2:
@@ -2683,26 +2718,6 @@ def t_interval(differences):
     half = t * np.std(differences, ddof=1) / math.sqrt(n)
     mean = np.mean(differences)
     return float(mean - half), float(mean + half)
-
-
-def bootstrap_interval(differences, draws=10000, seed=0):
-    """95 % interval of the mean of n paired differences, by bootstrap over them: (low, high).
-
-    It assumes no distribution, but with few differences it is too narrow: see INTERVALS.
-    """
-    differences = np.asarray(differences, float)
-    n = len(differences)
-    if n < 2:
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    means = differences[rng.integers(n, size=(draws, n))].mean(1)        # (draws,)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-# Student's is the default. Of normal differences, 95 % of its intervals hold the true mean for any
-# number of seeds; of the bootstrap's 84 % with 5 seeds, 89 % with 8 and 90 % with 10.
-INTERVALS = {"t": t_interval, "bootstrap": bootstrap_interval}
 
 
 def paired_bootstrap(metric, labels, predictions_a, predictions_b, draws=10000, seed=0):
@@ -2805,10 +2820,10 @@ class Difference:
         return "no difference shown"
 
 
-def summarise_differences(differences, interval):
-    """A Difference of (n,) paired differences in points. interval: a name of INTERVALS."""
+def summarise_differences(differences):
+    """A Difference of (n,) paired differences in points."""
     differences = np.round(differences, 10)            # as in `wilcoxon`
-    low, high = INTERVALS[interval](differences)
+    low, high = t_interval(differences)
     std = math.nan
     if len(differences) > 1:
         std = float(differences.std(ddof=1))
@@ -2892,8 +2907,8 @@ class Finished:
     where: str                     # its folder, or FILE:LINE of a kept line
     line: dict                     # see result_line
     flags: dict                    # all flags, defaults too
-    label: str                     # its method, and those of the flags --by that are not a default
-    curve: dict                    # {step: main metric} of its evaluations; empty of a kept line
+    label: str                     # its method, and METHOD_FLAGS and --by that are not a default
+    curves: dict                   # {(set, metric): {step: value}} of its log; empty of a kept line
 
     @property
     def task(self):
@@ -2919,16 +2934,16 @@ class Finished:
         return None
 
 
-def finished_run(where, line, by, curve):
+def finished_run(where, line, by, curves):
     """A Finished of a line that is checked. ValueError says what is wrong with it."""
     check_line(line)
     defaults = default_flags()
     flags = {**defaults, **line["flags"]}
     words = [line["method"]]
-    for name in dict.fromkeys([*by, *line.get("by", [])]):
+    for name in dict.fromkeys([*METHOD_FLAGS, *by, *line.get("by", [])]):
         if flags.get(name) != defaults.get(name):
             words.append(f"{name}={flags[name]}")
-    return Finished(where, line, flags, " ".join(words), curve)
+    return Finished(where, line, flags, " ".join(words), curves)
 
 
 PROBES = "probes.jsonl"            # what linear layers found in frozen encoders, a line each
@@ -2957,8 +2972,8 @@ def read_run(folder, by, left_out):
     path = os.path.join(folder, "results.json")
     try:
         line = result_line(read_results(path))
-        curve = read_curve(os.path.join(folder, "log.jsonl"), left_out)
-        return finished_run(folder, line, by, curve)
+        curves = read_curves(os.path.join(folder, "log.jsonl"), left_out)
+        return finished_run(folder, line, by, curves)
     except UserError as error:
         left_out.append(str(error))
     except ValueError as error:
@@ -2968,15 +2983,14 @@ def read_run(folder, by, left_out):
     return None
 
 
-def read_curve(path, left_out):
-    """{step: main metric} of a log's evaluations. left_out gets the count of damaged lines."""
-    curve = {}
+def read_curves(path, left_out):
+    """{(set, metric): {step: value}} of a log's evaluations, by their main metric.
+
+    left_out gets the count of damaged lines.
+    """
+    curves = {}
     damaged = 0
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            texts = file.read().splitlines()
-    except OSError:
-        return curve
+    texts = lines_of(path, left_out) if os.path.exists(path) else []
     for text in texts:
         try:
             evaluation = read_evaluation(text)
@@ -2984,34 +2998,40 @@ def read_curve(path, left_out):
             damaged += 1
             continue
         if evaluation:
-            step, value = evaluation
-            curve[step] = value
+            what, step, value = evaluation
+            curves.setdefault(what, {})[step] = value
     if damaged:
         left_out.append(f"{path}: {plural(damaged, 'damaged line')}")
-    return curve
+    return curves
+
+
+def lines_of(path, left_out):
+    """The lines of a .jsonl file. left_out gets a line if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().splitlines()
+    except OSError as error:
+        left_out.append(f"{path}: cannot be read: {error.strerror}")
+        return []
 
 
 def read_evaluation(text):
-    """(step, main metric) of a log's line; None if it is not that of an evaluation."""
+    """((set, main metric), step, value) of a log's line; None if it is not of an evaluation."""
     line = json.loads(text)
     if line.get("metrics") is None:
         return None
-    value = main_value(line["metrics"])
+    name, metrics = next(iter(line["metrics"].items()))
+    metric, value = next(iter(metrics.items()))
     if not is_number(line["step"]) or not is_number(value):
         raise ValueError("no number")
-    return line["step"], value
+    return (name, metric), line["step"], value
 
 
 def read_kept(path, by, left_out):
     """The Finished of a file of kept lines, without those that are damaged."""
     runs = []
     damaged = []
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            texts = file.read().splitlines()
-    except OSError as error:
-        left_out.append(f"{path}: cannot be read: {error.strerror}")
-        return runs
+    texts = lines_of(path, left_out)
     for number, text in enumerate(texts, 1):
         where = f"{path}:{number}"
         try:
@@ -3092,13 +3112,7 @@ def read_probe_lines(places, left_out):
     """{(probed task, metric, recipe, rows): {Probe: score in percent}}."""
     scores = {}
     for path in find_probes(places):
-        try:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                texts = file.read().splitlines()
-        except OSError as error:
-            left_out.append(f"{path}: cannot be read: {error.strerror}")
-            continue
-        for number, text in enumerate(texts, 1):
+        for number, text in enumerate(lines_of(path, left_out), 1):
             try:
                 line = json.loads(text)
                 key = line["task"], line["metric"], line["recipe"], int(line["rows"])
@@ -3151,7 +3165,7 @@ def keep_lines(path, runs, by, differ):
     there = read_kept(path, by, left_out) if os.path.exists(path) else []
     if left_out:
         raise UserError(f"--keep {left_out[0]}")
-    refuse_unlike([*there, *runs], [*METHOD_FLAGS, *by], differ)
+    refuse_unlike([*there, *runs], by, differ)
     lines = {(run.task, run.label, run.seed): run for run in [*there, *runs]}
     runs = in_order(lines.values())
     text = ""
@@ -3180,7 +3194,7 @@ def refuse_unlike(runs, by, differ):
     have, but for what all of them searched over the same values. A flag that one of the runs lacks
     came later.
     """
-    free = NOT_COMPARED.union(by, differ)
+    free = NOT_COMPARED.union(METHOD_FLAGS, by, differ)
     for run in runs:
         free.update(run.line.get("by", []), run.line.get("differ", []))
     first = {}                                         # {(task, method): a run}
@@ -3239,7 +3253,7 @@ class Table:
         return next(key for key in self.rows if key[0] == task)
 
 
-def build_table(title, runs, baseline, interval, draws=None):
+def build_table(title, runs, baseline, draws=None):
     """A Table. UserError if two runs have the same task, method and seed, and differ.
 
     draws: of the bootstrap over rows; None: there is none.
@@ -3270,10 +3284,10 @@ def build_table(title, runs, baseline, interval, draws=None):
         for column in columns[1:] if baseline else []:
             paired = paired_differences(row, column, baseline)
             if len(paired):
-                differences[key][column] = summarise_differences(paired, interval)
+                differences[key][column] = summarise_differences(paired)
     runs = [*seen.values()]
     return Table(title, runs, baseline, columns, rows, differences,
-                 over_tasks(differences, interval), over_rows(runs, differences, baseline, draws))
+                 over_tasks(differences), over_rows(runs, differences, baseline, draws))
 
 
 def paired_differences(row, column, baseline):
@@ -3284,7 +3298,7 @@ def paired_differences(row, column, baseline):
     return np.array([mine[seed] - base[seed] for seed in seeds])
 
 
-def over_tasks(differences, interval):
+def over_tasks(differences):
     """{(what it is over, method): (Difference, p after Holm's correction, for so many methods)}.
 
     A task counts by its main metric, a further set by its first one; each is a mean over seeds.
@@ -3302,7 +3316,7 @@ def over_tasks(differences, interval):
         for key in keys:
             for column, difference in differences[key].items():
                 means.setdefault(column, []).append(difference.mean)
-        totals = {column: summarise_differences(values, interval)
+        totals = {column: summarise_differences(values)
                   for column, values in means.items() if len(values) > 1}
         corrected = holm([total.p for total in totals.values()])
         for (column, total), p in zip(totals.items(), corrected):
@@ -3332,10 +3346,10 @@ def read_predictions(runs):
 
 
 def over_rows(runs, differences, baseline, draws):
-    """{(task, set, its first metric): {method: (seeds, rows, low, high)}}, in points.
+    """{(task, set, its first metric): {method: (seeds, rows, mean, low, high)}}, in points.
 
-    low, high: the interval of the mean difference by `paired_bootstrap`, which shows what other
-    seeds and other scored rows would change. Empty without draws.
+    mean: the difference of these seeds. low, high: its interval by `paired_bootstrap`, which shows
+    what other seeds and other scored rows would change. Empty without draws.
     """
     if not draws:
         return {}
@@ -3349,11 +3363,15 @@ def over_rows(runs, differences, baseline, draws):
             seeds = [seed for seed in mine if seed in base]
             if not seeds:
                 continue
+            metric = data.METRICS[key[2]]
+            gains = []
+            for seed in seeds:
+                gains.append(metric(mine[seed], labels[place]) - metric(base[seed], labels[place]))
             low, high = paired_bootstrap(
-                data.METRICS[key[2]], labels[place], [mine[seed] for seed in seeds],
+                metric, labels[place], [mine[seed] for seed in seeds],
                 [base[seed] for seed in seeds], draws)
-            interval = len(seeds), len(labels[place]), 100 * low, 100 * high
-            found.setdefault(key, {})[column] = interval
+            found.setdefault(key, {})[column] = (
+                len(seeds), len(labels[place]), 100 * np.mean(gains), 100 * low, 100 * high)
     return found
 
 
@@ -3516,8 +3534,7 @@ def over_rows_rows(table):
     """(header, rows): one row for each task, set and method, by the set's first metric."""
     rows = []
     for key, methods in table.over_rows.items():
-        for column, (seeds, n, low, high) in methods.items():
-            mean = table.differences[key][column].mean
+        for column, (seeds, n, mean, low, high) in methods.items():
             rows.append([*key, column, f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{seeds}",
                          f"{n}"])
     return ["task", "set", "metric", "method", "mean", "95 % interval", "seeds", "rows"], rows
@@ -3561,7 +3578,8 @@ def probe_rows(probes):
     rows = []
     for (task, metric, recipe, n), methods in probes.items():
         named = f"{task}, {metric}; layer: {recipe}, {n} rows"
-        chains = sorted({links for chains in methods.values() for links in chains}, key=len)
+        chains = {links for chains in methods.values() for links in chains}
+        chains = sorted(chains, key=lambda links: (len(links), links))
         for links in chains:
             for method, scores in methods.items():
                 if links in scores and (links or method == min(methods)):
@@ -3862,20 +3880,21 @@ def figure(picture, caption, colours=None):
 
 
 def curve_figures(table):
-    """A figure for each task of which runs were evaluated more than once in training."""
+    """A figure for each task and set by which runs were evaluated more than once in training."""
+    found = {}                                         # {(task, set, metric): curves}
+    for run in table.runs:
+        for what, curve in run.curves.items():
+            if len(curve) > 1:
+                curves = found.setdefault((run.task, *what), {})
+                scores = curves.setdefault(run.label, {})
+                for step, value in curve.items():
+                    scores.setdefault(step, []).append(100 * value)
+
     figures = []
-    for task in table.tasks:
-        curves = {}
-        for run in table.runs:
-            if run.task == task and len(run.curve) > 1:
-                curve = curves.setdefault(run.label, {})
-                for step, value in run.curve.items():
-                    curve.setdefault(step, []).append(100 * value)
-        if not curves:
-            continue
+    for key, curves in found.items():
         columns = [column for column in table.columns if column in curves]
         colours = {column: colour_of(table, column) for column in columns}
-        what = ", ".join(table.main_row(task))
+        what = ", ".join(key)
         picture = curve_svg({column: curves[column] for column in columns}, colours, what)
         caption = f"{what}, over steps: median of the seeds, least to greatest."
         figures.append(figure(picture, caption, colours))
@@ -3991,8 +4010,6 @@ def report_flags():
                    help="all runs below are one table; a file of kept lines (.jsonl) is one each")
     p.add_argument("--baseline", metavar="METHOD",
                    help="what differences are to (std, or adapter where there is no std)")
-    p.add_argument("--interval", default="t", choices=[*INTERVALS],
-                   help="interval of the mean difference: Student's, or a bootstrap over seeds")
     p.add_argument("--rows", type=number(int, 100), nargs="?", const=10000, metavar="DRAWS",
                    help="also an interval over seeds and the rows that are scored, by a bootstrap "
                         "of so many draws (10000)")
@@ -4018,8 +4035,7 @@ def main_report(argv=None):
     """Prints the report and writes it. Returns the tables."""
     args = report_flags().parse_args(argv)
     left_out = []
-    by = [*METHOD_FLAGS, *args.by]
-    found = read_places(args.places, by, left_out)
+    found = read_places(args.places, args.by, left_out)
     every_run = [run for _, runs in found for run in runs]
     known = {name for run in every_run for name in run.flags}
     for flag, names in (("by", args.by), ("differ", args.differ)):
@@ -4030,9 +4046,9 @@ def main_report(argv=None):
 
     tables = []
     for title, runs in found:
-        refuse_unlike(runs, by, args.differ)
+        refuse_unlike(runs, args.by, args.differ)
         baseline = args.baseline or usual_baseline(runs)
-        tables.append(build_table(title, runs, baseline, args.interval, args.rows))
+        tables.append(build_table(title, runs, baseline, args.rows))
     if args.rows and not any(table.over_rows for table in tables):
         raise UserError("--rows: must be of folders with runs of a method and of the baseline on "
                         "the same rows; kept lines hold no predictions")
@@ -4252,8 +4268,7 @@ def post_trained(args, setup, seed, world):
     if "note_row" in chosen.fields:                    # parts of rows know all of these
         rows = rows.select(chosen.whole_rows)
     split = data.encode(rows, setup.task, tokenizer, args.max_length)
-    for name in ("labels", "perturbable"):
-        split.fields.pop(name, None)
+    split.fields.pop("labels", None)
     folder = made_folder(
         "post-trained", digest_weights(model).encode(), split.fields["input_ids"].values.tobytes(),
         split.lengths.tobytes(), f"{args.post_train:g} {world.precision} {POST_TRAINING}".encode())
@@ -4358,7 +4373,6 @@ def learn_to_restore(model, batches, steps):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return model
 
 
 if __name__ == "__main__":

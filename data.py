@@ -222,9 +222,10 @@ TASKS = {
     "sick-r":   Task(SICK, "default", "sentence_A sentence_B", kind="regress",
                      metrics="pearson spearman", validation="test",
                      label="relatedness_score", script=True),
-    "hans":     Task("jhu-cogsci/hans", "plain_text", "premise hypothesis", "entailment non-entailment",
-                     script=True, sample=6000),
-    "imdb":     Task("stanfordnlp/imdb", "plain_text", "text", "neg pos", validation="test", sample=6000),
+    "hans":     Task("jhu-cogsci/hans", "plain_text", "premise hypothesis",
+                     "entailment non-entailment", script=True, sample=6000),
+    "imdb":     Task("stanfordnlp/imdb", "plain_text", "text", "neg pos", validation="test",
+                     sample=6000),
     "cola-ood": Task("", "", "sentence", "unacceptable acceptable", "mcc accuracy", sample=6000,
                      where="the CoLA-OOD file of GLUE-X (github.com/YangLinyi/GLUE-X), "
                            "columns sentence and label"),
@@ -602,7 +603,7 @@ def check_comparable(task, trained, name):
 
 def refuse_hidden(task, rows, where):
     """Rows that are scored must have labels."""
-    labels = rows["label"][:]                          # a list; the column itself reads row by row
+    labels = cells_of(rows, "label")
     is_hidden = KINDS[task.kind].hidden
     row = next((row for row, label in enumerate(labels) if is_hidden(label)), None)
     if row is not None:
@@ -871,7 +872,7 @@ def read_texts(table, task, where):
         if column not in column_names(table):
             raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
         texts = []
-        for row, cell in enumerate(table[column], 1):
+        for row, cell in enumerate(cells_of(table, column), 1):
             if cell is None or cell != cell:           # None, or a NaN of json
                 raise UserError(f"{where}: row {row}: no text in column {column!r}")
             texts.append(text_of(cell, row, column, where))
@@ -899,11 +900,17 @@ def ids_of(table, where):
     """The rows' own ids, in a column `id`, as strings; None without such a column."""
     if "id" not in column_names(table):
         return None
-    return [whole_text(str(cell), row, "id", where) for row, cell in enumerate(table["id"], 1)]
+    return [whole_text(str(cell), row, "id", where)
+            for row, cell in enumerate(cells_of(table, "id"), 1)]
 
 
 def column_names(table):
     return list(table) if isinstance(table, dict) else table.column_names
+
+
+def cells_of(table, column):
+    """A column of a dict of lists or of a Dataset as a list. (A Dataset's own reads row by row.)"""
+    return table[column][:]
 
 
 def raw_labels(table, task, where):
@@ -914,7 +921,7 @@ def raw_labels(table, task, where):
     if task.label not in column_names(table):
         return [-1] * len(table[task.columns[0]])
 
-    cells = list(table[task.label])
+    cells = cells_of(table, task.label)
     given = [(row, cell) for row, cell in enumerate(cells, 1) if cell is not None]
     for row, cell in given:
         if not isinstance(cell, (str, int, float)):
@@ -1003,7 +1010,7 @@ def read_generate(table, task, where):
     texts = read_texts(table, task, where)
     targets = [""] * len(texts[task.columns[0]])
     if task.label in column_names(table):
-        for row, cell in enumerate(table[task.label]):
+        for row, cell in enumerate(cells_of(table, task.label)):
             if cell is not None:
                 targets[row] = text_of(cell, row + 1, task.label, where).strip()
     return make_rows(texts, targets, "string", ids_of(table, where))
@@ -1303,7 +1310,7 @@ class Split:
         """A column of the rows, such as their own ids, as a list; None if there is none."""
         if self.rows is None or name not in self.rows.column_names:
             return None
-        return list(self.rows[name])
+        return cells_of(self.rows, name)
 
     def note(self, name, row):
         """What a row has in the field note_NAME."""
@@ -1392,11 +1399,12 @@ class Batches:
     Any step can be had at once: the order is a function of (seed, epoch) alone. Rows are shuffled,
     cut into large chunks, sorted by length within each, cut into batches, and the batches shuffled;
     the last one is topped up with the epoch's first rows. Process `rank` takes rows[rank::world] of
-    each batch.
+    each batch. Rows of two sides, two sentences apart or a text and what is to be written, are put
+    into batches by both lengths, see `halve`.
 
     tokens: a batch is not `batch_size` rows but about that many tokens, labels that are lists
     counted in: ceil(all tokens / tokens) batches an epoch, of equal size to within two rows, with
-    each row once. Rows of two sides are put into batches by both lengths, see `halve`.
+    each row once.
 
     batching: "length" is that; "random" leaves the shuffled order; "padded" also pads to `width`
     and `target_width`. The last two are what other scripts do, kept for --profile to compare with.
@@ -1436,6 +1444,9 @@ class Batches:
         total = int(self.sizes.sum())
         count = math.ceil(total / self.tokens)
         most = len(self.split) // self.world
+        if not most:
+            raise UserError(f"--batch_tokens {self.tokens}: {self.world} processes need a row "
+                            f"each; there are {len(self.split)}")
         if count > most:
             raise UserError(f"--batch_tokens {self.tokens}: the rows have "
                             f"{total / len(self.split):.0f} tokens on average; must be at least "
@@ -1777,7 +1788,7 @@ def predicted_numbers(task, trained, kept):
     return np.stack(kept)[:, 0]
 
 
-def score_rows(task, trained, kept, split):
+def score_predictions(task, trained, kept, split):
     """{metric: value} of the predictions of all rows."""
     predictions = KINDS[task.kind].predictions(task, trained, kept)
     return {name: METRICS[name](predictions, split.labels) for name in task.metrics.split()}
@@ -1879,10 +1890,10 @@ def read_tags(table, task, where):
         mapped = map_labels(names_of_table, names).tolist()
         index.update((str(i), label) for i, label in enumerate(mapped))
 
-    sentences = list(table[column])
+    sentences = cells_of(table, column)
     given = [None] * len(sentences)
     if task.label in column_names(table):
-        given = list(table[task.label])
+        given = cells_of(table, task.label)
     labels = []
     for row, (words, tags) in enumerate(zip(sentences, given), 1):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -2075,7 +2086,7 @@ def read_span(table, task, where):
     ids = ids_of(table, where) or [str(row) for row in range(count)]
     answers = [None] * count
     if task.label in column_names(table):
-        answers = list(table[task.label])
+        answers = cells_of(table, task.label)
 
     found = {"id": [], "question": [], "context": [], "label": [], "starts": []}
     for row in range(count):
@@ -2250,13 +2261,8 @@ def answer_scores(prediction, answers, language="en", rule="squad"):
         wanted = answer_words(answer, language, rule)
         if predicted == wanted:
             exact = 1.0
-        left = list(wanted)
-        hits = 0
-        for word in predicted:
-            if word in left:
-                left.remove(word)
-                hits += 1
-        best_f1 = max(best_f1, 2 * hits / max(1, len(predicted) + len(wanted)))
+        hits = (collections.Counter(predicted) & collections.Counter(wanted)).total()
+        best_f1 = max(best_f1, f1_of_counts(hits, len(predicted), len(wanted)))
     return exact, best_f1
 
 
@@ -2327,13 +2333,13 @@ KINDS = {
     "classify": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
-        forward=logits_of, collect=collect_rows, score=score_rows, text=class_text,
+        forward=logits_of, collect=collect_rows, score=score_predictions, text=class_text,
         write=write_classes, answer="a class", eval_size=usual_size,
         predictions=predicted_classes),
     "regress": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_regress, hidden=math.isnan, comparable=any_model, tokenise=tokenise_texts,
-        forward=logits_of, collect=collect_rows, score=score_rows, text=number_text,
+        forward=logits_of, collect=collect_rows, score=score_predictions, text=number_text,
         write=write_numbers, answer="a number (regression)", eval_size=usual_size,
         predictions=predicted_numbers),
     "generate": Kind(

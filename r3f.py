@@ -846,7 +846,7 @@ def probe_score(train, validation, task, settings, seed):
         layer = fit_by_recipe(x, y, task.outputs, settings)
     with torch.no_grad():
         logits = layer(x_scored).numpy()                                 # (n, C)
-    return next(iter(data.score_rows(task, task, list(logits), scored).values()))
+    return next(iter(data.score_predictions(task, task, list(logits), scored).values()))
 
 
 def read_links(folder):

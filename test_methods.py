@@ -2418,10 +2418,36 @@ def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(searched, t
     assert begun == [] and [r["searched"] for r in found] == [r["searched"] for r in whole]
 
 
+def test_a_search_goes_on_where_a_loss_is_not_finite(tiny_folder, tmp_path, cache, capsys):
+    flags = ["--method", "std", "--dev_samples", 40, "--max_steps", 3, "--warmup", 0]
+    result, = run("r3f", tiny_folder, tmp_path, *flags, "--grid", "lr=1e30,1e-3")
+    assert result["args"]["lr"] == 1e-3 and "not finite" in capsys.readouterr().out
+    search = json.load(open(tmp_path / "toy/search-std.json"))
+    assert [cell["score"] for cell in search["tried"]][0] == "not finite"
+    with pytest.raises(RunError, match="--grid lr=1e30,1e29: no loss of std is finite"):
+        run("r3f", tiny_folder, tmp_path / "none", *flags, "--grid", "lr=1e30,1e29")
+
+
+def test_a_search_is_found_again_where_the_model_sets_the_length(tmp_path):
+    """The recipe's length is more than the model's."""
+    args = parse("gtuning", "--task", "pos", "--seeds", 0, "--output_dir", tmp_path)
+    assert args.max_length == 128
+    results = results_of("pos", "gtuning", 0, 60)
+    results["args"] = {**vars(args), "max_length": 64}
+    write_run(tmp_path, results)
+    grid = {"lr": ["1e-5", "2e-5"]}
+    common.check_grid(args, grid, gtuning.METHODS)
+    args.by_hand = [*args.by_hand, "max_length"]
+    with pytest.raises(UserError, match="holds a run with --max_length 64"):
+        common.check_grid(args, grid, gtuning.METHODS)
+
+
 @pytest.mark.parametrize("words, message", [
     (["seeds=1,2"], "--grid seeds: r3f cannot be searched over it"),
     (["alpha=1,2"], "--grid alpha: r3f cannot be searched over it"),
     (["nothing=1,2"], "--grid nothing: no such flag"),
+    (["task=toy,toy-food"], "--grid task: r3f cannot be searched over it"),
+    (["main_metric=accuracy,f1"], "--grid main_metric: r3f cannot be searched over it"),
     (["lr=1,2", "--lr", "3"], "--grid lr: cannot go together with --lr"),
 ])
 def test_a_search_of_nothing_is_refused(words, message, tiny_folder, tmp_path, cache):
@@ -2970,20 +2996,6 @@ def test_t_quantiles():
         assert np.trapezoid(density, grid) == pytest.approx(0.475, abs=5e-6)
 
 
-def test_bootstrap_interval():
-    """Of 0 and 1 the drawn means are 0, .5 or 1; of many numbers the interval is near z's."""
-    assert common.bootstrap_interval([0, 1]) == (0, 1)
-    assert common.bootstrap_interval([3, 3, 3]) == (3, 3)
-    assert np.isnan(common.bootstrap_interval([1])).all()
-
-    values = np.random.default_rng(1).normal(2, 1, 400)
-    low, high = common.bootstrap_interval(values)
-    half = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
-    assert common.bootstrap_interval(values) == (low, high)
-    assert common.bootstrap_interval(values, seed=1) != (low, high)
-
-
 def test_paired_bootstrap():
     """The same rows for both methods: what both get wrong alike takes no part in the interval."""
     rng = np.random.default_rng(0)
@@ -3031,7 +3043,7 @@ def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
                                   "x:predictions"]
     os.remove(folder / "rte/std-1/scored.npz")
     out, _ = printed(capsys, folder, "--rows", 100)
-    assert re.search(r"over seeds and rows.*?more .* 1 +100\n", out, re.S)
+    assert re.search(r"over seeds and rows.*?more +\+20.00 .* 1 +100\n", out, re.S)  # of one seed
     for damaged in (b"PK", b""):
         (folder / "rte/std-1/scored.npz").write_bytes(damaged)
         assert "scored.npz: is damaged" in refused_report(folder, "--rows")
@@ -3127,14 +3139,6 @@ def test_numbers(tmp_path, capsys):
     assert re.search(r"mean +61\.62 +63\.25", text)
     assert re.search(r"more +\+1\.62 +\+1\.00 to \+2\.25 +0\.008 +better +8-0 +0\.74 +8", text)
     assert re.search(r"more +100 +25\.0 +0\.250 +2\.50 +8\.0", text)      # cost 2.5 of std's
-
-
-def test_bootstrap_is_a_choice(tmp_path, capsys):
-    write_runs(tmp_path / "runs", tasks=["rte"])
-    table, = common.main_report([str(tmp_path / "runs"), "--interval", "bootstrap"])
-    difference = table.differences["rte", "validation", "accuracy"]["more"]
-    expected = common.bootstrap_interval([2, 1, 2, 1, 3, 1, 2, 1])
-    assert (difference.low, difference.high) == pytest.approx(expected)
 
 
 def test_only_shared_seeds_are_paired(tmp_path, capsys):
@@ -3423,6 +3427,17 @@ def test_lines_know_the_flags_that_they_were_kept_with(tmp_path):
     assert after.columns == before.columns == ["more lam=0.5", "more lam=1.0"]
     assert after.rows == before.rows
 
+    # Nor do lines that are added take anything from runs with a flag of METHOD_FLAGS.
+    for seed in range(2):
+        write_run(tmp_path / "plain", results_of("cola", "std", seed, 60))
+        write_run(tmp_path / "noisy", results_of("cola", "std", seed, 61, weight_noise=0.15))
+        write_run(tmp_path / "third", results_of("cola", "r3f", seed, 62))
+    both = tmp_path / "both.jsonl"
+    for name in ("plain", "noisy", "third"):
+        common.main_report([str(tmp_path / name), "--keep", str(both)])
+    assert len(both.read_text().splitlines()) == 6
+    assert common.main_report([str(both)])[0].columns == ["std", "r3f", "std weight_noise=0.15"]
+
     # Lines that are added with flags of their own take nothing from those that are there.
     for seed in range(2):
         write_run(tmp_path / "other", results_of("mrpc", "other", seed, 60, eps=1.0))
@@ -3544,7 +3559,6 @@ def test_wrong_places(tmp_path):
     (tmp_path / "file").write_text("")
     assert "--out" in refused_report(good, "--out", tmp_path / "file" / "out")
     assert "--keep" in refused_report(good, "--keep", tmp_path / "rows.jsonl")
-    assert "--interval" in refused_report(good, "--interval", "normal")
 
 
 DAMAGE = {
@@ -3706,6 +3720,18 @@ def test_page(tmp_path, capsys):
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
+
+
+def test_a_curve_is_named_by_what_was_looked_at(tmp_path, capsys):
+    """By the held-out rows, where the table's scores are those of the validation set."""
+    for method in ("std", "more"):
+        place = write_run(tmp_path, results_of("rte", method, 0, 50), log=False)
+        scores = [(40, {"held-out": {"accuracy": 0.8}}), (80, {"held-out": {"accuracy": 0.9}})]
+        write(place / "log.jsonl", lines_of({"step": step, "metrics": metrics}
+                                            for step, metrics in scores))
+    table, = common.main_report([str(tmp_path)])
+    drawn, = common.curve_figures(table)
+    assert "rte, held-out, accuracy, over steps" in drawn and "validation" not in drawn
 
 
 def test_curve_svg_by_hand():
@@ -5076,6 +5102,8 @@ def test_every_process_has_a_row_in_every_batch_or_it_is_refused():
     message = refusal(lambda: data.Batches(split, None, 0, 0, 4, tokens=200))
     assert message == ("--batch_tokens 200: the rows have 58 tokens on average; must be at least "
                        "230, a row for each of 4 processes")
+    message = refusal(lambda: data.Batches(split.take(np.arange(3)), None, 0, 0, 4, tokens=200))
+    assert message == "--batch_tokens 200: 4 processes need a row each; there are 3"
     batches = data.Batches(split, None, 0, 0, 4, tokens=230)
     sizes = [len(batches.rows(step)) for step in range(batches.per_epoch)]
     assert batches.per_epoch == 15 and min(sizes) >= 4 and sum(sizes) == 60
