@@ -16,6 +16,7 @@
 import argparse
 import contextlib
 import datetime
+import difflib
 import errno
 import fcntl
 import functools
@@ -68,6 +69,24 @@ class Stopped(SystemExit):
 def refuse(message):
     """Replaces argparse's `error`: a bad flag looks like any other wrong input."""
     raise UserError(message.removeprefix("argument "))
+
+
+# What other scripts call these flags.
+NAMES_ELSEWHERE = {
+    "learning_rate": "lr", "num_train_epochs": "epochs", "seed": "seeds", "task_name": "task",
+    "model_name_or_path": "model", "per_device_train_batch_size": "batch_size",
+    "max_seq_length": "max_length", "warmup_ratio": "warmup", "warmup_steps": "warmup",
+    "do_predict": "predict"}
+
+
+def refuse_unknown(word, p):
+    """UserError on a word of the command line that is no flag of the parser."""
+    name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+    known = [action.dest for action in p._actions]
+    near = [NAMES_ELSEWHERE[name]] if name in NAMES_ELSEWHERE else []
+    near += difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean --{near[0]}?" if near else "; --help lists all"
+    raise UserError(f"{word}: no such flag{hint}")
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -292,7 +311,9 @@ def flags_by_hand(p, argv):
 
 def read_flags(p, argv, by_hand):
     """argparse's flags, with own_files, the name of the user's own task and --init_from's model."""
-    args = p.parse_args(argv)
+    args, unknown = p.parse_known_args(argv)
+    if unknown:
+        refuse_unknown(unknown[0], p)
     args.own_files = args.train_file or args.validation_file or args.test_file
     if args.own_files:
         if "task" in by_hand:
@@ -617,20 +638,26 @@ class Progress:
             self.bar.close()
 
 
-# A step that is under way ends first; all else, or a second signal, ends at once.
-signals = {"caught": 0, "in_step": False}
+# A step that is under way ends first; all else, or a second signal, ends at once. way_on: how a
+# run that was stopped goes on, in words.
+signals = {"caught": 0, "in_step": False, "way_on": ""}
 
 
 def on_signal(number, frame):
     at_once = signals["caught"] or not signals["in_step"]
     signals["caught"] = number
     if at_once:
-        raise Stopped(number, "stopped by a signal; the same command with --resume goes on")
+        raise Stopped(number, f"stopped by a signal{signals['way_on']}")
 
 
 @contextlib.contextmanager
-def handled_signals():
+def handled_signals(args):
     """SIGTERM and SIGINT save and stop the run; afterwards they do what they did before."""
+    signals["way_on"] = "; the same command with --resume goes on"
+    if args.overwrite:
+        signals["way_on"] = "; the same command with --resume in place of --overwrite goes on"
+    if args.run or args.profile:                       # nothing is trained
+        signals["way_on"] = ""
     before = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, on_signal)
@@ -651,7 +678,7 @@ def processes(args):
     import datasets
     import huggingface_hub
     import transformers
-    with handled_signals():
+    with handled_signals(args):
         world = World(args)
         if world.size > 1:
             # The store still has the addresses from before a restart, or from a run before in
@@ -766,11 +793,11 @@ def prepare(args, world, check=None, also_scores=(), **options):
             further[name] = its_task, encode(part, its_task)
         unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
     setup = Setup(task, tokenizer, train, validation, further, unscored, {}, args.eval_samples)
+    per_epoch = None
     if train is not None:
         hold_out(args, setup)
-    if train is not None and args.batch_tokens:
-        build_batches(setup, args, args.seeds[0], world)                 # refuses too few
-    tell_settings(args, setup, world)
+        per_epoch = build_batches(setup, args, args.seeds[0], world).per_epoch
+    tell_settings(args, setup, world, per_epoch)
     return setup
 
 
@@ -822,8 +849,8 @@ def hold_out(args, setup):
     setup.train = setup.train.take(others)
 
 
-def tell_settings(args, setup, world):
-    """What a run is, in a few lines. All flags stand in results.json."""
+def tell_settings(args, setup, world, per_epoch):
+    """What a run is, in a few lines. All flags stand in results.json. per_epoch: steps, if any."""
     def listed(names):
         words = []
         for name in names:
@@ -848,14 +875,14 @@ def tell_settings(args, setup, world):
     cut = [f"{name} {split.cut}" for name, (_, split) in sets.items() if split.cut]
     names = setup.task.label_names
     labels = ", ".join(names[:20]) + (f" ... ({len(names)})" if len(names) > 20 else "")
-    by_recipe = [name for name in args.recipe if name not in args.by_hand]
+    not_said = ["choosing", "grid"]
+    if args.init_from:
+        not_said.append("model")
+    by_recipe = [name for name in args.recipe if name not in [*args.by_hand, *not_said]]
     of_training = ["lr", "epochs", "max_steps", "batch_size", "batch_tokens", "warmup",
                    "weight_decay", "betas", "adam_eps", "grad_clip"]
     usual = [name for name in [*of_training, *args.of_methods]
              if name not in [*args.recipe, *args.by_hand] and getattr(args, name) is not None]
-    not_said = ["choosing", "grid"]
-    if args.init_from:
-        not_said.append("model")
     by_hand = [name for name in args.by_hand if name not in not_said]
     world.say(f"{args.task}, {args.model}")
     world.say(f"  recipe      {args.recipe_name}" + (f": {listed(by_recipe)}" if by_recipe else ""))
@@ -868,6 +895,8 @@ def tell_settings(args, setup, world):
         world.say("  no effect   --model: the run of --init_from has its own")
     world.say(f"  labels      {labels or setup.kind.answer}")
     world.say(f"  rows        {', '.join(f'{name} {size}' for name, size in sizes.items())}")
+    if per_epoch:
+        world.say(f"  steps       {count_steps(args, per_epoch)}, {per_epoch} an epoch")
     lengths = f"{args.max_length} tokens"
     if args.max_target_length:
         lengths += f", of a text to write {args.max_target_length}"
@@ -898,6 +927,8 @@ def load_tokenizer(args, world, task=None):
         why = first_line(error)
         if args.path.startswith((".", "/", "~")) and not os.path.isdir(args.path):
             why = "no such folder"
+        if os.path.exists(os.path.join(args.path, "model", "config.json")):
+            why = f"is a run's folder; its model is {os.path.join(args.path, 'model')}"
         raise UserError(f"--model {args.model}: {why}") from error
     writes = task is not None and data.KINDS[task.kind].decodes
     if writes and not config.is_encoder_decoder:
@@ -1038,11 +1069,6 @@ def build_batches(setup, args, seed, world, batching=None):
         args.batch_tokens, args.max_target_length)
 
 
-def seeds_and_methods(args):
-    """(seed, method) of all runs, seed by seed."""
-    return itertools.product(args.seeds, args.method)
-
-
 def count_steps(args, per_epoch):
     return args.max_steps or max(1, round(args.epochs * per_epoch))
 
@@ -1088,10 +1114,23 @@ def count_labels(labels):
     return int((labels != -100).sum())
 
 
-def labels_per_process(counts, world):
-    """The labels of the whole batch over the processes. counts: of this one's micro-batches."""
+def per_process(counts, world):
+    """The sum over the whole batch, over the processes. counts: of this one's micro-batches."""
     total = float(world.total(np.array([sum(counts)]))[0])
-    return max(total, 1.0) / world.size                # a batch may have none: its loss is 0
+    return max(total, 1.0) / world.size                # a batch may have no label: its loss is 0
+
+
+def weights_of_means(labels, others, world):
+    """The weight of a mean over others in the loss of each micro-batch: a list of scalar tensors.
+
+    `backward` multiplies that loss by the micro-batch's share of the labels, which is right for a
+    mean over labels. Of a mean over others, such as rows, the weight divides by that share and
+    multiplies by the share of the others. labels, others: counts of this process's micro-batches.
+    """
+    labels_here = per_process(labels, world)
+    others_here = per_process(others, world)
+    return [torch.tensor((count / others_here) / (max(n, 1) / labels_here))
+            for n, count in zip(labels, others)]
 
 
 def backward(module, batch, world, **more):
@@ -1102,12 +1141,12 @@ def backward(module, batch, world, **more):
     the batch (one a row, or one a token; -100 is no label).
     """
     counts = [count_labels(inputs["labels"]) for inputs in batch]
-    per_process = labels_per_process(counts, world)
+    labels_here = per_process(counts, world)
     totals = {}
     for i, inputs in enumerate(batch):
         # The loss of a micro-batch is a mean over its own labels, and the processes' gradients are
         # averaged. Weighted by this share they give the mean over all labels of the batch.
-        share = counts[i] / per_process
+        share = counts[i] / labels_here
         is_last = i == len(batch) - 1
         averaging = contextlib.nullcontext()
         if world.size > 1 and not is_last:
@@ -1264,13 +1303,13 @@ def averages(scores):
 # Flags that may differ between two halves of one run.
 NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
-    "detect_anomaly", "threads", "grid", "name", "run"}
+    "detect_anomaly", "threads", "grid", "name", "run", "test_file"}
 
 # Flags of which all runs of a search have the same: what the rows are, and how they are scored.
 NOT_SEARCHED = {
-    "task", "train_file", "validation_file", "test_file", "text_columns", "label_column",
-    "target_column", "local_file", "dev_samples", "eval_samples", "eval_tasks", "main_metric",
-    "choosing", "log_every"}
+    "task", "train_file", "validation_file", "text_columns", "label_column", "target_column",
+    "local_file", "dev_samples", "eval_samples", "eval_tasks", "main_metric", "choosing",
+    "log_every"}
 
 
 @functools.cache
@@ -1297,6 +1336,13 @@ def digests_of_files(args):
             with open(path, "rb") as file:
                 digests[f"{flag}_digest"] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     return digests
+
+
+def shown(value):
+    """A flag's value in a message."""
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return "none" if value in (None, "") else value
 
 
 def recipe_of(args):
@@ -1328,6 +1374,24 @@ class LoggedStep:
     step: int
     terms: dict                    # {name: tensor}, the loss among them
     numbers: dict                  # {name: number}
+
+
+def runs_to_make(args, methods, world):
+    """The Run of each seed and method, its folder taken; one that is finished has its results.
+
+    methods: the script's. All folders are looked at before the first run begins, so that what is
+    refused is refused at once.
+    """
+    def run_of(seed, method):
+        return Run(args, method, seed, world, methods[method]["flags"])
+
+    if not args.overwrite:
+        for seed, method in itertools.product(args.seeds, args.method):
+            run_of(seed, method).find_results()
+    for seed, method in itertools.product(args.seeds, args.method):
+        run = run_of(seed, method)
+        run.take()
+        yield run
 
 
 class Run:
@@ -1366,11 +1430,15 @@ class Run:
         self.flushed = 0, 0.0                          # step, seconds at the log's last line
         self.results = None                            # once the run is finished
 
-        if world.rank == 0:
+    def take(self):
+        """Takes the folder, and sets self.results if the run is finished."""
+        if self.world.rank == 0:
             self.take_folder()
-        world.barrier()
-        self.find_results()
-        world.barrier()                                # before rank 0 writes there
+        self.world.barrier()
+        self.results = self.find_results()
+        if self.results is not None:
+            self.world.say(f"{self.folder}: finished before; --overwrite runs it again")
+        self.world.barrier()                           # before rank 0 writes there
 
     def take_folder(self):
         """Makes the folder, locks it, and with --overwrite empties it."""
@@ -1401,17 +1469,20 @@ class Run:
             raise UserError(f"--overwrite: cannot empty {self.folder}: {error.strerror}") from None
 
     def find_results(self):
-        """Sets self.results if the run is finished. UserError if it is unfinished, without
-        --resume."""
+        """results.json of the run if it is finished, or None.
+
+        UserError if the folder holds another run or, without --resume, an unfinished one.
+        """
         path = f"{self.folder}/results.json"
         if os.path.exists(path):
-            self.results = read_results(path)
-            self.refuse_another(self.results)
-            self.world.say(f"{self.folder}: finished before; --overwrite runs it again")
-        elif not self.args.resume:
-            if any(map(os.path.exists, [*self.checkpoints, self.log_path])):
-                raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds an "
-                                "unfinished run: use --resume or --overwrite")
+            results = read_results(path)
+            self.refuse_another(results)
+            return results
+        begun = any(map(os.path.exists, [*self.checkpoints, self.log_path]))
+        if begun and not self.args.resume:
+            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds an "
+                            "unfinished run: use --resume or --overwrite")
+        return None
 
     def refuse_another(self, saved):
         """saved: results or a checkpoint's state. Method, seed and flags must be this run's."""
@@ -1420,20 +1491,28 @@ class Run:
                 raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run "
                                 f"of {name} {saved.get(name)}, not {mine}; use --overwrite, or "
                                 "another folder")
-        other = []
-        for name in {**saved["args"], **self.identity}:
+        other = {}                                     # {flag: how it differs, in words}
+        for name in {**saved["args"], **self.identity}.keys() - NOT_THE_RUN:
             was = saved["args"].get(name)
             now = self.identity.get(name)
             # Two scripts share plain fine-tuning: a flag that one of them lacks counts as off.
             in_both = name in saved["args"] and name in self.identity
             if was != now and (in_both or was or now):
                 if name.endswith("_digest"):
-                    other.append(f"other rows in --{name.removesuffix('_digest')}")
+                    other[name] = f"other rows in --{name.removesuffix('_digest')}"
                 else:
-                    other.append(f"--{name} {was} (now {now})")
-        if other:
-            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with "
-                            f"{', '.join(other)}; use --overwrite, or another folder")
+                    other[name] = f"--{name} {shown(was)} (now {shown(now)})"
+        if not other:
+            return
+        way_out = "use --overwrite, or another folder"
+        if self.args.own_files:
+            way_out += " or --name"
+        if [*other] == ["eval_tasks"] and "metrics" in saved:
+            way_out = (f"to score that run, use --run {self.folder} --eval_tasks "
+                       f"{shown(self.args.eval_tasks)}; else {way_out}")
+        words = ", ".join(other[name] for name in sorted(other))
+        raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with "
+                        f"{words}; {way_out}")
 
     def begin(self, total, per_epoch, **parts):
         """Starts the run, or with --resume goes on from its checkpoint.
@@ -1529,7 +1608,7 @@ class Run:
         if signalled:
             number = signals["caught"] or signal.SIGTERM
             raise Stopped(number, f"stopped at step {self.step} of {self.total}, saved in "
-                                  f"{self.folder}; the same command with --resume goes on")
+                                  f"{self.folder}{signals['way_on']}")
         return message
 
     def is_due(self, n):
@@ -1779,6 +1858,9 @@ def take_runs(args, methods, labels_of=None, alike=ALIKE):
 def take_flags(args, results):
     """Gives args the flags of a finished run, but for those set by hand and those of training."""
     by_hand = set(args.by_hand)
+    its_model = results["args"].get("model")
+    if "model" in by_hand and args.model != its_model:
+        raise UserError(f"--model {args.model}: must be {its_model}, as of --run {args.run[0]}")
     if "threads" not in by_hand:
         args.threads = 0                               # the toy recipe's does not hold here
     for name, value in results["args"].items():
@@ -1822,27 +1904,31 @@ def refuse_unlike_runs(runs, task, alike):
 
 def refuse_other_flags(args, runs):
     """UserError if a flag set by hand is not the runs' own and says more than what to score."""
-    may_be_new = {"eval_tasks", "validation_file", "test_file", "text_columns"}
+    may_be_new = {"eval_tasks", "validation_file", "text_columns", "label_column",
+                  "model"}                             # which take_flags has looked at
     for (folder, results), name in itertools.product(runs.items(), args.by_hand):
         saved = results["args"].get(name)
         is_of_run = name in results["args"] and name not in may_be_new
         if is_of_run and getattr(args, name) != saved:
-            raise UserError(f"--{name}: must be {saved}, as of --run {folder}, whose results.json "
-                            "gets the scores")
+            raise UserError(f"--{name}: must be {shown(saved)}, as of --run {folder}, whose "
+                            "results.json gets the scores")
 
 
 def read_finished(folder, methods):
     """results.json of a finished run of one of these methods. UserError."""
     wanted = f"--run {folder}: must be the folder of a finished run of {', '.join(methods)}"
     path = os.path.join(folder, "results.json")
-    below = sorted(glob.glob("*/results.json", root_dir=folder))
+    below = [*glob.glob("*/results.json", root_dir=folder),
+             *glob.glob("*/*/results.json", root_dir=folder)]
     if below and not os.path.exists(path):
-        run = os.path.join(folder, os.path.dirname(below[0]))
+        run = os.path.join(folder, os.path.dirname(min(below)))
         raise UserError(f"{wanted}: it holds several, such as {run}")
     try:
         results = read_results(path)
-    except (OSError, UserError) as error:
-        raise UserError(f"{wanted}: {first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"{wanted}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{wanted}: {error}") from None
     if results["method"] not in list(methods):
         raise UserError(f"{wanted}: its method is {results['method']}")
     if not (isinstance(results.get("task"), str) and isinstance(results.get("seed"), int)):
@@ -2053,8 +2139,8 @@ def check_grid(args, grid, methods):
             is_open = name in grid or (by_model and name not in args.by_hand)
             if not is_open and name in saved and saved[name] != value:
                 raise UserError(f"--output_dir {args.output_dir}: {folder} holds a run with "
-                                f"--{name} {saved[name]} (now {value}); use --overwrite, or "
-                                "another folder")
+                                f"--{name} {shown(saved[name])} (now {shown(value)}); use "
+                                "--overwrite, or another folder")
 
 
 def combinations(method, args, grid, methods):
@@ -2098,7 +2184,11 @@ def write_search(args, method, cells, scores, chosen):
         tried.append({"flags": cell, "score": score if score > -math.inf else "not finite"})
     search = {"method": method, "held_out_rows": args.dev_samples, "tried": tried, "chosen": chosen}
     save_json(os.path.join(folder, f"search-{method}.json"), search)
-    print(f"{args.task} {method}: chosen of {len(cells)}: {' '.join(chosen) or 'the defaults'}")
+    best = max(scores)
+    equal = ", the first of equals" if scores.count(best) > 1 else ""
+    tell = [f"{100 * score:.2f}" if score > -math.inf else "not finite" for score in scores]
+    print(f"{args.task} {method}: chosen of {len(cells)}: {' '.join(chosen)} ({100 * best:.2f} on "
+          f"the held-out rows{equal}; all: {', '.join(tell)})")
 
 
 # -------------------------------------------------------------------  6  states of a frozen encoder
@@ -2282,6 +2372,8 @@ def print_table(say, results, args, started):
     where = os.path.join(args.output_dir, args.task)
     if args.run:
         where = "the folders of the runs"
+        if not args.score_validation and not args.eval_tasks:
+            say("Nothing was scored now: these are the runs' scores from before.")
     say(f"{time.monotonic() - started:.0f} s; models, logs and results are in {where}")
     return results
 
@@ -2835,7 +2927,7 @@ def summarise_differences(differences):
 # ------------------------------------------------------------  9  the report: reading finished runs
 
 # Flags that change neither what is trained nor which state of it is scored.
-NOT_COMPARED = {"task", "eval_tasks", "log_every"}
+NOT_COMPARED = {"task", "eval_tasks", "log_every", "test_file"}
 
 # Common flags that change the method itself: a run with one is a method of its own in the report.
 METHOD_FLAGS = ["weight_noise", "post_train"]
@@ -3222,9 +3314,9 @@ def refuse_flags(run, other, names, whose):
     if len(unlike) > 1:
         others = f" (nor --{', --'.join(unlike[1:])})"
     raise UserError(
-        f"--{name} is not the same for {whose}: {other.flags.get(name)} in {other.where}, "
-        f"{run.flags.get(name)} in {run.where}{others}; report them apart, or allow it by --differ "
-        f"{' '.join(unlike)}")
+        f"--{name} is not the same for {whose}: {shown(other.flags.get(name))} in {other.where}, "
+        f"{shown(run.flags.get(name))} in {run.where}{others}; report them apart, or allow it by "
+        f"--differ {' '.join(unlike)}")
 
 
 # ----------------------------------------------------------------------  9  the report: the numbers

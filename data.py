@@ -418,6 +418,7 @@ def load(args, also_scores=()):
 
     unscored = load_unscored(args, task)
     further, warnings = load_further(args, task, also_scores)
+    warnings += warnings_of_labels(args, task, train, unscored)
     if args.own_files and os.path.samefile(args.train_file, args.validation_file):
         warnings.append(f"--validation_file {args.validation_file}: is the training file too, so "
                         "what is scored was trained on")
@@ -425,6 +426,28 @@ def load(args, also_scores=()):
         warnings.append(f"--local_file {args.task}: is all splits of {args.task}, so what is "
                         "scored was trained on")
     return Rows(task, train, splits, further, warnings, unscored)
+
+
+def warnings_of_labels(args, task, train, unscored):
+    """What may not be meant with the labels of one's own files: lines."""
+    if not args.own_files:
+        return []
+    warnings = []
+    labels = cells_of(train, "label")
+    is_hidden = KINDS[task.kind].hidden
+    if args.test_file and not any(map(is_hidden, cells_of(unscored["test"], "label"))):
+        warnings.append(f"--test_file {args.test_file}: is predicted, not scored; "
+                        f"--run FOLDER --validation_file {args.test_file} scores it")
+    if task.kind == "regress" and all(float(label).is_integer() for label in labels):
+        warnings.append(f"--train_file {args.train_file}: labels such as {labels[0]} are numbers "
+                        "to predict; classes are whole numbers without a point, or words")
+    if task.kind == "classify":
+        counts = collections.Counter(labels)
+        rare = [task.label_names[label] for label, count in counts.items() if count == 1]
+        if rare:
+            warnings.append(f"--train_file {args.train_file}: {len(rare)} of the {len(counts)} "
+                            f"classes have one row, such as {rare[0]!r}")
+    return warnings
 
 
 def load_to_use(args, also_scores):
@@ -476,18 +499,23 @@ def columns_of_files(args):
 def read_own(args, flag, task):
     """The rows of --test_file or --validation_file, for a task whose labels are known.
 
-    --text_columns says where the texts of a task of the table are.
+    --text_columns and --label_column say where the texts and labels of a task of the table are;
+    without them they are where that table has them, or the texts in the usual columns.
     """
     path = getattr(args, flag)
     table = read_file(path, f"--{flag}")
     columns = args.text_columns or task.columns
+    if not args.text_columns and not set(columns) <= set(table):
+        columns = usual_columns(table, f"--{flag} {path}")
     for column in columns:
         check_column(column, "--text_columns", table, path)
     if len(columns) != len(task.columns):
         raise UserError(f"--text_columns {' '.join(columns)}: must be {len(task.columns)} for "
                         f"{args.task}")
-    texts = {name: table[column] for name, column in zip(task.columns, columns)}
-    table.update(texts)                                # all read before the first is written
+    found = {name: table[column] for name, column in zip(task.columns, columns)}
+    if "label_column" in args.by_hand and args.label_column in table:
+        found[task.label] = table[args.label_column]
+    table.update(found)                                # all read before the first is written
     if flag == "test_file":
         drop_blank_labels(table, task)
     return KINDS[task.kind].read(table, task, path)
@@ -695,7 +723,7 @@ def usual_columns(table, where):
     for names in (["text"], ["sentence1", "sentence2"], ["sentence"]):
         if set(names) <= set(table):
             return names
-    raise UserError(f"{where}: no column text, or sentence1 and sentence2, "
+    raise UserError(f"{where}: no column text, or sentence, or sentence1 and sentence2, "
                     f"among {[*table]}; name yours with --text_columns")
 
 
@@ -721,7 +749,8 @@ def own_task(args, columns, tables):
         labels[path] = [label_of(cell) for cell in table[args.label_column]]
         if "" in labels[path]:
             row = labels[path].index("") + 1
-            raise UserError(f"{path}: row {row}: no label in column "
+            flag = "--train_file" if path == args.train_file else "--validation_file"
+            raise UserError(f"{flag} {path}: row {row}: no label in column "
                             f"{args.label_column!r} (--label_column)")
     train, validation = labels[args.train_file], labels[args.validation_file]
 
@@ -789,6 +818,8 @@ def read_file(path, flag):
             table = parse(file, kind)
     except UserError as error:
         raise UserError(f"{flag} {path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: must be text in UTF-8: {error}") from None
     except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
         raise UserError(f"{flag} {path}: cannot be read as {kind}: {first_line(error)}") from error
     if not table or not next(iter(table.values())):
@@ -797,7 +828,7 @@ def read_file(path, flag):
 
 
 def parse_csv(file, kind):
-    """{column: cells} of a csv or tsv with a header. Empty lines are skipped.
+    """{column: cells} of a csv or tsv with a header. Blank lines are skipped.
 
     A column without a name, as pandas writes its row numbers, is named by its place.
     """
@@ -805,7 +836,7 @@ def parse_csv(file, kind):
     lines = []
     try:
         for cells in csv.reader(file, delimiter="\t" if kind == "tsv" else ",", strict=True):
-            if cells:
+            if len(cells) > 1 or "".join(cells).strip():
                 lines.append(cells)
     except csv.Error as error:
         raise csv.Error(f"row {len(lines)}: {error}; a cell that begins with a quotation mark "
@@ -817,6 +848,10 @@ def parse_csv(file, kind):
     for name in header:
         if header.count(name) > 1:
             raise UserError(f"column {name!r} stands twice in the header")
+
+    if len(header) == 1 and re.search("[;\t]", header[0]):
+        raise UserError(f"the header is one cell, {header[0]!r:.60}; cells must be separated by "
+                        "commas, in a .tsv by tabs")
 
     table = {name: [] for name in header}
     for number, cells in enumerate(lines[1:], 1):

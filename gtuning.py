@@ -13,7 +13,7 @@ h the adapter behind it; f(x) a vector (H,). D: the critic, a number for a vecto
     Algorithm 1: N/2 steps of Eq. 2 on f; N/2 steps of Eq. 3 on D;
                  N/2 rounds of {one step of Eq. 6 on f, T steps of Eq. 3 on D}
 
-    Self-Teach, a baseline: L = L_T + lam KL(teacher(x_u) || f(x_u)), the teacher a finished run
+    Self-Teach, a baseline: L = L_T + w KL(teacher(x_u) || f(x_u)), the teacher a finished run
 
     python gtuning.py                           the toy task, adapter against gtuning, on a CPU
     torchrun --nproc_per_node=8 gtuning.py --task sst2 --eval_tasks imdb    the paper's setting
@@ -74,7 +74,8 @@ Choices, where the paper is silent (its authors released no code):
 14. Self-Teach is FILTER's loss (Fang et al., 2021), whose teacher sees translations; the paper
     does not say what it sees here. It is x_u; of pairs two neighbouring sentences of M. The
     --teacher is a finished run on the same task with the same --model, in eval mode, its logits
-    computed once. In a regression the KL is the squared error. Tags and answers have none here.
+    computed once. The paper's row is of a g that is tuned: --tune all, for both. In a regression the
+    KL is the squared error. Tags and answers have none here.
 15. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
     tokens whatever --pooling; --retrieve_layer takes the mean of a block of g in its place.
 16. Figure 2 (--embed): t-SNE as in the paper. It keeps no distances, so a table of numbers that are
@@ -383,19 +384,15 @@ class GTuning(torch.nn.Module):
         return self.output(torch.cat([u, v, (u - v).abs(), u * v], -1))  # choice 6
 
     def forward(self, labels, D=None, alpha=1.0, beta=0.5, general=None, general_weight=1.0,
-                teacher=None, teach_weight=1.0, **inputs):
+                **inputs):
         """labels (B,) -> (L_T, {"l_t"}): cross entropy, for one output the mean squared error.
 
         Labels of tags are (B, n), -100 where there is none; of spans (B, 2), the tokens.
 
-        general: the inputs of general text x_u. With D: (alpha L_T + beta L_G, {"l_t", "l_g"}),
-        L_G times general_weight. With a teacher's logits of x_u, (B, C): (L_T + teach_weight KL,
-        {"l_t", "kl"}).
+        With D and general, the inputs of general text x_u: (alpha L_T + beta L_G, {"l_t", "l_g"}),
+        L_G times general_weight.
         """
         l_t = self.task_loss(self.logits(**inputs).float(), labels)      # Eq. 2
-        if teacher is not None:
-            kl = kl_to_teacher(teacher, self.logits(**general))
-            return l_t + teach_weight * kl, {"l_t": l_t.detach(), "kl": kl.detach()}
         if D is None:
             return l_t, {"l_t": l_t.detach()}
 
@@ -455,19 +452,6 @@ class GTuning(torch.nn.Module):
         f = cls(plm, **saved["settings"])
         f.load_state_dict({**f.state_dict(), **saved["h"]})
         return f.eval()
-
-
-def kl_to_teacher(teacher, student):
-    """KL(teacher || student) of logits (B, C), a mean over the rows, in fp32: a scalar.
-
-    Logits (0, ln 3) of the teacher and (0, 0): ln 2 - (ln 4) / 4 - (3 / 4) ln (4 / 3) = 0.1308.
-    Of one output the squared error.
-    """
-    if teacher.shape[-1] == 1:
-        return F.mse_loss(student.float(), teacher.float())
-    log_p = teacher.float().log_softmax(-1)
-    log_q = student.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 class Discriminator(torch.nn.Module):
@@ -535,6 +519,37 @@ def generator_loss(D, f_u):
     """L_G of Eq. 5: f_u (B, H) -> a scalar. Freeze D around it: D.requires_grad_(False)."""
     with torch.autocast(f_u.device.type, enabled=False):
         return -D(f_u.float()).mean()                                    # Eq. 5
+
+
+# -------------------------------------------------------------------------------------  a baseline
+
+class SelfTeach(torch.nn.Module):
+    """L = L_T + weight KL(teacher(x_u) || f(x_u)), of a GTuning f. Choice 14."""
+
+    def __init__(self, f, weight=1.0):
+        super().__init__()
+        self.f = f
+        self.weight = weight
+
+    def forward(self, labels, general, teacher, **inputs):
+        """labels (B,); general: the inputs of x_u; teacher: its logits of x_u, (B, C)
+        -> (loss, {"l_t", "kl"})."""
+        l_t, stats = self.f(labels, **inputs)
+        kl = kl_to_teacher(teacher, self.f.logits(**general))
+        return l_t + self.weight * kl, {**stats, "kl": kl.detach()}
+
+
+def kl_to_teacher(teacher, student):
+    """KL(teacher || student) of logits (B, C), a mean over the rows, in fp32: a scalar.
+
+    Logits (0, ln 3) of the teacher and (0, 0): ln 2 - (ln 4) / 4 - (3 / 4) ln (4 / 3) = 0.1308.
+    Of one output the squared error.
+    """
+    if teacher.shape[-1] == 1:
+        return F.mse_loss(student.float(), teacher.float())
+    log_p = teacher.float().log_softmax(-1)
+    log_q = student.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 # ----------------------------------------------------------------------------------------  Figure 2
@@ -949,7 +964,8 @@ class Algorithm1:
         self.x_t = self.batches(0, rows, args.batch_size, args.batching[0])
         schedule = "constant_with_warmup" if args.schedule == "constant" else "linear"
         self.optimizer, self.schedule = common.build_optimizer(self.f, args, N, schedule=schedule)
-        self.ddp = world.ddp(self.f, unused=args.tune == "all")
+        loss = SelfTeach(self.f, args.teach_weight) if method == "self-teach" else self.f
+        self.ddp = world.ddp(loss, unused=args.tune == "all")
         self.teacher_logits = None
         self.parts = {"f": self.f.trained, "optimizer": self.optimizer,
                       "schedule": self.schedule, "x_t": self.x_t}
@@ -986,7 +1002,7 @@ class Algorithm1:
             rows = general.pop("labels")               # draw_taught numbered them
             teacher = self.teacher_logits[rows]
             both.append({**inputs, "general": general, "teacher": teacher})
-        return self.update_f(both, teach_weight=self.args.teach_weight)
+        return self.update_f(both)
 
     def update_f(self, batch, **joint):
         """A step on f: by Eq. 2, or with D, alpha and beta by Eq. 6. Returns (loss, stats)."""
@@ -1035,19 +1051,14 @@ class Algorithm1:
     def with_general(self, x_t, x_u):
         """The micro-batches of x_t, each with its x_u and with the weight of its L_G.
 
-        common.backward multiplies the loss of a micro-batch by its share of the labels, labels
-        over labels_per_process. That is right for L_T, a mean over labels. L_G is a mean over
-        sentences: its weight divides by that share, and multiplies by the share of the sentences.
+        L_T is a mean over labels, L_G one over sentences.
         """
         import common
-        counts = [common.count_labels(inputs["labels"]) for inputs in x_t]
+        labels = [common.count_labels(inputs["labels"]) for inputs in x_t]
         sentences = [len(general.pop("labels")) for general in x_u]
-        per_process = common.labels_per_process(counts, self.world)
+        weights = common.weights_of_means(labels, sentences, self.world)
         both = []
-        for inputs, general, count, rows in zip(x_t, x_u, counts, sentences):
-            share_of_labels = max(count, 1) / per_process
-            share_of_sentences = rows / sum(sentences)
-            weight = torch.tensor(share_of_sentences / share_of_labels)
+        for inputs, general, weight in zip(x_t, x_u, weights):
             both.append({**inputs, "general": general, "general_weight": weight})
         return both
 
@@ -1191,8 +1202,8 @@ def count_steps_on_f(args, setup, world):
     N = args.max_steps or max(2, common.count_steps(args, per_epoch))
     if "gtuning" in args.method:
         end_1, end_2, end_3 = phase_ends("gtuning", N)
-        world.say(f"  steps       on f N = {N}: {end_1} in phase 1, {end_3 - end_2} in phase 3; "
-                  f"on D {end_2 - end_1} in phase 2, T = {args.T} for each in phase 3")
+        world.say(f"  phases      N = {N} steps on f, {end_1} in phase 1 and {end_3 - end_2} in "
+                  f"phase 3; on D {end_2 - end_1} in phase 2, T = {args.T} for each in phase 3")
     return N
 
 
@@ -1275,17 +1286,16 @@ def main(argv=None):
 
         results = []
         clouds = {}
-        for seed, method in common.seeds_and_methods(args):
-            run = common.Run(args, method, seed, world, METHODS[method]["flags"])
+        for run in common.runs_to_make(args, METHODS, world):
             if run.results is None:
-                algorithm = Algorithm1(args, method, seed, N, setup, texts, world)
+                algorithm = Algorithm1(args, run.method, run.seed, N, setup, texts, world)
                 f = algorithm.f
-                end_1, end_2, end_3 = phase_ends(method, N)
+                end_1, end_2, end_3 = phase_ends(run.method, N)
                 run.begin(end_3, algorithm.x_t.per_epoch, **algorithm.parts)
                 eval_every = args.eval_every or algorithm.x_t.per_epoch
 
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B; Optimize f by the Eq. 2"
-                phase_1 = "phase 1 of 3, f" if method == "gtuning" else ""
+                phase_1 = "phase 1 of 3, f" if run.method == "gtuning" else ""
                 for step, x_t in run.steps(end_1, algorithm.x_t, phase=phase_1):
                     loss, stats = algorithm.fit_task(x_t, step)
                     run.log(loss, stats, lr=algorithm.lr, phase=1)
@@ -1302,6 +1312,7 @@ def main(argv=None):
                     f_u = f_M[algorithm.mine(algorithm.M, k)]
                     loss, stats = algorithm.fit_critic(k, f_t, f_u)
                     run.log(loss, stats, lr=args.d_lr, phase=2)
+                f_B = f_M = None                       # large
 
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B, {x_u} ~ M; Optimize f by the Eq. 6;
                 #  for _ to T do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
@@ -1319,7 +1330,7 @@ def main(argv=None):
                 if run.best["step"] <= end_1 < end_3:
                     world.say(f"{run.name}: the best state is of phase 1, before D")
             if setup.unscored or args.embed:
-                f = load_f(run.model_folder, seed, vars(args), args, setup, world)
+                f = load_f(run.model_folder, run.seed, vars(args), args, setup, world)
                 common.write_unscored(run.folder, f.logits, f, setup, world)
             if args.embed:
                 clouds[run.folder] = embed(run.folder, f, setup, world)

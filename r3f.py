@@ -45,8 +45,8 @@ Choices, where the paper is silent or the authors' release does otherwise:
     three units. "token" (the default) is a mean over the real positions. "released" sums over each
     sentence, padding included, and averages over the sentences; the paper's lam (0.001 to 0.1) is
     in this unit. "sentence" is the same without the padding, and as strong as "token" with
-    lam_token = lam * N / B. Over micro-batches and processes, "sentence" and "released" are
-    averaged with their numbers of real words as weights, as CE is.
+    lam_token = lam * N / B. All three are means over the whole batch, whatever its micro-batches
+    and processes; but "released" depends on the padding, and so on what each of these pads to.
  8. Label smoothing is in CE alone: KL_S is of the predictions as they are (section 3.2). In eval
     mode the plain loss has it too. torch's own label_smoothing also puts e / V on y_t, so it is
     called with e * V / (V - 1).
@@ -84,7 +84,8 @@ METHODS = {                                            # the kinds of task it ca
 # Why a method cannot train a kind of task.
 WHY = {
     "regress": ", its labels are numbers: the KL is undefined (paper, footnote 1)",
-    "generate": ": R4F finds no head of its own there (paper, section 3.2), the rivals no classes",
+    "generate": ": R4F finds no head of its own there (paper, section 3.2), and the rivals are "
+                "compared on classes",
 }
 
 
@@ -204,13 +205,13 @@ class R3F(torch.nn.Module):
         self.reduction = reduction
         self.has_dropout = has_dropout(model)
 
-    @parametrize.cached()                              # R4F: one power iteration a step, one W
-    def forward(self, labels, **inputs):
+    @parametrize.cached()                              # R4F: one power iteration, one W for all
+    def forward(self, labels, kl_weight=1.0, **inputs):
         """labels (B,) or (B, m), inputs as the model takes them, input_ids (B, n)
         -> (loss, {"ce", "kl"}), means over the batch.
 
         Labels by position belong to the logits at the same position: of a causal language model
-        the caller shifts them.
+        the caller shifts them. kl_weight: of their KL, for micro-batches, see with_kl_weights.
         """
         inputs = with_decoder_inputs(self.model, labels, inputs)
         if not self.needs_two_passes():
@@ -219,7 +220,8 @@ class R3F(torch.nn.Module):
         both = self.two_passes(inputs)
         if labels.dim() == 2:
             loss, ce, kl = loss_by_position(
-                both, labels, self.lam, self.label_smoothing, self.reduction)     # Eq. 3, by t
+                both, labels, self.lam * kl_weight, self.label_smoothing, self.reduction)
+            kl = kl_weight * kl                                     # Eq. 3, by t
         else:
             logits, noised = torch.cat(both).chunk(2)               # g.f(x), g.f(x + z)
             ce = task_loss(logits, labels, self.label_smoothing)
@@ -325,8 +327,8 @@ def spectral_normalize(model):
     """R4F, Eq. 5: every Linear of the head (all outside `model.base_model`) gets W / sigma(W), in
     place. Returns model.
 
-    sigma(W) by power iteration, one a training step (Miyato et al., 2018), frozen in eval mode:
-    it follows a head that moves with some delay, so the norm is 1 up to what the last steps moved.
+    sigma(W) by power iteration, one a training pass (Miyato et al., 2018), frozen in eval mode: it
+    follows a head that moves with some delay, so the norm is 1 up to what the last steps moved.
     With tanh between its layers the head is 1-Lipschitz (RoBERTa's). With GELU (ELECTRA's) its
     bound is 1.13, which is let through. BERT's pooler is part of f and stays as it is. A head with
     weights outside a Linear is a ValueError.
@@ -348,7 +350,21 @@ def spectral_normalize(model):
         raise ValueError(f"{type(model).__name__} has no head: no Linear outside its base model")
     for linear in head:
         parametrizations.spectral_norm(linear)
+        of_weight = linear.parametrizations.weight
+        of_weight[0] = InFullPrecision(of_weight[0])
     return model
+
+
+class InFullPrecision(torch.nn.Module):
+    """A parametrization outside autocast, which on a GPU would compute sigma(W) in bf16."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, weight):
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.inner(weight)
 
 
 def plain_state_dict(model):
@@ -421,6 +437,20 @@ def position_weights(labels, rows, reduction):
     if reduction == "sentence":
         return in_ce, real / rows
     return in_ce, torch.ones_like(real) / rows                      # "released": padding counts
+
+
+def with_kl_weights(module, batch, world):
+    """A step's micro-batches, each with the weight of its R, which may be a mean over rows.
+
+    module: an R3F, or another method, whose batches stay as they are.
+    """
+    import common
+    if getattr(module, "reduction", "token") == "token":
+        return batch
+    labels = [common.count_labels(inputs["labels"]) for inputs in batch]
+    rows = [len(inputs["labels"]) for inputs in batch]
+    weights = common.weights_of_means(labels, rows, world)
+    return [{**inputs, "kl_weight": weight} for inputs, weight in zip(batch, weights)]
 
 
 # --------------------------------------------------------------------------  shared with its rivals
@@ -760,7 +790,8 @@ class FreeLB(torch.nn.Module):
             for weight, gradient in zip(weights, of_weights):
                 if gradient is not None:
                     sums[weight] = sums.get(weight, 0) + gradient
-            z = self.ascended(z.detach(), of_z * real)
+            if k < self.steps:
+                z = self.ascended(z.detach(), of_z * real)
         loss = KnownGradient.apply(loss, list(sums.values()), *sums)
         return loss, {"ce": loss.detach(), "kl": torch.zeros((), device=labels.device)}
 
@@ -1104,12 +1135,11 @@ def main(argv=None):
             return common.profile_methods(args, world, setup, build)
 
         results = []
-        for seed, method in common.seeds_and_methods(args):
-            run = common.Run(args, method, seed, world, METHODS[method]["flags"])
+        for run in common.runs_to_make(args, METHODS, world):
             if run.results is None:
-                module = build(method, seed)
+                module = build(run.method, run.seed)
                 model = module.model
-                batches = common.build_batches(setup, args, seed, world)
+                batches = common.build_batches(setup, args, run.seed, world)
                 total = common.count_steps(args, batches.per_epoch)
                 optimizer, schedule = common.build_optimizer(module, args, total)
                 ddp = world.ddp(module)
@@ -1118,6 +1148,7 @@ def main(argv=None):
 
                 for step, batch in run.steps(total, batches):
                     lr = schedule.get_last_lr()[0]
+                    batch = with_kl_weights(module, batch, world)
                     loss, stats = common.backward(ddp, batch, world)     # Eq. 3
                     # same: update
                     if args.grad_clip:

@@ -1426,13 +1426,14 @@ def main(argv=None):
             return common.profile_methods(args, world, setup, build)
 
         results = []
-        for seed, method in common.seeds_and_methods(args):
-            run = common.Run(args, method, seed, world, METHODS[method]["flags"])
+        for run in common.runs_to_make(args, METHODS, world):
+            method = run.method
             if run.results is None:
-                module = build(method, seed)
+                module = build(method, run.seed)
                 model = module.model
                 untrained = copy_confidences(module)
-                batches = common.build_batches(setup_for(method, setup, perturb), args, seed, world)
+                batches = common.build_batches(
+                    setup_for(method, setup, perturb), args, run.seed, world)
                 total = common.count_steps(args, batches.per_epoch)
                 optimizer, schedule = build_optimizer(method, module, args, total)
                 ddp = world.ddp(module)
@@ -1460,7 +1461,7 @@ def main(argv=None):
                 write = functools.partial(write_model, method, module, untrained)
                 run.finish(metrics, batches, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
-            asked.runs.setdefault(seed, {})[method] = run.folder
+            asked.runs.setdefault(run.seed, {})[method] = run.folder
             results.append(run.results)
         if asked.any:
             analyse(args, asked, setup, setup.tokenizer, world)

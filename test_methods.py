@@ -350,7 +350,7 @@ def settings(**given):
         "task": "toy", "own_files": "", "train_file": None, "validation_file": None,
         "test_file": None, "text_columns": None, "label_column": "label", "local_file": [],
         "predict": [], "eval_tasks": [], "batch_size": 1, "train_samples": None,
-        "target_column": None, "max_target_length": None, "run": [],
+        "target_column": None, "max_target_length": None, "run": [], "by_hand": [],
     }
     return argparse.Namespace(**{**flags, **given})
 
@@ -556,6 +556,8 @@ MALFORMED = [
     ("empty.csv", "", "is empty"),
     ("header.csv", "text,label\n", "has no rows"),
     ("blank.csv", "\n\n", "has no rows"),
+    ("semicolons.csv", "text;label\na;yes\n", "the header is one cell, 'text;label'; cells must be "
+                                             "separated by commas, in a .tsv by tabs"),
     ("objects.jsonl", "{}\n{}\n", "has no rows"),
     ("t.txt", "x", "must end in .csv, .tsv, .json or .jsonl"),
 ]
@@ -580,7 +582,9 @@ COMPRESSED = gzip.compress(GOOD.encode() * 20, mtime=0)
 def test_a_file_of_other_bytes_is_refused(name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
-    assert f"{path}: cannot be read as csv" in refusal(data.read_file, str(path), "--train_file")
+    message = refusal(data.read_file, str(path), "--train_file")
+    why = "must be text in UTF-8" if name.startswith("latin") else "cannot be read as csv"
+    assert f"{path}: {why}" in message
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
@@ -658,9 +662,28 @@ def test_both_own_files_are_read_and_the_test_file_without_labels(tmp_path):
 
 def test_a_file_that_is_trained_on_and_scored_gets_a_warning(tmp_path):
     path = write(tmp_path / "good.csv", GOOD)
-    line, = data.load(own(path, path)).warnings
-    assert line == (f"--validation_file {path}: is the training file too, so what is scored was "
-                    "trained on")
+    line = f"--validation_file {path}: is the training file too, so what is scored was trained on"
+    assert line in data.load(own(path, path)).warnings
+
+
+@pytest.mark.parametrize("labels, told", [
+    ([1.0, 0.0, 0.0], "labels such as 1.0 are numbers to predict; classes are whole numbers"),
+    ([0.5, 0.0, 0.0], ""),
+    (["no", "yes", "no"], "1 of the 2 classes have one row, such as 'yes'"),
+    ([1, 0, 1, 0], ""),
+])
+def test_labels_that_may_not_be_meant_get_a_warning(labels, told, tmp_path):
+    rows = [{"text": "a", "label": label} for label in labels]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    validation = write_rows(tmp_path / "validation.jsonl", rows)
+    warnings = data.load(own(train, validation)).warnings
+    assert len(warnings) == bool(told) and told in "".join(warnings)
+
+    # Rows to predict that have labels could be scored.
+    for test, count in ((rows, 1), ([{"text": "a"}], 0)):
+        path = write_rows(tmp_path / "test.jsonl", test)
+        warnings = data.load(own(train, validation, test_file=path)).warnings
+        assert sum("is predicted, not scored" in line for line in warnings) == count
 
 
 def test_a_number_in_an_own_file_is_a_name_not_an_index(tmp_path):
@@ -687,7 +710,8 @@ def test_a_cell_that_does_not_fit_is_refused_with_its_row(cells, words, tmp_path
     rows = [{"text": "a", "label": ["no", "yes"][i % 2]} for i in range(9)]
     rows[6].update(cells)
     path = write(tmp_path / "t.jsonl", lines_of(rows))
-    assert refusal(data.load, own(path)).startswith(f"{path}: {words}")
+    message = refusal(data.load, own(path))
+    assert message.removeprefix("--train_file ").startswith(f"{path}: {words}")
 
 
 def test_labels_of_which_one_is_missing_are_not_taken_for_two_types():
@@ -703,7 +727,8 @@ def test_labels_of_which_one_is_missing_are_not_taken_for_two_types():
 @pytest.mark.parametrize("given, words", [
     ({"own_files": "a", "train_file": None}, "--validation_file: both are needed"),
     ({"own_files": "a", "validation_file": None}, "--validation_file: both are needed"),
-    ({"train_file": "other.csv"}, "no column text, or sentence1 and sentence2, among ['review'"),
+    ({"train_file": "other.csv"}, "no column text, or sentence, or sentence1 and sentence2, among "
+                                  "['review'"),
     ({"validation_file": "other.csv"}, "--text_columns text: no such column in other.csv"),
     ({"text_columns": ["a"]}, "--text_columns a: no such column in good.csv, which has ['text'"),
     ({"text_columns": ["label"]}, "--text_columns label: must have another name"),
@@ -712,7 +737,7 @@ def test_labels_of_which_one_is_missing_are_not_taken_for_two_types():
     ({"train_file": "one.csv", "validation_file": "one.csv"}, "one.csv: all labels are 'no'"),
     ({"batch_size": 3}, "--batch_size 3: must be at most the 2 training rows"),
     ({"train_samples": 3}, "--train_samples 3: must be at most the 2 training rows"),
-    ({"test_file": "other.csv"}, "--text_columns text: no such column in other.csv"),
+    ({"test_file": "other.csv"}, "--test_file other.csv: no column text, or sentence, or"),
     ({"predict": ["test"]}, "--predict test: is for tasks of the table"),
 ])
 def test_own_files_that_do_not_go_together_are_refused(given, words, tmp_path, monkeypatch):
@@ -1874,7 +1899,7 @@ def test_signal_handlers_are_restored_when_a_run_ends(tiny_folder, tmp_path, cac
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     after = [signal.signal(number, handler) for number, handler in zip(numbers, before)]
     assert after == [signal.SIG_DFL, signal.SIG_DFL]
-    assert common.signals == {"caught": 0, "in_step": False}
+    assert not common.signals["caught"] and not common.signals["in_step"]
 
 
 def test_fp32_is_fp32_and_tf32_a_choice_of_its_own(tiny_folder, tmp_path, cache):
@@ -2151,14 +2176,14 @@ def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp
     monkeypatch.setattr(common.Run, "find_results", lambda self: order.append("looked"))
     world = types.SimpleNamespace(rank=0, barrier=lambda: order.append("barrier"))
     args = parse("r3f", "--model", tiny_folder, "--output_dir", tmp_path)
-    common.Run(args, "r3f", 0, world)
+    common.Run(args, "r3f", 0, world).take()
     assert order == ["barrier", "looked", "barrier"]
 
 
 def test_what_one_script_alone_can_do_to_plain_fine_tuning_is_another_run(tiny_folder, tmp_path,
                                                                          cache, monkeypatch):
     run("r3f", tiny_folder, tmp_path / "smooth", "--method", "std", "--label_smoothing", 0.4)
-    with pytest.raises(UserError, match="holds a run with --label_smoothing 0.4 .now None."):
+    with pytest.raises(UserError, match="holds a run with --label_smoothing 0.4 .now none."):
         run("tdt", tiny_folder, tmp_path / "smooth", "--method", "std")
     unfinished(tiny_folder, tmp_path / "begun", monkeypatch, "std")
     with pytest.raises(UserError, match="--resume: the checkpoint in .* does not fit"):
@@ -2384,7 +2409,9 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     assert tried["std"] == ["--lr=1e-3", "--lr=1e-5"]
     saved = json.load(open(out / "toy/r3f-4/results.json"))
     assert saved["searched"] == {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
-    assert "r3f: chosen of 4:" in told
+    scores = [100 * cell["score"] for cell in search["tried"]]
+    line = f"on the held-out rows; all: {', '.join(f'{score:.2f}' for score in scores)})"
+    assert "r3f: chosen of 4:" in told and line.replace(";", ", the first of equals;") in told
     assert "toy, r3f: trying lr=1e-3,lam=5\n" in told
     assert told.count("  set by you ") == 2            # once a method, with what was chosen
 
@@ -2544,12 +2571,66 @@ def test_a_finished_run_predicts_new_rows_when_its_own_files_are_gone(script, me
     assert list(found["metrics"]) == ["validation", "scored"]
 
 
+def test_what_does_not_fit_a_folder_is_refused_before_anything_is_trained(tiny_folder, tmp_path,
+                                                                          cache):
+    run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--max_steps", 2)
+    with pytest.raises(UserError, match="r3f-0 holds a run with --lr 0.0005 .now 0.001."):
+        run("r3f", tiny_folder, tmp_path, "--method", "std", "r3f", "--max_steps", 2, "--lr", 1e-3)
+    assert not os.path.exists(tmp_path / "toy/std-0")
+    way = "to score that run, use --run .*r3f-0 --eval_tasks toy toy-food; else use --overwrite"
+    with pytest.raises(UserError, match=way):
+        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--max_steps", 2, "--eval_tasks",
+            "toy", "toy-food")
+    both = "--eval_tasks toy-food .now toy., --max_steps 2 .now 3.; use --overwrite"
+    with pytest.raises(UserError, match=both):
+        run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--max_steps", 3, "--eval_tasks",
+            "toy")
+
+
+def test_a_file_to_predict_does_not_make_another_run(tiny_folder, tmp_path, cache, capsys):
+    path = write_rows(tmp_path / "rows.jsonl",
+                      [{"text": "good plot", "label": i % 2} for i in range(32)])
+    flags = ["--train_file", path, "--validation_file", path, "--max_steps", 2]
+    run("r3f", tiny_folder, tmp_path, *flags, "--method", "std")
+    run("r3f", tiny_folder, tmp_path, *flags, "--method", "std", "r3f", "--test_file", path)
+    told = capsys.readouterr().out
+    assert "finished before" in told and "is predicted, not scored" in told
+    for method in ("std", "r3f"):
+        rows = (tmp_path / f"custom/{method}-0/predictions-test.tsv").read_text().splitlines()
+        assert len(rows) == 1 + 32
+    common.main_report([str(tmp_path / "custom")])
+
+
+def test_a_finished_run_is_scored_by_a_file_with_other_columns(tiny_folder, tmp_path, cache):
+    """Of a task of the table and of one's own; the flag --model may name the run's own model."""
+    rows = [{"review": "good plot", "mood": ["negative", "positive"][i % 2]} for i in range(8)]
+    path = write_rows(tmp_path / "other.jsonl", rows)
+    names = [{"text": row["review"], "label": row["mood"]} for row in rows]
+    own_path = write_rows(tmp_path / "own.jsonl", names * 4)
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2)
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2, "--train_file", own_path,
+        "--validation_file", own_path)
+    for task in ("toy", "custom"):
+        folder = str(tmp_path / task / "std-0")
+        result, = r3f.main(["--run", folder, "--validation_file", path, "--text_columns", "review",
+                            "--label_column", "mood", "--model", tiny_folder])
+        assert 0 <= result["metrics"]["other"]["accuracy"] <= 1
+        with pytest.raises(UserError, match=f"--model other: must be {tiny_folder}, as of --run"):
+            r3f.main(["--run", folder, "--validation_file", path, "--model", "other"])
+    with pytest.raises(UserError, match="is a run's folder; its model is .*std-0/model"):
+        run("r3f", folder, tmp_path / "again", "--method", "std")
+    with pytest.raises(UserError, match="it holds several, such as .*custom/std-0"):
+        r3f.main(["--run", str(tmp_path)])
+    with pytest.raises(UserError, match="No such file or directory$"):
+        r3f.main(["--run", str(tmp_path / "none")])
+
+
 def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, tmp_path, cache):
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     folder = tmp_path / "toy/std-0"
     lines = [{"review": "good plot", "id": "x1"}, {"review": "bad plot", "id": "x2"}]
     new = write_rows(tmp_path / "new.jsonl", lines)
-    with pytest.raises(UserError, match="--text_columns text: no such column in"):
+    with pytest.raises(UserError, match="no column text, or sentence, or sentence1 and sentence2"):
         r3f.main(["--run", str(folder), "--test_file", new])
     r3f.main(["--run", str(folder), "--test_file", new, "--text_columns", "review"])
     header, first, _ = (folder / "predictions-new.tsv").read_text().splitlines()
@@ -2769,7 +2850,9 @@ r3f | --warmup -1 | --warmup: must be
 r3f | --noise laplace | --noise: invalid choice: 'laplace'
 r3f | --max_length 0 | --max_length: must be a whole number from 4
 r3f | --max_length 65 | --max_length 65: must be from 4 to 64
-r3f | --learning_rate 1 | unrecognized arguments: --learning_rate
+r3f | --learning_rate 1 | --learning_rate: no such flag; did you mean --lr?
+r3f | --batchsize=1 | --batchsize=1: no such flag; did you mean --batch_size?
+r3f | --zzz | --zzz: no such flag; --help lists all
 r3f | --eval_tasks imbd | --eval_tasks imbd: no such task; did you mean imdb
 r3f | --train_samples 8 | --train_samples 8: must be at least --batch_size
 r3f | --train_samples 321 | --train_samples 321: must be at most the 320
@@ -2805,7 +2888,7 @@ dir.csv | good.csv | | dir.csv: is a directory
 t.txt | good.csv | | t.txt: must end in .csv
 empty.csv | good.csv | | empty.csv: is empty
 header.csv | good.csv | | header.csv: has no rows
-latin.csv | good.csv | | latin.csv: cannot be read as csv
+latin.csv | good.csv | | latin.csv: must be text in UTF-8
 bad.jsonl | good.csv | | bad.jsonl: cannot be read as jsonl
 hole.jsonl | good.csv | | hole.jsonl: row 7: no text in column 'text'
 gap.csv | good.csv | | gap.csv: row 7: no label in column 'label'
@@ -2822,7 +2905,7 @@ good.csv | unseen.csv | | label 'maybe' is not in the training file
 same.csv | same.csv | | all labels are 'no'
 one.csv | one.csv | | all labels are
 good.csv | good.csv | --batch_size 64 | --batch_size 64: must be at most the 40
-good.csv | good.csv | --test_file other.csv | no such column in other.csv
+good.csv | good.csv | --test_file other.csv | --test_file other.csv: no column text
 """.strip().splitlines()
 
 
@@ -4135,6 +4218,16 @@ def test_r4f_gives_the_head_the_norm_1_and_saves_it_plain(name, tmp_path):
     model.eval()
     assert heads and all(abs(norm - 1) < 5e-3 for norm in norms), norms
 
+    # Under autocast the products of the power iteration would be in bf16, on a GPU.
+    under_autocast = []
+    for head in heads:
+        head.parametrizations.weight[0].inner.register_forward_hook(
+            lambda *_: under_autocast.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**inputs)
+        assert torch.is_autocast_enabled("cpu")
+    assert under_autocast and not any(under_autocast)
+
     model.train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = r3f.plain_state_dict(model)
@@ -4156,7 +4249,7 @@ def test_both_passes_of_r4f_have_one_head_and_cost_one_iteration(settings):
     states = []
     for more in ({}, settings):
         model = r3f.spectral_normalize(tiny(dropout=False))
-        iteration = model.classifier.parametrizations.weight[0]
+        iteration = model.classifier.parametrizations.weight[0].inner
         kl = r3f.R3F(model, eps=1e-7, **more)(labels, **inputs)[1]["kl"]
         assert kl < 1e-11
         states.append(iteration._u.clone())
@@ -4169,7 +4262,7 @@ def test_the_gradient_of_r4f_in_two_calls_is_that_of_one_weight_over_sigma():
     torch.manual_seed(3)
     r3f.R3F(model, lam=5.0, eps=0.5, share_dropout=True)(labels, **inputs)[0].backward()
     ours = model.classifier.parametrizations.weight.original.grad
-    iteration = model.classifier.parametrizations.weight[0]
+    iteration = model.classifier.parametrizations.weight[0].inner
 
     # Its bias is 0 at the start, so it is left out.
     plain = tiny(dropout=False)
@@ -5210,17 +5303,26 @@ def test_a_batch_has_a_size_or_tokens(flags, files):
     assert (args.batch_size, args.batch_tokens) == wanted[flags[0] if flags else ""]
 
 
-def test_micro_batches_of_unlike_targets_give_the_same_gradient(tiny_bart, cache):
-    """The mean is over the real tokens of the whole batch."""
+@pytest.mark.parametrize("lam, reduction", [(0.0, "token"), (99.0, "token"), (99.0, "sentence")])
+def test_micro_batches_of_unlike_targets_give_the_same_gradient(lam, reduction, tiny_bart, cache,
+                                                                monkeypatch):
+    """CE is a mean over the real tokens of the whole batch, the KL over those or over its rows."""
+    monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_bart)
-    module = r3f.R3F(model, lam=0.0, label_smoothing=0.1).train()
+    for part in model.modules():
+        if isinstance(getattr(part, "dropout", None), float):
+            part.dropout = 0.0
+    module = r3f.R3F(model, lam, eps=99.0, label_smoothing=0.1, reduction=reduction).train()
     split = split_of_both([9, 5, 7, 6], [2, 9, 3, 4])
     world = common.World(argparse.Namespace(batch_size=None, compile=False, precision="fp32"))
     gradients = []
     for micro in (4, 1):
         model.zero_grad()
         batch = data.Batches(split, 4, 0, micro=micro)[0]
-        loss, _ = common.backward(module, batch, world)
+        batch = r3f.with_kl_weights(module, batch, world)
+        loss, stats = common.backward(module, batch, world)
+        torch.testing.assert_close(loss, stats["ce"] + lam * stats["kl"])
+        assert (stats["kl"] > 1e-6) == (lam > 0)
         gradients.append((loss, model.model.shared.weight.grad.clone()))
     (loss, gradient), (other_loss, other) = gradients
     torch.testing.assert_close(loss, other_loss)
@@ -6669,7 +6771,7 @@ BAD = [
     (["--rates", "0.5", "--confidences"], "--rates: needs --drop or --perturb"),
     (["--draws", "5", "--drop"], "--draws: needs --perturb"),
     (["--cutoff_rate", "1.5"], "--cutoff_rate: must be"),
-    (["--lam", "1"], "unrecognized arguments: --lam"),
+    (["--lam", "1"], "--lam: no such flag"),
     (["--method", "r3f"], "--method: invalid choice: 'r3f'"),
 ]
 
@@ -7630,7 +7732,7 @@ def test_n_is_the_number_of_steps_on_f_and_an_odd_one_gives_a_round_more(tiny_fo
                                                                          tmp_path, cache, capsys):
     result, = tune(tiny_folder, tmp_path, *small, "--max_steps", 5, "--T", 2, "--log_every", 1)
     told = capsys.readouterr().out
-    assert "on f N = 5: 2 in phase 1, 3 in phase 3; on D 2 in phase 2, T = 2 for each" in told
+    assert "N = 5 steps on f, 2 in phase 1 and 3 in phase 3; on D 2 in phase 2, T = 2 for" in told
     phases = [line["phase"] for line in log_of(tmp_path / "custom/gtuning-0")]
     assert phases == [1, 1, 2, 2, 3, 3, 3] and result["steps"] == 7
 
@@ -7939,7 +8041,7 @@ WRONG = """
 --unlabeled no/such:corpus  | --unlabeled no/such:corpus: must be a text file, or ID:CONFIG:SPLIT
 --unlabeled t.txt           | --unlabeled t.txt: holds no sentence
 --unlabeled dir.csv         | --unlabeled dir.csv: is a directory
---unlabeled latin.csv       | --unlabeled latin.csv: cannot be read as csv
+--unlabeled latin.csv       | --unlabeled latin.csv: must be text in UTF-8
 --unlabeled other.csv       | --unlabeled other.csv: no column 'text' among ['review', 'label']
 --train_file good.csv --validation_file good.csv --embed | --embed: needs --eval_tasks
 --train_file good.csv --validation_file good.csv --projection pca | --projection: needs --embed
