@@ -6,7 +6,7 @@
      2  processes and signals          cli, World, processes, Progress
      3  model, optimizer, backward     prepare, load_model, build_optimizer, backward
      4  predictions and scores         predict, evaluate
-     5  a run                          Run: its folder, log, checkpoints and results; take_runs
+     5  a run                          Run: its folder, steps and files; take_runs; search
      6  states of a frozen encoder     CachedSplit, the feature cache
      7  tables, pages, --profile       print_table, html_page, profile_methods
      8  maps of vectors                tsne, map_svg, maps_body
@@ -894,9 +894,8 @@ def tell_settings(args, setup, world, per_epoch):
     if args.init_from and "model" in args.by_hand:
         world.say("  no effect   --model: the run of --init_from has its own")
     world.say(f"  labels      {labels or setup.kind.answer}")
-    world.say(f"  rows        {', '.join(f'{name} {size}' for name, size in sizes.items())}")
-    if per_epoch:
-        world.say(f"  steps       {count_steps(args, per_epoch)}, {per_epoch} an epoch")
+    steps = f"; {count_steps(args, per_epoch)} steps, {per_epoch} an epoch" if per_epoch else ""
+    world.say(f"  rows        {', '.join(f'{name} {size}' for name, size in sizes.items())}{steps}")
     lengths = f"{args.max_length} tokens"
     if args.max_target_length:
         lengths += f", of a text to write {args.max_target_length}"
@@ -1298,7 +1297,7 @@ def averages(scores):
     return means
 
 
-# ----------------------------------------------------------------------------------------  5  a run
+# -----------------------------------------------------------  5  a run: its folder, steps and files
 
 # Flags that may differ between two halves of one run.
 NOT_THE_RUN = {
@@ -1762,7 +1761,7 @@ class Run:
                         sync(path)
             results_path = f"{self.folder}/results.json"
             with self.guard(results_path):
-                replace_text(results_path, json.dumps(self.results, indent=1))
+                replace_file(results_path, json.dumps(self.results, indent=1))
             for path in self.checkpoints:
                 if os.path.exists(path):
                     os.remove(path)
@@ -1814,6 +1813,8 @@ def read_results(path):
                         "again") from error
     return results
 
+
+# ------------------------------------------------------------------  5  a run: finished ones, --run
 
 # What runs must have in common to be used together: how rows are encoded, run and scored.
 ALIKE = ["model", "max_length", "precision", "main_metric"]
@@ -1999,13 +2000,19 @@ def use_models(args, runs, setup, world, started):
     return use_runs(args, runs, setup, world, started, load, score)
 
 
-def replace_file(path, write, keep=None):
-    """Makes a file by write(file): afterwards the old one is there, or the new one as a whole.
+# ---------------------------------------------------------------------------------  5  a run: files
 
-    A temporary file, fsync, rename, fsync of the folder. keep: where the old one goes.
+def replace_file(path, content, keep=None):
+    """Makes a file: afterwards the old one is there, or the new one as a whole.
+
+    content: a text, or a function that writes to a binary file. A temporary file, fsync, rename,
+    fsync of the folder. keep: where the old one goes.
     """
     with open(path + ".tmp", "wb") as file:
-        write(file)
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            content(file)
         file.flush()
         os.fsync(file.fileno())
     if keep and os.path.exists(path):
@@ -2021,38 +2028,32 @@ def sync(path):
     os.close(opened)
 
 
-def replace_text(path, text):
-    replace_file(path, lambda file: file.write(text.encode()))
-
-
-def save_file(path, write):
+def save_file(path, content):
     """`replace_file`. RunError if it cannot be written."""
     try:
-        replace_file(path, write)
+        replace_file(path, content)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}") from None
 
 
 def save_json(path, value):
-    """RunError if it cannot be written."""
-    save_file(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+    """`save_file` of a value as JSON."""
+    save_file(path, json.dumps(value, indent=1))
 
 
-def write_file(path, write, world):
+def write_file(path, content, world):
     """`save_file` from rank 0, which says so."""
     if world.rank == 0:
-        save_file(path, write)
+        save_file(path, content)
     world.say(f"wrote {path}")
 
 
 def write_json(path, value, world):
-    """`write_text` of a value as JSON."""
-    write_text(path, json.dumps(value, indent=1), world)
+    """`write_file` of a value as JSON."""
+    write_file(path, json.dumps(value, indent=1), world)
 
 
-def write_text(path, text, world):
-    write_file(path, lambda file: file.write(text.encode()), world)
-
+# --------------------------------------------------------------------  5  a run: the search, --grid
 
 def search(main, flags, recipe, methods, argv):
     """--grid: tries all combinations for each method, then trains the chosen one with all seeds.
@@ -3270,7 +3271,7 @@ def keep_lines(path, runs, by, differ):
         text += json.dumps(line) + "\n"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        replace_text(path, text)
+        replace_file(path, text)
     except OSError as error:
         raise UserError(f"--keep {path}: cannot be written: {error.strerror}") from error
     return runs
@@ -4183,7 +4184,7 @@ def write_report(args, tables, probes, left_out):
     try:
         os.makedirs(folder, exist_ok=True)
         for name, text in files.items():
-            replace_text(os.path.join(folder, name), text)
+            replace_file(os.path.join(folder, name), text)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from error
     print(f"wrote {os.path.join(folder, 'report.tsv')} and report.html")

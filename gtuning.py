@@ -74,8 +74,8 @@ Choices, where the paper is silent (its authors released no code):
 14. Self-Teach is FILTER's loss (Fang et al., 2021), whose teacher sees translations; the paper
     does not say what it sees here. It is x_u; of pairs two neighbouring sentences of M. The
     --teacher is a finished run on the same task with the same --model, in eval mode, its logits
-    computed once. The paper's row is of a g that is tuned: --tune all, for both. In a regression the
-    KL is the squared error. Tags and answers have none here.
+    computed once. The paper's row is of a tuned g: --tune all, for both. In a regression the KL is
+    the squared error. Tags and answers have none here.
 15. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
     tokens whatever --pooling; --retrieve_layer takes the mean of a block of g in its place.
 16. Figure 2 (--embed): t-SNE as in the paper. It keeps no distances, so a table of numbers that are
@@ -700,7 +700,7 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     by = f"t-SNE, perplexity {perplexity}" if args.projection == "tsne" else "principal axes"
     world.say(f"the maps are by {by}")
     task_folder = os.path.dirname(os.path.abspath(folders[0]))
-    common.write_text(os.path.join(task_folder, "embed.html"), page, world)
+    common.write_file(os.path.join(task_folder, "embed.html"), page, world)
     content = {"sets": dict(zip(names, sizes)), "values": numbers, "maps": [*maps]}
     common.write_json(os.path.join(task_folder, "embed.json"), content, world)
 

@@ -808,9 +808,9 @@ def show_explanations(module, folder, asked, tokenizer, max_length, scale, world
         world.say(f"{folder}: {screen_line(found[-1], scale, sys.stdout.isatty())}")
     name = free_name(folder, "explain")
     texts = json.dumps([vars(explanation) for explanation in found], indent=1)
-    common.write_text(f"{name}.json", texts, world)
+    common.write_file(f"{name}.json", texts, world)
     title = f"What the model looks at ({folder})"
-    common.write_text(f"{name}.html", page(found, title, scale), world)
+    common.write_file(f"{name}.html", page(found, title, scale), world)
 
 
 def free_name(folder, name):
@@ -1140,7 +1140,7 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     names = setup.task.label_names
     body = clouds_body(maps, numbers, split.labels, names, folders[chosen_by], perplexity)
     page = common.html_page(title, CLOUDS_STYLE + common.MAPS_STYLE, body)
-    common.write_text(f"{path}.html", page, world)
+    common.write_file(f"{path}.html", page, world)
 
 
 CLOUDS_STYLE = """:root { --original: #db2777; --positive: #7c3aed; --negative: #1e293b }

@@ -3267,9 +3267,9 @@ def test_few_seeds_are_said(tmp_path, capsys):
 
 
 def test_no_difference_and_worse():
-    none = common.summarise_differences([1.0, -1.0, 2.0, -2.0, 0.5, -0.6], "t")
+    none = common.summarise_differences([1.0, -1.0, 2.0, -2.0, 0.5, -0.6])
     assert none.verdict(none.p) == "no difference shown"
-    worse = common.summarise_differences([-1.0, -1.1, -1.2, -0.9, -1.3, -1.4], "t")
+    worse = common.summarise_differences([-1.0, -1.1, -1.2, -0.9, -1.3, -1.4])
     assert worse.verdict(worse.p) == "worse"
     assert worse.verdict(1.0) == "no difference shown"
 
@@ -3278,7 +3278,7 @@ def test_no_difference_and_worse():
     assert both.verdict(0.04) == "no difference shown"
     interval = common.Difference(8, 1.0, 1.0, 0.1, 1.9, 0.06, 7, 1)
     assert interval.verdict(0.06) == "no difference shown"
-    alone = common.summarise_differences([1.0], "t")
+    alone = common.summarise_differences([1.0])
     assert math.isnan(alone.std) and alone.p == 1
 
 
