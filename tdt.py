@@ -686,7 +686,7 @@ def confidences_of(module, evaluation, name):
 def show_confidences(folder, c, evaluation):
     """Figure 4: the distribution of the words' confidences c, and the words at its ends.
 
-    c (tokens,). Prints both, and writes them to confidences.json in the folder.
+    c (tokens,). Prints both, and writes confidences.json and .html in the folder.
     """
     import common
     import numpy as np
@@ -716,6 +716,12 @@ def show_confidences(folder, c, evaluation):
     content = {"set": evaluation.name, "tokens": len(words), "mean": mean, "std": std,
                "counts": counts.tolist(), "mean_by_token": mean_by_token}
     common.write_json(os.path.join(folder, "confidences.json"), content, world)
+    shares = {}
+    for i, count in enumerate(counts):
+        shares[5 * i + 2.5] = [100 * count / len(words)]                 # at the middle of a bin
+    caption = (f"{folder}: percent of the {len(words)} words of {evaluation.name} that have a "
+               "confidence of so many percent, in steps of 5")
+    write_curves_page(os.path.join(folder, "confidences.html"), {caption: {"words": shares}}, world)
 
 
 # --------------------------------------------------------------------------  analyses: explanations
@@ -1012,6 +1018,32 @@ def print_curves(found, title, rates, world):
         world.say(f"{name:<{wide}}" + "".join(cells))
 
 
+def draw_curves(found, title, path, world):
+    """The curves of all seeds as a page, a figure for each method."""
+    by_method = {}                                     # {caption: {kind: {percent: scores}}}
+    for curves_of_seed in found:
+        for name, curve in curves_of_seed.items():
+            method, _, kind = name.partition(", ")
+            caption = f"{method}. {title}; median of the seeds, least to greatest"
+            points = by_method.setdefault(caption, {}).setdefault(kind, {})
+            for rate, scores in curve.items():
+                percent = round(100 * rate, 2)
+                points.setdefault(percent, []).extend(100 * score for score in scores)
+    write_curves_page(path, by_method, world)
+
+
+def write_curves_page(path, curves, world):
+    """A page of figures: curves {caption: {name: {x: values}}}."""
+    import common
+    figures = []
+    for caption, named in curves.items():
+        colours = {name: f"c{i}" for i, name in enumerate(named)}
+        picture = common.curve_svg(named, colours, caption)
+        figures.append(common.figure(picture, caption, colours))
+    body = f'<div class="figures">{"".join(figures)}</div>'
+    common.write_file(path, common.html_page(path, common.REPORT_STYLE, body), world)
+
+
 # ------------------------------------------------------------------------------  analyses: Figure 3
 
 @dataclass
@@ -1264,14 +1296,17 @@ def analyse(args, asked, setup, tokenizer, world):
             perturbed.append(perturb_words(
                 modules, folder, folders.get(chosen_by), asked, evaluation))
 
-    if dropped or perturbed:
-        what = f"{args.task} {evaluation.name}: {evaluation.task.metrics.split()[0]} in percent"
-    if dropped:
-        print_curves(dropped, f"{what} when that share of the words is [MASK], those of highest or "
-                              "lowest confidence", asked.rates, world)
-    if perturbed:
-        print_curves(perturbed, f"{what} when that share of the words, random ones, is replaced",
-                     asked.rates, world)
+    for figure, found, how in (
+            ("drop", dropped, "is [MASK], those of highest or lowest confidence"),
+            ("perturb", perturbed, "is replaced, random ones")):
+        if found:
+            metric = evaluation.task.metrics.split()[0]
+            title = (f"{args.task} {evaluation.name}: {metric} in percent when that share of the "
+                     f"words {how}")
+            print_curves(found, title, asked.rates, world)
+            first_folder = next(iter(next(iter(asked.runs.values())).values()))
+            path = os.path.join(os.path.dirname(first_folder), f"{figure}.html")
+            draw_curves(found, title, path, world)
 
 
 # --------------------------------------------------------------------------------------  the recipe

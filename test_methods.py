@@ -6484,6 +6484,9 @@ def test_drop_shows_the_untrained_layer_beside_the_trained_one(toy, capsys):
     methods = ["std", "tdt", "tdt-hard", "cutoff"]
     assert list(drop["values"]) == [f"{m}, {kind}" for m in methods for kind in kinds]
     assert drop["confidences"] == str(run_of(folder)) and drop["metric"] == "accuracy"
+    page = (folder / "runs/custom/drop.html").read_text()
+    assert page.count("<figure") == 4 and page.count("<polyline") == 4 * 4 and "nan" not in page
+    assert "tdt. custom validation: accuracy in percent when that share of the words is" in page
     assert drop["values"]["std, highest"]["0.0"] == drop["values"]["std, lowest"]["0.0"]
     assert -1 <= drop["correlation_with_start"] <= 1
     assert "std, lowest, untrained" in text and "+-" not in text         # of one run and draw
@@ -6553,6 +6556,8 @@ def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys, monkeypatch):
     assert len(masked) == 3                            # the same three for every method
     assert "cutoff, other word" in values
     assert "+-" in capsys.readouterr().out
+    page = (folder / "runs/custom/perturb.html").read_text()
+    assert page.count("<figure") == 4 and page.count("<polyline") == 4 * 2
 
 
 def test_confidences_are_counted_and_named(toy, capsys):
@@ -6563,6 +6568,9 @@ def test_confidences_are_counted_and_named(toy, capsys):
     assert not set(found["mean_by_token"]) & {"[CLS]", "[SEP]", "[PAD]"}
     assert "plot" in found["mean_by_token"]
     assert (run_of(folder, "tdt-hard") / "confidences.json").exists()
+    page = (run_of(folder) / "confidences.html").read_text()
+    assert f"percent of the {found['tokens']} words of validation" in page
+    assert page.count("<polyline") == 1
     assert not (run_of(folder, "cutoff") / "confidences.json").exists()
     assert "highest, of tokens seen 5 times" in capsys.readouterr().out
 
@@ -6806,7 +6814,7 @@ def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain(toy)
 def test_a_folder_that_cannot_be_written_ends_the_analyses_with_one_line(tmp_path):
     world = types.SimpleNamespace(rank=0, say=print)
     with pytest.raises(common.RunError, match="cannot write"):
-        common.write_text(str(tmp_path / "no" / "drop.json"), "{}", world)
+        common.write_file(str(tmp_path / "no" / "drop.json"), "{}", world)
 
 
 # ==========================================================  tdt.py: learning confidences, Figure 3
