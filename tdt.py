@@ -68,6 +68,9 @@ Choices, where the paper is silent or the authors' release does otherwise:
         margin    SST-2, accuracy    CoLA, mcc
         0         85.0 to 85.8       8.9 to 14.2
         2         47.0 to 85.0       2.0 to 11.0
+11. Figures 5 and 6 (--perturb, --drop): a share of each sentence's words, rounded, is replaced by
+    [MASK] or, in curves of their own, by other words of the sentence; the paper does both at
+    random, position by position. Special tokens stay. Figure 6 goes by the order of c itself.
 """
 import contextlib
 import copy

@@ -3337,7 +3337,10 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
     assert kept.read_text() == before
 
 
-NAMES = {"std": "std", "adapter": "adapter", "R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop",
+NAMES = {"R3F, eps 1e-5": "r3f eps=1e-05 share_dropout=False",
+         "R3F, eps 1e-5, shared masks": "r3f eps=1e-05 share_dropout=True",
+         "R3F, eps 0.1, shared masks": "r3f eps=0.1 share_dropout=True",
+         "std": "std", "adapter": "adapter", "R3F": "r3f", "R4F": "r4f", "R-Drop": "rdrop",
          "SMART": "smart", "FreeLB": "freelb", "nothing": "std", "R3F, eps 0.01": "r3f",
          "G-Tuning": "gtuning", "TDT": "tdt", "TDT-hard": "tdt-hard", "token cutoff": "cutoff",
          "160": "std epochs=5.0", "320": "std epochs=10.0",
@@ -3353,6 +3356,7 @@ NAMES = {"std": "std", "adapter": "adapter", "R3F": "r3f", "R4F": "r4f", "R-Drop
 TOY_SETS = [("toy", "validation", "accuracy"), ("toy", "toy-food", "accuracy")]
 README_TABLES = [
     ("toy.jsonl", "", "| | films | p | food | p |", TOY_SETS),
+    ("toy-again.jsonl", "", "| new seeds | films | p | food | p |", TOY_SETS),
     ("toy-more.jsonl", "", "| std with | films | p | food | p |", TOY_SETS),
     ("toy-tdt.jsonl", "", "| TDT | films | p | food | p |", TOY_SETS),
     ("1000.jsonl", "", "| | SST-2, accuracy | p | CoLA, MCC | p |",
@@ -3425,6 +3429,7 @@ def test_the_readmes_tables_are_what_the_kept_lines_say(name, flags, header, key
 CLAIMS = {
     ("R3F", "SST-2"): ("1000.jsonl", ("sst2", "validation", "accuracy"), "r3f"),
     ("R3F", "CoLA"): ("1000.jsonl", ("cola", "validation", "mcc"), "r3f"),
+    ("R3F", "MRPC"): ("mrpc.jsonl", ("mrpc", "validation", "accuracy"), "r3f"),
     ("R3F", "CoLA, all rows"): ("cola-full.jsonl", ("cola", "validation", "mcc"), "r3f"),
     ("R4F", "SST-2"): ("1000-fp32.jsonl", ("sst2", "validation", "accuracy"), "r4f"),
     ("R4F", "CoLA"): ("1000-fp32.jsonl", ("cola", "validation", "mcc"), "r4f"),
@@ -3453,6 +3458,8 @@ TOLD = [
     ("rdrop-mrpc.jsonl", "", "rdrop", [("mrpc", "validation", "accuracy")]),
     ("freelb-again.jsonl", "", "freelb", [("sst2", "validation", "accuracy")]),
     ("1000-bf16.jsonl", "", "freelb", [("sst2", "imdb", "accuracy")]),
+    ("toy-noise.jsonl", "", "r3f eps=0.0 share_dropout=False", TOY_SETS[:1]),
+    ("toy-noise.jsonl", "", "r3f eps=1e-05 share_dropout=True", TOY_SETS[:1]),
     ("toy-gtuning.jsonl", "--baseline adapter", "gtuning", TOY_SETS),
     ("toy-teach.jsonl", "--baseline adapter", "self-teach", TOY_SETS),
 ]
