@@ -2015,6 +2015,7 @@ def test_a_model_that_sees_one_class_alone_gets_a_warning(tiny_folder, tmp_path,
 
 # ----------------------------------------------------------------------------------------- 5  a run
 
+@beside
 @pytest.mark.parametrize("script, method", [
     ("r3f", "std"), ("tdt", "tdt-hard"), ("gtuning", "adapter")])
 def test_the_same_command_gives_the_same_bits(script, method, tiny_folder, tmp_path, cache):
@@ -3457,6 +3458,7 @@ TOLD = [
     ("rdrop-again.jsonl", "", "rdrop", [("sst2", "validation", "accuracy")]),
     ("rdrop-mrpc.jsonl", "", "rdrop", [("mrpc", "validation", "accuracy")]),
     ("freelb-again.jsonl", "", "freelb", [("sst2", "validation", "accuracy")]),
+    ("r3f-mrpc.jsonl", "", "r3f", [("mrpc", "validation", "accuracy")]),
     ("1000-bf16.jsonl", "", "freelb", [("sst2", "imdb", "accuracy")]),
     ("toy-noise.jsonl", "", "r3f eps=0.0 share_dropout=False", TOY_SETS[:1]),
     ("toy-noise.jsonl", "", "r3f eps=1e-05 share_dropout=True", TOY_SETS[:1]),
@@ -5442,6 +5444,7 @@ def food_file(folder):
     return write_rows(folder / "food.jsonl", lines)
 
 
+@beside
 def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(
     tiny_bart, files, tmp_path, cache, monkeypatch
 ):
@@ -7682,6 +7685,7 @@ class Literal:
                 self.optimize_D(N // 2 + r * self.T + t)                 # Eq. 3
 
 
+@beside
 @pytest.mark.parametrize("pairs", [False, True], ids=["sentences", "pairs"])
 def test_the_script_equals_algorithm_1_read_literally(pairs, still_folder, small, small_pairs,
                                                       tmp_path, cache, monkeypatch):
@@ -7836,6 +7840,7 @@ def test_a_kill_while_the_cache_is_built_costs_what_was_not_marked(still_folder,
     assert_same_state(with_it, without, 1e-4)
 
 
+@beside
 def test_a_cache_of_pairs_gives_the_same_numbers(still_folder, small_pairs, tmp_path, cache):
     flags = [*small_pairs, "--micro_batch_size", 4, "--pooling", "mean", "--max_steps", 6]
     cached, = tune(still_folder, tmp_path / "a", *flags)
