@@ -184,13 +184,15 @@ def cache(tmp_path_factory):
 
 @contextlib.contextmanager
 def in_short():
-    """Runs do not wait for the disk, and see few of the toy language's rows."""
+    """Runs wait neither for the disk nor for a GPU, and see few of the toy language's rows."""
     def first_rows(make, n, domain, split):
         return make(domain, split).select(range(n))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         patch.setattr(os, "sync", lambda: None)
+        if not torch.cuda.is_available():              # it would format a stack at each seed
+            patch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
         for name, n in (("toy", 320), ("toy-sum", 40), ("toy-qa", 40)):
             few = functools.partial(first_rows, data.TOYS[name], n)
             patch.setitem(data.TOYS, name, few)
@@ -9106,7 +9108,7 @@ RUNS_OF_TWO = {
     "r3f": ["r3f", "--method", "r3f", "--eps", 5, "--max_steps", 8, "--predict", "test"],
     "tdt": ["tdt", "--method", "tdt", "--max_steps", 8, "--predict", "test"],
     "gtuning": ["gtuning", "--max_steps", 12, "--batch_size", 16, "--eval_every", 99, "--embed",
-                "--projection", "pca", "--eval_tasks", "toy-food", "--lr", 1e-2, "--adam_eps",
+                "--projection", "pca", "--T", 2, "--eval_tasks", "toy-food", "--lr", 1e-2, "--adam_eps",
                 1e-2, "--d_lr", 1e-2, "--beta", 5],
     "summaries": ["r3f", "--method", "std", "--batch_tokens", 300, "--max_steps", 6, "--lr", 1e-3,
                   "--label_smoothing", 0.1, "--max_target_length", 8],
