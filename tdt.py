@@ -1307,7 +1307,7 @@ def analyse(args, asked, setup, tokenizer, world):
 
     for figure, found, how in (
             ("drop", dropped, "is [MASK], those of highest or lowest confidence"),
-            ("perturb", perturbed, "is replaced, random ones")):
+            ("perturb", perturbed, "is replaced at random")):
         if found:
             metric = evaluation.task.metrics.split()[0]
             title = (f"{args.task} {evaluation.name}: {metric} in percent when that share of the "

@@ -2413,8 +2413,9 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     saved = json.load(open(out / "toy/r3f-4/results.json"))
     assert saved["searched"] == {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
     scores = [100 * cell["score"] for cell in search["tried"]]
-    line = f"on the held-out rows; all: {', '.join(f'{score:.2f}' for score in scores)})"
-    assert "r3f: chosen of 4:" in told and line.replace(";", ", the first of equals;") in told
+    tie = ", the first of equals" if scores.count(max(scores)) > 1 else ""
+    line = f"on the held-out rows{tie}; all: {', '.join(f'{score:.2f}' for score in scores)})"
+    assert "r3f: chosen of 4:" in told and line in told
     assert "toy, r3f: trying lr=1e-3,lam=5\n" in told
     assert told.count("  set by you ") == 2            # once a method, with what was chosen
 
@@ -3464,6 +3465,7 @@ TOLD = [
     ("1000-bf16.jsonl", "", "freelb", [("sst2", "imdb", "accuracy")]),
     ("toy-noise.jsonl", "", "r3f eps=0.0 share_dropout=False", TOY_SETS[:1]),
     ("toy-noise.jsonl", "", "r3f eps=1e-05 share_dropout=True", TOY_SETS[:1]),
+    ("toy-noise.jsonl", "", "r3f eps=0.1 share_dropout=True", TOY_SETS[:1]),
     ("toy-gtuning.jsonl", "--baseline adapter", "gtuning", TOY_SETS),
     ("toy-teach.jsonl", "--baseline adapter", "self-teach", TOY_SETS),
 ]
