@@ -418,6 +418,7 @@ def cli(main):
     rank = process_rank()
     try:
         main()
+        leave()
         return 0
     except (UserError, RunError) as error:
         time.sleep(10 if rank else 0)
@@ -669,23 +670,19 @@ def handled_signals(args):
         signals.update(caught=0, in_step=False)
 
 
-joined = itertools.count()                             # how often `processes` was entered
-
-
 @contextlib.contextmanager
 def processes(args):
-    """Joins torchrun's processes and leaves them in order. Yields the World."""
+    """Yields the World, with torchrun's processes joined; `leave` at the program's end."""
     import datasets
     import huggingface_hub
     import transformers
     with handled_signals(args):
         world = World(args)
-        if world.size > 1:
-            # The store still has the addresses from before a restart, or from a run before in
-            # these processes: hence the prefix.
+        if world.size > 1 and not dist.is_initialized():
+            # The store still has the addresses from before a restart: hence the prefix.
             store = next(dist.rendezvous("env://"))[0]
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-            store = dist.PrefixStore(f"{restarts}/{next(joined)}", store)
+            store = dist.PrefixStore(restarts, store)
             # All wait while rank 0 downloads and tokenises, which may take longer than NCCL's usual
             # ten minutes; if a process ends, torchrun ends the others without any timeout.
             dist.init_process_group(
@@ -704,17 +701,16 @@ def processes(args):
             torch.set_num_threads(args.threads)
         try:
             yield world
-        except NotFinite:
-            leave(world)                               # a search goes on
-            raise
         finally:
             torch.set_num_threads(threads)
-        leave(world)
 
 
-def leave(world):
-    """Ends the processes' group, in all of them at the same time."""
-    if world.size > 1:
+def leave():
+    """Ends the processes' group, in all of them at the same time.
+
+    Only once no DDP module is left: one that outlives its group may hang when it is deleted.
+    """
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
