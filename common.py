@@ -708,9 +708,10 @@ def processes(args):
 def leave():
     """Ends the processes' group, in all of them at the same time.
 
-    Only once no DDP module is left: one that outlives its group may hang when it is deleted.
+    Only once no DDP module is left: one that outlives its group may hang when it is deleted. The
+    report, this file as a program, has no group, and no torch.
     """
-    if dist.is_initialized():
+    if __name__ != "__main__" and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
