@@ -177,6 +177,8 @@ def add_data_flags(g):
                    help="that many training rows are held out, to choose the best state by")
     g.add_argument("--choosing", action="store_true",
                    help=argparse.SUPPRESS)             # by --grid: score the held-out rows alone
+    g.add_argument("--searched", nargs="*", default=[],
+                   help=argparse.SUPPRESS)             # by --grid: what it tried for this run
     g.add_argument("--eval_samples", type=number(int, 1), metavar="N",
                    help="during training score N seeded rows of a set (all); at the end all")
     g.add_argument("--eval_tasks", nargs="+", metavar="NAME",
@@ -872,7 +874,7 @@ def tell_settings(args, setup, world, per_epoch):
     cut = [f"{name} {split.cut}" for name, (_, split) in sets.items() if split.cut]
     names = setup.task.label_names
     labels = ", ".join(names[:20]) + (f" ... ({len(names)})" if len(names) > 20 else "")
-    not_said = ["choosing", "grid"]
+    not_said = ["choosing", "grid", "searched"]
     if args.init_from:
         not_said.append("model")
     by_recipe = [name for name in args.recipe if name not in [*args.by_hand, *not_said]]
@@ -1299,7 +1301,7 @@ def averages(scores):
 # Flags that may differ between two halves of one run.
 NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
-    "detect_anomaly", "threads", "grid", "name", "run", "test_file"}
+    "detect_anomaly", "threads", "grid", "searched", "name", "run", "test_file"}
 
 # Flags of which all runs of a search have the same: what the rows are, and how they are scored.
 NOT_SEARCHED = {
@@ -1407,7 +1409,8 @@ class Run:
         self.model_folder = f"{self.folder}/model"
         self.log_path = f"{self.folder}/log.jsonl"
         self.checkpoints = [f"{self.folder}/checkpoint.pt", f"{self.folder}/checkpoint-before.pt"]
-        self.identity = {**flags_that_count(args, method_flags), **digests_of_files(args)}
+        self.identity = {**flags_that_count(args, method_flags), **digests_of_files(args),
+                         "precision": world.precision}
 
         self.step = 0                                  # how many are done
         self.total = 0                                 # how many there are
@@ -1432,9 +1435,10 @@ class Run:
             self.take_folder()
         self.world.barrier()
         self.results = self.find_results()
+        self.world.barrier()                           # all have looked: rank 0 may write there
         if self.results is not None:
             self.world.say(f"{self.folder}: finished before; --overwrite runs it again")
-        self.world.barrier()                           # before rank 0 writes there
+            self.add_search()
 
     def take_folder(self):
         """Makes the folder, locks it, and with --overwrite empties it."""
@@ -1479,6 +1483,18 @@ class Run:
             raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds an "
                             "unfinished run: use --resume or --overwrite")
         return None
+
+    def add_search(self):
+        """Of a finished run that a search has chosen: its results tell what was searched, by this
+        search and by those before it."""
+        before = self.results.get("searched", {})
+        searched = {flag: [*values] for flag, values in before.items()}
+        for flag, values in read_grid(self.args.searched).items():
+            searched[flag] = [*dict.fromkeys([*searched.get(flag, []), *values])]
+        if searched != before:
+            self.results["searched"] = searched
+            if self.world.rank == 0:
+                save_json(f"{self.folder}/results.json", self.results)
 
     def refuse_another(self, saved):
         """saved: results or a checkpoint's state. Method, seed and flags must be this run's."""
@@ -1768,6 +1784,9 @@ class Run:
         """All of results.json."""
         import transformers
         rate = self.step * self.rows_a_step() / max(self.seconds, 1e-9)
+        searched = {}
+        if self.args.searched:
+            searched = {"searched": read_grid(self.args.searched)}
         versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                     "transformers": transformers.__version__, "device": str(self.world),
                     "commit": commit_of_code()}
@@ -1778,7 +1797,7 @@ class Run:
             "train_seconds": round(self.seconds, 2), "examples_per_second": round(rate, 1),
             "padding_efficiency": round(padding_efficiency, 4),
             "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size,
-            "args": self.identity, "versions": versions}
+            "args": self.identity, "versions": versions, **searched}
 
 
 def commit_of_code():
@@ -2069,7 +2088,10 @@ def search(main, flags, recipe, methods, argv):
     for method in args.method:
         plans[method] = combinations(method, args, grid, methods)
         for cell in plans[method]:                     # all are checked before the first one runs
-            parse(flags(), cell_flags(argv, method, args, cell), recipe)
+            try:
+                parse(flags(), cell_flags(argv, method, args, cell), recipe)
+            except UserError as error:
+                raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
 
     results = []
     for method, cells in plans.items():
@@ -2082,11 +2104,10 @@ def search(main, flags, recipe, methods, argv):
             if max(scores) == -math.inf:
                 raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
             write_search(args, method, cells, scores, chosen)
-        # The last --grid holds, and it is empty: this call trains, it does not search.
-        found = main([*argv, "--grid", "--method", method, *chosen])
         useful = flags_that_count(args, methods[method]["flags"])
-        note_search(args, found, {flag: grid[flag] for flag in grid if flag in useful})
-        results += found
+        searched = [f"{flag}={','.join(grid[flag])}" for flag in grid if flag in useful]
+        # The last --grid holds, and it is empty: this call trains, it does not search.
+        results += main([*argv, "--grid", "--method", method, "--searched", *searched, *chosen])
     if process_rank() == 0:
         print_table(print, results, args, started)
     return results
@@ -2133,7 +2154,7 @@ def check_grid(args, grid, methods):
             continue
         saved = read_results(path)["args"]
         for name, value in counted[method].items():
-            by_model = value is None or name in ("max_length", "max_target_length")
+            by_model = value is None or name in ("max_length", "max_target_length", "precision")
             is_open = name in grid or (by_model and name not in args.by_hand)
             if not is_open and name in saved and saved[name] != value:
                 raise UserError(f"--output_dir {args.output_dir}: {folder} holds a run with "
@@ -2160,16 +2181,6 @@ def cell_flags(argv, method, args, cell):
     folder = os.path.join(args.output_dir, "grid", name)
     return [*argv, "--grid", "--method", method, "--seeds", str(args.seeds[0]), "--choosing",
             "--output_dir", folder, *cell]
-
-
-def note_search(args, results, searched):
-    """Puts into each results.json which flags were searched over which values."""
-    for result in results:
-        result["searched"] = searched
-        folder = run_folder(args, result["method"], result["seed"])
-        path = os.path.join(folder, "results.json")
-        if process_rank() == 0 and os.path.exists(path):
-            save_json(path, result)
 
 
 def write_search(args, method, cells, scores, chosen):
@@ -3299,7 +3310,9 @@ def refuse_unlike(runs, by, differ):
         mine = run.line.get("searched", {})
         theirs = other.line.get("searched", {})
         searched = {name for name in mine if mine[name] == theirs.get(name)}
-        names = set(default_flags()) - free - searched
+        in_both = set(run.flags) & set(other.flags)
+        digests = {name for name in in_both if name.endswith("_digest")}
+        names = set(default_flags()) - free - searched | digests
         refuse_flags(run, other, names, f"the methods on {run.task}")
 
 
@@ -3522,6 +3535,7 @@ def remarks(table):
                     "difference.")
     numbers = [(group, total.n, methods)
                for (group, _), (total, _, methods) in table.over_tasks.items()]
+    said += remarks_on_seeds(table)
     for group, n, methods in dict.fromkeys(numbers):
         if n < needed(methods):
             said.append(f"{n} {group} can show nothing: with {plural(methods, 'method')} "
@@ -3530,6 +3544,21 @@ def remarks(table):
     if "further sets" in [group for group, _ in table.over_tasks]:
         said.append("Further sets of one task share its models: they are not independent.")
     said += remarks_on_choice(table)
+    return said
+
+
+def remarks_on_seeds(table):
+    """Which methods are not compared because they share no seed with the baseline."""
+    apart = {}                                         # {method: tasks}
+    for key, row in table.rows.items():
+        for column in row:
+            has_base = table.baseline in row and column != table.baseline
+            if has_base and column not in table.differences[key]:
+                apart.setdefault(column, {})[key[0]] = True
+    said = []
+    for column, tasks in apart.items():
+        said.append(f"{column} has no seed in common with {table.baseline} on {', '.join(tasks)}: "
+                    "there they are not compared.")
     return said
 
 
@@ -3549,8 +3578,12 @@ def remarks_on_choice(table):
             tried = math.prod(map(len, run.line["searched"].values()))
             searched[run.label] = max(tried, searched.get(run.label, 0))
     if searched:
-        counts = ", ".join(f"{column} {tried}" for column, tried in searched.items())
+        counts = ", ".join(f"{column} {searched.get(column, 'none')}" for column in table.columns)
         said.append(f"Settings that were tried for each method before: {counts}.")
+    if any(run.line.get("searched") or run.line.get("best") for run in table.runs
+           if run.flags.get("dev_samples")):
+        said.append("By the held-out rows flags or states were chosen: their scores are too high, "
+                    "and differences on them show nothing.")
     for task in table.tasks:
         devices = {run.line.get("device") for run in table.runs if run.task == task}
         if len(devices) > 1:
@@ -3735,17 +3768,20 @@ def tsv_report(tables):
     """report.tsv: a line for each table, task, set, metric and method, and for those over tasks."""
     header = ["table", "task", "set", "metric", "method", "seeds", "mean", "std", "median", "max",
               "pairs", "difference", "difference_std", "low", "high", "wins", "losses", "p",
-              "p_holm"]
+              "p_holm", "low_over_rows", "high_over_rows", "cost"]
     lines = ["\t".join(header)]
     for table in tables:
         for key, row in table.rows.items():
             for column in sorted(row, key=table.columns.index):
                 cells = [table.title, *key, column, *score_cells(row[column].values())]
-                difference = table.differences[key].get(column)
-                lines.append("\t".join(cells + difference_numbers(difference, "")))
+                cells += difference_numbers(table.differences[key].get(column), "")
+                cells += numbers_over_rows(table, key, column)
+                costs = relative_costs(table, key[0], column)
+                cells.append(f"{np.median(costs):.4f}" if costs else "")
+                lines.append("\t".join(cells))
         for (group, column), (total, p, _) in table.over_tasks.items():
             cells = [table.title, "", f"over {total.n} {group}", "", column, *[""] * 5]
-            lines.append("\t".join(cells + difference_numbers(total, f"{p:.6g}")))
+            lines.append("\t".join([*cells, *difference_numbers(total, f"{p:.6g}"), *[""] * 3]))
     return "\n".join(lines) + "\n"
 
 
@@ -3757,6 +3793,15 @@ def difference_numbers(difference, p_holm):
     cells = ["" if math.isnan(number) else f"{number:.4f}" for number in numbers]
     return [f"{difference.n}", *cells, f"{difference.wins}", f"{difference.losses}",
             f"{difference.p:.6g}", p_holm]
+
+
+def numbers_over_rows(table, key, column):
+    """The cells of a line of report.tsv for the interval over seeds and rows."""
+    found = table.over_rows.get(key, {}).get(column)
+    if found is None:
+        return ["", ""]
+    _, _, _, low, high = found
+    return [f"{low:.4f}", f"{high:.4f}"]
 
 
 # -------------------------------------------------------------------------  9  the report: the page

@@ -1015,7 +1015,8 @@ def print_curves(found, title, rates, world):
     names = dict.fromkeys(name for curves_of_seed in found for name in curves_of_seed)
     wide = max(map(len, names))
     rates = [0.0, *rates]
-    world.say(f"\n{title}\n{'':<{wide}}" + "".join(f"{rate:>15.0%}" for rate in rates))
+    world.say(f"\n{title}; +- the standard deviation over seeds and draws")
+    world.say(f"{'':<{wide}}" + "".join(f"{rate:>15.0%}" for rate in rates))
     for name in names:
         cells = []
         for rate in rates:
@@ -1025,6 +1026,30 @@ def print_curves(found, title, rates, world):
             spread = f"+-{percent.std(ddof=1):.2f}" if len(percent) > 1 else "-"
             cells.append(f"{percent.mean():7.2f} {spread:>7}")
         world.say(f"{name:<{wide}}" + "".join(cells))
+
+
+def print_control(found, rates, world):
+    """What the trained confidences find that untrained ones do not: the score without the words
+    of highest confidence less the score without those that the untrained layer puts first.
+
+    found: as in print_curves, of Figure 6. The differences are paired by seed.
+    """
+    import common
+    end = ", highest, untrained"
+    names = dict.fromkeys(name for curves_of_seed in found for name in curves_of_seed)
+    world.say("\nHighest less highest, untrained, in points, paired by seed:")
+    for method in [name.removesuffix(end) for name in names if name.endswith(end)]:
+        of_method = [curves_of_seed for curves_of_seed in found if method + end in curves_of_seed]
+        for rate in rates:
+            gaps = []
+            for curves_of_seed in of_method:
+                trained, = curves_of_seed[f"{method}, highest"][rate]
+                untrained, = curves_of_seed[method + end][rate]
+                gaps.append(100 * (trained - untrained))
+            gap = common.summarise_differences(gaps)
+            mean, interval = common.difference_cells(gap)
+            world.say(f"{method}, {rate:.0%}: {mean} ({interval}), p {gap.p:.3f}; lower in "
+                      f"{gap.losses} of {common.plural(gap.n, 'seed')}")
 
 
 def draw_curves(found, title, path, world):
@@ -1132,6 +1157,8 @@ def cloud_numbers(clouds, labels, metric):
 def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     """Figure 3 of one seed: tsne.html and tsne.json in the folder of the run `chosen_by`.
 
+    Returns its numbers, {method: {what: value}}.
+
     A model without confidences, such as that of std, has no H+ and H- of its own: they are made of
     its embeddings with the c that chosen_by gives the same tokens.
     """
@@ -1182,6 +1209,19 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     body = clouds_body(maps, numbers, split.labels, names, folders[chosen_by], perplexity)
     page = common.html_page(title, CLOUDS_STYLE + common.MAPS_STYLE, body)
     common.write_file(f"{path}.html", page, world)
+    return numbers
+
+
+def means_over_seeds(found):
+    """{method: {what: mean}} of each seed's {method: {what: value}}; of methods that all have."""
+    means = {}
+    for method, numbers in found[0].items():
+        if all(method in others for others in found):
+            means[method] = {}
+            for what in numbers:
+                total = sum(others[method][what] for others in found)
+                means[method][what] = total / len(found)
+    return means
 
 
 CLOUDS_STYLE = """:root { --original: #db2777; --positive: #7c3aed; --negative: #1e293b }
@@ -1271,9 +1311,11 @@ def use_finished(args, asked, world, started):
 
 def analyse(args, asked, setup, tokenizer, world):
     """What section 4 of the paper measures, of asked.runs: tables, and files in their folders."""
+    import common
     evaluation = evaluation_of(setup, world) if asked.figures else None
     dropped = []
     perturbed = []
+    clouds = []                                        # of each seed, their numbers
     for folders in asked.runs.values():
         confident = [method for method in folders if method in WITH_CONFIDENCES]
         chosen_by = confident[0] if confident else None
@@ -1296,7 +1338,7 @@ def analyse(args, asked, setup, tokenizer, world):
                 show_explanations(modules[method], folders[method], asked, tokenizer,
                                   args.max_length, scale, world)
         if asked.tsne:
-            show_clouds(modules, folders, chosen_by, asked.tsne, args, evaluation)
+            clouds.append(show_clouds(modules, folders, chosen_by, asked.tsne, args, evaluation))
         if asked.drop:
             dropped.append(drop_words(
                 modules, folders, chosen_by, c[chosen_by], asked.rates, evaluation))
@@ -1305,6 +1347,9 @@ def analyse(args, asked, setup, tokenizer, world):
             perturbed.append(perturb_words(
                 modules, folder, folders.get(chosen_by), asked, evaluation))
 
+    if len(clouds) > 1:
+        title = f"{args.task} {evaluation.name}: means over {len(clouds)} seeds"
+        common.print_numbers(means_over_seeds(clouds), title, world)
     for figure, found, how in (
             ("drop", dropped, "is [MASK], those of highest or lowest confidence"),
             ("perturb", perturbed, "is replaced at random")):
@@ -1313,6 +1358,8 @@ def analyse(args, asked, setup, tokenizer, world):
             title = (f"{args.task} {evaluation.name}: {metric} in percent when that share of the "
                      f"words {how}")
             print_curves(found, title, asked.rates, world)
+            if figure == "drop":
+                print_control(found, asked.rates, world)
             first_folder = next(iter(next(iter(asked.runs.values())).values()))
             path = os.path.join(os.path.dirname(first_folder), f"{figure}.html")
             draw_curves(found, title, path, world)

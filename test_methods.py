@@ -2494,25 +2494,46 @@ def test_a_search_whose_folder_is_taken_is_refused_before_it_begins(tiny_folder,
     assert not os.path.exists(tmp_path / "grid")
 
 
-def test_what_was_searched_goes_to_the_run_of_this_recipe(tmp_path):
-    """Another recipe's run of the same method and seed keeps its results."""
-    recipes = {"std-0": "r3f", "std-tdt-0": "tdt", "std-1": "tdt"}
-    for name, recipe in recipes.items():
-        (tmp_path / "rte" / name).mkdir(parents=True)
-        write(tmp_path / "rte" / name / ".lock", recipe)
-        write(tmp_path / "rte" / name / "results.json", "{}")
-    args = argparse.Namespace(output_dir=str(tmp_path), task="rte", recipe_name="tdt: Table 7")
-    results = [{"method": "std", "seed": seed} for seed in (0, 1)]
-    common.note_search(args, results, {"lr": ["1e-3", "1e-5"]})
-    saved = {name: json.load(open(tmp_path / "rte" / name / "results.json")) for name in recipes}
-    assert saved == {"std-0": {}, "std-tdt-0": results[0], "std-1": results[1]}
-    assert results[0]["searched"] == {"lr": ["1e-3", "1e-5"]}
+def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny_folder, tmp_path,
+                                                                  monkeypatch):
+    """Also where another search finds the same runs, or one is killed between its seeds."""
+    finished, whole, _ = searched
+    tried = {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
+    out = shutil.copytree(finished, tmp_path / "again")
+    chosen = json.load(open(out / "toy/search-r3f.json"))["chosen"]
+    flags = ["--method", "r3f", *SEARCH[SEARCH.index("--dev_samples"):]]
+    words = [flag.removeprefix("--") for flag in chosen]
+    again = run("r3f", tiny_folder, out, *flags, "--grid", *words)
+    assert [r["searched"] for r in again] == [tried] * 2
+
+    path = out / "toy/r3f-3/results.json"
+    saved = json.load(open(path))
+    saved["searched"] = {"lr": ["1e-3", "5"]}
+    write(path, json.dumps(saved))
+    run("r3f", tiny_folder, out, *flags, "--grid", *words)
+    values = {flag: [value] for flag, value in (word.split("=") for word in words)}
+    assert json.load(open(path))["searched"]["lam"] == values["lam"]
+    assert set(json.load(open(path))["searched"]["lr"]) == {"1e-3", "5", *values["lr"]}
+
+    begin = common.Run.begin
+
+    def begin_the_first(self, *arguments, **parts):
+        if self.seed == 4:
+            raise KeyError("killed")
+        begin(self, *arguments, **parts)
+
+    monkeypatch.setattr(common.Run, "begin", begin_the_first)
+    with pytest.raises(KeyError):
+        run("r3f", tiny_folder, tmp_path / "killed", *flags, "--grid", *words)
+    first = json.load(open(tmp_path / "killed/toy/r3f-3/results.json"))
+    assert first["searched"] == values
+    assert not os.path.exists(tmp_path / "killed/toy/r3f-4/results.json")
 
 
 @pytest.mark.parametrize("flags, line", [
     (["--grid", "lr"], "--grid lr: must be FLAG=VALUE,VALUE"),
     (["--grid", "speed=1,2"], "--grid speed: no such flag"),
-    (["--grid", "lr=1e-3,-1"], "--lr: must be a number above 0"),
+    (["--grid", "lr=1e-3,-1"], "--grid, --lr=-1: --lr: must be a number above 0"),
     (["--grid", "lr=1e-3,1e-4", "--dev_samples", 0], "--grid: needs --dev_samples"),
     (["--grid", "lr=1e-3,1e-4", "--profile", 2], "--profile: cannot go together with --grid"),
     (["--dev_samples", 319], "--dev_samples 319: of the 320 training rows 1 would be left"),
@@ -3120,6 +3141,10 @@ def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
     low, high = map(float, found.groups())
     half = 196 * math.sqrt(0.2 * 0.8 / 100)
     assert (low, high) == pytest.approx((20 - half, 20 + half), abs=1.5)
+    header, *lines = [line.split("\t") for line in open(folder / "report.tsv")]
+    line = dict(zip(header, next(line for line in lines if line[3:5] == ["accuracy", "more"])))
+    found = float(line["low_over_rows"]), float(line["high_over_rows"]), float(line["cost\n"])
+    assert found == pytest.approx((low, high, 2.5), abs=0.01)
     assert "over seeds and rows" not in printed(capsys, folder)[0]
 
     # A set that is scored later joins those that are there; other rows are not compared.
@@ -3270,6 +3295,33 @@ def test_few_seeds_are_said(tmp_path, capsys):
     assert "0.0625" in common.remarks(common.main_report([str(tmp_path / "5")])[0])[1]
 
 
+def test_methods_without_a_common_seed_are_said(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", 2, ["rte"])
+    write_run(folder, results_of("rte", "late", 7, 60))
+    out, _ = printed(capsys, folder)
+    assert "late has no seed in common with std on rte: there they are not compared." in out
+    assert out.count("no seed in common") == 1
+
+
+def test_what_chose_by_the_held_out_rows_is_said(tmp_path, capsys):
+    said = {}
+    for name, more in (("searched", {"best": None, "searched": {"lr": [1, 2]}}),
+                       ("state", {}), ("neither", {"best": None})):
+        results = results_of("rte", "std", 0, 60, {"held-out": 61}, dev_samples=40)
+        write_run(tmp_path / name, {**results, **more})
+        out, _ = printed(capsys, tmp_path / name)
+        said[name] = "By the held-out rows flags or states were chosen" in out
+    assert said == {"searched": True, "state": True, "neither": False}
+
+
+def test_methods_on_other_rows_of_the_same_file_are_refused(tmp_path):
+    for method, digest in (("std", "abc"), ("more", "abd")):
+        write_run(tmp_path, results_of("mine", method, 0, 60, train_file="a.csv",
+                                       train_file_digest=digest))
+    said = refused_report(tmp_path)
+    assert said.startswith("--train_file_digest is not the same for the methods on mine")
+
+
 def test_no_difference_and_worse():
     none = common.summarise_differences([1.0, -1.0, 2.0, -2.0, 0.5, -0.6])
     assert none.verdict(none.p) == "no difference shown"
@@ -3330,7 +3382,7 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
     assert printed(capsys, tmp_path / ".results") == first
     tables = [(place / "report.tsv").read_text() for place in (folder, tmp_path / ".results")]
     assert tables[0] == tables[1]
-    header, *lines = [line.split("\t") for line in tables[0].strip().split("\n")]
+    header, *lines = [line.split("\t") for line in tables[0].rstrip("\n").split("\n")]
     assert {len(line) for line in lines} == {len(header)}
     assert len(lines) == 2 * 3 * 2 + 2                 # tasks x metrics x methods, and over both
 
@@ -3615,7 +3667,10 @@ def test_what_all_searched_may_differ(tmp_path, capsys):
         results = {**results_of("rte", method, 0, 60, lr=lr), "searched": searched}
         write_run(folder, results)
     out, _ = printed(capsys, folder)
-    assert "Settings that were tried for each method before: more 6, std 2." in out
+    assert "Settings that were tried for each method before: std 2, more 6." in out
+    write_run(folder, results_of("rte", "none", 0, 60, lr=1))
+    out, _ = printed(capsys, folder, "--differ", "lr")
+    assert "before: std 2, more 6, none none." in out
 
     results = {**results_of("rte", "most", 0, 60, lr=3), "searched": {"lr": [1, 2, 3]}}
     write_run(folder, results)
@@ -3904,14 +3959,13 @@ def test_affinities_have_the_entropy():
 def test_tsne_keeps_two_blobs_apart():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(120, 20))
-    x[60:, 0] += 4
-    x[60:, 1:] *= 0.9
+    x[60:] += 4
     y = common.tsne(x)
     assert y.shape == (120, 2) and np.isfinite(y).all()
     distances = common.square_distances(np.float64(y))
     np.fill_diagonal(distances, np.inf)
     nearest = distances.argmin(1)
-    assert np.mean((nearest >= 60) == (np.arange(120) >= 60)) > 0.9
+    assert np.array_equal(nearest >= 60, np.arange(120) >= 60)
 
 
 def test_tsne_is_the_same_twice():
@@ -6507,8 +6561,29 @@ def test_drop_shows_the_untrained_layer_beside_the_trained_one(toy, capsys):
     assert "tdt. custom validation: accuracy in percent when that share of the words is" in page
     assert drop["values"]["std, highest"]["0.0"] == drop["values"]["std, lowest"]["0.0"]
     assert -1 <= drop["correlation_with_start"] <= 1
-    assert "std, lowest, untrained" in text and "+-" not in text         # of one run and draw
+    assert "std, lowest, untrained" in text
+    assert not re.search(r"\+-\d", text)               # of one run and draw
     assert f"untrained ones on validation: {drop['correlation_with_start']:.2f}" in text
+    trained, untrained = [
+        drop["values"][f"tdt, {kind}"]["0.5"][0] for kind in ("highest", "highest, untrained")]
+    assert f"tdt, 50%: {100 * (trained - untrained):+.2f} (-), p 1.000; lower in " in text
+
+
+def test_the_control_of_figure_6_is_paired_by_seed():
+    """Both rates, one method in all seeds and one in a single seed."""
+    lines = []
+    found = []
+    for trained, untrained in ((0.5, 0.6), (0.7, 0.5), (0.4, 0.8)):
+        found.append({"tdt, highest": {0.0: [0.9], 0.1: [trained]},
+                      "tdt, highest, untrained": {0.0: [0.9], 0.1: [untrained]}})
+    found[1].update({"std, highest": {0.1: [0.5]}, "std, highest, untrained": {0.1: [0.75]}})
+    tdt.print_control(found, [0.1], types.SimpleNamespace(say=lines.append))
+    low, high = common.t_interval([-10.0, 20.0, -40.0])
+    assert lines[1:] == [
+        f"tdt, 10%: -10.00 ({low:+.2f} to {high:+.2f}), p 0.750; lower in 2 of 3 seeds",
+        "std, 10%: -25.00 (-), p 1.000; lower in 1 of 1 seed"]
+    assert tdt.means_over_seeds([{"a": {"x": 1.0}, "b": {"x": 5.0}}, {"a": {"x": 2.0}}]) == {
+        "a": {"x": 1.5}}
 
 
 def test_an_untrained_layer_with_the_trained_weights_gives_the_same_curves(copied, monkeypatch):
