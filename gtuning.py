@@ -73,9 +73,10 @@ Choices, where the paper is silent (its authors released no code):
 13. Algorithm 1 returns the f of its last step: --keep last. --keep best is choice 8.
 14. Self-Teach is FILTER's loss (Fang et al., 2021), whose teacher sees translations; the paper
     does not say what it sees here. It is x_u; of pairs two neighbouring sentences of M. The
-    --teacher is a finished run on the same task with the same --model, in eval mode, its logits
-    computed once. The paper's row is of a tuned g: --tune all, for both. In a regression the KL is
-    the squared error. Tags and answers have none here.
+    --teacher is a finished run on the same task with the same --model, of any script, in eval mode,
+    its logits computed once. The paper's row is of a tuned g: --tune all, taught by plain
+    fine-tuning (r3f.py --method std). In a regression the KL is the squared error. Tags and answers
+    have none here.
 15. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
     tokens whatever --pooling; --retrieve_layer takes the mean of a block of g in its place.
 16. Figure 2 (--embed): t-SNE as in the paper. It keeps no distances, so a table of numbers that are
@@ -173,7 +174,7 @@ def flags():
 
     g = p.add_argument_group("Self-Teach, Figure 2, retrieval")
     g.add_argument("--teacher", default="", metavar="RUN",
-                   help="self-teach: the folder of a finished run, as of --method adapter")
+                   help="self-teach: the folder of a finished run of any script")
     g.add_argument("--teach_weight", type=weight, default=1.0,
                    help="self-teach: lambda (choice 14)")
     g.add_argument("--embed", action="store_true",
@@ -765,7 +766,7 @@ class Texts:
         self.teacher_logits = None
         if "self-teach" in args.method:
             self.taught = draw_taught(args, setup, rows, world)
-            self.teacher_logits = logits_of_teacher(args, setup.task, self.taught, self.pair, world)
+            self.teacher_logits = logits_of_teacher(args, setup, self.taught, self.pair, world)
         self.encoder = None                            # the last g, and what its weights hash to
         self.digest = ""
         self.cached = {}
@@ -831,44 +832,67 @@ def draw_taught(args, setup, wanted, world):
                            separate=args.pair_mode == "separate")
 
 
-def logits_of_teacher(args, task, split, pair, world):
-    """The logits of --teacher, in eval mode, of all rows: (rows, C), not on the GPU."""
+def logits_of_teacher(args, setup, split, pair, world):
+    """The logits of --teacher, in eval mode, of all rows: (rows, C), not on the GPU.
+
+    The model of another script, such as r3f.py's std, reads the sentences of a pair as one text.
+    """
     import common
-    f = load_teacher(args, task, pair).to(world.device)
+    import data
+    teacher = load_teacher(args, setup, pair).to(world.device)
+    if isinstance(teacher, GTuning):
+        forward = teacher.logits
+    else:
+        forward = setup.kind.forward(teacher, setup.task)
+        columns = [name for name in split.rows.column_names if name != "label"]
+        with world.in_turns():
+            split = data.encode(split.rows, data.Task("", text=tuple(columns)), setup.tokenizer,
+                                args.max_length)
+
     found = [None] * len(split)
     with torch.no_grad(), world.autocast():
         for rows, _, inputs in common.eval_inputs(split, world, "teacher"):
-            for row, logits in zip(rows, f.logits(**inputs).float().cpu()):
+            for row, logits in zip(rows, forward(**inputs).float().cpu()):
                 found[row] = logits
     return torch.stack(world.gather(found))
 
 
-def load_teacher(args, task, pair):
-    """f of --teacher, which must be of the same task, model, form and labels."""
+def load_teacher(args, setup, pair):
+    """The model of --teacher in eval mode: a GTuning, or that of another script's run.
+
+    It must be of the same task, model and labels, and a GTuning of the same form.
+    """
     import common
     import data
+    import transformers
     path = os.path.join(args.teacher, "results.json")
-    files = path, os.path.join(args.teacher, "model", "gtuning.pt")
-    if not all(map(os.path.isfile, files)):
+    folder = os.path.join(args.teacher, "model")
+    if not args.teacher or not os.path.isfile(path) or not os.path.isdir(folder):
         raise common.UserError(f"--teacher {args.teacher or 'is missing'}: must be the folder of a "
-                               "finished run of gtuning.py")
+                               "finished run")
     results = common.read_results(path)
     for name in ("task", "model"):
         if results[name] != getattr(args, name):
             raise common.UserError(f"--teacher {args.teacher}: its {name} is {results[name]}, must "
                                    f"be {getattr(args, name)}")
     try:
-        f = GTuning.from_pretrained(os.path.join(args.teacher, "model"))
+        if os.path.exists(os.path.join(folder, "gtuning.pt")):
+            teacher = GTuning.from_pretrained(folder)
+        else:
+            loader = getattr(transformers, setup.kind.auto_class)
+            teacher = loader.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False).eval()
     except Exception as error:
         raise common.UserError(f"--teacher {args.teacher}: cannot be loaded: "
                                f"{data.first_line(error)}") from error
-    if f.pair != pair:
+    if isinstance(teacher, GTuning) and teacher.pair != pair:
         raise common.UserError(f"--teacher {args.teacher}: was trained with another --pair_mode")
-    labels = [*f.config.id2label.values()]
-    if task.label_names and labels != task.label_names:
+    labels = [*teacher.config.id2label.values()]
+    wanted = setup.task.label_names
+    if wanted and labels != wanted:
         raise common.UserError(f"--teacher {args.teacher}: its labels are {' '.join(labels)}, must "
-                               f"be {' '.join(task.label_names)}")
-    return f
+                               f"be {' '.join(wanted)}")
+    return teacher
 
 
 def long_texts(args, setup, sentences, wanted):

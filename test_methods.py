@@ -8827,6 +8827,34 @@ def test_self_teach_learns_from_labels_and_from_a_finished_run(labelled, tagger,
         assert line["loss"] == line["l_t"]
 
 
+def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, cache, monkeypatch):
+    """Its logits are those of its own forward pass, of pairs on both sentences as one text."""
+    flags = [*labelled, "--max_length", 24]
+    seen = {}
+    logits_of_teacher = gtuning.logits_of_teacher
+
+    def note(args, setup, split, pair, world):
+        seen["rows"] = split.rows
+        seen["logits"] = logits_of_teacher(args, setup, split, pair, world)
+        return seen["logits"]
+
+    monkeypatch.setattr(gtuning, "logits_of_teacher", note)
+    run_on_tags(r3f, tagger, tmp_path, *labelled[:4], "--max_length", 24, "--method", "std")
+    folder = tmp_path / "custom/std-0"
+    run_on_tags(gtuning, tagger, tmp_path, *flags, "--cache_dir", tmp_path / "states",
+                "--method", "self-teach", "--teacher", folder)
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    rows = seen["rows"]
+    texts = [rows[name][:] for name in rows.column_names if name != "label"]
+    inputs = tokenizer(*texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs).logits, seen["logits"], atol=1e-5)
+    if len(texts) == 1:                                # the pairs of the general text are all alike
+        assert seen["logits"].std(0).max() > 1e-4
+
+
 def test_self_teach_of_a_regression_is_the_squared_error(tagger, tmp_path, cache):
     rows = [{"text": f"film is {word}", "label": value}
             for word, value in (("good", 4.5), ("bad", 0.5)) for _ in range(8)]
