@@ -354,21 +354,6 @@ class GTuning(torch.nn.Module):
         mean = masked_mean(hidden, attention_mask)                       # (B, H)
         return self.norm(mean) / self.scale                              # f(x)          (B, H)
 
-    def mean_vectors(self, attention_mask, layer=None, **inputs):
-        """f(x) by the mean over the tokens, or the mean of a block of g: (B, H)."""
-        if layer is None:
-            return self.features(attention_mask=attention_mask, pooling="mean", **inputs)
-        self.plm.eval()
-        output = self.plm(attention_mask=attention_mask, output_hidden_states=True, **inputs)
-        return masked_mean(output.hidden_states[layer].float(), attention_mask)
-
-    def both_vectors(self, layer=None, **inputs):
-        """`mean_vectors` of the two sentences of each row: (B, 2, H)."""
-        first, second = split_pair(inputs)
-        u = self.mean_vectors(layer=layer, **first)
-        v = self.mean_vectors(layer=layer, **second)
-        return torch.stack([u, v], 1)
-
     def logits(self, **inputs):
         """(B, C), or by token (B, n, C); of spans padding has -inf."""
         if self.by_token:
@@ -925,6 +910,15 @@ def vectors(f, split, rows, world, progress=None):
     return found
 
 
+def mean_vectors(f, layer, attention_mask, **inputs):
+    """f(x) by the mean over the tokens, or the mean of a block of g: (B, H). Choice 15."""
+    if layer is None:
+        return f.features(attention_mask=attention_mask, pooling="mean", **inputs)
+    f.plm.eval()
+    output = f.plm(attention_mask=attention_mask, output_hidden_states=True, **inputs)
+    return masked_mean(output.hidden_states[layer].float(), attention_mask)
+
+
 def evaluate_sets(args, f, sets, setup, texts, world, final=False, folder=None):
     """common.evaluate, and the accuracies of the sets to retrieve from (choice 15).
 
@@ -947,7 +941,10 @@ def evaluate_sets(args, f, sets, setup, texts, world, final=False, folder=None):
         return scores
 
     def forward(**inputs):
-        return f.both_vectors(layer=args.retrieve_layer, **inputs)
+        first, second = split_pair(inputs)             # the two sentences of a row
+        u = mean_vectors(f, args.retrieve_layer, **first)
+        v = mean_vectors(f, args.retrieve_layer, **second)
+        return torch.stack([u, v], 1)                                    # (B, 2, H)
 
     if texts is not None and args.retrieve_layer is None:
         to_retrieve = texts.sets_with_states(f, to_retrieve)

@@ -8682,18 +8682,18 @@ def sentences(tmp_path_factory):
 def test_identical_sentences_find_each_other(more, block, tagged, sentences, tagger, tmp_path,
                                              cache, monkeypatch):
     """By f, or by a block of g."""
-    mean_vectors, features = gtuning.GTuning.mean_vectors, gtuning.GTuning.features
+    mean_vectors, features = gtuning.mean_vectors, gtuning.GTuning.features
     asked, used = set(), set()
 
-    def asked_for(self, attention_mask, layer=None, **inputs):
+    def asked_for(f, layer, **inputs):
         asked.add(layer)
-        return mean_vectors(self, attention_mask, layer, **inputs)
+        return mean_vectors(f, layer, **inputs)
 
     def used_of_f(self, *args, pooling=None, **inputs):
         used.add(pooling)
         return features(self, *args, pooling=pooling, **inputs)
 
-    monkeypatch.setattr(gtuning.GTuning, "mean_vectors", asked_for)
+    monkeypatch.setattr(gtuning, "mean_vectors", asked_for)
     monkeypatch.setattr(gtuning.GTuning, "features", used_of_f)
     files = tagged[tagged.index("--local_file") + 1:tagged.index("--eval_tasks")]
     result, = run_on_tags(gtuning, tagger, tmp_path / "runs", "--task", "ner", "--local_file",
@@ -8710,13 +8710,13 @@ def test_a_block_of_g_gives_its_mean(tagger):
     f = gtuning.GTuning(plm, 3).eval()
     inputs = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
               "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
-    found = f.mean_vectors(layer=1, **inputs)
+    found = gtuning.mean_vectors(f, 1, **inputs)
     states = plm.eval()(**inputs, output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(found[0], states[0].mean(0))
     torch.testing.assert_close(found[1], states[1, :3].mean(0))
     mean = gtuning.GTuning(plm, 3, pooling="mean").eval()
     mean.load_state_dict(f.state_dict())
-    torch.testing.assert_close(f.mean_vectors(**inputs), mean.features(**inputs))
+    torch.testing.assert_close(gtuning.mean_vectors(f, None, **inputs), mean.features(**inputs))
 
 
 def test_retrieval_is_gtunings_and_trains_nothing(sentences, tagged, tagger, tmp_path, cache):
