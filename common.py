@@ -850,6 +850,17 @@ def hold_out(args, setup):
 
 def tell_settings(args, setup, world, per_epoch):
     """What a run is, in a few lines. All flags stand in results.json. per_epoch: steps, if any."""
+    if args.choosing:                                  # the run that is chosen tells all
+        world.say(f"{args.task}, {args.method[0]}: trying {os.path.basename(args.output_dir)}")
+        return
+    world.say(f"{args.task}, {args.model}")
+    tell_flags(args, world)
+    tell_rows(args, setup, world, per_epoch)
+    world.say(f"  running on  {world}, {world.precision}")
+
+
+def tell_flags(args, world):
+    """The flags by where their values come from: the recipe, the command line, the defaults."""
     def listed(names):
         words = []
         for name in names:
@@ -860,30 +871,19 @@ def tell_settings(args, setup, world, per_epoch):
                 words.append(f"{name} {value}")
         return ", ".join(words) or "nothing"
 
-    if args.choosing:                                  # the run that is chosen tells all
-        world.say(f"{args.task}, {args.method[0]}: trying {os.path.basename(args.output_dir)}")
-        return
-    sets = dict(setup.scored)
-    if setup.train is not None:
-        sets = {"train": (setup.task, setup.train), **sets}
-    for name, split in setup.unscored.items():
-        sets[f"{name} (to predict)"] = setup.task, split
-    sizes = {name: str(len(split.whole_rows)) for name, (_, split) in sets.items()}
-    if args.train_samples and setup.train is not None:
-        sizes["train"] = f"{args.train_samples} of {len(setup.train.whole_rows)}"
-    cut = [f"{name} {split.cut}" for name, (_, split) in sets.items() if split.cut]
-    names = setup.task.label_names
-    labels = ", ".join(names[:20]) + (f" ... ({len(names)})" if len(names) > 20 else "")
     not_said = ["choosing", "grid", "searched"]
     if args.init_from:
         not_said.append("model")
+    by_hand = [name for name in args.by_hand if name not in not_said]
     by_recipe = [name for name in args.recipe if name not in [*args.by_hand, *not_said]]
     of_training = ["lr", "epochs", "max_steps", "batch_size", "batch_tokens", "warmup",
                    "weight_decay", "betas", "adam_eps", "grad_clip"]
-    usual = [name for name in [*of_training, *args.of_methods]
-             if name not in [*args.recipe, *args.by_hand] and getattr(args, name) is not None]
-    by_hand = [name for name in args.by_hand if name not in not_said]
-    world.say(f"{args.task}, {args.model}")
+    usual = []
+    for name in [*of_training, *args.of_methods]:
+        is_told = name in args.recipe or name in args.by_hand
+        if not is_told and getattr(args, name) is not None:
+            usual.append(name)
+
     world.say(f"  recipe      {args.recipe_name}" + (f": {listed(by_recipe)}" if by_recipe else ""))
     world.say(f"  set by you  {listed(by_hand)}")
     if usual and not args.run:                         # which has the runs' own
@@ -892,14 +892,34 @@ def tell_settings(args, setup, world, per_epoch):
         world.say(f"  no effect   {listed(args.no_effect)}: not of {' '.join(args.method)}")
     if args.init_from and "model" in args.by_hand:
         world.say("  no effect   --model: the run of --init_from has its own")
-    world.say(f"  labels      {labels or setup.kind.answer}")
-    steps = f"; {count_steps(args, per_epoch)} steps, {per_epoch} an epoch" if per_epoch else ""
-    world.say(f"  rows        {', '.join(f'{name} {size}' for name, size in sizes.items())}{steps}")
+
+
+def tell_rows(args, setup, world, per_epoch):
+    """The labels, how many rows each set has, the steps, and how many rows are too long."""
+    sets = dict(setup.scored)
+    if setup.train is not None:
+        sets = {"train": (setup.task, setup.train), **sets}
+    for name, split in setup.unscored.items():
+        sets[f"{name} (to predict)"] = setup.task, split
+    sizes = {name: str(len(split.whole_rows)) for name, (_, split) in sets.items()}
+    if args.train_samples and setup.train is not None:
+        sizes["train"] = f"{args.train_samples} of {len(setup.train.whole_rows)}"
+    rows = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    if per_epoch:
+        rows += f"; {count_steps(args, per_epoch)} steps, {per_epoch} an epoch"
+
+    names = setup.task.label_names
+    labels = ", ".join(names[:20])
+    if len(names) > 20:
+        labels += f" ... ({len(names)})"
     lengths = f"{args.max_length} tokens"
     if args.max_target_length:
         lengths += f", of a text to write {args.max_target_length}"
+    cut = [f"{name} {split.cut}" for name, (_, split) in sets.items() if split.cut]
+
+    world.say(f"  labels      {labels or setup.kind.answer}")
+    world.say(f"  rows        {rows}")
     world.say(f"  max_length  {lengths}; cut rows: {', '.join(cut) or 'none'}")
-    world.say(f"  running on  {world}, {world.precision}")
 
 
 def find_model(name, world):
