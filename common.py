@@ -3521,29 +3521,44 @@ def relative_costs(table, task, column):
 
 def remarks(table):
     """What has to be said of a table, in whole sentences."""
-    said = []
-    if table.baseline:
-        over_seeds = ("The intervals and tests are over seeds: what another choice of rows to "
-                      "score would change is not in them")
-        if table.over_rows:
-            seeds = min(n for methods in table.over_rows.values() for n, *_ in methods.values())
-            caution = ""
-            if seeds < 5:
-                caution = f" With no more than {plural(seeds, 'seed')} those hardly vary in these."
-            said.append(f"{over_seeds}, but in those over seeds and rows.{caution}")
-        else:
-            said.append(f"{over_seeds} (see --rows).")
-    else:
-        said.append("There is no run of the baseline here, so nothing is compared to it; another "
-                    "one is named by --baseline.")
+    return [remark_on_intervals(table), *remarks_on_seeds(table), *remarks_on_tasks(table),
+            *remarks_on_choice(table)]
+
+
+def remark_on_intervals(table):
+    """What the intervals hold, and what is not in them."""
+    if not table.baseline:
+        return ("There is no run of the baseline here, so nothing is compared to it; another one "
+                "is named by --baseline.")
+    over_seeds = ("The intervals and tests are over seeds: what another choice of rows to score "
+                  "would change is not in them")
+    if not table.over_rows:
+        return f"{over_seeds} (see --rows)."
+    seeds = min(n for methods in table.over_rows.values() for n, *_ in methods.values())
+    caution = ""
+    if seeds < 5:
+        caution = f" With no more than {plural(seeds, 'seed')} those hardly vary in these."
+    return f"{over_seeds}, but in those over seeds and rows.{caution}"
+
+
+def remarks_on_seeds(table):
+    """Where there are too few of them, how many tests there are, and where no seed is shared."""
     few = {}                                           # {seeds: {method: tasks}}
+    apart = {}                                         # {method: tasks}
     tests = 0
-    for key, methods in table.differences.items():
-        for column, difference in methods.items():
-            if difference.n >= needed():
-                tests += 1
+    for key, row in table.rows.items():
+        task = key[0]
+        for column in row:
+            difference = table.differences[key].get(column)
+            if difference is None:
+                if table.baseline in row and column != table.baseline:
+                    apart.setdefault(column, set()).add(task)
+            elif difference.n < needed():
+                few.setdefault(difference.n, {}).setdefault(column, set()).add(task)
             else:
-                few.setdefault(difference.n, {}).setdefault(column, set()).add(key[0])
+                tests += 1
+
+    said = []
     for n, methods in sorted(few.items()):
         named = "; ".join(f"{column} on {', '.join(sorted(tasks))}"
                           for column, tasks in methods.items())
@@ -3553,9 +3568,17 @@ def remarks(table):
         said.append(f"Each p over seeds stands for itself: of {tests} comparisons up to "
                     f"{tests / 20:.1f} would be below .05 on average if no method made any "
                     "difference.")
+    for column, tasks in apart.items():
+        said.append(f"{column} has no seed in common with {table.baseline} on "
+                    f"{', '.join(sorted(tasks))}: there they are not compared.")
+    return said
+
+
+def remarks_on_tasks(table):
+    """Where there are too few of them for the test over tasks, and what is not independent."""
+    said = []
     numbers = [(group, total.n, methods)
                for (group, _), (total, _, methods) in table.over_tasks.items()]
-    said += remarks_on_seeds(table)
     for group, n, methods in dict.fromkeys(numbers):
         if n < needed(methods):
             said.append(f"{n} {group} can show nothing: with {plural(methods, 'method')} "
@@ -3563,22 +3586,6 @@ def remarks(table):
                         f"{smallest_p(n, methods):.3g}, and .05 takes {needed(methods)} {group}.")
     if "further sets" in [group for group, _ in table.over_tasks]:
         said.append("Further sets of one task share its models: they are not independent.")
-    said += remarks_on_choice(table)
-    return said
-
-
-def remarks_on_seeds(table):
-    """Which methods are not compared because they share no seed with the baseline."""
-    apart = {}                                         # {method: tasks}
-    for key, row in table.rows.items():
-        for column in row:
-            has_base = table.baseline in row and column != table.baseline
-            if has_base and column not in table.differences[key]:
-                apart.setdefault(column, {})[key[0]] = True
-    said = []
-    for column, tasks in apart.items():
-        said.append(f"{column} has no seed in common with {table.baseline} on {', '.join(tasks)}: "
-                    "there they are not compared.")
     return said
 
 
