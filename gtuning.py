@@ -1054,12 +1054,19 @@ class Algorithm1:
         return vectors(self.f, batches.split, rows, self.world).chunk(len(steps))
 
     def all_vectors(self, batches, name):
-        """f(x) of all sentences of B or of M, while f stands still: (sentences, H)."""
+        """f(x) of all sentences of B or of M, while f stands still: (sentences, H).
+
+        Each process computes its share of them.
+        """
         import common
         import numpy as np
-        rows = np.arange(len(batches.split))
-        with common.Progress(self.world, name, len(rows), unit="sentence") as progress:
-            return vectors(self.f, batches.split, rows, self.world, progress)
+        world = self.world
+        rows = np.arange(len(batches.split))[world.rank::world.size]
+        with common.Progress(world, name, len(rows), unit="sentence") as progress:
+            found = vectors(self.f, batches.split, rows, world, progress)
+        of_all = np.zeros((len(batches.split), found.shape[1]), np.float32)
+        of_all[rows] = found.cpu()
+        return torch.from_numpy(world.total(of_all)).to(world.device)
 
     def fit_critic(self, k, f_t, f_u):
         """Lines 9 and 16: optimize D by Eq. 3, step k. f_t, f_u (rows, H) -> (loss, stats)."""
