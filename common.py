@@ -1941,7 +1941,7 @@ def refuse_unlike_runs(runs, task, alike):
 
 def refuse_other_flags(args, runs):
     """UserError if a flag set by hand is not the runs' own and says more than what to score."""
-    may_be_new = {"eval_tasks", "validation_file", "text_columns", "label_column",
+    may_be_new = {"eval_tasks", "validation_file", "text_columns", "label_column", "precision",
                   "model"}                             # which take_flags has looked at
     for (folder, results), name in itertools.product(runs.items(), args.by_hand):
         saved = results["args"].get(name)

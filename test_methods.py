@@ -2696,6 +2696,19 @@ def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path, cache, capsys):
     assert (folder.parent / "embed.html").exists()
 
 
+def test_results_tell_the_precision_that_was_used(tiny_folder, tmp_path, cache, capsys):
+    """Of --precision auto what this machine took; --run may score with another one."""
+    flags = ["--method", "std", "--max_steps", 2, "--precision", "auto"]
+    result, = run("r3f", tiny_folder, tmp_path, *flags)
+    used = common.World(parse("r3f", "--precision", "auto")).precision
+    assert result["args"]["precision"] == used != "auto"
+    run("r3f", tiny_folder, tmp_path, *flags)
+    assert "finished before" in capsys.readouterr().out
+    again, = r3f.main(["--run", str(tmp_path / "toy/std-0"), "--precision", "fp32"])
+    assert again["args"]["precision"] == used
+    assert re.search(r"running on .*, fp32$", capsys.readouterr().out, re.M)
+
+
 def test_scores_that_are_there_are_not_overwritten_by_those_of_a_file(tiny_folder, tmp_path, cache):
     """A run of few rows, scored on a file that is called as its own set is."""
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_samples", 64, "--max_steps", 2)
