@@ -71,6 +71,13 @@ def refuse(message):
     raise UserError(message.removeprefix("argument "))
 
 
+def shown(value):
+    """A flag's value in a message."""
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return "none" if value in (None, "") else value
+
+
 # What other scripts call these flags.
 NAMES_ELSEWHERE = {
     "learning_rate": "lr", "num_train_epochs": "epochs", "seed": "seeds", "task_name": "task",
@@ -126,16 +133,14 @@ def own_name(text):
 
 
 class Help(argparse.HelpFormatter):
-    """Shows the defaults, but for flags that are off, or whose help says what holds without."""
+    """Shows each flag's default, unless that is empty: then the help says what holds without."""
 
     def _get_help_string(self, action):
         default = action.default
-        shown = action.help
+        text = action.help
         if default is not False and default not in (None, "", [], argparse.SUPPRESS):
-            if isinstance(default, list):
-                default = " ".join(map(str, default))
-            shown = f"{shown} (default: {default})"
-        return shown.replace("%", "%%")
+            text = f"{text} (default: {shown(default)})"
+        return text.replace("%", "%%")
 
 
 def parser(doc, methods, default_methods):
@@ -466,8 +471,7 @@ class World:
     def __init__(self, args):
         self.rank = process_rank()
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        trains = not getattr(args, "run", None)
-        if trains and args.batch_size and args.batch_size % self.size:
+        if args.batch_size and args.batch_size % self.size and not args.run:
             raise UserError(f"--batch_size {args.batch_size}: must be divisible by the {self.size} "
                             "processes")
         self.gpu = torch.cuda.is_available()
@@ -567,6 +571,10 @@ class World:
         return torch.nn.parallel.DistributedDataParallel(
             module, forward_sync_buffers=False, find_unused_parameters=unused)
 
+    def training_clock(self):
+        """Seconds by a clock that stands still while `evaluate` runs."""
+        return time.monotonic() - self.evaluating
+
     def synchronize(self):
         """Waits until the GPU has done what it was given."""
         if self.gpu:
@@ -641,8 +649,8 @@ class Progress:
             self.bar.close()
 
 
-# A step that is under way ends first; all else, or a second signal, ends at once. way_on: how a
-# run that was stopped goes on, in words.
+# A signal during a step lets the step end, saves, and stops. One outside a step, or a second one,
+# ends the run at once. way_on: how a stopped run goes on, in words.
 signals = {"caught": 0, "in_step": False, "way_on": ""}
 
 
@@ -672,30 +680,40 @@ def handled_signals(args):
         signals.update(caught=0, in_step=False)
 
 
-@contextlib.contextmanager
-def processes(args):
-    """Yields the World, with torchrun's processes joined; `leave` at the program's end."""
+def quiet_libraries():
+    """Only their errors are shown, and bars of `datasets` by rank 0 on a terminal."""
     import datasets
     import huggingface_hub
     import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()      # of retries, before the one that counts
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if process_rank() > 0 or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def join_processes(world):
+    """Makes the group of torchrun's processes."""
+    # The store still has the addresses from before a restart: hence the prefix.
+    store = next(dist.rendezvous("env://"))[0]
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    store = dist.PrefixStore(restarts, store)
+    # All wait while rank 0 downloads and tokenises, which may take longer than NCCL's usual ten
+    # minutes; if a process ends, torchrun ends the others without any timeout.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if world.gpu else "gloo", rank=world.rank,
+        world_size=world.size, store=store, timeout=datetime.timedelta(hours=4))
+
+
+@contextlib.contextmanager
+def processes(args):
+    """Yields the World, with torchrun's processes joined; `leave` at the program's end."""
+    quiet_libraries()
     with handled_signals(args):
         world = World(args)
         if world.size > 1 and not dist.is_initialized():
-            # The store still has the addresses from before a restart: hence the prefix.
-            store = next(dist.rendezvous("env://"))[0]
-            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-            store = dist.PrefixStore(restarts, store)
-            # All wait while rank 0 downloads and tokenises, which may take longer than NCCL's usual
-            # ten minutes; if a process ends, torchrun ends the others without any timeout.
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if world.gpu else "gloo", rank=world.rank,
-                world_size=world.size, store=store, timeout=datetime.timedelta(hours=4))
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        huggingface_hub.logging.set_verbosity_error()  # of retries, before the one that counts
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        if world.rank > 0 or not sys.stderr.isatty():
-            datasets.disable_progress_bars()
+            join_processes(world)
         torch.set_float32_matmul_precision("high" if world.precision == "tf32" else "highest")
         torch.autograd.set_detect_anomaly(args.detect_anomaly)
         threads = torch.get_num_threads()
@@ -752,11 +770,11 @@ class Setup:
         return {**self.validation, **self.further, **self.held_out}
 
 
-def prepare(args, world, check=None, also_scores=(), **options):
+def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
     """Reads, checks (also by check(task)) and encodes all rows, before a model is loaded: a Setup.
 
-    also_scores: see data.load. options: of the kind's `tokenise` in data.py; `perturb` is for the
-    training rows alone.
+    also_scores: see data.load. options: of the kind's `tokenise` in data.py. perturb: one more of
+    them, for the training rows alone.
     """
     with world.in_turns():
         rows = data.load(args, also_scores)
@@ -774,16 +792,16 @@ def prepare(args, world, check=None, also_scores=(), **options):
     tokenizer = load_tokenizer(args, world, rows.task)
     if kind.decodes:
         options["max_target_length"] = args.max_target_length
-    to_evaluate = {name: value for name, value in options.items() if name != "perturb"}
+    of_training = {} if perturb is None else {"perturb": perturb}
 
-    def encode(rows, task, options=to_evaluate):
-        return data.encode(rows, task, tokenizer, args.max_length, **options)
+    def encode(rows, task, **more):
+        return data.encode(rows, task, tokenizer, args.max_length, **options, **more)
 
     task = with_main_metric(rows.task, args.main_metric)
     with world.in_turns():
         train = None                                   # of --run
         if rows.train is not None:
-            train = encode(rows.train, task, options)
+            train = encode(rows.train, task, **of_training)
         validation = {}
         for name, part in rows.validation.items():
             validation[name] = task, encode(part, task)
@@ -864,11 +882,9 @@ def tell_flags(args, world):
     def listed(names):
         words = []
         for name in names:
-            value = getattr(args, name, None)
-            if isinstance(value, list):
-                value = " ".join(map(str, value))
+            value = getattr(args, name)
             if value is not None:
-                words.append(f"{name} {value}")
+                words.append(f"{name} {shown(value)}")
         return ", ".join(words) or "nothing"
 
     not_said = ["choosing", "grid", "searched"]
@@ -886,7 +902,7 @@ def tell_flags(args, world):
 
     world.say(f"  recipe      {args.recipe_name}" + (f": {listed(by_recipe)}" if by_recipe else ""))
     world.say(f"  set by you  {listed(by_hand)}")
-    if usual and not args.run:                         # which has the runs' own
+    if usual and not args.run:                         # with --run the flags are those of the runs
         world.say(f"  defaults    {listed(usual)}")
     if args.no_effect:
         world.say(f"  no effect   {listed(args.no_effect)}: not of {' '.join(args.method)}")
@@ -1133,7 +1149,8 @@ def count_labels(labels):
 
 
 def per_process(counts, world):
-    """The sum over the whole batch, over the processes. counts: of this one's micro-batches."""
+    """The whole batch's count, divided by the number of processes. counts: of this one's
+    micro-batches."""
     total = float(world.total(np.array([sum(counts)]))[0])
     return max(total, 1.0) / world.size                # a batch may have no label: its loss is 0
 
@@ -1141,9 +1158,9 @@ def per_process(counts, world):
 def weights_of_means(labels, others, world):
     """The weight of a mean over others in the loss of each micro-batch: a list of scalar tensors.
 
-    `backward` multiplies that loss by the micro-batch's share of the labels, which is right for a
-    mean over labels. Of a mean over others, such as rows, the weight divides by that share and
-    multiplies by the share of the others. labels, others: counts of this process's micro-batches.
+    `backward` multiplies a micro-batch's loss by its share of the labels. A mean over others, such
+    as rows, needs its share of those: the weight is that share over the labels' share. labels,
+    others: counts of this process's micro-batches.
     """
     labels_here = per_process(labels, world)
     others_here = per_process(others, world)
@@ -1237,12 +1254,12 @@ def predict_unscored(args, run, setup, world):
         write_unscored(run.folder, setup.kind.forward(model, setup.task), model, setup, world)
 
 
-def evaluate(forward, module, sets, setup, world, final=False, folder=None):
+def evaluate(forward, module, sets, setup, world, folder=None):
     """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
 
-    The first metric of the first set is the main one. final: warn if a model predicts the same for
-    every row of a set. folder: where the texts that a decoder wrote go, or scored.npz of other
-    kinds (see write_scored).
+    The first metric of the first set is the main one. folder: of the run whose final state this is.
+    The texts that a decoder wrote are kept there, or scored.npz of other kinds (see write_scored),
+    and a model that predicts the same for every row of a set is warned of.
     """
     world.synchronize()                                # what is left of training is not evaluation
     started = time.monotonic()
@@ -1256,7 +1273,7 @@ def evaluate(forward, module, sets, setup, world, final=False, folder=None):
         if folder and setup.kind.predictions:
             scored[f"{name}:predictions"] = setup.kind.predictions(task, setup.task, kept)
             scored[f"{name}:labels"] = split.labels
-        if final:
+        if folder:
             texts = {setup.kind.text(setup.task, output) for output in kept}
             if len(texts) == 1 and len(kept) > 1:
                 world.say(f"warning: {name}: all {len(kept)} rows are predicted as {texts.pop()!r}")
@@ -1356,13 +1373,6 @@ def digests_of_files(args):
     return digests
 
 
-def shown(value):
-    """A flag's value in a message."""
-    if isinstance(value, list):
-        value = " ".join(map(str, value))
-    return "none" if value in (None, "") else value
-
-
 def recipe_of(args):
     """The recipe's name without what follows it: "paper" of "paper: Table 9"."""
     return args.recipe_name.partition(":")[0]
@@ -1427,6 +1437,7 @@ class Run:
         self.name = f"{args.task} {method}-{seed}"
         self.folder = run_folder(args, method, seed)
         self.model_folder = f"{self.folder}/model"
+        self.results_path = f"{self.folder}/results.json"
         self.log_path = f"{self.folder}/log.jsonl"
         self.checkpoints = [f"{self.folder}/checkpoint.pt", f"{self.folder}/checkpoint-before.pt"]
         self.identity = {**flags_that_count(args, method_flags), **digests_of_files(args),
@@ -1493,9 +1504,8 @@ class Run:
 
         UserError if the folder holds another run or, without --resume, an unfinished one.
         """
-        path = f"{self.folder}/results.json"
-        if os.path.exists(path):
-            results = read_results(path)
+        if os.path.exists(self.results_path):
+            results = read_results(self.results_path)
             self.refuse_another(results)
             return results
         begun = any(map(os.path.exists, [*self.checkpoints, self.log_path]))
@@ -1514,7 +1524,7 @@ class Run:
         if searched != before:
             self.results["searched"] = searched
             if self.world.rank == 0:
-                save_json(f"{self.folder}/results.json", self.results)
+                save_json(self.results_path, self.results)
 
     def refuse_another(self, saved):
         """saved: results or a checkpoint's state. Method, seed and flags must be this run's."""
@@ -1597,12 +1607,15 @@ class Run:
         name = f"{self.name} {phase}".strip()
         with Progress(self.world, name, until - first, self.step - first) as progress:
             while self.step < until:
-                self.started = time.monotonic() - self.world.evaluating
+                self.started = self.world.training_clock()
                 signals["in_step"] = True
                 seed = np.random.SeedSequence([self.seed, self.step, self.world.rank])
                 torch.manual_seed(int(seed.generate_state(1)[0]))
 
-                yield self.step, None if batches is None else batches[self.step - shift]
+                batch = None
+                if batches is not None:
+                    batch = batches[self.step - shift]
+                yield self.step, batch
 
                 self.step += 1
                 progress.update(message=self.end_step(until))
@@ -1612,7 +1625,7 @@ class Run:
         """Of training, with those of the step that is under way, without evaluation."""
         if self.started is None:
             return self.seconds
-        return self.seconds + time.monotonic() - self.world.evaluating - self.started
+        return self.seconds + self.world.training_clock() - self.started
 
     def end_step(self, until):
         """Logs and saves what is due, and stops if a signal came. Returns a word on the loss."""
@@ -1792,9 +1805,8 @@ class Run:
                     tokenizer.save_pretrained(folder)
                     for path in [*glob.glob(f"{folder}/*"), folder]:
                         sync(path)
-            results_path = f"{self.folder}/results.json"
-            with self.guard(results_path):
-                replace_file(results_path, json.dumps(self.results, indent=1))
+            with self.guard(self.results_path):
+                replace_file(self.results_path, json.dumps(self.results, indent=1))
             for path in self.checkpoints:
                 if os.path.exists(path):
                     os.remove(path)
@@ -2031,7 +2043,7 @@ def use_models(args, runs, setup, world, started):
         return setup.kind.forward(model, setup.task), model
 
     def score(forward, module, sets, folder):
-        return evaluate(forward, module, sets, setup, world, final=True, folder=folder)
+        return evaluate(forward, module, sets, setup, world, folder)
 
     return use_runs(args, runs, setup, world, started, load, score)
 
@@ -2104,33 +2116,37 @@ def search(main, flags, recipe, methods, argv):
     args = parse(flags(), argv, recipe)
     grid = read_grid(args.grid)
     check_grid(args, grid, methods)
-    plans = {}
+    grids = {}                                         # {method: what of the grid it has a use for}
     for method in args.method:
-        plans[method] = combinations(method, args, grid, methods)
-        for cell in plans[method]:                     # all are checked before the first one runs
+        counted = flags_that_count(args, methods[method]["flags"])
+        grids[method] = {flag: values for flag, values in grid.items() if flag in counted}
+        for cell in combinations(grids[method]):       # all are checked before the first one runs
             try:
                 parse(flags(), cell_flags(argv, method, args, cell), recipe)
             except UserError as error:
                 raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
 
     results = []
-    for method, cells in plans.items():
-        chosen = cells[0]
-        if len(cells) > 1:
-            scores = []
-            for cell in cells:
-                scores.append(score_of_cell(main, cell_flags(argv, method, args, cell)))
-            chosen = cells[int(np.argmax(scores))]
-            if max(scores) == -math.inf:
-                raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
-            write_search(args, method, cells, scores, chosen)
-        useful = flags_that_count(args, methods[method]["flags"])
-        searched = [f"{flag}={','.join(grid[flag])}" for flag in grid if flag in useful]
+    for method, its_grid in grids.items():
+        chosen = best_cell(main, argv, method, args, combinations(its_grid))
+        searched = [f"{flag}={','.join(values)}" for flag, values in its_grid.items()]
         # The last --grid holds, and it is empty: this call trains, it does not search.
         results += main([*argv, "--grid", "--method", method, "--searched", *searched, *chosen])
     if process_rank() == 0:
         print_table(print, results, args, started)
     return results
+
+
+def best_cell(main, argv, method, args, cells):
+    """The combination with the best score, by a run of each; the only one without a run."""
+    if len(cells) == 1:
+        return cells[0]
+    scores = [score_of_cell(main, cell_flags(argv, method, args, cell)) for cell in cells]
+    if max(scores) == -math.inf:
+        raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
+    chosen = cells[int(np.argmax(scores))]
+    write_search(args, method, cells, scores, chosen)
+    return chosen
 
 
 def score_of_cell(main, argv):
@@ -2182,13 +2198,11 @@ def check_grid(args, grid, methods):
                                 "--overwrite, or another folder")
 
 
-def combinations(method, args, grid, methods):
-    """All combinations of those values that the method has a use for, each as flags of argv."""
-    counted = flags_that_count(args, methods[method]["flags"])
-    useful = {flag: values for flag, values in grid.items() if flag in counted}
+def combinations(grid):
+    """All combinations of a grid's values, each as flags of argv."""
     cells = []
-    for values in itertools.product(*useful.values()):
-        cells.append([f"--{flag}={value}" for flag, value in zip(useful, values)])
+    for values in itertools.product(*grid.values()):
+        cells.append([f"--{flag}={value}" for flag, value in zip(grid, values)])
     return cells
 
 
@@ -2647,8 +2661,8 @@ def separation(a, b):
 def density(cloud, xs, ys):
     """How dense the points (n, 2) lie around each place of a grid: (len(ys), len(xs)).
 
-    By a Gaussian kernel, on each axis as wide as the points' deviation by n^(-1/6) (Scott's rule).
-    It is not scaled to a sum of 1.
+    A Gaussian kernel, whose width on each axis is the points' standard deviation times n^(-1/6)
+    (Scott's rule). The values do not sum to 1.
     """
     widths = cloud.std(0) * len(cloud) ** (-1 / 6)
     widths = np.maximum(widths, 1e-3 * max(np.ptp(xs), np.ptp(ys)))      # none is 0
@@ -2709,6 +2723,26 @@ def mark_at(name, shape, x, y, filled, size=1):
             f'd="{SHAPES[shape]}" fill-opacity="{filled:.2g}"/>')
 
 
+def contour_paths(cloud, points, place):
+    """The contour lines of a cloud's density, one of each of LEVELS, as `d` of an svg's path.
+
+    points (n, 2): all of the map. place: from a point of the map to x and y of the svg.
+    """
+    xs, ys = grid_over(points)
+    steps = np.arange(len(xs))
+    values = density(cloud, xs, ys)
+    paths = []
+    for level in LEVELS:
+        path = ""
+        for ends in contour(values, level * values.max()):
+            for letter, (column, row) in zip("ML", ends):
+                at = np.array([np.interp(column, steps, xs), np.interp(row, steps, ys)])
+                x, y = place(at)
+                path += f"{letter}{x:.1f} {y:.1f}"
+        paths.append(path)
+    return paths
+
+
 def map_svg(clouds, marks, filled=None, outlined=False, reach=None):
     """The clouds {name: points (n, 2)} on a map. marks {name: one of SHAPES}.
 
@@ -2737,18 +2771,9 @@ def map_svg(clouds, marks, filled=None, outlined=False, reach=None):
         for at, share in zip(cloud, shares):
             shapes.append(mark_at(name, marks[name], *place(at), share))
     if outlined:
-        xs, ys = grid_over(points)
-        steps = np.arange(len(xs))
         for name, cloud in clouds.items():
-            values = density(cloud, xs, ys)
-            for level in LEVELS:
-                path = []
-                for ends in contour(values, level * values.max()):
-                    for letter, (column, row) in zip("ML", ends):
-                        at = np.array([np.interp(column, steps, xs), np.interp(row, steps, ys)])
-                        x, y = place(at)
-                        path.append(f"{letter}{x:.1f} {y:.1f}")
-                shapes.append(f'<path class="{name} contour" d="{"".join(path)}"/>')
+            for path in contour_paths(cloud, points, place):
+                shapes.append(f'<path class="{name} contour" d="{path}"/>')
         for name, cloud in clouds.items():
             x, y = place(densest(cloud, points))
             shapes.append(mark_at(f"{name} densest", marks[name], x, y, 1, size=2.5))
@@ -3070,22 +3095,32 @@ def finished_run(where, line, by, curves):
 PROBES = "probes.jsonl"            # what linear layers found in frozen encoders, a line each
 
 
-def find_runs(folder):
-    """(folders of finished runs, of unfinished ones, files of kept lines) below, in order."""
+def find_files(place):
+    """(folders of finished runs, of unfinished ones, files of kept lines, of probes), in order.
+
+    place: a folder, which is searched with all below it, or one such file.
+    """
+    if os.path.isfile(place):
+        if os.path.basename(place) == PROBES:
+            return [], [], [], [place]
+        return [], [], [place], []
     finished = []
     unfinished = []
     kept = []
-    for here, inner, names in os.walk(folder):
+    probes = []
+    for here, inner, names in os.walk(place):
         inner[:] = sorted(set(inner) - {".git", "grid"})                 # grid: of a search
         if "results.json" in names:
             finished.append(here)
         elif "log.jsonl" in names:
             unfinished.append(here)
         for name in sorted(names):
-            other = name.startswith(("log", "predictions")) or name == PROBES
-            if name.endswith(".jsonl") and not other:
-                kept.append(os.path.join(here, name))
-    return finished, unfinished, kept
+            path = os.path.join(here, name)
+            if name == PROBES:
+                probes.append(path)
+            elif name.endswith(".jsonl") and not name.startswith(("log", "predictions")):
+                kept.append(path)
+    return finished, unfinished, kept, probes
 
 
 def read_run(folder, by, left_out):
@@ -3176,10 +3211,8 @@ def read_places(places, by, left_out):
     for place in places:
         if not os.path.exists(place):
             raise UserError(f"{place}: must be a folder, or a file of kept lines")
-        finished, unfinished, kept = find_runs(place)
-        if os.path.isfile(place) and os.path.basename(place) != PROBES:
-            kept = [place]
-        found = len(find_probes([place]))
+        finished, unfinished, kept, probes = find_files(place)
+        found = len(probes)
         left_out_before = len(left_out)
         for path in finished:
             run = read_run(path, by, left_out)
@@ -3207,19 +3240,6 @@ def read_places(places, by, left_out):
     return named
 
 
-def find_probes(places):
-    """The files of probes at these places and below them."""
-    found = []
-    for place in places:
-        if os.path.basename(place) == PROBES:
-            found.append(place)
-        for here, inner, names in os.walk(place):
-            inner.sort()
-            if PROBES in names:
-                found.append(os.path.join(here, PROBES))
-    return found
-
-
 @dataclass(frozen=True)
 class Probe:
     """One linear layer on a frozen encoder."""
@@ -3232,7 +3252,11 @@ class Probe:
 def read_probe_lines(places, left_out):
     """{(probed task, metric, recipe, rows): {Probe: score in percent}}."""
     scores = {}
-    for path in find_probes(places):
+    files = []
+    for place in places:
+        _, _, _, probes = find_files(place)
+        files += probes
+    for path in files:
         for number, text in enumerate(lines_of(path, left_out), 1):
             try:
                 line = json.loads(text)
@@ -3248,8 +3272,8 @@ def read_probe_lines(places, left_out):
 def read_probes(places, left_out):
     """{(probed task, metric, recipe, rows): {method: {links: [scores in percent]}}}.
 
-    The untuned encoder has no links, and its scores stand with every method; alone it is one.
-    left_out gets a line on what could not be read.
+    The untuned encoder has no links; its scores stand with every method, or by themselves, as
+    "untuned", if nothing else was probed. left_out gets a line on what could not be read.
     """
     probes = {}
     for key, scores in read_probe_lines(places, left_out).items():
@@ -3278,9 +3302,9 @@ def in_order(runs):
 def keep_lines(path, runs, by, differ):
     """Writes the runs' lines to a file of kept lines, beside or instead of those that are there.
 
-    by, differ: the report's flags. A line has them too, beside those that it had, so that it needs
-    none when it is read. What cannot stand in one table is refused, see refuse_unlike. Returns all
-    runs of the file.
+    by, differ: the report's flags. Each line holds them too, beside those that it had, so that a
+    later report needs none of them. What cannot stand in one table is refused, see refuse_unlike.
+    Returns all runs of the file.
     """
     left_out = []
     there = read_kept(path, by, left_out) if os.path.exists(path) else []
@@ -3311,9 +3335,9 @@ def refuse_unlike(runs, by, differ):
     """UserError if two runs of one task differ in what is not the method.
 
     by, differ: flags that may, as those may that kept lines have with them, see `keep_lines`.
-    The seeds of a method must have all flags alike; the methods of a task those that all scripts
-    have, but for what all of them searched over the same values. A flag that one of the runs lacks
-    came later.
+    The seeds of a method must agree in all flags; the methods of a task in those that all scripts
+    have, except for what was searched over the same values. A flag that only one of two runs has is
+    not compared: it is newer than the other run.
     """
     free = NOT_COMPARED.union(METHOD_FLAGS, by, differ)
     for run in runs:
@@ -3332,7 +3356,7 @@ def refuse_unlike(runs, by, differ):
         searched = {name for name in mine if mine[name] == theirs.get(name)}
         in_both = set(run.flags) & set(other.flags)
         digests = {name for name in in_both if name.endswith("_digest")}
-        names = set(default_flags()) - free - searched | digests
+        names = (set(default_flags()) | digests) - free - searched
         refuse_flags(run, other, names, f"the methods on {run.task}")
 
 
@@ -3353,6 +3377,16 @@ def refuse_flags(run, other, names, whose):
 # ----------------------------------------------------------------------  9  the report: the numbers
 
 @dataclass
+class DifferenceOverRows:
+    """Of a method to the baseline, in points, with its interval over seeds and scored rows."""
+    seeds: int
+    rows: int
+    mean: float                    # over these seeds
+    low: float                     # 95 %, by paired_bootstrap
+    high: float
+
+
+@dataclass
 class Table:
     """Scores in percent, and their differences to the baseline."""
     title: str
@@ -3362,7 +3396,7 @@ class Table:
     rows: dict                     # {(task, set, metric): {method: {seed: value}}}
     differences: dict              # {(task, set, metric): {method: Difference}}
     over_tasks: dict               # see over_tasks
-    over_rows: dict                # see over_rows
+    over_rows: dict                # {(task, set, metric): {method: DifferenceOverRows}}
 
     def runs_of(self, task, column):
         return [run for run in self.runs if run.task == task and run.label == column]
@@ -3372,7 +3406,7 @@ class Table:
         return [*dict.fromkeys(run.task for run in self.runs)]
 
     def main_row(self, task):
-        """The key of its main metric: the first of the first set."""
+        """The key of the task's main score: the first metric of its first set."""
         return next(key for key in self.rows if key[0] == task)
 
 
@@ -3404,7 +3438,7 @@ def build_table(title, runs, baseline, draws=None):
     differences = {}
     for key, row in rows.items():
         differences[key] = {}
-        for column in columns[1:] if baseline else []:
+        for column in columns[1:]:
             paired = paired_differences(row, column, baseline)
             if len(paired):
                 differences[key][column] = summarise_differences(paired)
@@ -3469,11 +3503,7 @@ def read_predictions(runs):
 
 
 def over_rows(runs, differences, baseline, draws):
-    """{(task, set, its first metric): {method: (seeds, rows, mean, low, high)}}, in points.
-
-    mean: the difference of these seeds. low, high: its interval by `paired_bootstrap`, which shows
-    what other seeds and other scored rows would change. Empty without draws.
-    """
+    """{(task, set, its first metric): {method: DifferenceOverRows}}. Empty without draws."""
     if not draws:
         return {}
     predictions, labels = read_predictions(runs)
@@ -3483,19 +3513,20 @@ def over_rows(runs, differences, baseline, draws):
         base = by_method.get(baseline, {})
         for column in differences[key]:
             mine = by_method.get(column, {})
-            seeds = [seed for seed in mine if seed in base]
-            if not seeds:
-                continue
-            metric = data.METRICS[key[2]]
-            gains = []
-            for seed in seeds:
-                gains.append(metric(mine[seed], labels[place]) - metric(base[seed], labels[place]))
-            low, high = paired_bootstrap(
-                metric, labels[place], [mine[seed] for seed in seeds],
-                [base[seed] for seed in seeds], draws)
-            found.setdefault(key, {})[column] = (
-                len(seeds), len(labels[place]), 100 * np.mean(gains), 100 * low, 100 * high)
+            if set(mine) & set(base):
+                found.setdefault(key, {})[column] = difference_over_rows(
+                    data.METRICS[key[2]], labels[place], mine, base, draws)
     return found
+
+
+def difference_over_rows(metric, labels, mine, base, draws):
+    """A DifferenceOverRows of the seeds that both have. mine, base {seed: predictions (rows,)}."""
+    seeds = [seed for seed in mine if seed in base]
+    gains = [metric(mine[seed], labels) - metric(base[seed], labels) for seed in seeds]
+    low, high = paired_bootstrap(
+        metric, labels, [mine[seed] for seed in seeds], [base[seed] for seed in seeds], draws)
+    return DifferenceOverRows(
+        len(seeds), len(labels), 100 * np.mean(gains), 100 * low, 100 * high)
 
 
 def first_metrics(differences):
@@ -3534,7 +3565,8 @@ def remark_on_intervals(table):
                   "would change is not in them")
     if not table.over_rows:
         return f"{over_seeds} (see --rows)."
-    seeds = min(n for methods in table.over_rows.values() for n, *_ in methods.values())
+    seeds = min(difference.seeds for methods in table.over_rows.values()
+                for difference in methods.values())
     caution = ""
     if seeds < 5:
         caution = f" With no more than {plural(seeds, 'seed')} those hardly vary in these."
@@ -3684,9 +3716,9 @@ def over_rows_rows(table):
     """(header, rows): one row for each task, set and method, by the set's first metric."""
     rows = []
     for key, methods in table.over_rows.items():
-        for column, (seeds, n, mean, low, high) in methods.items():
-            rows.append([*key, column, f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{seeds}",
-                         f"{n}"])
+        for column, difference in methods.items():
+            rows.append([*key, column, *difference_cells(difference), f"{difference.seeds}",
+                         f"{difference.rows}"])
     return ["task", "set", "metric", "method", "mean", "95 % interval", "seeds", "rows"], rows
 
 
@@ -3700,12 +3732,14 @@ def over_tasks_rows(table):
             "number"], rows
 
 
+def median_cell(values, decimals):
+    """The median of those that are known, as text."""
+    known = [value for value in values if value is not None]
+    return f"{np.median(known):.{decimals}f}" if known else "-"
+
+
 def cost_rows(table):
     """(header, rows): medians over seeds, one row for each task and method."""
-    def cell(values, decimals):
-        known = [value for value in values if value is not None]
-        return f"{np.median(known):.{decimals}f}" if known else "-"
-
     rows = []
     for task in table.tasks:
         for column in table.columns:
@@ -3714,11 +3748,11 @@ def cost_rows(table):
                 continue
             rows.append([
                 task, column,
-                cell([run.line.get("steps") for run in runs], 0),
-                cell([run.line.get("seconds") for run in runs], 1),
-                cell([run.seconds_a_step for run in runs], 3),
-                cell(relative_costs(table, task, column), 2),
-                cell([run.seconds_to_best for run in runs], 1)])
+                median_cell([run.line.get("steps") for run in runs], 0),
+                median_cell([run.line.get("seconds") for run in runs], 1),
+                median_cell([run.seconds_a_step for run in runs], 3),
+                median_cell(relative_costs(table, task, column), 2),
+                median_cell([run.seconds_to_best for run in runs], 1)])
     relative = f"paired cost to {table.baseline}" if table.baseline else "cost"
     return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], rows
 
@@ -3772,12 +3806,16 @@ def report_rows(table):
     """{heading: (header, rows, how many columns name a row)}, those with any row."""
     found = {"Scores, in percent": (*score_rows(table), 4)}
     if table.baseline:
+        found[over_seeds_heading(table)] = (*difference_rows(table), 4)
         against = f"Difference to {table.baseline}, in points"
-        found[f"{against}, over the seeds that both have"] = (*difference_rows(table), 4)
         found[f"{against}, over tasks"] = (*over_tasks_rows(table), 2)
         found[f"{against}, over seeds and rows (bootstrap)"] = (*over_rows_rows(table), 4)
     found["Cost, medians over seeds"] = (*cost_rows(table), 2)
     return {heading: part for heading, part in found.items() if part[1]}
+
+
+def over_seeds_heading(table):
+    return f"Difference to {table.baseline}, in points, over the seeds that both have"
 
 
 def text_report(table):
@@ -3827,8 +3865,7 @@ def numbers_over_rows(table, key, column):
     found = table.over_rows.get(key, {}).get(column)
     if found is None:
         return ["", ""]
-    _, _, _, low, high = found
-    return [f"{low:.4f}", f"{high:.4f}"]
+    return [f"{found.low:.4f}", f"{found.high:.4f}"]
 
 
 # -------------------------------------------------------------------------  9  the report: the page
@@ -3928,25 +3965,23 @@ def curve_svg(curves, colours, label):
                   for value in values]
     steps = min(all_steps), max(all_steps)
     low, high = span(all_values)
+
+    def place(step, value):
+        """x and y of a point of a curve."""
+        return np.interp(step, steps, [left, right]), np.interp(value, [low, high], [bottom, top])
+
+    def path(points):
+        return " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
+
     shapes = []
     for value in round_numbers(low, high):
-        y = np.interp(value, [low, high], [bottom, top])
+        _, y = place(steps[0], value)
         shapes.append(line_at(left, y, right, y, "grid"))
         shapes.append(text_at(left - 6, y + 4, f"{value:g}", "end"))
     for step in round_numbers(*steps):
-        if step != int(step):
-            continue
-        x = np.interp(step, steps, [left, right])
-        shapes.append(text_at(x, bottom + 18, f"{step:g}"))
-
-    def path(points):
-        pairs = []
-        for step, value in points:
-            x = np.interp(step, steps, [left, right])
-            y = np.interp(value, [low, high], [bottom, top])
-            pairs.append(f"{x:.1f},{y:.1f}")
-        return " ".join(pairs)
-
+        if step == int(step):
+            x, _ = place(step, low)
+            shapes.append(text_at(x, bottom + 18, f"{step:g}"))
     for method, curve in curves.items():
         curve = sorted(curve.items())
         least = [(step, min(values)) for step, values in curve]
@@ -4146,7 +4181,7 @@ def html_report(table):
              f"<small>{sizes_of(table)}</small>", html_list(remarks(table))]
     for heading, (header, rows, keys) in report_rows(table).items():
         drawings = None
-        if "over the seeds" in heading:
+        if heading == over_seeds_heading(table):
             drawings = draw_intervals(table)
         parts.append(f"<h3>{html.escape(heading)}</h3>")
         parts.append(html_table(header, rows, keys, drawings))

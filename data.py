@@ -43,24 +43,32 @@ class NoSplit(UserError):
 
 # ------------------------------------------------------------------------------- 1  kinds and tasks
 
+def nothing(*arguments):
+    """What a Kind has where it sets nothing, refuses nothing, or keeps to what is usual."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Kind:
     """All that differs between kinds of task, so that no other place asks which kind a task is.
 
     auto_class    the class of `transformers` that loads a model for it
     read          (table, task, where) -> Dataset: checks raw columns, gives rows with "label"
-    hidden        (label) -> bool: whether it is not given
+    hidden        (label) -> bool: whether the label is missing
     tokenise      (rows, task, tokenizer, max_length, ...) -> {field: a value or a list per row}
     collect       (outputs, labels, tokenizer) -> [what is kept of each row of a batch]
     score         (task, trained, kept, split) -> {metric: value}
     text          (task, kept of one row) -> its prediction in words
     answer        what a label is where labels have no names
-    eval_size     (task) -> how large the batches of an evaluation are, see `slices`
+    eval_size     (task) -> how large the batches of an evaluation are, see `slices`; left out: its
+                  defaults
 
     Of a kind that is trained, and not only scored:
 
-    settings      (task) -> what `from_pretrained` of the class is given
-    comparable    (task, trained): UserError if a model trained for one cannot do the other
+    settings      (task) -> what `from_pretrained` of the class is given; left out: nothing, as of a
+                  model that writes, which has no head of the task's own
+    comparable    (task, trained): UserError if a model trained for one cannot do the other; left
+                  out: a model of any task of the kind can
     forward       (model, task) -> forward(**inputs), the outputs of a batch
     write         (folder, name, task, kept, split) -> path of the file of predictions
     decodes       the model must have a decoder; what it writes is kept for all sets that are scored
@@ -77,9 +85,9 @@ class Kind:
     score: Callable
     text: Callable
     answer: str
-    eval_size: Callable
-    settings: Callable | None = None
-    comparable: Callable | None = None
+    eval_size: Callable = nothing
+    settings: Callable = nothing
+    comparable: Callable = nothing
     forward: Callable | None = None
     write: Callable | None = None
     decodes: bool = False
@@ -128,7 +136,7 @@ class Task:
     further         the sets out of its domain that go with it, unless --eval_tasks names others
     target_length   tokens at which the text to write is cut in training
     decoding        how one is written
-    only            of questions: rows whose id begins so
+    only            of questions: only rows whose id begins with this
     language        of questions: answers are compared by MLQA's rules for it
     """
     path: str
@@ -533,7 +541,14 @@ def set_name(args, flag):
 
 def load_unscored(args, task):
     """{split: rows} of --predict and of --test_file: their labels may be hidden."""
-    unscored = load_predicted(args, task)
+    if args.predict and args.own_files:
+        raise UserError(f"--predict {' '.join(args.predict)}: is for tasks of the table; "
+                        "your own rows to predict are the --test_file")
+    unscored = {}
+    for name in args.predict:
+        splits = task.test.split() if name == "test" else [name]
+        for split in splits:
+            unscored[split] = read(task, split, args.task, args)
     if args.test_file:
         of_own_task = args.own_files and not args.run
         name = "test" if of_own_task else set_name(args, "test_file")
@@ -548,19 +563,6 @@ def drop_blank_labels(table, task):
     """
     if not KINDS[task.kind].decodes and not all(map(label_of, table.get(task.label, []))):
         table.pop(task.label, None)
-
-
-def load_predicted(args, task):
-    """{split: rows} of --predict."""
-    if args.predict and args.own_files:
-        raise UserError(f"--predict {' '.join(args.predict)}: is for tasks of the table; "
-                        "your own rows to predict are the --test_file")
-    unscored = {}
-    for name in args.predict:
-        splits = task.test.split() if name == "test" else [name]
-        for split in splits:
-            unscored[split] = read(task, split, args.task, args)
-    return unscored
 
 
 def load_further(args, trained, also_scores=()):
@@ -736,7 +738,7 @@ def check_column(name, flag, table, path):
 
 
 def own_task(args, columns, tables):
-    """The Task of one's own files. What kind of task it is, its labels tell.
+    """The Task of one's own files. Its labels decide the kind.
 
     Words and whole numbers are classes, numbers with a point are to be predicted. A --target_column
     holds texts to write.
@@ -987,7 +989,9 @@ def class_index(table, task):
     names = task.label_names
     names_of_table = None if task.path == "custom" else names
     if isinstance(table, datasets.Dataset) and task.label in table.column_names:
-        names_of_table = getattr(table.features[task.label], "names", names_of_table)
+        feature = table.features[task.label]
+        feature = getattr(feature, "feature", feature)                  # of tags: that of one tag
+        names_of_table = getattr(feature, "names", names_of_table)
 
     index = {"-1": -1}
     for i, name in enumerate(names):
@@ -1143,7 +1147,7 @@ def general_texts(where):
 
 # ----------------------------------------------------------------------------- 3  encoding, by kind
 
-# To be raised when a function `tokenise` changes, or rows that were encoded before are found.
+# Raise it when a function `tokenise` changes; else the cache still gives what the old one made.
 ENCODING_VERSION = 4
 
 
@@ -1494,7 +1498,8 @@ class Batches:
         return len(self.split) / self.per_epoch if self.tokens else self.batch_size
 
     def rows(self, step):
-        """The rows of the whole batch at `step`, over all processes: (batch_size,)."""
+        """The rows of the whole batch at `step`, over all processes: (batch_size,), or by tokens
+        as many as that batch has."""
         epoch, at = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
@@ -1775,11 +1780,6 @@ def head_settings(task):
             "label2id": {name: i for i, name in enumerate(names)}}
 
 
-def no_settings(task):
-    """A model that writes has no head of the task's own."""
-    return {}
-
-
 def collect_rows(outputs, labels, tokenizer):
     """Logits (B, C), or vectors of both sentences (B, 2, H), as B arrays in fp32."""
     return list(outputs.float().cpu().numpy())
@@ -1795,14 +1795,6 @@ def collect_texts(outputs, labels, tokenizer):
 def same_labels(task, trained):
     """UserError unless each label of the trained task has a counterpart in `task`."""
     map_labels(trained.label_names, task.label_names)
-
-
-def any_model(task, trained):
-    """No check: a model of any task of the kind can be scored on it."""
-
-
-def usual_size(task):
-    return {}
 
 
 def size_for_beams(task):
@@ -1916,15 +1908,7 @@ def read_tags(table, task, where):
     column = task.columns[0]
     if column not in column_names(table):
         raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
-    names = task.label_names
-    index = {name: i for i, name in enumerate(names)}
-    index.update((str(i), i) for i in range(-1, len(names)))
-    if isinstance(table, datasets.Dataset) and task.label in table.column_names:
-        names_of_table = getattr(getattr(table.features[task.label], "feature", None), "names",
-                                 names)
-        mapped = map_labels(names_of_table, names).tolist()
-        index.update((str(i), label) for i, label in enumerate(mapped))
-
+    index, _ = class_index(table, task)
     sentences = cells_of(table, column)
     given = [None] * len(sentences)
     if task.label in column_names(table):
@@ -1942,7 +1926,8 @@ def read_tags(table, task, where):
                             f"{task.label!r}, which has {tags!r:.40}")
         for tag in tags:
             if label_of(tag) not in index:
-                raise UserError(f"{where}: row {row}: tag {tag!r} must be one of {names}")
+                raise UserError(f"{where}: row {row}: tag {tag!r} must be one of "
+                                f"{task.label_names}")
         labels.append([index[label_of(tag)] for tag in tags])
     features = datasets.Features({column: datasets.List(datasets.Value("string")),
                                   "label": datasets.List(datasets.Value("int64"))})
@@ -2369,34 +2354,31 @@ KINDS = {
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
         forward=logits_of, collect=collect_rows, score=score_predictions, text=class_text,
-        write=write_classes, answer="a class", eval_size=usual_size,
-        predictions=predicted_classes),
+        write=write_classes, answer="a class", predictions=predicted_classes),
     "regress": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
-        read=read_regress, hidden=math.isnan, comparable=any_model, tokenise=tokenise_texts,
-        forward=logits_of, collect=collect_rows, score=score_predictions, text=number_text,
-        write=write_numbers, answer="a number (regression)", eval_size=usual_size,
-        predictions=predicted_numbers),
+        read=read_regress, hidden=math.isnan, tokenise=tokenise_texts, forward=logits_of,
+        collect=collect_rows, score=score_predictions, text=number_text, write=write_numbers,
+        answer="a number (regression)", predictions=predicted_numbers),
     "generate": Kind(
-        auto_class="AutoModelForSeq2SeqLM", settings=no_settings,
-        read=read_generate, hidden=none_given, comparable=any_model, tokenise=tokenise_generate,
-        forward=decoded, collect=collect_texts, score=score_texts, text=same_text,
-        write=write_texts, answer="a text", eval_size=size_for_beams, decodes=True),
+        auto_class="AutoModelForSeq2SeqLM", read=read_generate, hidden=none_given,
+        tokenise=tokenise_generate, forward=decoded, collect=collect_texts, score=score_texts,
+        text=same_text, write=write_texts, answer="a text", eval_size=size_for_beams,
+        decodes=True),
     "tag": Kind(
         auto_class="AutoModelForTokenClassification", settings=head_settings,
         read=read_tags, hidden=hidden_tags, comparable=same_tags, tokenise=tokenise_tags,
         forward=logits_of, collect=collect_tags, score=score_tags, text=tags_text,
-        write=write_tags, answer="a tag for each word", eval_size=usual_size, by_token=True),
+        write=write_tags, answer="a tag for each word", by_token=True),
     "span": Kind(
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
-        read=read_span, hidden=none_given, comparable=any_model, tokenise=tokenise_span,
-        forward=logits_of, collect=collect_spans, score=score_spans, text=span_text,
-        write=write_spans, answer="a part of the text", eval_size=usual_size, by_token=True,
-        passages=True),
+        read=read_span, hidden=none_given, tokenise=tokenise_span, forward=logits_of,
+        collect=collect_spans, score=score_spans, text=span_text, write=write_spans,
+        answer="a part of the text", by_token=True, passages=True),
     "retrieve": Kind(
         auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,
         tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve, text=vector_text,
-        answer="a sentence", eval_size=usual_size),
+        answer="a sentence"),
 }
 
 
@@ -2593,14 +2575,19 @@ def shown(cell):
 COUNTED = 5000                     # rows of which the lengths are told
 
 
-def describe(task, split, rows, count, unit):
-    """Prints a split's size, lengths and first rows. count(texts) -> their lengths."""
+def describe(task, split, rows, tokenizer):
+    """Prints a split's size, its lengths and its first rows. Lengths: in tokens, else in words."""
     counted = rows
     if len(rows) > COUNTED:
         counted = rows.shuffle(seed=0).select(range(COUNTED))
-        unit = f"{unit} of {COUNTED} of them"
     texts = [" ".join(shown(row[column]) for column in task.columns) for row in counted]
-    lengths = count(texts)
+    unit = "words"
+    lengths = [len(text.split()) for text in texts]
+    if tokenizer is not None:
+        unit = "tokens"
+        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    if len(rows) > COUNTED:
+        unit = f"{unit} of {COUNTED} of them"
     quantiles = []
     for percent in (5, 50, 95, 100):
         quantiles.append(f"{percent}%: {int(np.quantile(lengths, percent / 100))}")
@@ -2633,19 +2620,10 @@ def main(argv=None):
     check_task(args.task, "task")
     task = TASKS[args.task]
 
-    def count_words(texts):
-        return [len(text.split()) for text in texts]
-
-    def count_tokens(texts):
-        return [len(ids) for ids in tokenizer(texts)["input_ids"]]
-
-    count = count_words
-    unit = "words"
+    tokenizer = None                                   # words are counted
     if args.model:
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-        count = count_tokens
-        unit = "tokens"
 
     print(f"{args.task}: {task.path or 'a local file'} {task.config}")
     print(f"  columns  {', '.join(task.columns)}; label {task.label}")
@@ -2662,7 +2640,7 @@ def main(argv=None):
                 raise
             print(f"  {split}: {error}")
             continue
-        describe(task, split, rows, count, unit)
+        describe(task, split, rows, tokenizer)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ Choices, where the paper is silent (its authors released no code):
  2. f(x) is the first token's vector, or the mean over the real tokens (--pooling mean), after a
     LayerNorm, so that it cannot run away from D, and of length 4 whatever the width H. The length
     matters because D has slope 1: the longer the vectors, the larger L_G, and the less the
-    penalty weighs beside it. At the LayerNorm's own sqrt(H), 20 for H = 384, L_G overruled L_T
-    and the accuracy fell to chance; at 1 the penalty overruled D.
+    penalty weighs beside it. At the LayerNorm's own sqrt(H), 20 for H = 384, L_G overruled L_T.
     The output layer reads the vectors at sqrt(H). Measured with MiniLM on 2,000 rows of SST-2
     (one seed): phase 3 took the accuracy from 76.7 to between 51 and 60 at length 20, to 78.9 at 4.
  3. D: 3 pre-norm transformer layers over f(x) as a sequence of one, then a number. Attention to
@@ -329,7 +328,7 @@ class GTuning(torch.nn.Module):
         return states
 
     def features(self, attention_mask=None, states=None, pooling=None, **inputs):
-        """f(x): (B, H). pooling: in place of f's own; "none": each token's vector, (B, n, H).
+        """f(x): (B, H). pooling: in place of f's own; "tokens": each token's vector, (B, n, H).
 
         Without an attention_mask all tokens are real ones.
         """
@@ -349,7 +348,7 @@ class GTuning(torch.nn.Module):
             hidden = self.adapter[-1](hidden, mask, first)               # (B, 1, H)
             return (self.norm(hidden) / self.scale)[:, 0]                # f(x)          (B, H)
         hidden = self.adapter[-1](hidden, mask)                          # (B, n, H)
-        if pooling == "none":
+        if pooling == "tokens":
             return self.norm(hidden) / self.scale                        # by token      (B, n, H)
         mean = masked_mean(hidden, attention_mask)                       # (B, H)
         return self.norm(mean) / self.scale                              # f(x)          (B, H)
@@ -357,7 +356,7 @@ class GTuning(torch.nn.Module):
     def logits(self, **inputs):
         """(B, C), or by token (B, n, C); of spans padding has -inf."""
         if self.by_token:
-            logits = self.output(self.scale * self.features(pooling="none", **inputs))
+            logits = self.output(self.scale * self.features(pooling="tokens", **inputs))
             if self.by_token == "span" and "attention_mask" in inputs:
                 padding = inputs["attention_mask"] == 0
                 logits = logits.masked_fill(padding[..., None], -math.inf)
@@ -469,7 +468,8 @@ def gradient_norm(D, f_t, f_u, epsilon=None):
     z = e * f_u.to(kind) + (1 - e) * f_t.to(kind)                        # Eq. 4
     z.requires_grad_()
 
-    # For a D with attention: its other kernels have no second derivative. Nor has the root at 0.
+    # A D may have attention, whose fast kernels lack a second derivative; the root has no
+    # derivative at 0, hence the 1e-12.
     math_kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.autocast(z.device.type, enabled=False), math_kernel:
         gradient, = torch.autograd.grad(D(z).sum(), z, create_graph=True)
@@ -756,12 +756,6 @@ class Texts:
         self.digest = ""
         self.cached = {}
 
-    def without_states(self):
-        """The same texts, encoded again in every batch."""
-        texts = copy.copy(self)
-        texts.folder = None
-        return texts
-
     def with_states(self, f, split):
         """The split with g's states, made or found once; or the split as it is."""
         import common
@@ -919,7 +913,7 @@ def mean_vectors(f, layer, attention_mask, **inputs):
     return masked_mean(output.hidden_states[layer].float(), attention_mask)
 
 
-def evaluate_sets(args, f, sets, setup, texts, world, final=False, folder=None):
+def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
     """common.evaluate, and the accuracies of the sets to retrieve from (choice 15).
 
     texts: the Texts that may have g's states; None: all is encoded.
@@ -936,7 +930,7 @@ def evaluate_sets(args, f, sets, setup, texts, world, final=False, folder=None):
             to_retrieve[name] = task, split
     if texts is not None:
         others = texts.sets_with_states(f, others)
-    scores = common.evaluate(f.logits, f, others, setup, world, final, folder)
+    scores = common.evaluate(f.logits, f, others, setup, world, folder)
     if not to_retrieve:
         return scores
 
@@ -950,7 +944,7 @@ def evaluate_sets(args, f, sets, setup, texts, world, final=False, folder=None):
         to_retrieve = texts.sets_with_states(f, to_retrieve)
     task, _ = next(iter(to_retrieve.values()))
     setup = dataclasses.replace(setup, task=task)
-    return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, final, folder)}
+    return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, folder)}
 
 
 # -------------------------------------------------------------------------------------  Algorithm 1
@@ -1047,7 +1041,7 @@ class Algorithm1:
         """Lines 8 and 15: the rows of step k on D that this process takes, of B or of M."""
         return batches.rows(k)[self.world.rank::self.world.size]
 
-    def vectors(self, batches, steps):
+    def vectors_of_steps(self, batches, steps):
         """f(x) of the sentences of B or of M in these steps on D: (rows, H) for each step."""
         import numpy as np
         rows = np.concatenate([self.mine(batches, k) for k in steps])
@@ -1113,8 +1107,8 @@ class Algorithm1:
 
         # Meanwhile f stands still, so the sentences of all T steps become vectors together.
         steps = range(k, k + self.args.T)
-        f_t = self.vectors(self.B, steps)                                # line 15, T times
-        f_u = self.vectors(self.M, steps)
+        f_t = self.vectors_of_steps(self.B, steps)                       # line 15, T times
+        f_u = self.vectors_of_steps(self.M, steps)
         critic_steps = []
         for i, step in enumerate(steps):                                 # line 14
             l_d, terms = self.fit_critic(step, f_t[i], f_u[i])           # line 16
@@ -1192,7 +1186,7 @@ def use_finished(args, runs, setup, world, started):
         return f.logits, f
 
     def score(forward, f, sets, folder):
-        return evaluate_sets(args, f, sets, setup, None, world, final=True, folder=folder)
+        return evaluate_sets(args, f, sets, setup, None, world, folder)
 
     results = common.use_runs(args, runs, setup, world, started, load, score)
     if args.embed:
@@ -1246,7 +1240,9 @@ def phase_ends(method, N):
 def profile(args, setup, texts, world):
     """--profile: times steps of every --method, from the states and from the texts themselves."""
     import common
-    sources = {"encoded": texts.without_states()}
+    encoded = copy.copy(texts)
+    encoded.folder = None                              # every batch is encoded again
+    sources = {"encoded": encoded}
     if texts.folder is not None:
         sources = {"cached": texts, **sources}
     rows = {}
@@ -1309,8 +1305,8 @@ def main(argv=None):
         if args.profile:
             return profile(args, setup, texts, world)
 
-        def evaluate(f, sets, final=False, folder=None):
-            return evaluate_sets(args, f, sets, setup, texts, world, final, folder)
+        def evaluate(f, sets, folder=None):
+            return evaluate_sets(args, f, sets, setup, texts, world, folder)
 
         results = []
         clouds = {}
@@ -1353,7 +1349,7 @@ def main(argv=None):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
 
                 keep_state(run, args, f, evaluate(f, setup.choose_by))
-                metrics = evaluate(f, setup.scored, final=True, folder=run.folder)
+                metrics = evaluate(f, setup.scored, run.folder)
                 run.finish(metrics, algorithm.x_t, setup.tokenizer, f.save_pretrained)
                 if run.best["step"] <= end_1 < end_3:
                     world.say(f"{run.name}: the best state is of phase 1, before D")

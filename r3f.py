@@ -221,7 +221,7 @@ class R3F(torch.nn.Module):
         if labels.dim() == 2:
             loss, ce, kl = loss_by_position(
                 both, labels, self.lam * kl_weight, self.label_smoothing, self.reduction)
-            kl = kl_weight * kl                                     # Eq. 3, by t
+            kl = kl_weight * kl
         else:
             logits, noised = torch.cat(both).chunk(2)               # g.f(x), g.f(x + z)
             ce = task_loss(logits, labels, self.label_smoothing)
@@ -425,7 +425,8 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
             half[positions] = gradient.to(half.dtype)
         ce += part_of_ce.detach()
         kl += part_of_kl.detach()
-    return KnownGradient.apply(ce + lam * kl, gradients, *both), ce, kl
+    loss = ce + lam * kl                                            # Eq. 3, by t
+    return KnownGradient.apply(loss, gradients, *both), ce, kl
 
 
 def position_weights(labels, rows, reduction):
@@ -589,12 +590,14 @@ def mean_kl(logits_p, logits_q, labels):
     return symmetric_kl(logits_p, logits_q).mean()
 
 
+# same: real
 def real_tokens(inputs):
-    """1 at words, 0 at padding: (B, n, 1)."""
+    """The tokens that are not padding: (B, n), bool."""
     mask = inputs.get("attention_mask")
     if mask is None:
         mask = torch.ones_like(inputs["input_ids"])
-    return mask[..., None]
+    return mask.bool()
+# end same
 
 
 def embedding_noise(model, real):
@@ -644,11 +647,11 @@ class SMART(torch.nn.Module):
 
     K: steps. mu: bregman; 0 is off and makes no copy of the weights. K + 2 forward passes, one
     more with mu. The ascent holds p(x) constant and leaves no gradient on the weights.
-    a. The paper's step is eta g. With its eta of 1e-3 that is 5e-9 beside a |z| of 3e-5: nothing.
-       Divided by the sentence's largest |g| each step reaches the bound eps, as meant. The release
-       divides z + eta g by its largest entry, token by token, so that |z| is 1 and not eps. In
-       bf16 the KL's gradient is 0 for a tenth to a third of the sentences (a random BERT), whose z
-       then stays random: fp32 is what it needs.
+    a. The paper's step is eta g. With its eta of 1e-3 that is 5e-9 beside a |z| of 3e-5 (a random
+       BERT of two layers): nothing. Divided by the sentence's largest |g| each step reaches the
+       bound eps, as meant. The release divides z + eta g by its largest entry, token by token, so
+       that |z| is 1 and not eps. In bf16 the KL's gradient is 0 for a tenth to a third of the
+       sentences of that BERT, whose z then stays random: fp32 is what it needs.
     b. All passes have the same dropout masks: otherwise those, not z, would make the KL.
     c. z is 0 at padding and goes to the word embeddings; the release embeds twice (mt-dnn #230).
     d. p(x) gets gradients from KL_S as p(x + z) does; the release detaches one side of each half.
@@ -685,7 +688,7 @@ class SMART(torch.nn.Module):
         if not self.training or (self.lam * self.eps == 0 and self.bregman == 0):
             return plain_loss(self.model, labels, inputs)
 
-        real = real_tokens(inputs)                                  # (B, n, 1)
+        real = real_tokens(inputs)[..., None]                       # (B, n, 1)
         z = embedding_noise(self.model, real).normal_(0, self.sigma) * real       # z_0
         with random_state_restored(inputs):
             logits = logits_of(self.model, inputs)                  # p(x)         (B, C)
@@ -773,7 +776,7 @@ class FreeLB(torch.nn.Module):
         if not self.training or (self.adv_lr == 0 and self.init == 0):
             return plain_loss(self.model, labels, inputs)
 
-        real = real_tokens(inputs)                                  # (B, n, 1)
+        real = real_tokens(inputs)[..., None]                       # (B, n, 1)
         z = embedding_noise(self.model, real).uniform_(-1, 1)       # (B, n, H)
         size = real.sum((1, 2), keepdim=True) * z.shape[-1]         # n H          (B, 1, 1)
         z = z * real * self.init / size.sqrt()                      # z_0
@@ -881,8 +884,7 @@ def probe_score(train, validation, task, settings, seed):
 
 
 def read_links(folder):
-    """The results of the runs that made an encoder, the first one first: that in the folder, before
-    it those that it was started from."""
+    """The results of the run in the folder and of those that it was started from, oldest first."""
     import common
     links = []
     at = folder
@@ -918,6 +920,7 @@ def probe_task(name, encoders, settings, world):
     task = data.TASKS[name]
     settings.eval_tasks = []
     rows = data.load(settings)
+    to_score = next(iter(rows.validation.values()))
     for encoder_name, (path, links) in encoders.items():
         its = copy.copy(settings)                      # its own model and max_length
         its.model = path
@@ -931,17 +934,17 @@ def probe_task(name, encoders, settings, world):
         if encoder.config.is_encoder_decoder:
             encoder = encoder.get_encoder()
 
-        def states_of(part, seed=None):
-            split = data.encode(part, task, tokenizer, its.max_length)
-            if seed is not None and settings.train_samples:
-                split = split.take(data.subset(split, settings.train_samples, seed))
-            return first_token_states(encoder, split, world, f"{name}: {encoder_name}"), split
-
-        validation = states_of(next(iter(rows.validation.values())))
+        bar = f"{name}: {encoder_name}"
+        scored = data.encode(to_score, task, tokenizer, its.max_length)
+        validation = first_token_states(encoder, scored, world, bar), scored
+        all_rows = data.encode(rows.train, task, tokenizer, its.max_length)
         train = None
         for seed in settings.seeds:
-            if train is None or settings.train_samples:
-                train = states_of(rows.train, seed)
+            if settings.train_samples:                 # each seed has rows of its own
+                chosen = all_rows.take(data.subset(all_rows, settings.train_samples, seed))
+                train = first_token_states(encoder, chosen, world, bar), chosen
+            elif train is None:
+                train = first_token_states(encoder, all_rows, world, bar), all_rows
             score = probe_score(train, validation, task, settings, seed)
             world.say(f"{name:<10} {100 * score:6.2f}  {encoder_name}")
             line = {"run": encoder_name, "task": name, "recipe": settings.probe_recipe,
@@ -1127,9 +1130,9 @@ def main(argv=None):
             model = common.load_model(args, setup, seed, world)
             return build_method(method, model, args)
 
-        def evaluate(model, sets, final=False, folder=None):
+        def evaluate(model, sets, folder=None):
             forward = setup.kind.forward(model, setup.task)
-            return common.evaluate(forward, model, sets, setup, world, final, folder)
+            return common.evaluate(forward, model, sets, setup, world, folder)
 
         if args.profile:
             return common.profile_methods(args, world, setup, build)
@@ -1149,7 +1152,7 @@ def main(argv=None):
                 for step, batch in run.steps(total, batches):
                     lr = schedule.get_last_lr()[0]
                     batch = with_kl_weights(module, batch, world)
-                    loss, stats = common.backward(ddp, batch, world)     # Eq. 3
+                    loss, stats = common.backward(ddp, batch, world)     # the method's loss
                     # same: update
                     if args.grad_clip:
                         torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
@@ -1164,7 +1167,7 @@ def main(argv=None):
                 if args.eval_every:
                     run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
-                metrics = evaluate(model, setup.scored, final=True, folder=run.folder)
+                metrics = evaluate(model, setup.scored, run.folder)
                 write = functools.partial(write_model, model)
                 run.finish(metrics, batches, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)

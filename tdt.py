@@ -38,7 +38,7 @@ Choices, where the paper is silent or the authors' release does otherwise:
         0.1      90.9 +- 0.4    80.6 +- 6.2    0.006
 
     So accuracy does not tell here which is better; 0.01 still leaves the confidences a range. On
-    STS-B, in few steps, it may cost much: with one seed 18.4 against 60.7 without it (README).
+    STS-B it may cost much: in 160 steps of MiniLM 18.4 against 60.7 without it (one seed, README).
  4. d(a, b) = KL(a || b) in the order written, summed over classes; the hinge per example, then the
     mean. variant="released" is the authors' code: KL(b || a), averaged over batch and classes,
     0.5 on both negative terms, one hinge a batch, no gamma, padding counted in mu_0, so that
@@ -65,7 +65,8 @@ Choices, where the paper is silent or the authors' release does otherwise:
         0         0.97                74.1 (75.6)    69.4 (68.0)
         0.01      0.35                55.9 (75.2)    79.5 (78.1)
 
-    At 0.001 from zero weights it was 65.5 (71.3) and 75.3 (72.0): a start of zeros is not needed.
+    With --c_lr 0.001 and a layer that starts at zero: 65.5 (71.3) and 75.3 (72.0), so it need not
+    start at zero.
 10. --margin is 0, of the 0 and 2 that the paper tries; the class keeps 2. With 2, a model can also
     satisfy L_R by predicting one class for every e-. MiniLM, 1,000 rows, 160 steps of 32, one seed,
     500 held-out rows; the ranges are over alpha 0.5 and 2 and learning rates 1e-4 and 2e-4, and
@@ -236,12 +237,14 @@ def refuse_negative(**settings):
 
 # --------------------------------------------------------------------------  the method: where e is
 
+# same: real
 def real_tokens(inputs):
     """The tokens that are not padding: (B, n), bool."""
     mask = inputs.get("attention_mask")
     if mask is None:
         mask = torch.ones_like(inputs["input_ids"])
     return mask.bool()
+# end same
 
 
 # same: stack
@@ -342,14 +345,14 @@ class TDT(torch.nn.Module):
         logits, c, p, can_change = self.passes(views, perturbable, **inputs)
         ce = task_loss(logits[0], labels)
         ce_pos = task_loss(logits[1], labels)
+        is_paper = self.variant == "paper"
         l_c = ce_pos
-        l_r = torch.zeros_like(ce)
-        if self.variant == "paper":
+        if is_paper:
             l_c = ce_pos + self.gamma * torch.linalg.vector_norm(c, dim=1).mean()    # Eq. 4
-            if self.beta:
-                l_r = triplet_loss(*logits, self.margin).mean()          # Eq. 6
-        elif self.beta:
-            l_r = released_triplet_loss(*logits, self.margin)
+        l_r = torch.zeros_like(ce)
+        if self.beta:
+            hinge = triplet_loss if is_paper else released_triplet_loss
+            l_r = hinge(*logits, self.margin).mean()                     # Eq. 6
         loss = ce + self.alpha * l_c + self.beta * l_r                   # Eq. 7
 
         weights = can_change / can_change.sum().clamp(min=1)             # (B, n), sum to 1
@@ -651,7 +654,7 @@ def load_run(folder, method, world, mask_token_id=None, like=None, confidences="
     """A finished run's model as a TDT in eval mode.
 
     For a method without confidences (std, cutoff) its confidence layer is random: do not read it.
-    like: the folder of the run by whose settings its e+ and e- are made, None: its own.
+    like: the folder of another run, whose mu_0, tau and variant make its e+ and e-; None: its own.
     confidences: the layer's file; "confidence-start.pt": as it was drawn.
     """
     import common
@@ -1180,15 +1183,12 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     metric = evaluation.task.metrics.split()[0]
     perplexity = min(30, (3 * len(split) - 1) // 3)    # t-SNE needs more than thrice as many points
 
-    def clouds_by(method, given=None):
+    clouds_of_all = {}
+    for method in dict.fromkeys([chosen_by, *modules]):                  # chosen_by first
+        given = None if method in WITH_CONFIDENCES else clouds_of_all[chosen_by].c
         bar = f"{folders[method]}: H, H+, H-"
-        return clouds_of(modules[method], split, tokenizer.cls_token_id, world, bar, given)
-
-    clouds_of_all = {chosen_by: clouds_by(chosen_by)}
-    for method in modules:
-        if method != chosen_by:
-            given = None if method in WITH_CONFIDENCES else clouds_of_all[chosen_by].c
-            clouds_of_all[method] = clouds_by(method, given)
+        clouds_of_all[method] = clouds_of(
+            modules[method], split, tokenizer.cls_token_id, world, bar, given)
 
     numbers = {}
     maps = {}
@@ -1328,12 +1328,10 @@ def analyse(args, asked, setup, tokenizer, world):
             modules[method] = load_run(folder, method, world, tokenizer.mask_token_id, like)
         c = {}
         for method in confident:
+            scale = Scale()
             if asked.confidences or (asked.drop and method == chosen_by):
                 bar = f"{folders[method]}: confidences"
                 c[method] = confidences_of(modules[method], evaluation, bar)
-
-        for method in confident:
-            scale = Scale()
             if asked.confidences:
                 show_confidences(folders[method], c[method], evaluation)
                 scale = scale_of(c[method], evaluation)
@@ -1443,13 +1441,6 @@ def build_method(method, model, args, mask_token_id):
         raise common.UserError(f"--method {method}, --model {args.model}: {error}") from error
 
 
-def build_optimizer(method, module, args, steps):
-    """As in all scripts, but for the confidence layer, which learns at --c_lr."""
-    import common
-    part = module.confidence_layer if method in WITH_CONFIDENCES else None
-    return common.build_optimizer(module, args, steps, part, args.c_lr)
-
-
 def copy_confidences(module):
     """The weights of a confidence layer as they are now; none of a method without one."""
     layer = getattr(module, "confidence_layer", None)
@@ -1512,9 +1503,9 @@ def main(argv=None):
             model = common.load_model(args, setup, seed, world)
             return build_method(method, model, args, setup.tokenizer.mask_token_id)
 
-        def evaluate(model, sets, final=False, folder=None):
+        def evaluate(model, sets, folder=None):
             forward = setup.kind.forward(model, setup.task)
-            return common.evaluate(forward, model, sets, setup, world, final, folder)
+            return common.evaluate(forward, model, sets, setup, world, folder)
 
         if args.profile:
             return common.profile_methods(args, world, setup, build)
@@ -1529,14 +1520,16 @@ def main(argv=None):
                 batches = common.build_batches(
                     setup_for(method, setup, perturb), args, run.seed, world)
                 total = common.count_steps(args, batches.per_epoch)
-                optimizer, schedule = build_optimizer(method, module, args, total)
+                part = module.confidence_layer if method in WITH_CONFIDENCES else None
+                optimizer, schedule = common.build_optimizer(
+                    module, args, total, part, args.c_lr)                # choice 9
                 ddp = world.ddp(module)
                 run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
                           schedule=schedule, batches=batches)
 
                 for step, batch in run.steps(total, batches):
                     lr = schedule.get_last_lr()[0]
-                    loss, stats = common.backward(ddp, batch, world)     # Eq. 7
+                    loss, stats = common.backward(ddp, batch, world)     # the method's loss
                     # same: update
                     if args.grad_clip:
                         torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
@@ -1551,7 +1544,7 @@ def main(argv=None):
                 if args.eval_every:
                     run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
-                metrics = evaluate(model, setup.scored, final=True, folder=run.folder)
+                metrics = evaluate(model, setup.scored, run.folder)
                 write = functools.partial(write_model, method, module, untrained)
                 run.finish(metrics, batches, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)

@@ -3333,6 +3333,7 @@ def test_methods_on_other_rows_of_the_same_file_are_refused(tmp_path):
                                        train_file_digest=digest))
     said = refused_report(tmp_path)
     assert said.startswith("--train_file_digest is not the same for the methods on mine")
+    common.main_report([str(tmp_path), "--differ", "train_file_digest"])
 
 
 def test_no_difference_and_worse():
@@ -8183,7 +8184,7 @@ TAG_WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] the a film soup is was not good bad dull plot ending un "
     "##told ##ed ##ly . ?"
 ).split()
-TAGS = data.Task("custom", "", "tokens", "DET NOUN VERB", "f1 accuracy", kind="tag", label="tags")
+TAGS = data.Task("tags", "", "tokens", "DET NOUN VERB", "f1 accuracy", kind="tag", label="tags")
 
 
 @pytest.fixture(scope="session")
