@@ -1249,17 +1249,17 @@ def profile(args, setup, texts, world):
     for source, its_texts in sources.items():
         for method in args.method:
             algorithm = Algorithm1(args, method, args.seeds[0], 10**6, setup, its_texts, world)
-            step = algorithm.fit_task
-            if method == "gtuning":
-                step = functools.partial(next_round, algorithm, itertools.count())
+            step = functools.partial(next_step, algorithm, method, itertools.count())
             rows[f"{method}, {source}"] = algorithm.x_t, step
     return common.profile_steps(args, world, rows)
 
 
-def next_round(algorithm, rounds, x_t):
-    """The next joint round by the counter `rounds`."""
-    r = next(rounds)
-    return algorithm.joint_round(r, r * algorithm.args.T, x_t)
+def next_step(algorithm, method, steps, x_t):
+    """The next step on f by the counter `steps`; of gtuning a joint round."""
+    step = next(steps)
+    if method == "gtuning":
+        return algorithm.joint_round(step, step * algorithm.args.T, x_t)
+    return algorithm.fit_task(x_t, step)
 
 
 def check_flags(args):
