@@ -1007,7 +1007,7 @@ class Algorithm1:
                             self.world.size, self.args.micro_batch_size, order,
                             self.args.max_length)
 
-    def fit_task(self, x_t, step=0):
+    def fit_task(self, x_t, step):
         """Line 5: optimize f by Eq. 2. x_t: the micro-batches of a step. Of Self-Teach by its own
         loss, with the x_u of that step."""
         if self.teacher_logits is None:
