@@ -3414,6 +3414,7 @@ SST2 = "sst2", "validation", "accuracy"
 MRPC = "mrpc", "validation", "accuracy"
 COLA, IN_DOMAIN, OUT_OF_DOMAIN = [
     ("cola", name, "mcc") for name in ("validation", "in_domain", "out_of_domain")]
+RTE = "rte", "validation", "accuracy"
 FILMS = "toy", "validation", "accuracy"
 FOOD = "toy", "toy-food", "accuracy"
 README_TABLES = {
@@ -3437,9 +3438,10 @@ README_TABLES = {
                       "1000-fp32 std weight_noise=0.2"],
         "`std`, 320 steps": ["steps std epochs=10.0", "", "steps std epochs=10.0", ""],
     }),
-    "all rows": ([COLA, IN_DOMAIN, OUT_OF_DOMAIN], [6, 6, 6], {
-        "`std`, its scores": ["cola-full std"] * 3,
-        "R3F": ["cola-full r3f"] * 3,
+    "all rows": ([COLA, IN_DOMAIN, OUT_OF_DOMAIN, RTE], [6, 6, 6, 5], {
+        "`std`, its scores": [*["cola-full std"] * 3, "rte-full std"],
+        "R3F": [*["cola-full r3f"] * 3, ""],
+        "TDT": [*["cola-full-tdt tdt"] * 3, "rte-full tdt"],
     }),
     "1,000 rows, in domain and out": (
         [SST2, ("sst2", "imdb", "accuracy"), ("stsb", "validation", "pearson"),
