@@ -1929,7 +1929,7 @@ def test_nobody_reads_a_model_before_rank_0_has_written_it(tmp_path):
                                       barrier=lambda: events.append("barrier"))
         run = types.SimpleNamespace(
             world=world, best=1, args=types.SimpleNamespace(choosing=False), checkpoints=[],
-            folder=str(tmp_path), model_folder=str(tmp_path / "model"),
+            model_folder=str(tmp_path / "model"), results_path=str(tmp_path / "results.json"),
             collect_results=lambda metrics, share: {}, guard=contextlib.nullcontext)
         batches = types.SimpleNamespace(real=1, computed=2)
         tokenizer = types.SimpleNamespace(save_pretrained=os.makedirs)
@@ -2177,7 +2177,7 @@ def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp
     """Else a slow process would take the log of this very run for an unfinished one."""
     order = []
     monkeypatch.setattr(common.Run, "find_results", lambda self: order.append("looked"))
-    world = types.SimpleNamespace(rank=0, barrier=lambda: order.append("barrier"))
+    world = types.SimpleNamespace(rank=0, precision="fp32", barrier=lambda: order.append("barrier"))
     args = parse("r3f", "--model", tiny_folder, "--output_dir", tmp_path)
     common.Run(args, "r3f", 0, world).take()
     assert order == ["barrier", "looked", "barrier"]
