@@ -648,7 +648,7 @@ class SMART(torch.nn.Module):
     K: steps. mu: bregman; 0 is off and makes no copy of the weights. K + 2 forward passes, one
     more with mu. The ascent holds p(x) constant and leaves no gradient on the weights.
     a. The paper's step is eta g. With its eta of 1e-3 that is 5e-9 beside a |z| of 3e-5 (a random
-       BERT of two layers): nothing. Divided by the sentence's largest |g| each step reaches the
+       BERT): nothing. Divided by the sentence's largest |g| each step reaches the
        bound eps, as meant. The release divides z + eta g by its largest entry, token by token, so
        that |z| is 1 and not eps. In bf16 the KL's gradient is 0 for a tenth to a third of the
        sentences of that BERT, whose z then stays random: fp32 is what it needs.
