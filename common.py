@@ -1233,10 +1233,8 @@ def write_predictions(folder, name, kept, split, setup, world):
     """predictions-NAME of a split, from rank 0, which says so. RunError if it cannot be written."""
     if world.rank > 0:
         return
-    try:
+    with writing(folder):
         path = setup.kind.write(folder, name, setup.task, kept, split)
-    except OSError as error:
-        raise RunError(f"cannot write to {folder}: {error.strerror}") from None
     world.say(f"wrote {path}")
 
 
@@ -1704,7 +1702,7 @@ class Run:
         """One line of log.jsonl."""
         line = {"step": step, "epoch": round(step / self.per_epoch, 4), **terms}
         if self.world.rank == 0:
-            with self.guard(self.log_path):
+            with self.writing(self.log_path):
                 print(json.dumps(line), file=self.log_file, flush=True)
 
     def keep_best(self, metrics, module):
@@ -1738,18 +1736,13 @@ class Run:
         return f"the last good checkpoint is {there[0]}" if there else "there is no checkpoint"
 
     @contextlib.contextmanager
-    def guard(self, path):
-        """A write that fails ends the run with one line, and leaves nothing half-written."""
-        from safetensors import SafetensorError
+    def writing(self, path):
+        """`writing`, whose line also says which checkpoint is left."""
         try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:        # all of a full disk
-            with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")
-            inner = error.__context__
-            cause = inner if isinstance(inner, OSError) else error
-            why = getattr(cause, "strerror", None) or first_line(cause)
-            raise RunError(f"cannot write {path}: {why}; {self.last_checkpoint()}") from error
+            with writing(path):
+                yield
+        except RunError as error:
+            raise RunError(f"{error}; {self.last_checkpoint()}") from error
 
     def save(self):
         """A checkpoint, from rank 0: all have the same weights."""
@@ -1762,7 +1755,7 @@ class Run:
             "step": self.step, "seconds": self.seconds, "log_bytes": self.log_file.tell(),
             "best": self.best, "best_weights": self.best_weights}
         newest, before = self.checkpoints
-        with self.guard(newest):
+        with self.writing(newest):
             replace_file(newest, lambda file: torch.save(state, file), keep=before)
 
     def read_checkpoint(self):
@@ -1799,13 +1792,13 @@ class Run:
         self.results = self.collect_results(metrics, float(real / computed))
         if self.world.rank == 0:
             folder = self.model_folder
-            with self.guard(folder):                   # without results.json it is not finished
+            with self.writing(folder):                   # without results.json it is not finished
                 if not self.args.choosing:             # of those only the score is wanted
                     write_model(folder)
                     tokenizer.save_pretrained(folder)
                     for path in [*glob.glob(f"{folder}/*"), folder]:
                         sync(path)
-            with self.guard(self.results_path):
+            with self.writing(self.results_path):
                 replace_file(self.results_path, json.dumps(self.results, indent=1))
             for path in self.checkpoints:
                 if os.path.exists(path):
@@ -2076,12 +2069,25 @@ def sync(path):
     os.close(opened)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """RunError if a write inside, to this file or folder, fails. Nothing half-written stays."""
+    from safetensors import SafetensorError
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:            # all of a full disk
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        inner = error.__context__
+        cause = inner if isinstance(inner, OSError) else error
+        why = getattr(cause, "strerror", None) or first_line(cause)
+        raise RunError(f"cannot write {path}: {why}") from error
+
+
 def save_file(path, content):
     """`replace_file`. RunError if it cannot be written."""
-    try:
+    with writing(path):
         replace_file(path, content)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from None
 
 
 def save_json(path, value):
