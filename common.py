@@ -3101,32 +3101,35 @@ def finished_run(where, line, by, curves):
 PROBES = "probes.jsonl"            # what linear layers found in frozen encoders, a line each
 
 
-def find_files(place):
-    """(folders of finished runs, of unfinished ones, files of kept lines, of probes), in order.
+@dataclass
+class FoundFiles:
+    """What a report can be made of, in order."""
+    finished: list                 # folders of runs
+    unfinished: list               # folders of runs
+    kept: list                     # files of kept lines
+    probes: list                   # files of probes
 
-    place: a folder, which is searched with all below it, or one such file.
-    """
+
+def find_files(place):
+    """The FoundFiles of a folder and of all below it, or of one such file."""
+    found = FoundFiles([], [], [], [])
     if os.path.isfile(place):
-        if os.path.basename(place) == PROBES:
-            return [], [], [], [place]
-        return [], [], [place], []
-    finished = []
-    unfinished = []
-    kept = []
-    probes = []
+        of_its_kind = found.probes if os.path.basename(place) == PROBES else found.kept
+        of_its_kind.append(place)
+        return found
     for here, inner, names in os.walk(place):
         inner[:] = sorted(set(inner) - {".git", "grid"})                 # grid: of a search
         if "results.json" in names:
-            finished.append(here)
+            found.finished.append(here)
         elif "log.jsonl" in names:
-            unfinished.append(here)
+            found.unfinished.append(here)
         for name in sorted(names):
             path = os.path.join(here, name)
             if name == PROBES:
-                probes.append(path)
+                found.probes.append(path)
             elif name.endswith(".jsonl") and not name.startswith(("log", "predictions")):
-                kept.append(path)
-    return finished, unfinished, kept, probes
+                found.kept.append(path)
+    return found
 
 
 def read_run(folder, by, left_out):
@@ -3217,25 +3220,27 @@ def read_places(places, by, left_out):
     for place in places:
         if not os.path.exists(place):
             raise UserError(f"{place}: must be a folder, or a file of kept lines")
-        finished, unfinished, kept, probes = find_files(place)
-        found = len(probes)
+        files = find_files(place)
         left_out_before = len(left_out)
-        for path in finished:
+        runs = []
+        for path in files.finished:
             run = read_run(path, by, left_out)
             if run:
-                groups.setdefault("", []).append(run)
-                found += 1
-        for path in kept:
-            groups[os.path.realpath(path)] = read_kept(path, by, left_out)
-            found += len(groups[os.path.realpath(path)])
-        left_out.extend(f"{path}: is not finished" for path in unfinished)
-        if not found:
+                runs.append(run)
+        if runs:
+            groups.setdefault("", []).extend(runs)
+        for path in files.kept:
+            kept = read_kept(path, by, left_out)
+            groups[os.path.realpath(path)] = kept
+            runs += kept
+        left_out.extend(f"{path}: is not finished" for path in files.unfinished)
+        if not runs and not files.probes:
             reason = ""
             if len(left_out) > left_out_before:
                 reason = f" ({left_out[left_out_before]})"
             raise UserError(f"{place}: must hold a finished run's results.json, or kept lines "
                             f"(.jsonl){reason}")
-        if finished:
+        if files.finished:
             folders.append(os.path.basename(os.path.abspath(place)))
 
     named = []
@@ -3260,8 +3265,7 @@ def read_probe_lines(places, left_out):
     scores = {}
     files = []
     for place in places:
-        _, _, _, probes = find_files(place)
-        files += probes
+        files += find_files(place).probes
     for path in files:
         for number, text in enumerate(lines_of(path, left_out), 1):
             try:
@@ -3393,6 +3397,14 @@ class DifferenceOverRows:
 
 
 @dataclass
+class DifferenceOverTasks:
+    """Of a method to the baseline, of which each task counts once."""
+    difference: Difference
+    p: float                       # after Holm's correction
+    methods: int                   # how many that is for
+
+
+@dataclass
 class Table:
     """Scores in percent, and their differences to the baseline."""
     title: str
@@ -3401,7 +3413,7 @@ class Table:
     columns: list                  # methods, the baseline first
     rows: dict                     # {(task, set, metric): {method: {seed: value}}}
     differences: dict              # {(task, set, metric): {method: Difference}}
-    over_tasks: dict               # see over_tasks
+    over_tasks: dict               # {("tasks" or "further sets", method): DifferenceOverTasks}
     over_rows: dict                # {(task, set, metric): {method: DifferenceOverRows}}
 
     def runs_of(self, task, column):
@@ -3462,10 +3474,9 @@ def paired_differences(row, column, baseline):
 
 
 def over_tasks(differences):
-    """{(what it is over, method): (Difference, p after Holm's correction, for so many methods)}.
+    """{("tasks" or "further sets", method): DifferenceOverTasks}, where there are two or more.
 
     A task counts by its main metric, a further set by its first one; each is a mean over seeds.
-    Only where there are two or more.
     """
     main_rows = {}
     for key in differences:
@@ -3483,7 +3494,7 @@ def over_tasks(differences):
                   for column, values in means.items() if len(values) > 1}
         corrected = holm([total.p for total in totals.values()])
         for (column, total), p in zip(totals.items(), corrected):
-            found[group, column] = total, p, len(totals)
+            found[group, column] = DifferenceOverTasks(total, p, len(totals))
     return found
 
 
@@ -3615,8 +3626,8 @@ def remarks_on_seeds(table):
 def remarks_on_tasks(table):
     """Where there are too few of them for the test over tasks, and what is not independent."""
     said = []
-    numbers = [(group, total.n, methods)
-               for (group, _), (total, _, methods) in table.over_tasks.items()]
+    numbers = [(group, total.difference.n, total.methods)
+               for (group, _), total in table.over_tasks.items()]
     for group, n, methods in dict.fromkeys(numbers):
         if n < needed(methods):
             said.append(f"{n} {group} can show nothing: with {plural(methods, 'method')} "
@@ -3731,9 +3742,11 @@ def over_rows_rows(table):
 def over_tasks_rows(table):
     """(header, rows): one row for each method, over tasks and over further sets."""
     rows = []
-    for (group, column), (total, p, methods) in table.over_tasks.items():
-        rows.append([group, column, *difference_cells(total), short_p(total.p), short_p(p),
-                     total.verdict(p, methods), *spread_cells(total)])
+    for (group, column), total in table.over_tasks.items():
+        difference = total.difference
+        rows.append([group, column, *difference_cells(difference), short_p(difference.p),
+                     short_p(total.p), difference.verdict(total.p, total.methods),
+                     *spread_cells(difference)])
     return ["over", "method", "mean", "95 % interval", "p", "Holm's p", "shows", "won-lost", "std",
             "number"], rows
 
@@ -3850,9 +3863,11 @@ def tsv_report(tables):
                 costs = relative_costs(table, key[0], column)
                 cells.append(f"{np.median(costs):.4f}" if costs else "")
                 lines.append("\t".join(cells))
-        for (group, column), (total, p, _) in table.over_tasks.items():
-            cells = [table.title, "", f"over {total.n} {group}", "", column, *[""] * 5]
-            lines.append("\t".join([*cells, *difference_numbers(total, f"{p:.6g}"), *[""] * 3]))
+        for (group, column), total in table.over_tasks.items():
+            difference = total.difference
+            cells = [table.title, "", f"over {difference.n} {group}", "", column, *[""] * 5]
+            cells += difference_numbers(difference, f"{total.p:.6g}")
+            lines.append("\t".join([*cells, *[""] * 3]))
     return "\n".join(lines) + "\n"
 
 

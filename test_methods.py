@@ -3286,11 +3286,12 @@ def test_over_tasks(tmp_path, capsys):
             score = STD[seed] + (1 if number % 2 else -1) + number * 0.1
             write_run(folder, results_of(task, "same", seed, score))
     table, = common.main_report([str(folder)])
-    total, p, methods = table.over_tasks["tasks", "more"]
-    assert (total.n, total.p, p, methods) == (6, 0.03125, 0.0625, 2)
-    assert total.mean == pytest.approx(5 / 3)
-    assert total.verdict(p, methods) == "too few to show"
-    assert table.over_tasks["further sets", "more"][0].n == 6
+    total = table.over_tasks["tasks", "more"]
+    difference = total.difference
+    assert (difference.n, difference.p, total.p, total.methods) == (6, 0.03125, 0.0625, 2)
+    assert difference.mean == pytest.approx(5 / 3)
+    assert difference.verdict(total.p, total.methods) == "too few to show"
+    assert table.over_tasks["further sets", "more"].difference.n == 6
     assert ("further sets", "same") not in table.over_tasks
     assert table.tasks == ["cola", "sst2", "mrpc", "qqp", "qnli", "rte"]  # as in data.TASKS
     out = capsys.readouterr().out
