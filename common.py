@@ -78,6 +78,11 @@ def shown(value):
     return "none" if value in (None, "") else value
 
 
+def plural(number, word):
+    """The number with its word, as in "1 run" and "2 runs"."""
+    return f"{number} {word}" + "s" * (number != 1)
+
+
 # What other scripts call these flags.
 NAMES_ELSEWHERE = {
     "learning_rate": "lr", "num_train_epochs": "epochs", "seed": "seeds", "task_name": "task",
@@ -2454,6 +2459,12 @@ def html_page(title, style, body):
     return PAGE.format(title=html.escape(title), style=style, body=body)
 
 
+def svg(width, height, shapes, label):
+    """A drawing. shapes: svg elements. label: what it is, for those who do not see it."""
+    return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
+            f'{"".join(shapes)}</svg>')
+
+
 def count_flops(call):
     """Floating point operations of the matrix products and attention in a call.
 
@@ -3670,11 +3681,6 @@ def remarks_on_choice(table):
 
 # ----------------------------------------------------------------  9  the report: tables of strings
 
-def plural(number, word):
-    """The number with its word, as in "1 run" and "2 runs"."""
-    return f"{number} {word}" + "s" * (number != 1)
-
-
 def sizes_of(table):
     return ", ".join([plural(len(table.runs), "run"), plural(len(table.tasks), "task"),
                       plural(len(table.columns), "method")])
@@ -3938,11 +3944,6 @@ def colour_of(table, column):
     place = table.columns.index(column)
     dashed = " second" if place // 8 % 2 else ""
     return f"c{place % 8}{dashed}"
-
-
-def svg(width, height, shapes, label):
-    return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
-            f'{"".join(shapes)}</svg>')
 
 
 def text_at(x, y, text, anchor="middle", name="tick"):
