@@ -846,7 +846,7 @@ def warn_of_texts(args, rows, world):
 
 def with_main_metric(task, name):
     """The task with this of its metrics as the first; None: as it is."""
-    names = task.metrics.split()
+    names = task.metric_names
     if name is None:
         return task
     if name not in names:

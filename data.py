@@ -170,6 +170,10 @@ class Task:
         return names_of(self.labels)
 
     @property
+    def metric_names(self):
+        return self.metrics.split()
+
+    @property
     def outputs(self):
         """Numbers that a model gives for it: one for each label, or one."""
         return len(self.label_names) or 1
@@ -1818,14 +1822,13 @@ def predicted_numbers(task, trained, kept):
 def score_predictions(task, trained, kept, split):
     """{metric: value} of the predictions of all rows."""
     predictions = KINDS[task.kind].predictions(task, trained, kept)
-    return {name: METRICS[name](predictions, split.labels) for name in task.metrics.split()}
+    return {name: METRICS[name](predictions, split.labels) for name in task.metric_names}
 
 
 def score_texts(task, trained, kept, split):
     """{metric: mean over all rows}. A text without words has 0."""
     scores = [rouge(text, reference) for text, reference in zip(kept, split.column("label"))]
-    return {name: float(np.mean([score[name] for score in scores]))
-            for name in task.metrics.split()}
+    return {name: float(np.mean([score[name] for score in scores])) for name in task.metric_names}
 
 
 def class_text(task, logits):
@@ -2033,7 +2036,7 @@ def score_tags(task, trained, kept, split):
         hits += len(found & wanted)
         spans += len(found) + len(wanted)
     values = {"accuracy": right / max(1, words), "f1": 2 * hits / max(1, spans)}
-    return {name: values[name] for name in task.metrics.split()}
+    return {name: values[name] for name in task.metric_names}
 
 
 def tag_spans(tags):
@@ -2295,7 +2298,7 @@ def score_spans(task, trained, kept, split):
         scores.append(answer_scores(text, answers[row], task.language or "en", rule))
     em, mean_f1 = np.mean(scores, 0)
     values = {"em": float(em), "f1": float(mean_f1)}
-    return {name: values[name] for name in task.metrics.split()}
+    return {name: values[name] for name in task.metric_names}
 
 
 def span_text(task, best):

@@ -948,7 +948,7 @@ def probe_task(name, encoders, settings, world):
             score = probe_score(train, validation, task, settings, seed)
             world.say(f"{name:<10} {100 * score:6.2f}  {encoder_name}")
             line = {"run": encoder_name, "task": name, "recipe": settings.probe_recipe,
-                    "seed": seed, "rows": len(train[0]), "metric": task.metrics.split()[0],
+                    "seed": seed, "rows": len(train[0]), "metric": task.metric_names[0],
                     "score": score}
             if links:
                 line.update(method=links[-1]["method"], run_seed=links[-1]["seed"],

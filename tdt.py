@@ -1010,7 +1010,7 @@ def perturb_words(modules, folder, confident, asked, evaluation):
 def write_curves(folder, figure, found, evaluation, **more):
     """FIGURE.json. more: `confidences`, the run that chose the words, and others."""
     import common
-    metric = evaluation.task.metrics.split()[0]
+    metric = evaluation.task.metric_names[0]
     content = {"set": evaluation.name, "metric": metric, **more, "values": found}
     path = os.path.join(folder, f"{figure}.json")
     common.write_json(path, content, evaluation.world)
@@ -1181,7 +1181,7 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     perturb = what_to_perturb(args.task, chosen_flags["keep_special"])
     with world.in_turns():
         split = data.encode(chosen, evaluation.task, tokenizer, args.max_length, perturb=perturb)
-    metric = evaluation.task.metrics.split()[0]
+    metric = evaluation.task.metric_names[0]
     perplexity = min(30, (3 * len(split) - 1) // 3)    # t-SNE needs more than thrice as many points
 
     clouds_of_all = {}
@@ -1356,7 +1356,7 @@ def analyse(args, asked, setup, tokenizer, world):
             ("drop", dropped, "is [MASK], those of highest or lowest confidence"),
             ("perturb", perturbed, "is replaced at random")):
         if found:
-            metric = evaluation.task.metrics.split()[0]
+            metric = evaluation.task.metric_names[0]
             title = (f"{args.task} {evaluation.name}: {metric} in percent when that share of the "
                      f"words {how}")
             print_curves(found, title, asked.rates, world)
