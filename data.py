@@ -1877,11 +1877,18 @@ def write_numbers(folder, name, task, kept, split):
 
 def write_texts(folder, name, task, kept, split):
     """A json object a line: the row's own id, or its index; what was written; what was wanted."""
-    path = os.path.join(folder, f"predictions-{name}.jsonl")
     ids = split.column("id") or range(len(kept))
+    lines = []
+    for row, text, reference in zip(ids, kept, split.column("label")):
+        lines.append({"id": row, "prediction": text, "reference": reference or None})
+    return write_lines(folder, name, lines)
+
+
+def write_lines(folder, name, lines):
+    """A jsonl file of these dicts. Returns its path."""
+    path = os.path.join(folder, f"predictions-{name}.jsonl")
     with open(path, "w", encoding="utf-8") as file:
-        for row, text, reference in zip(ids, kept, split.column("label")):
-            line = {"id": row, "prediction": text, "reference": reference or None}
+        for line in lines:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return path
 
@@ -2069,15 +2076,12 @@ def tags_text(task, tags):
 
 def write_tags(folder, name, task, kept, split):
     """A json object a line: a sentence's words and tags, null where a word has no piece."""
-    path = os.path.join(folder, f"predictions-{name}.jsonl")
-    predicted = predicted_tags(kept, split)
     sentences = split.column(task.columns[0])
-    with open(path, "w", encoding="utf-8") as file:
-        for row, tags in sorted(predicted.items()):
-            named = [task.label_names[tag] if tag >= 0 else None for tag in tags]
-            line = {"tokens": sentences[row], "tags": named}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return path
+    lines = []
+    for row, tags in sorted(predicted_tags(kept, split).items()):
+        named = [task.label_names[tag] if tag >= 0 else None for tag in tags]
+        lines.append({"tokens": sentences[row], "tags": named})
+    return write_lines(folder, name, lines)
 
 
 # Spans: the answer to a question is a part of a context.
