@@ -1866,16 +1866,28 @@ def read_results(path):
 ALIKE = ["model", "max_length", "precision", "main_metric"]
 
 
-def take_runs(args, methods, labels_of=None, alike=ALIKE):
+def labels_of_config(folder):
+    """The labels of a finished run's model, in the order of their numbers."""
+    path = os.path.join(folder, "model", "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            labels = json.load(file)["id2label"]
+        return [labels[number] for number in sorted(labels, key=int)]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--run {folder}: cannot read its labels in {path}: "
+                        f"{first_line(error)}") from None
+
+
+def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
     """--run: {folder: results} of finished runs of one task and model; empty without the flag.
 
     Gives args the flags of the first run, but for those set by hand, and besides: own_labels, the
     labels of the user's own task, and score_validation, whether the validation sets are read.
-    methods: the script's. labels_of(folder) -> the run's labels; None: from the model's config.
-    alike: the flags that must be the same for all of the runs.
+    methods: the script's. labels_of(folder) -> the run's labels. alike: the flags that must be the
+    same for all of the runs.
     """
     args.score_validation = True
-    runs = {folder: read_finished(folder, methods) for folder in args.run}
+    runs = {folder: results_of_finished(folder, methods) for folder in args.run}
     if not runs:
         return runs
     for name in ("grid", "profile", "choosing", "train_file", "init_from", "post_train", "method",
@@ -1898,7 +1910,7 @@ def take_runs(args, methods, labels_of=None, alike=ALIKE):
     args.own_files = "" if args.task in data.TASKS else folder
     args.own_labels = []
     if args.own_files:
-        args.own_labels = labels_of_all(runs, labels_of or labels_of_config)
+        args.own_labels = labels_of_all(runs, labels_of)
     return runs
 
 
@@ -1961,7 +1973,7 @@ def refuse_other_flags(args, runs):
                             "results.json gets the scores")
 
 
-def read_finished(folder, methods):
+def results_of_finished(folder, methods):
     """results.json of a finished run of one of these methods. UserError."""
     wanted = f"--run {folder}: must be the folder of a finished run of {', '.join(methods)}"
     path = os.path.join(folder, "results.json")
@@ -1995,18 +2007,6 @@ def labels_of_all(runs, labels_of):
             raise UserError(f"--run {folder}: its labels are {' '.join(labels)}; must be "
                             f"{' '.join(wanted)}, as of {first}")
     return wanted
-
-
-def labels_of_config(folder):
-    """The labels of a finished run's model, in the order of their numbers."""
-    path = os.path.join(folder, "model", "config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            labels = json.load(file)["id2label"]
-        return [labels[number] for number in sorted(labels, key=int)]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--run {folder}: cannot read its labels in {path}: "
-                        f"{first_line(error)}") from None
 
 
 def use_runs(args, runs, setup, world, started, load, score):
@@ -3324,14 +3324,14 @@ def keep_lines(path, runs, by, differ):
     """Writes the runs' lines to a file of kept lines, beside or instead of those that are there.
 
     by, differ: the report's flags. Each line holds them too, beside those that it had, so that a
-    later report needs none of them. What cannot stand in one table is refused, see refuse_unlike.
+    later report needs none of them. What cannot stand in one table is refused, see refuse_incomparable.
     Returns all runs of the file.
     """
     left_out = []
     there = read_kept(path, by, left_out) if os.path.exists(path) else []
     if left_out:
         raise UserError(f"--keep {left_out[0]}")
-    refuse_unlike([*there, *runs], by, differ)
+    refuse_incomparable([*there, *runs], by, differ)
     lines = {(run.task, run.label, run.seed): run for run in [*there, *runs]}
     runs = in_order(lines.values())
     text = ""
@@ -3352,7 +3352,7 @@ def keep_lines(path, runs, by, differ):
 
 # -------------------------------------------------------------  9  the report: what may be compared
 
-def refuse_unlike(runs, by, differ):
+def refuse_incomparable(runs, by, differ):
     """UserError if two runs of one task differ in what is not the method.
 
     by, differ: flags that may, as those may that kept lines have with them, see `keep_lines`.
@@ -4265,7 +4265,7 @@ def main_report(argv=None):
 
     tables = []
     for title, runs in found:
-        refuse_unlike(runs, args.by, args.differ)
+        refuse_incomparable(runs, args.by, args.differ)
         baseline = args.baseline or usual_baseline(runs)
         tables.append(build_table(title, runs, baseline, args.rows))
     if args.rows and not any(table.over_rows for table in tables):
