@@ -1216,11 +1216,11 @@ def eval_inputs(split, world, name, **size):
             progress.update(len(rows))
 
 
-def predict(forward, module, split, setup, world, name="predicting"):
+def predict(forward, module, split, setup, world, name):
     """What the task's kind keeps of the outputs, [one a row of the split], on every process.
 
-    forward(**inputs) -> the outputs of a batch. module: what is set to eval mode meanwhile. Each
-    row goes through one process.
+    forward(**inputs) -> the outputs of a batch. module: what is set to eval mode meanwhile. name:
+    of the progress bar. Each row goes through one process.
     """
     module.eval()
     kept = [None] * len(split)
@@ -2883,7 +2883,7 @@ def t_interval(differences):
     return float(mean - half), float(mean + half)
 
 
-def paired_bootstrap(metric, labels, predictions_a, predictions_b, draws=10000, seed=0):
+def paired_bootstrap(metric, labels, predictions_a, predictions_b, draws=10000):
     """95 % interval of metric(a) - metric(b), by bootstrap over seeds and rows: (low, high).
 
     labels (rows,); predictions (seeds, rows) of two methods, seed by seed the same.
@@ -2896,7 +2896,7 @@ def paired_bootstrap(metric, labels, predictions_a, predictions_b, draws=10000, 
     if predictions_a.shape != predictions_b.shape or predictions_a.shape[1:] != labels.shape:
         raise ValueError(f"predictions must be (seeds, rows) alike and labels (rows,), got "
                          f"{predictions_a.shape}, {predictions_b.shape} and {labels.shape}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     all_seeds, all_rows = predictions_a.shape
     means = np.zeros(draws)
     for draw in range(draws):
@@ -3324,8 +3324,8 @@ def keep_lines(path, runs, by, differ):
     """Writes the runs' lines to a file of kept lines, beside or instead of those that are there.
 
     by, differ: the report's flags. Each line holds them too, beside those that it had, so that a
-    later report needs none of them. What cannot stand in one table is refused, see refuse_incomparable.
-    Returns all runs of the file.
+    later report needs none of them. UserError if they cannot stand in one table. Returns all runs
+    of the file.
     """
     left_out = []
     there = read_kept(path, by, left_out) if os.path.exists(path) else []
@@ -3439,7 +3439,7 @@ class Table:
         return next(key for key in self.rows if key[0] == task)
 
 
-def build_table(title, runs, baseline, draws=None):
+def build_table(title, runs, baseline, draws):
     """A Table. UserError if two runs have the same task, method and seed, and differ.
 
     draws: of the bootstrap over rows; None: there is none.
