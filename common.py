@@ -872,7 +872,10 @@ def hold_out(args, setup):
 
 
 def tell_settings(args, setup, world, per_epoch):
-    """What a run is, in a few lines. All flags stand in results.json. per_epoch: steps, if any."""
+    """What a run is, in a few lines. All flags stand in results.json.
+
+    per_epoch: how many steps an epoch has; None where nothing is trained.
+    """
     if args.choosing:                                  # the run that is chosen tells all
         world.say(f"{args.task}, {args.method[0]}: trying {os.path.basename(args.output_dir)}")
         return
@@ -1154,18 +1157,21 @@ def count_labels(labels):
 
 
 def per_process(counts, world):
-    """The whole batch's count, divided by the number of processes. counts: of this one's
-    micro-batches."""
+    """The count of the whole batch, divided by the number of processes.
+
+    counts: one of each micro-batch of this process.
+    """
     total = float(world.total(np.array([sum(counts)]))[0])
     return max(total, 1.0) / world.size                # a batch may have no label: its loss is 0
 
 
 def weights_of_means(labels, others, world):
-    """The weight of a mean over others in the loss of each micro-batch: a list of scalar tensors.
+    """Factors for a term of the loss that is a mean over something other than the labels.
 
-    `backward` multiplies a micro-batch's loss by its share of the labels. A mean over others, such
-    as rows, needs its share of those: the weight is that share over the labels' share. labels,
-    others: counts of this process's micro-batches.
+    Such a term, over rows or over sentences, is wrong in micro-batches of unequal size: `backward`
+    weights the loss of a micro-batch by its share of all labels. Times its factor the term is
+    weighted by its share of all rows, or sentences, instead. labels, others: how many of either
+    each micro-batch of this process has. Returns a scalar tensor for each.
     """
     labels_here = per_process(labels, world)
     others_here = per_process(others, world)
@@ -1343,7 +1349,8 @@ NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
     "detect_anomaly", "threads", "grid", "searched", "name", "run", "test_file"}
 
-# Flags of which all runs of a search have the same: what the rows are, and how they are scored.
+# Flags that --grid cannot vary: they say what the rows are and how these are scored, which must be
+# the same for all runs that are compared.
 NOT_SEARCHED = {
     "task", "train_file", "validation_file", "text_columns", "label_column", "target_column",
     "local_file", "dev_samples", "eval_samples", "eval_tasks", "main_metric", "choosing",
@@ -1358,7 +1365,10 @@ def default_flags():
 
 
 def flags_that_count(args, method_flags):
-    """{flag: value} of all that makes a run what it is, as json gives it back."""
+    """The flags that tell one run from another, {flag: value}: the common ones and the method's.
+
+    The values are as json gives them back, so that they compare with those of a saved run.
+    """
     counted = {*default_flags(), *method_flags.split()} - NOT_THE_RUN
     values = {name: value for name, value in vars(args).items() if name in counted}
     return json.loads(json.dumps(values))
@@ -1597,11 +1607,13 @@ class Run:
         self.log_file.truncate(min(there, size))
 
     def steps(self, until, batches=None, first=0, shift=0, phase=""):
-        """Yields (step, batches[step - shift]) for the steps from here on, up to `until`.
+        """Yields (step, its batch) for the steps that are left of a phase, which ends at `until`.
 
-        first: the step at which this phase began, where its progress bar starts. shift: the steps
-        before it that took no batch of these. The random state of a step depends on the seed, the
-        step and the rank alone, so that a run can be resumed at any step.
+        Around each yield stands all that a step has besides training: it seeds the random state by
+        the run's seed, the step and the rank alone, so that a run can be resumed at any step; and
+        it logs, saves and stops where that is due. batches: None for steps without one. shift:
+        earlier steps of the run that took none of these batches; the batch is batches[step -
+        shift]. first: the step at which the phase began, where its progress bar starts.
         """
         if self.step >= until:
             return
@@ -2886,9 +2898,9 @@ def t_interval(differences):
 def paired_bootstrap(metric, labels, predictions_a, predictions_b, draws=10000):
     """95 % interval of metric(a) - metric(b), by bootstrap over seeds and rows: (low, high).
 
-    labels (rows,); predictions (seeds, rows) of two methods, seed by seed the same.
-    metric(predictions, labels) -> number. A draw takes seeds first, then rows, both with
-    replacement and the same ones for both methods, and computes the metric anew.
+    labels (rows,). predictions_a, predictions_b (seeds, rows): of two methods; both have the same
+    seeds in the same order. metric(predictions, labels) -> number. A draw takes seeds first, then
+    rows, both with replacement and the same ones for both methods, and computes the metric anew.
     """
     labels = np.asarray(labels)
     predictions_a = np.asarray(predictions_a)
@@ -2926,8 +2938,8 @@ def wilcoxon(differences):
     differences = differences[differences != 0]
     doubled = np.rint(2 * data.ranks(np.abs(differences))).astype(int)   # whole in spite of ties
     total = int(doubled.sum())
-    share = np.zeros(total + 1)                        # share[k]: patterns whose positive ones
-    share[0] = 1                                       # sum to k
+    share = np.zeros(total + 1)                        # [k]: of patterns with a positive sum of k
+    share[0] = 1
     for rank in doubled:
         with_it = np.zeros(total + 1)
         with_it[rank:] = share[:total + 1 - rank]
@@ -3355,10 +3367,10 @@ def keep_lines(path, runs, by, differ):
 def refuse_incomparable(runs, by, differ):
     """UserError if two runs of one task differ in what is not the method.
 
-    by, differ: flags that may, as those may that kept lines have with them, see `keep_lines`.
     The seeds of a method must agree in all flags; the methods of a task in those that all scripts
-    have, except for what was searched over the same values. A flag that only one of two runs has is
-    not compared: it is newer than the other run.
+    have, except for what was searched over the same values. Two sorts of flags may differ all the
+    same: those in `by` and `differ`, and those that kept lines were kept with (see `keep_lines`). A
+    flag that only one of two runs has is not compared: it is newer than the other run.
     """
     free = NOT_COMPARED.union(METHOD_FLAGS, by, differ)
     for run in runs:
@@ -3602,7 +3614,7 @@ def remark_on_intervals(table):
 
 
 def remarks_on_seeds(table):
-    """Where there are too few of them, how many tests there are, and where no seed is shared."""
+    """On the seeds: where they are too few, how many tests there are, and where none is shared."""
     few = {}                                           # {seeds: {method: tasks}}
     apart = {}                                         # {method: tasks}
     tests = 0
@@ -3635,7 +3647,7 @@ def remarks_on_seeds(table):
 
 
 def remarks_on_tasks(table):
-    """Where there are too few of them for the test over tasks, and what is not independent."""
+    """On the tests over tasks: where tasks are too few, and what is not independent."""
     said = []
     numbers = [(group, total.difference.n, total.methods)
                for (group, _), total in table.over_tasks.items()]
@@ -3798,10 +3810,11 @@ def probe_rows(probes):
 
 
 def text_lines(header, rows, keys, width=110):
-    """The lines of a table. keys: how many columns name a row.
+    """A table as lines of text. keys: how many of the first columns name a row.
 
-    All of these but the last stand above the rows that share them. Columns that do not fit into the
-    width stand below the others.
+    The last of these begins each line. What the ones before it hold, such as task, set and metric,
+    is a line of its own above the rows that share it. Columns that do not fit into the width are a
+    second table below the first.
     """
     above = keys - 1
     sizes = [max(map(len, cells)) for cells in zip(header, *rows)]
@@ -4099,7 +4112,10 @@ def figure(picture, caption, colours=None):
 
 
 def curve_figures(table):
-    """A figure for each task and set by which runs were evaluated more than once in training."""
+    """The learning curves: a figure for each task and each set that runs were evaluated on.
+
+    One evaluation alone, at the end of training, is no curve.
+    """
     found = {}                                         # {(task, set, metric): curves}
     for run in table.runs:
         for what, curve in run.curves.items():
@@ -4150,7 +4166,11 @@ def seconds_figures(table):
 
 
 def probe_figures(probes):
-    """A figure for each probed task: over the links of a chain, or each method's after one run."""
+    """A figure for each probed task.
+
+    Of encoders that went through a chain of runs: the scores after none, one, two ... of them, as a
+    curve for each method. If no encoder went through more than one run: a row of dots for each.
+    """
     figures = []
     for (task, metric, recipe, _), methods in probes.items():
         what = f"{task}, {metric}, layer: {recipe}"

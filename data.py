@@ -44,7 +44,7 @@ class NoSplit(UserError):
 # ------------------------------------------------------------------------------- 1  kinds and tasks
 
 def nothing(*arguments):
-    """What a Kind has where it sets nothing, refuses nothing, or keeps to what is usual."""
+    """In place of a function that a Kind leaves out: it takes anything, and adds nothing."""
     return {}
 
 
@@ -99,8 +99,8 @@ class Kind:
 class Decoding(NamedTuple):
     """How a text is searched for: by beams, whose scores are log P / length^penalty.
 
-    shortest, longest: words of the model's vocabulary, without those that begin and end a text.
-    no_repeat: no sequence of that many words comes twice; 0: all may.
+    shortest, longest: tokens, without those that begin and end a text. no_repeat: no sequence of
+    that many tokens comes twice; 0: all may.
     """
     beams: int = 4
     penalty: float = 1.0
@@ -1306,12 +1306,13 @@ class Field(NamedTuple):
 class Split:
     """Encoded rows: fields {name: Field}.
 
-    left: whether the model wants its padding there (XLNet).
+    left: whether padding stands on the left (XLNet).
     rows: the Dataset that they were made of, or None. lengths (n,): tokens of each row.
-    has_targets: labels are lists of their own, for a decoder to write, not one a row or a token.
-    target_lengths (n,): how long these are, else 0.
-    sides: one or two lists of lengths (n,), of what is padded apart: the text, or the two texts of
-    a pair that are encoded apart, or the text and the target.
+    has_targets: the labels of a row are a text for a decoder to write; else they are one number,
+    or one for each token.
+    target_lengths (n,): tokens of that text; 0 without one.
+    sides: the lengths, (n,) each, of what gets padding of its own: of the text alone, of the two
+    texts of a pair that are encoded apart, or of the text and the one to write.
 
     A field note_NAME is in no batch. note_cut (n,): 1 where a row was truncated. note_row (n,):
     where one of `rows` was split into several, the one that each is a part of.
