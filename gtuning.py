@@ -1340,8 +1340,8 @@ def main(argv=None):
 
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B, {x_u} ~ M; Optimize f by the Eq. 6;
                 #  for _ to T do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
-                for step, x_t in run.steps(end_3, algorithm.x_t, first=end_2, shift=end_1,
-                                           phase="phase 3 of 3, f and D"):
+                for step, x_t in run.steps(end_3, algorithm.x_t, first=end_2,
+                                           shift=end_2 - end_1, phase="phase 3 of 3, f and D"):
                     r = step - end_2
                     loss, stats = algorithm.joint_round(r, end_2 - end_1 + r * args.T, x_t)
                     run.log(loss, stats, lr=algorithm.lr, phase=3)
