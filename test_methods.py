@@ -25,7 +25,6 @@ import multiprocessing
 import os
 import pathlib
 import pickle
-import random
 import re
 import shlex
 import shutil
@@ -9182,39 +9181,43 @@ def test_one_file_copied_alone_imports(copied_alone):
 
 # ------------------------------------------------------------------------------------ two processes
 
-def torchrun(script, *argv):
-    """Runs a script in two processes. Returns the exit status, and what was printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               f"--master_port={random.randint(20000, 60000)}", str(script), *map(str, argv)]
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return done.returncode, done.stdout
+def one_run_after_another(commands):
+    """What each rank does. Rank 0 takes its time to write a model/ of gtuning.py, which all read."""
+    save_pretrained = gtuning.GTuning.save_pretrained
+
+    def slow(self, folder):
+        time.sleep(1)
+        save_pretrained(self, folder)
+
+    gtuning.GTuning.save_pretrained = slow
+    r3f.R3F.noise_for = noise_that_is_not_drawn
+    *commands, (script, argv) = commands
+    with in_short():
+        for name, flags in commands:
+            SCRIPTS[name].main(flags)
+        sys.exit(common.cli(functools.partial(SCRIPTS[script].main, argv)))
 
 
-# Rank 0 takes its time to write a model/ of gtuning.py, which all ranks then read.
-ONE_RUN_AFTER_ANOTHER = """
-import functools
-import json
-import sys
-import time
-sys.path.insert(0, {here!r})
-import common
-import gtuning
-import r3f
-import tdt
+def launch_two(commands, output):
+    """`torchrun --standalone --nproc_per_node=2`, but its ranks are forked: torch is loaded."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    write_into(output)
+    config = LaunchConfig(1, 1, 2, run_id="two", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                          max_restarts=0, start_method="fork")
+    try:
+        elastic_launch(config, one_run_after_another)(commands)
+    except torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+        sys.exit(1)
 
-save_pretrained = gtuning.GTuning.save_pretrained
 
-def slow(self, folder):
-    time.sleep(1)
-    save_pretrained(self, folder)
+def torchrun(commands, output):
+    """Runs the commands in two processes. Returns the exit status, and what was printed."""
+    process = multiprocessing.get_context("fork").Process(
+        target=launch_two, args=(commands, output))
+    process.start()
+    process.join()
+    return process.exitcode, open(output, encoding="utf-8").read()
 
-gtuning.GTuning.save_pretrained = slow
-r3f.R3F.noise_for = lambda self, x: self.eps * x.roll(1, -1)
-*commands, (script, argv) = json.load(open(sys.argv[1]))
-for name, flags in commands:
-    sys.modules[name].main(flags)
-sys.exit(common.cli(functools.partial(sys.modules[script].main, argv)))
-"""
 
 # Dropout is off, and the noise is not drawn. One combination of the search is not finite. The last
 # command ends the program.
@@ -9250,14 +9253,12 @@ def runs_of_two(second_process, still_folder, tiny_bart, small, files, tmp_path_
     commands = []
     for name, (script, flags) in argv.items():
         commands.append([script, [*flags, "--output_dir", str(folder / name)]])
-    code = write(folder / "runs.py", ONE_RUN_AFTER_ANOTHER.format(here=HERE))
-    table = write(folder / "runs.json", json.dumps(commands))
-    future = second_process.submit(torchrun, code, table)
+    future = second_process.submit(torchrun, commands, folder / "output.txt")
     return types.SimpleNamespace(future=future, folder=folder, argv=argv)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS_OF_TWO if name != "refused"])
-def test_two_processes_end_like_one(name, runs_of_two, all_toy_rows, tmp_path, monkeypatch):
+def test_two_processes_end_like_one(name, runs_of_two, tmp_path, monkeypatch):
     """Within 1e-5; and all find the model that rank 0 writes, to predict and to embed."""
     monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
     script, flags = runs_of_two.argv[name]
