@@ -1421,16 +1421,18 @@ def runs_to_make(args, methods, world):
     """The Run of each seed and method, its folder taken; one that is finished has its results.
 
     methods: the script's. All folders are looked at before the first run begins, so that what is
-    refused is refused at once.
+    refused is refused at once, and --overwrite empties all, so that --resume can go on after it.
     """
-    def run_of(seed, method):
-        return Run(args, method, seed, world, methods[method]["flags"])
-
-    if not args.overwrite:
-        for seed, method in itertools.product(args.seeds, args.method):
-            run_of(seed, method).find_results()
+    runs = []
     for seed, method in itertools.product(args.seeds, args.method):
-        run = run_of(seed, method)
+        run = Run(args, method, seed, world, methods[method]["flags"])
+        if args.overwrite:
+            run.take_folder()
+        else:
+            run.find_results()
+        runs.append(run)
+    while runs:
+        run = runs.pop(0)                              # one that is over, with its model, is let go
         run.take()
         yield run
 
@@ -1475,8 +1477,7 @@ class Run:
 
     def take(self):
         """Takes the folder, and sets self.results if the run is finished."""
-        if self.world.rank == 0:
-            self.take_folder()
+        self.take_folder()
         self.world.barrier()
         self.results = self.find_results()
         self.world.barrier()                           # all have looked: rank 0 may write there
@@ -1485,7 +1486,9 @@ class Run:
             self.add_search()
 
     def take_folder(self):
-        """Makes the folder, locks it, and with --overwrite empties it."""
+        """Makes the folder, locks it, and with --overwrite empties it; once, from rank 0."""
+        if self.world.rank > 0 or self.lock is not None:
+            return
         try:
             os.makedirs(self.folder, exist_ok=True)
             self.lock = open(os.path.join(self.folder, ".lock"), "a", encoding="utf-8")
@@ -1503,7 +1506,8 @@ class Run:
 
     def empty_folder(self):
         try:
-            for name in os.listdir(self.folder):
+            # First what marks the run as finished: what is left after a kill must not look so.
+            for name in sorted(os.listdir(self.folder), key=lambda name: name != "results.json"):
                 path = os.path.join(self.folder, name)
                 if os.path.isdir(path):
                     shutil.rmtree(path)
@@ -1809,7 +1813,7 @@ class Run:
         self.results = self.collect_results(metrics, float(real / computed))
         if self.world.rank == 0:
             folder = self.model_folder
-            with self.writing(folder):                   # without results.json it is not finished
+            with self.writing(folder):                 # without results.json it is not finished
                 if not self.args.choosing:             # of those only the score is wanted
                     write_model(folder)
                     tokenizer.save_pretrained(folder)

@@ -552,7 +552,7 @@ def load_unscored(args, task):
     for name in args.predict:
         splits = task.test.split() if name == "test" else [name]
         for split in splits:
-            unscored[split] = read(task, split, args.task, args)
+            unscored[split] = read(task, split, args.task, args, f"--predict {name}")
     if args.test_file:
         of_own_task = args.own_files and not args.run
         name = "test" if of_own_task else set_name(args, "test_file")
@@ -611,8 +611,9 @@ def load_set(args, trained, name, split, also_scores):
 
     sets = {}
     usual = task.validation.split()
+    given = f"--eval_tasks {name}:{split}" if split else f"--eval_tasks {name}"
     for part in [split] if split else usual:
-        rows = read(task, part, name, args)
+        rows = read(task, part, name, args, given)
         refuse_hidden(task, rows, f"--eval_tasks {name}: split {part}")
         if 0 < task.sample < len(rows):
             chosen = np.random.default_rng(0).permutation(len(rows))[:task.sample]
@@ -645,22 +646,26 @@ def refuse_hidden(task, rows, where):
                         f"column {task.label!r}): it can only be predicted")
 
 
-def read(task, split, name, args):
-    """Rows of one split of a task of the table: of a local file, the toy grammar, or the hub."""
+def read(task, split, name, args, given=""):
+    """Rows of one split of a task of the table: of a local file, the toy grammar, or the hub.
+
+    given: the flag that asks for it, with its value; "": --task.
+    """
+    given = given or f"--task {name}"
     local = local_files(args)
     kind = KINDS[task.kind]
     if name in local:
         return kind.read(read_file(local[name], "--local_file"), task, local[name])
 
     if not task.path:
-        raise UserError(f"--task {name}: has no hub id; give its file as "
+        raise UserError(f"{given}: has no hub id; give its file as "
                         f"--local_file {name}=FILE ({task.where})")
     if task.path in TOYS:
         if split not in ("train", "validation", "test"):
-            raise NoSplit(f"--task {name}: has no split {split}; "
+            raise NoSplit(f"{given}: {name} has no split {split}; "
                           "must be train, validation or test")
         return TOYS[task.path](task.config, split)
-    return kind.read(read_hub(task, split, name), task, f"{task.path} {task.config} {split}")
+    return kind.read(read_hub(task, split, given), task, f"{task.path} {task.config} {split}")
 
 
 def local_files(args):
@@ -675,10 +680,10 @@ def local_files(args):
     return local
 
 
-def read_hub(task, split, name):
+def read_hub(task, split, given):
     """A split of a hub repository, or of the parquet export of one that holds only a script.
 
-    Returns a Dataset.
+    given: the flag that asks for it, with its value. Returns a Dataset.
     """
     import datasets
     part = (task.slices or {}).get(split, split)
@@ -693,7 +698,7 @@ def read_hub(task, split, name):
         why = first_line(error)
         kind = NoSplit if why.startswith("Unknown split") else UserError
         where = f"split {part} of {task.path} {task.config}"
-        raise kind(f"--task {name}: cannot load {where} from the hub: {why}") from error
+        raise kind(f"{given}: cannot load {where} from the hub: {why}") from error
 
 
 def own_files(args):

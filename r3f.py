@@ -97,7 +97,8 @@ def flags():
     g = p.add_argument_group("R3F and R4F")
     g.add_argument("--lam", type=weight, default=1.0,
                    help="lambda, Eq. 3; the paper tries 0.1 0.5 1 5; also SMART's")
-    g.add_argument("--eps", type=weight, default=1e-5, help="sigma, Eq. 4; of SMART the bound of z")
+    g.add_argument("--eps", type=common.number(float, 0, 1000), default=1e-5,
+                   help="sigma, Eq. 4; of SMART the bound of z")
     g.add_argument("--noise", default="uniform", choices=["uniform", "normal"],
                    help="distribution of z, Eq. 4")
     g.add_argument("--stop_grad", default="none", choices=["none", "noised"],
@@ -971,8 +972,9 @@ def probe(args, argv):
         kind = data.TASKS[name].kind
         if kind != "classify":
             raise common.UserError(f"--probe_tasks {name}: its kind is {kind}, must be classify")
-    if args.run or args.grid or args.batch_tokens:
-        raise common.UserError("--probe: cannot go together with --run, --grid or --batch_tokens")
+    for name in ("run", "grid", "profile", "predict", "dev_samples", "batch_tokens"):
+        if name in args.by_hand:
+            raise common.UserError(f"--{name}: cannot go together with --probe")
     argv = sys.argv[1:] if argv is None else argv
     settings = {}
     for name in args.probe_tasks:

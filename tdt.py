@@ -41,8 +41,8 @@ Choices, where the paper is silent or the authors' release does otherwise:
     STS-B it may cost much: in 160 steps of MiniLM 18.4 against 60.7 without it (one seed, README).
  4. d(a, b) = KL(a || b) in the order written, summed over classes; the hinge per example, then the
     mean. variant="released" is the authors' code: KL(b || a), averaged over batch and classes,
-    0.5 on both negative terms, one hinge a batch, no gamma, padding counted in mu_0, so that
-    padding changes the loss.
+    0.5 on both negative terms, one hinge a batch, no gamma, padding counted in mu_0. So padding
+    changes the loss, and a batch in parts (--micro_batch_size, processes) is not one in one piece.
  5. mu_0 and ||C||_2 are over the real tokens of each sentence; gradients flow through mu_0.
     Special tokens learn a c_i too, as released; --keep_special leaves them as they are in e+, e-.
     A token that must stay counts in ||C||_2 with its c_i of 1.
@@ -335,8 +335,8 @@ class TDT(torch.nn.Module):
         """labels (B,), inputs as the model takes them, input_ids (B, n) -> (loss, stats).
 
         perturbable (B, n): the tokens that may be perturbed, None: all. stats: batch means of "ce",
-        "ce_pos", "l_c", "l_r", and of the tokens' "confidence", with "confidence_std"; in eval mode
-        "ce" alone.
+        "ce_pos", "l_c", "l_r", and of the tokens' "confidence", with "confidence_std" (of a batch
+        in parts the means of theirs); in eval mode "ce" alone.
         """
         if not self.training or self.alpha == self.beta == 0:
             ce = task_loss(self.model(**inputs).logits, labels)
@@ -642,13 +642,17 @@ class Evaluation:
 
 def evaluation_of(setup, world):
     """The first validation split as an Evaluation."""
+    import common
     import numpy as np
     name, (task, split) = next(iter(setup.validation.items()))
     ids, offsets, _ = split.fields["input_ids"]
     unknown = setup.tokenizer.unk_token_id             # stands for a word, though it is special
     special = [token for token in setup.tokenizer.all_special_ids if token != unknown]
+    is_word = ~np.isin(ids, special)
+    if not is_word.any():
+        raise common.UserError(f"{name}: holds no words, which the figures are about")
     row = np.repeat(np.arange(len(split)), np.diff(offsets))
-    return Evaluation(setup, world, name, task, split, ids, row, ~np.isin(ids, special))
+    return Evaluation(setup, world, name, task, split, ids, row, is_word)
 
 
 def load_run(folder, method, world, mask_token_id=None, like=None, confidences="confidence.pt"):
@@ -1175,6 +1179,9 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     world = evaluation.world
     tokenizer = setup.tokenizer
     chosen = evaluation.split.rows
+    if len(chosen) < 4:                                # t-SNE of fewer shows nothing
+        raise common.UserError(f"--tsne {n}: {evaluation.name} must have at least 4 rows; it has "
+                               f"{len(chosen)}")
     if n < len(chosen):
         chosen = chosen.select(data.subset(evaluation.split, n, 0))
     chosen_flags = common.read_results(os.path.join(folders[chosen_by], "results.json"))["args"]
@@ -1296,6 +1303,7 @@ def use_finished(args, asked, world, started):
     """--run: scores, predictions and analyses of finished runs. To explain a text needs no data."""
     import common
     setup = None
+    common.refuse_other_flags(args, asked.finished)
     to_score = not asked.any or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
     if to_score or asked.figures:
@@ -1349,9 +1357,10 @@ def analyse(args, asked, setup, tokenizer, world):
             perturbed.append(perturb_words(
                 modules, folder, folders.get(chosen_by), asked, evaluation))
 
-    if len(clouds) > 1:
+    means = means_over_seeds(clouds) if len(clouds) > 1 else {}
+    if means:                                          # no method may have all of the seeds
         title = f"{args.task} {evaluation.name}: means over {len(clouds)} seeds"
-        common.print_numbers(means_over_seeds(clouds), title, world)
+        common.print_numbers(means, title, world)
     for figure, found, how in (
             ("drop", dropped, "is [MASK], those of highest or lowest confidence"),
             ("perturb", perturbed, "is replaced at random")):

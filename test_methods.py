@@ -877,7 +877,9 @@ def test_the_toy_task_is_loaded_whole(all_toy_rows):
 
 
 @pytest.mark.parametrize("given, words", [
-    ({"predict": ["nope"]}, "--task toy: has no split nope; must be train, validation or test"),
+    ({"predict": ["nope"]},
+     "--predict nope: toy has no split nope; must be train, validation or test"),
+    ({"eval_tasks": ["toy:nope"]}, "--eval_tasks toy:nope: toy has no split nope"),
     ({"batch_size": 999}, "--batch_size 999: must be at most the 320 training rows"),
     ({"eval_tasks": ["imbd"]}, "--eval_tasks imbd: no such task; did you mean imdb?"),
     ({"eval_tasks": ["sick-r"]}, "--eval_tasks sick-r: is of the kind regress, the trained task"),
@@ -2142,6 +2144,26 @@ def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path, cache
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--overwrite")
 
 
+def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_path, cache,
+                                                            monkeypatch):
+    """So that --resume in its place, which a stopped run advises, goes on with its flags."""
+    both = ["--method", "std", "--seeds", 0, 1]
+    run("r3f", tiny_folder, tmp_path, *both)
+    both += ["--lr", 0.1, "--save_every", 1]
+    with monkeypatch.context() as patch:
+        killed_at(patch, [2])
+        with pytest.raises(KeyError):
+            run("r3f", tiny_folder, tmp_path, *both, "--overwrite")
+    results = run("r3f", tiny_folder, tmp_path, *both, "--resume")
+    assert [found["args"]["lr"] for found in results] == [0.1, 0.1]
+
+    # A kill while a folder is emptied leaves nothing that looks finished.
+    monkeypatch.setattr(shutil, "rmtree", made_again)
+    with pytest.raises(AttributeError):
+        run("r3f", tiny_folder, tmp_path, *both, "--overwrite")
+    assert not os.path.exists(tmp_path / "toy/std-0/results.json")
+
+
 def test_plain_fine_tuning_by_one_recipe_is_one_run_for_all_scripts(tiny_folder, tmp_path, cache,
                                                                     capsys):
     for one, other in (("r3f", "tdt"), ("tdt", "r3f")):
@@ -2909,7 +2931,8 @@ r3f | --model NOWEIGHTS | cannot be loaded by AutoModelForSequenceClassification
 r3f | --init_from nowhere | --init_from nowhere: must be
 r3f | --task cola-ood | --local_file cola-ood=FILE
 r3f | --output_dir AFILE | --output_dir
-r3f | --predict nope | --task toy: has no split nope
+r3f | --predict nope | --predict nope: toy has no split nope
+r3f | --eps 1e39 | --eps: must be a number from 0 to 1000
 r3f | --local_file foo | --local_file foo: must be NAME=FILE
 r3f | --local_file imdbb=good.csv | --local_file imdbb=good.csv: must be
 r3f | --resume --overwrite | not allowed with
@@ -7339,6 +7362,23 @@ def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_ber
         assert fewer["rows"] == 9 and list(fewer["values"]) == ["tdt", "std"]
         assert "perplexity 8" in (runs / "tdt-0/tsne.html").read_text()
 
+    # Two seeds that have no method in common have no means.
+    capsys.readouterr()
+    shutil.copytree(runs / "tdt-hard-0", runs / "tdt-hard-1")
+    results = load(runs / "tdt-hard-1/results.json")
+    write(runs / "tdt-hard-1/results.json", json.dumps({**results, "seed": 1}))
+    tdt.main(["--run", str(runs / "tdt-0"), str(runs / "tdt-hard-1"), "--tsne", "9"])
+    assert "means over" not in capsys.readouterr().out
+
+    few = write(toy_bert / "few.csv", "text,label\ngood,a\nbad,b\ngood film,a\n")
+    blank = write(toy_bert / "blank.csv", "text,label\n" + ",a\n,b\n" * 4)
+    for flags, words in (
+            (["--gamma", "3"], "--gamma: must be 0.01"),
+            (["--validation_file", few], "--tsne 9: few must have at least 4 rows; it has 3"),
+            (["--validation_file", blank], "blank: holds no words")):
+        message = refusal(tdt.main, ["--run", str(runs / "tdt-0"), "--tsne", "9", *flags])
+        assert message.startswith(words)
+
 
 def test_a_map_that_cannot_be_made_is_refused_in_one_line(toy_bert):
     argv = flags_on(toy_bert)
@@ -9718,13 +9758,15 @@ def test_probes_of_nothing_are_refused(words, message, tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    ["--batch_tokens", 500], ["--run", "a"], ["--grid", "lr=1,2", "--dev_samples", 9]])
+    ["--batch_tokens", 500], ["--run", "a"], ["--grid", "lr=1,2", "--dev_samples", 9],
+    ["--dev_samples", 9], ["--profile", 3], ["--predict", "test"]])
 def test_what_a_probe_cannot_do_is_refused(words, newcomers_runs, tmp_path):
     newcomers_runs[1].result()
     folder = newcomers_runs[0] / "toy-model/toy/std-0"
+    flag = words[0]
     words = [str(folder) if word == "a" else word for word in words]
     message = refusal(probe, tmp_path, "--probe", folder, "--probe_tasks", "toy", *words)
-    assert message == "--probe: cannot go together with --run, --grid or --batch_tokens"
+    assert message == f"{flag}: cannot go together with --probe"
 
 
 def test_each_probed_encoder_reads_with_its_own_tokenizer_and_length(newcomers_runs, tiny_folder,
