@@ -2445,6 +2445,8 @@ def print_table(say, results, args, started):
         if not args.score_validation and not args.eval_tasks:
             say("Nothing was scored now: these are the runs' scores from before.")
     say(f"{time.monotonic() - started:.0f} s; models, logs and results are in {where}")
+    if len(args.method) > 1 and not args.run:
+        say(f"what the differences show: python common.py {where}")
     return results
 
 

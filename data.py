@@ -511,13 +511,13 @@ def columns_of_files(args):
 def read_own(args, flag, task):
     """The rows of --test_file or --validation_file, for a task whose labels are known.
 
-    --text_columns and --label_column say where the texts and labels of a task of the table are;
-    without them they are where that table has them, or the texts in the usual columns.
+    --text_columns and --label_column say where the texts and labels are; without them they are
+    where the task has them, or the texts in the usual columns.
     """
     path = getattr(args, flag)
     table = read_file(path, f"--{flag}")
     columns = args.text_columns or task.columns
-    if not args.text_columns and not set(columns) <= set(table):
+    if "text_columns" not in args.by_hand and not set(columns) <= set(table):
         columns = usual_columns(table, f"--{flag} {path}")
     for column in columns:
         check_column(column, "--text_columns", table, path)
@@ -704,8 +704,8 @@ def read_hub(task, split, given):
 def own_files(args):
     """--train_file and --validation_file as (task, {split: rows})."""
     if not (args.train_file and args.validation_file):
-        raise UserError("--train_file and --validation_file: both are needed "
-                        "to train on your own data")
+        raise UserError("--train_file and --validation_file: both are needed to train on your own "
+                        "data; of a single file keep some rows apart for the second")
     tables = {
         args.train_file: read_file(args.train_file, "--train_file"),
         args.validation_file: read_file(args.validation_file, "--validation_file"),

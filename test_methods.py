@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import random
 import re
 import shlex
 import shutil
@@ -725,6 +726,18 @@ def test_labels_of_which_one_is_missing_are_not_taken_for_two_types():
     assert message == "t.csv: row 3: label '1e39' must fit into 32 bits"
 
 
+def test_a_file_for_a_finished_run_may_have_the_usual_columns(tmp_path):
+    """Where it lacks those that the run was trained with, and none is named."""
+    task = data.Task("custom", text=("review",), labels=("bad", "good"))
+    path = write(tmp_path / "new.csv", "text,label\nfine,good\n")
+    given = settings(run=["a"], by_hand=["test_file"], text_columns=["review"], test_file=path)
+    rows = data.read_own(given, "test_file", task)
+    assert rows["review"][:] == ["fine"] and rows["label"][:] == [1]
+    given.by_hand.append("text_columns")
+    message = refusal(data.read_own, given, "test_file", task)
+    assert message.startswith("--text_columns review: no such column")
+
+
 @pytest.mark.parametrize("given, words", [
     ({"own_files": "a", "train_file": None}, "--validation_file: both are needed"),
     ({"own_files": "a", "validation_file": None}, "--validation_file: both are needed"),
@@ -928,8 +941,8 @@ def test_a_group_is_scored_on_the_split_that_is_named_where_there_is_one(monkeyp
         "paws-x-de", "paws-x-de/validation"]
 
     for eval_tasks, line in [
-            (["paws-x-ko:validation"], "--task paws-x-ko: cannot load split validation of "),
-            (["paws-x:train"], "--task paws-x-zh: .* from the hub: the line is dead"),
+            (["paws-x-ko:validation"], "--eval_tasks paws-x-ko:validation: cannot load split "),
+            (["paws-x:train"], "--eval_tasks paws-x-zh:train: .*hub: the line is dead"),
             (["paws-y:test"], "--eval_tasks paws-y: no such task; did you mean paws-x")]:
         with pytest.raises(UserError, match=line):
             further(*eval_tasks)
@@ -2894,7 +2907,7 @@ WRONG_FLAGS = """
 r3f | --task colla | --task colla: no such task; did you mean cola
 r3f | --method r5f | --method: invalid choice: 'r5f'
 r3f | --lam -1 | --lam: must be a number from 0, got '-1'
-r3f | --eps nan | --eps: must be a number from 0, got 'nan'
+r3f | --eps nan | --eps: must be a number from 0 to 1000, got 'nan'
 r3f | --lr 0 | --lr: must be a number above 0, got '0'
 r3f | --lr inf | --lr: must be
 r3f | --lr fast | --lr: must be
