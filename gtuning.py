@@ -99,10 +99,10 @@ batches and critic_batches yield tokenized x_t and x_u (general text), batches y
         f_optimizer.zero_grad()
         D.requires_grad_(True)
         for t in range(5):                                               # T
-            x_t, x_u = next(critic_batches)
+            b, m = next(critic_batches)
             with torch.no_grad():
-                f_t = f.eval().features(**x_t)
-                f_u = f.features(**x_u)
+                f_t = f.eval().features(**b)
+                f_u = f.features(**m)
             loss, stats = discriminator_loss(D, f_t, f_u)                # Eq. 3
             loss.backward()
             d_optimizer.step()
