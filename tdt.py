@@ -77,8 +77,8 @@ Choices, where the paper is silent or the authors' release does otherwise:
         2         47.0 to 85.0       2.0 to 11.0
 11. The paper searches alpha over 0.5, 2, 4 and beta over 0.5, 1, and does not say what it chose.
     With beta 1, held-out rows chose alpha 2 for SST-2, MRPC, STS-B and CoLA in 160 steps and 0.5
-    for CoLA in 320 (MiniLM, 1,000 rows, one seed), and 0.5 for all rows of CoLA. beta was not
-    searched. The toy task has 0.5.
+    for CoLA in 320 (MiniLM, 1,000 rows, one seed), and 0.5 for all rows of CoLA and of MRPC. beta
+    was not searched. The toy task has 0.5.
 12. Figures 5 and 6 (--perturb, --drop): a share of each sentence's words, rounded, is replaced by
     [MASK] or, in curves of their own, by other words of the sentence; the paper does both at
     random, position by position. Special tokens stay. Figure 6 goes by the order of c itself.
@@ -836,7 +836,7 @@ def show_explanations(module, folder, asked, tokenizer, max_length, scale, world
     texts = json.dumps([vars(explanation) for explanation in found], indent=1)
     common.write_file(f"{name}.json", texts, world)
     title = f"What the model looks at ({folder})"
-    common.write_file(f"{name}.html", page(found, title, scale), world)
+    common.write_file(f"{name}.html", explanations_page(found, title, scale), world)
 
 
 def free_name(folder, name):
@@ -889,7 +889,7 @@ section p { margin: 0 0 .4rem }
 """
 
 
-def page(explanations, title, scale):
+def explanations_page(explanations, title, scale):
     """Explanations as one self-contained HTML page."""
     import common
     from html import escape

@@ -3469,15 +3469,16 @@ README_TABLES = {
         "TDT, 320 steps, over `std` in 320": ["320 tdt", "", "320 tdt", "320 tdt"],
         "TDT, released": ["", "", "cola-released tdt", ""],
         "TDT-hard": ["1000-bf16 tdt-hard", "", "1000-bf16 tdt-hard", "1000-bf16 tdt-hard"],
+        "TDT-hard, new seeds": ["hard-again tdt-hard", "", "", ""],
         "token cutoff": ["1000-fp32 cutoff", "", "1000-fp32 cutoff", "1000-fp32 cutoff"],
         "NoisyTune": ["1000-fp32 std weight_noise=0.2", "", "1000-fp32 std weight_noise=0.2",
                       "1000-fp32 std weight_noise=0.2"],
         "`std`, 320 steps": ["steps std epochs=10.0", "", "steps std epochs=10.0", ""],
     }),
-    "all rows": ([COLA, IN_DOMAIN, OUT_OF_DOMAIN, RTE], [6, 6, 6, 5], {
-        "`std`, its scores": [*["cola-full std"] * 3, "rte-full std"],
-        "R3F": [*["cola-full r3f"] * 3, ""],
-        "TDT": [*["cola-full-tdt tdt"] * 3, "rte-full tdt"],
+    "all rows": ([COLA, IN_DOMAIN, OUT_OF_DOMAIN, MRPC, RTE], [6, 6, 6, 5, 5], {
+        "`std`, its scores": [*["cola-full std"] * 3, "mrpc-full std", "rte-full std"],
+        "R3F": [*["cola-full r3f"] * 3, "", ""],
+        "TDT": [*["cola-full-tdt tdt"] * 3, "mrpc-full tdt", "rte-full tdt"],
     }),
     "1,000 rows, in domain and out": (
         [SST2, ("sst2", "imdb", "accuracy"), ("stsb", "validation", "pearson"),
@@ -6406,7 +6407,7 @@ def test_a_word_has_the_largest_confidence_of_its_pieces():
 
 def test_the_page_escapes_what_it_shows_and_needs_no_other_file():
     words = [["<script>", 0.2, 0], ["&", 0.9, 1]]
-    page = tdt.page([tdt.Explanation("x", "<b>", 0.75, words)], "a < b", tdt.Scale())
+    page = tdt.explanations_page([tdt.Explanation("x", "<b>", 0.75, words)], "a < b", tdt.Scale())
     assert "<script" not in page and "&lt;script&gt;" in page and "&amp;" in page
     assert "a &lt; b" in page and "&lt;b&gt; (0.75)" in page
     assert "http" not in page and page.count('class="words"') == 2
@@ -6415,9 +6416,9 @@ def test_the_page_escapes_what_it_shows_and_needs_no_other_file():
 
 def test_the_page_says_its_scale_and_shades_by_it():
     explanation = tdt.Explanation("x", "good", 0.75, [["a", 0.5, 0], ["b", 0.9, 0]])
-    page = tdt.page([explanation], "t", tdt.Scale())
+    page = tdt.explanations_page([explanation], "t", tdt.Scale())
     assert "from 0.00 to 1.00" in page and "--place:0.50" in page and "--place:0.90" in page
-    page = tdt.page([explanation], "t", tdt.Scale(0.4, 0.6, "the range on validation"))
+    page = tdt.explanations_page([explanation], "t", tdt.Scale(0.4, 0.6, "the range on validation"))
     assert "from 0.40 to 0.60, the range on validation" in page
     assert "--place:0.50" in page and "--place:1.00" in page             # never beyond the end
 
@@ -6425,7 +6426,7 @@ def test_the_page_says_its_scale_and_shades_by_it():
 def test_a_number_is_predicted_without_a_probability():
     explanation = tdt.Explanation("x", 2.5, None, [["a", 0.5, 0]])
     assert tdt.screen_line(explanation, tdt.Scale(), False) == "2.5: a 0.50"
-    assert "Prediction: <b>2.5</b>" in tdt.page([explanation], "t", tdt.Scale())
+    assert "Prediction: <b>2.5</b>" in tdt.explanations_page([explanation], "t", tdt.Scale())
 
 
 def test_a_terminal_gets_colours():
