@@ -78,7 +78,7 @@ Choices, where the paper is silent or the authors' release does otherwise:
 11. The paper searches alpha over 0.5, 2, 4 and beta over 0.5, 1, and does not say what it chose.
     With beta 1, held-out rows chose alpha 2 for SST-2, MRPC, STS-B and CoLA in 160 steps and 0.5
     for CoLA in 320 (MiniLM, 1,000 rows, one seed), and 0.5 for all rows of CoLA and of MRPC. beta
-    was not searched. The toy task has 0.5.
+    was searched for SST-2 alone, which chose 1: 86.6 held-out, at 0.5 83.8. The toy task has 0.5.
 12. Figures 5 and 6 (--perturb, --drop): a share of each sentence's words, rounded, is replaced by
     [MASK] or, in curves of their own, by other words of the sentence; the paper does both at
     random, position by position. Special tokens stay. Figure 6 goes by the order of c itself.
