@@ -1977,10 +1977,13 @@ def refuse_unlike_runs(runs, task, alike):
                             "is; must be another one")
 
 
-def refuse_other_flags(args, runs):
-    """UserError if a flag set by hand is not the runs' own and says more than what to score."""
+def refuse_other_flags(args, runs, free=()):
+    """UserError if a flag set by hand is not the runs' own and says more than what to score.
+
+    free: further flags that may be others.
+    """
     may_be_new = {"eval_tasks", "validation_file", "text_columns", "label_column", "precision",
-                  "model"}                             # which take_flags has looked at
+                  "model", *free}                      # take_flags has looked at the model
     for (folder, results), name in itertools.product(runs.items(), args.by_hand):
         saved = results["args"].get(name)
         is_of_run = name in results["args"] and name not in may_be_new

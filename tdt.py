@@ -1303,7 +1303,7 @@ def use_finished(args, asked, world, started):
     """--run: scores, predictions and analyses of finished runs. To explain a text needs no data."""
     import common
     setup = None
-    common.refuse_other_flags(args, asked.finished)
+    common.refuse_other_flags(args, asked.finished, free=["max_length"])
     to_score = not asked.any or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
     if to_score or asked.figures:

@@ -7392,6 +7392,7 @@ def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_ber
             (["--validation_file", blank], "blank: holds no words")):
         message = refusal(tdt.main, ["--run", str(runs / "tdt-0"), "--tsne", "9", *flags])
         assert message.startswith(words)
+    tdt.main(["--run", str(runs / "tdt-0"), "--explain", "good film", "--max_length", "9"])
 
 
 def test_a_map_that_cannot_be_made_is_refused_in_one_line(toy_bert):
