@@ -2710,10 +2710,13 @@ def density(cloud, xs, ys):
 
 
 def grid_over(points):
-    """The axes of a grid over all points (n, 2), and 2% beyond: xs (60,), ys (60,)."""
+    """The axes of a grid over all points (n, 2), and 25% beyond: xs (60,), ys (60,).
+
+    Contour lines around points at the edge need the room.
+    """
     low = points.min(0)
     high = points.max(0)
-    beyond = max(0.02 * (high - low).max(), 1e-9)
+    beyond = max(0.25 * (high - low).max(), 1e-9)
     return np.linspace(low - beyond, high + beyond, 60).T
 
 
@@ -2821,7 +2824,7 @@ def map_svg(clouds, marks, filled=None, outlined=False, reach=None):
 MAPS_STYLE = """
 .panels { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)) }
-figure { margin: 0 }
+figure { margin: 0; max-width: 36rem }
 figure svg { display: block; width: 100%; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px }
 figcaption { font-size: .85rem }
@@ -3945,14 +3948,14 @@ figure { margin: 0; background: var(--card); border: 1px solid var(--line); bord
 figcaption { font-size: .8rem }
 figure svg { display: block; width: 100% }
 .figures { display: grid; gap: 1rem; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
 svg text { font-size: 13px; fill: var(--faint) }
 svg .name { fill: var(--ink) }
 .grid { stroke: var(--line) } .zero { stroke: var(--faint) }
 .line { fill: none; stroke: var(--c); stroke-width: 2 } .band { fill: var(--c); opacity: .13 }
 .dot { fill: var(--c); opacity: .55 } .mark { stroke: var(--c); stroke-width: 2.5 }
-.key { white-space: nowrap }
-.key svg { width: 1.8rem; height: .6rem; display: inline; margin: 0 .3rem 0 .8rem }
+.key { white-space: nowrap; margin-right: .8rem }
+.key svg { width: 1.8rem; height: .6rem; display: inline; margin-right: .3rem }
 .second { stroke-dasharray: 5 4 }
 @media (max-width: 600px) {
   table { font-size: .73rem } th, td { padding: .1rem .25rem } td svg { width: 4.5rem }
@@ -4113,11 +4116,14 @@ def draw_intervals(table):
 
 def figure(picture, caption, colours=None):
     """The html of a drawing. colours {name: classes}: a legend."""
-    names = ""
-    for name, classes in (colours or {}).items():
-        sample = svg(28, 8, [line_at(0, 4, 28, 4, f"line {classes}")], name)
-        names += f'<span class="key">{sample}{html.escape(name)}</span>'
-    return f"<figure>{picture}<figcaption>{html.escape(caption)}{names}</figcaption></figure>"
+    words = html.escape(caption)
+    if colours:
+        names = ""
+        for name, classes in colours.items():
+            sample = svg(28, 8, [line_at(0, 4, 28, 4, f"line {classes}")], name)
+            names += f'<span class="key">{sample}{html.escape(name)}</span>'
+        words = f"<div>{names}</div>{words}"
+    return f"<figure>{picture}<figcaption>{words}</figcaption></figure>"
 
 
 def curve_figures(table):
@@ -4333,9 +4339,8 @@ def write_report(args, tables, probes, left_out):
         body.append(html_probes(probes))
     if left_out:
         body.append(f"<h2>Left out</h2>{html_list(left_out)}")
-    title = "Report: " + (", ".join(table.title for table in tables) or "probes")
     files = {"report.tsv": tsv_report(tables),
-             "report.html": html_page(title, REPORT_STYLE, "\n".join(body))}
+             "report.html": html_page("Report", REPORT_STYLE, "\n".join(body))}
     try:
         os.makedirs(folder, exist_ok=True)
         for name, text in files.items():

@@ -625,7 +625,7 @@ def draw_maps(projection, perplexity, clouds, results, names):
         centres = [common.densest(cloud, xy) for cloud in both.values()]
         apart = np.linalg.norm(centres[0] - centres[1]) / np.linalg.norm(xy.std(0))
         caption += f", densest places {apart:.2f} apart"
-        maps[caption] = common.map_svg(both, MARKS, outlined=True, reach=1.05 * reaches[run])
+        maps[caption] = common.map_svg(both, MARKS, outlined=True, reach=1.4 * reaches[run])
     return maps
 
 

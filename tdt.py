@@ -739,9 +739,10 @@ def show_confidences(folder, c, evaluation):
     shares = {}
     for i, count in enumerate(counts):
         shares[5 * i + 2.5] = [100 * count / len(words)]                 # at the middle of a bin
-    caption = (f"{folder}: percent of the {len(words)} words of {evaluation.name} that have a "
-               "confidence of so many percent, in steps of 5")
-    write_curves_page(os.path.join(folder, "confidences.html"), {caption: {"words": shares}}, world)
+    caption = (f"Percent of the {len(words)} words of {evaluation.name} that have a confidence of "
+               "so many percent, in steps of 5")
+    path = os.path.join(folder, "confidences.html")
+    write_curves_page(path, f"Confidences of {folder}", {caption: {"words": shares}}, world)
 
 
 # --------------------------------------------------------------------------  analyses: explanations
@@ -1063,7 +1064,7 @@ def print_control(found, rates, world):
                       f"{gap.losses} of {common.plural(gap.n, 'seed')}")
 
 
-def draw_curves(found, title, path, world):
+def draw_curves(found, heading, title, path, world):
     """The curves of all seeds as a page, a figure for each method."""
     by_method = {}                                     # {caption: {kind: {percent: scores}}}
     for curves_of_seed in found:
@@ -1074,19 +1075,20 @@ def draw_curves(found, title, path, world):
             for rate, scores in curve.items():
                 percent = round(100 * rate, 2)
                 points.setdefault(percent, []).extend(100 * score for score in scores)
-    write_curves_page(path, by_method, world)
+    write_curves_page(path, heading, by_method, world)
 
 
-def write_curves_page(path, curves, world):
+def write_curves_page(path, heading, curves, world):
     """A page of figures: curves {caption: {name: {x: values}}}."""
     import common
     figures = []
     for caption, named in curves.items():
         colours = {name: f"c{i}" for i, name in enumerate(named)}
         picture = common.curve_svg(named, colours, caption)
-        figures.append(common.figure(picture, caption, colours))
+        legend = colours if len(named) > 1 else None
+        figures.append(common.figure(picture, caption, legend))
     body = f'<div class="figures">{"".join(figures)}</div>'
-    common.write_file(path, common.html_page(path, common.REPORT_STYLE, body), world)
+    common.write_file(path, common.html_page(heading, common.REPORT_STYLE, body), world)
 
 
 # ------------------------------------------------------------------------------  analyses: Figure 3
@@ -1361,9 +1363,10 @@ def analyse(args, asked, setup, tokenizer, world):
     if means:                                          # no method may have all of the seeds
         title = f"{args.task} {evaluation.name}: means over {len(clouds)} seeds"
         common.print_numbers(means, title, world)
-    for figure, found, how in (
-            ("drop", dropped, "is [MASK], those of highest or lowest confidence"),
-            ("perturb", perturbed, "is replaced at random")):
+    for figure, found, heading, how in (
+            ("drop", dropped, "without the words of highest or lowest confidence",
+             "is [MASK], those of highest or lowest confidence"),
+            ("perturb", perturbed, "with words replaced at random", "is replaced at random")):
         if found:
             metric = evaluation.task.metric_names[0]
             title = (f"{args.task} {evaluation.name}: {metric} in percent when that share of the "
@@ -1373,7 +1376,8 @@ def analyse(args, asked, setup, tokenizer, world):
                 print_control(found, asked.rates, world)
             first_folder = next(iter(next(iter(asked.runs.values())).values()))
             path = os.path.join(os.path.dirname(first_folder), f"{figure}.html")
-            draw_curves(found, title, path, world)
+            heading = f"Scores on {args.task} {heading}"
+            draw_curves(found, heading, title, path, world)
 
 
 # --------------------------------------------------------------------------------------  the recipe

@@ -4038,6 +4038,14 @@ def test_the_density_of_two_points_by_hand():
     assert np.abs(common.densest(left, around) - [0.1, 0.2]).max() < 0.1
 
 
+def test_contour_lines_close_around_points_at_the_edge_of_the_map():
+    cloud = np.random.default_rng(0).uniform(size=(200, 2))
+    cloud[:100, 0] -= 1.5                              # two squares side by side
+    for path in common.contour_paths(cloud, cloud, lambda at: 1000 * at):
+        ends = re.findall("[ML]([^ML]+)", path)
+        assert ends and all(ends.count(end) % 2 == 0 for end in ends)
+
+
 def test_a_contour_line_lies_on_its_level():
     ys, xs = np.mgrid[0:41, 0:61]
     values = np.hypot(xs - 30, ys - 20)                # a cone: its lines are circles
@@ -6702,8 +6710,8 @@ def test_confidences_are_counted_and_named(toy, capsys):
     assert "plot" in found["mean_by_token"]
     assert (run_of(folder, "tdt-hard") / "confidences.json").exists()
     page = (run_of(folder) / "confidences.html").read_text()
-    assert f"percent of the {found['tokens']} words of validation" in page
-    assert page.count("<polyline") == 1
+    assert f"Percent of the {found['tokens']} words of validation" in page
+    assert page.count("<polyline") == 1 and "<h1>Confidences of " in page
     assert not (run_of(folder, "cutoff") / "confidences.json").exists()
     assert "highest, of tokens seen 5 times" in capsys.readouterr().out
 
@@ -8082,7 +8090,7 @@ def test_the_maps_of_figure_2(projection):
         places[run] = np.array([[float(x), float(y)] for _, x, y in found])
     one, two = places.values()
     reaches = [np.abs(xy - 240).max() for xy in places.values()]
-    assert max(reaches) == pytest.approx(230 / 1.05, abs=0.2)
+    assert max(reaches) == pytest.approx(230 / 1.4, abs=0.2)
     if projection == "tsne":                           # each map has its own scale
         assert reaches[0] == pytest.approx(reaches[1], abs=0.2)
     else:
