@@ -42,8 +42,8 @@ import numpy as np
 import data
 from data import UserError, first_line
 
-# --help and the report start at once because they do not load torch.
-if __name__ != "__main__" and not {"-h", "--help"} & set(sys.argv):
+# The report, this file as a program, starts at once because it does not load torch.
+if __name__ != "__main__":
     import torch
     from torch import distributed as dist
 

@@ -119,86 +119,16 @@ import os
 import sys
 import time
 
-ADAPTER = "layers pooling pair_mode tune feature_length schedule keep retrieve_layer"
-CRITIC = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
-METHODS = {                                            # the kinds of task it can train, its flags
-    "adapter": {"kinds": "classify regress tag span", "flags": ADAPTER},
-    "gtuning": {"kinds": "classify regress tag span", "flags": f"{ADAPTER} {CRITIC}"},
-    "self-teach": {"kinds": "classify regress",
-                   "flags": f"{ADAPTER} unlabeled teacher teach_weight"},
-}
-
-
-def flags():
-    import common
-    p = common.parser(__doc__, [*METHODS], ["gtuning"])
-    weight = common.number(float, 0)
-    positive = common.number(float, 0, above=True)
-    home = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-
-    g = p.add_argument_group("G-Tuning")
-    g.add_argument("--alpha", type=weight, default=1.0, help="weight of L_T, Eq. 6")
-    g.add_argument("--beta", type=weight, default=0.5, help="weight of L_G, Eq. 6")
-    g.add_argument("--gp_weight", type=weight, default=10.0,
-                   help="lambda, Eq. 3: weight of the gradient penalty")
-    g.add_argument("--epsilon", default="normal", choices=["normal", "uniform"],
-                   help="distribution of e, Eq. 4 (choice 4)")
-    g.add_argument("--T", type=common.number(int, 1), default=5, metavar="T",
-                   help="steps on D for one on f, Algorithm 1; the paper tries 3 5 7 9")
-    g.add_argument("--d_lr", type=positive, default=1e-4, help="learning rate of D")
-    g.add_argument("--d_betas", type=common.number(float, 0, 0.99999), nargs=2,
-                   default=[0.9, 0.999], help="betas of D's Adam")
-    g.add_argument("--unlabeled", default="Salesforce/wikitext:wikitext-103-raw-v1:train",
-                   metavar="M", help="a text file; a csv, tsv, json or jsonl with a column text; "
-                                     "or ID:CONFIG:SPLIT of the hub")
-    g.add_argument("--keep", default="best", choices=["best", "last"],
-                   help="the state that counts (choice 13)")
-
-    g = p.add_argument_group("f, and the states of g")
-    g.add_argument("--layers", type=common.number(int, 1), default=3, metavar="N",
-                   help="transformer layers of h, and of D")
-    g.add_argument("--pooling", default="cls", choices=["cls", "mean"], help="f(x), choice 2")
-    g.add_argument("--feature_length", type=weight, default=4.0, metavar="L",
-                   help="length of f(x); 0: sqrt(H) (choice 11)")
-    g.add_argument("--pair_mode", default="separate", choices=["separate", "joint"],
-                   help="choice 6")
-    g.add_argument("--tune", default="adapter", choices=["adapter", "all"],
-                   help="all: g too (FT, Appendix A)")
-    g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
-                   help="f's learning rate after the warm-up (choice 12)")
-    g.add_argument("--no_cache", action="store_true",
-                   help="encode every batch again; the same numbers")
-    g.add_argument("--cache_dir", default=os.path.join(home, "states"), metavar="DIR",
-                   help="folder of g's states")
-
-    g = p.add_argument_group("Self-Teach, Figure 2, retrieval")
-    g.add_argument("--teacher", default="", metavar="RUN",
-                   help="self-teach: the folder of a finished run of any script")
-    g.add_argument("--teach_weight", type=weight, default=1.0,
-                   help="self-teach: lambda (choice 14)")
-    g.add_argument("--embed", action="store_true",
-                   help="Figure 2: f(x) in domain and out (the first of --eval_tasks)")
-    g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
-                   help="the map of --embed: by t-SNE, or by two principal axes")
-    g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
-                   help="tatoeba, bucc: retrieve by the vectors of that block of g (f's)")
-    return p
-
-
 # same: start
-if __name__ == "__main__":
+if __name__ == "__main__":                             # Ctrl-C while torch is loaded, for seconds
     import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)       # while torch is loaded, for seconds
-    if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "common.py")):
-        print(f"{__file__}: alone it is a module to import, as its first lines say; its "
-              "experiments need common.py and data.py beside it", file=sys.stderr)
-        sys.exit(2)
-    if {"-h", "--help"} & set(sys.argv):
-        flags().parse_args(["--help"])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 # end same
 
 import torch
 import torch.nn.functional as F
+
+# common and data are imported where they are used: the core needs torch alone.
 
 
 # --------------------------------------------------------------------------------------  the method
@@ -1194,7 +1124,73 @@ def use_finished(args, runs, setup, world, started):
     return results
 
 
-# --------------------------------------------------------------------------------------  the recipe
+# --------------------------------------------------------------------------------  flags and recipe
+
+ADAPTER = "layers pooling pair_mode tune feature_length schedule keep retrieve_layer"
+CRITIC = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
+METHODS = {                                            # the kinds of task it can train, its flags
+    "adapter": {"kinds": "classify regress tag span", "flags": ADAPTER},
+    "gtuning": {"kinds": "classify regress tag span", "flags": f"{ADAPTER} {CRITIC}"},
+    "self-teach": {"kinds": "classify regress",
+                   "flags": f"{ADAPTER} unlabeled teacher teach_weight"},
+}
+
+
+def flags():
+    import common
+    p = common.parser(__doc__, [*METHODS], ["gtuning"])
+    weight = common.number(float, 0)
+    positive = common.number(float, 0, above=True)
+    home = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+
+    g = p.add_argument_group("G-Tuning")
+    g.add_argument("--alpha", type=weight, default=1.0, help="weight of L_T, Eq. 6")
+    g.add_argument("--beta", type=weight, default=0.5, help="weight of L_G, Eq. 6")
+    g.add_argument("--gp_weight", type=weight, default=10.0,
+                   help="lambda, Eq. 3: weight of the gradient penalty")
+    g.add_argument("--epsilon", default="normal", choices=["normal", "uniform"],
+                   help="distribution of e, Eq. 4 (choice 4)")
+    g.add_argument("--T", type=common.number(int, 1), default=5, metavar="T",
+                   help="steps on D for one on f, Algorithm 1; the paper tries 3 5 7 9")
+    g.add_argument("--d_lr", type=positive, default=1e-4, help="learning rate of D")
+    g.add_argument("--d_betas", type=common.number(float, 0, 0.99999), nargs=2,
+                   default=[0.9, 0.999], help="betas of D's Adam")
+    g.add_argument("--unlabeled", default="Salesforce/wikitext:wikitext-103-raw-v1:train",
+                   metavar="M", help="a text file; a csv, tsv, json or jsonl with a column text; "
+                                     "or ID:CONFIG:SPLIT of the hub")
+    g.add_argument("--keep", default="best", choices=["best", "last"],
+                   help="the state that counts (choice 13)")
+
+    g = p.add_argument_group("f, and the states of g")
+    g.add_argument("--layers", type=common.number(int, 1), default=3, metavar="N",
+                   help="transformer layers of h, and of D")
+    g.add_argument("--pooling", default="cls", choices=["cls", "mean"], help="f(x), choice 2")
+    g.add_argument("--feature_length", type=weight, default=4.0, metavar="L",
+                   help="length of f(x); 0: sqrt(H) (choice 11)")
+    g.add_argument("--pair_mode", default="separate", choices=["separate", "joint"],
+                   help="choice 6")
+    g.add_argument("--tune", default="adapter", choices=["adapter", "all"],
+                   help="all: g too (FT, Appendix A)")
+    g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
+                   help="f's learning rate after the warm-up (choice 12)")
+    g.add_argument("--no_cache", action="store_true",
+                   help="encode every batch again; the same numbers")
+    g.add_argument("--cache_dir", default=os.path.join(home, "states"), metavar="DIR",
+                   help="folder of g's states")
+
+    g = p.add_argument_group("Self-Teach, Figure 2, retrieval")
+    g.add_argument("--teacher", default="", metavar="RUN",
+                   help="self-teach: the folder of a finished run of any script")
+    g.add_argument("--teach_weight", type=weight, default=1.0,
+                   help="self-teach: lambda (choice 14)")
+    g.add_argument("--embed", action="store_true",
+                   help="Figure 2: f(x) in domain and out (the first of --eval_tasks)")
+    g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
+                   help="the map of --embed: by t-SNE, or by two principal axes")
+    g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
+                   help="tatoeba, bucc: retrieve by the vectors of that block of g (f's)")
+    return p
+
 
 def recipe(args):
     """Section 3.1: batches of 32, accumulated over two, Adam, 5 + 5 epochs; lr from its list."""
@@ -1366,6 +1362,11 @@ def main(argv=None):
 
 # same: end
 if __name__ == "__main__":
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.exists(os.path.join(folder, "common.py")):
+        print(f"{__file__}: alone it is a module to import, as its first lines say; its "
+              "experiments need common.py and data.py beside it", file=sys.stderr)
+        sys.exit(2)
     from common import cli
     sys.exit(cli(main))
 # end same

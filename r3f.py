@@ -68,83 +68,17 @@ import os
 import sys
 import time
 
-# common and data are imported where they are used: the core needs torch alone.
-
-NOISE = "lam eps noise stop_grad share_dropout"
-METHODS = {                                            # the kinds of task it can train, its flags
-    "std": {"kinds": "classify regress tag generate", "flags": "label_smoothing"},
-    "r3f": {"kinds": "classify tag generate", "flags": f"{NOISE} label_smoothing reduction"},
-    "r4f": {"kinds": "classify", "flags": f"{NOISE} label_smoothing"},
-    "rdrop": {"kinds": "classify", "flags": "alpha"},
-    "smart": {"kinds": "classify",
-              "flags": "lam eps smart_sigma smart_eta smart_steps bregman"},
-    "freelb": {"kinds": "classify regress", "flags": "adv_steps adv_lr adv_init adv_eps"},
-}
-
-# Why a method cannot train a kind of task.
-WHY = {
-    "regress": ", its labels are numbers: the KL is undefined (paper, footnote 1)",
-    "generate": ": R4F finds no head of its own there (paper, section 3.2), and the rivals are "
-                "compared on classes",
-}
-
-
-def flags():
-    import common
-    p = common.parser(__doc__, [*METHODS], ["r3f"])
-    weight = common.number(float, 0)
-    above_0 = common.number(float, 0, above=True)
-    g = p.add_argument_group("R3F and R4F")
-    g.add_argument("--lam", type=weight, default=1.0,
-                   help="lambda, Eq. 3; the paper tries 0.1 0.5 1 5; also SMART's")
-    g.add_argument("--eps", type=common.number(float, 0, 1000), default=1e-5,
-                   help="sigma, Eq. 4; of SMART the bound of z")
-    g.add_argument("--noise", default="uniform", choices=["uniform", "normal"],
-                   help="distribution of z, Eq. 4")
-    g.add_argument("--stop_grad", default="none", choices=["none", "noised"],
-                   help="choice 3: noised is a third cheaper")
-    g.add_argument("--share_dropout", action="store_true",
-                   help="choice 2: both passes use the same dropout masks")
-    g.add_argument("--label_smoothing", type=common.number(float, 0, 0.5), default=0.0,
-                   metavar="E", help="weight of all other words or classes in the loss")
-    g.add_argument("--reduction", default="token", choices=["token", "sentence", "released"],
-                   help="choice 7: of the KL of texts that are written")
-    g = p.add_argument_group("its rivals")
-    g.add_argument("--alpha", type=weight, default=1.0, help="R-Drop: weight of the KL")
-    g.add_argument("--smart_sigma", type=above_0, default=1e-5, help="SMART: deviation of z_0")
-    g.add_argument("--smart_eta", type=weight, default=1e-3, help="SMART: length of an ascent")
-    g.add_argument("--smart_steps", type=common.number(int, 1), default=1, help="SMART: ascents, K")
-    g.add_argument("--bregman", type=weight, default=0.0, help="SMART: mu; its paper: 1")
-    g.add_argument("--adv_steps", type=common.number(int, 1), default=2, help="FreeLB: ascents, K")
-    g.add_argument("--adv_lr", type=weight, default=0.1,
-                   help="FreeLB: length of an ascent; a GLUE task has its release's")
-    g.add_argument("--adv_init", type=weight, default=0.6, help="FreeLB: size of z_0")
-    g.add_argument("--adv_eps", type=weight, default=0.0, help="FreeLB: bound of |z|; 0: none")
-    g = p.add_argument_group("probes of finished runs (section 4.1)")
-    g.add_argument("--probe", nargs="+", default=[], metavar="RUN",
-                   help="a linear layer on the frozen encoder of each, and on the untuned one")
-    g.add_argument("--probe_tasks", nargs="+", default=[], metavar="NAME",
-                   help="what the linear layers learn")
-    g.add_argument("--probe_recipe", default="paper", choices=["paper", "converged"],
-                   help="paper: Table 5's rate and updates, which cannot converge")
-    return p
-
-
 # same: start
-if __name__ == "__main__":
+if __name__ == "__main__":                             # Ctrl-C while torch is loaded, for seconds
     import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)       # while torch is loaded, for seconds
-    if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "common.py")):
-        print(f"{__file__}: alone it is a module to import, as its first lines say; its "
-              "experiments need common.py and data.py beside it", file=sys.stderr)
-        sys.exit(2)
-    if {"-h", "--help"} & set(sys.argv):
-        flags().parse_args(["--help"])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 # end same
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrizations, parametrize
+
+# common and data are imported where they are used: the core needs torch alone.
 
 
 # --------------------------------------------------------------------------------------  the method
@@ -1003,7 +937,67 @@ def probe(args, argv):
     return lines
 
 
-# --------------------------------------------------------------------------------------  the recipe
+# --------------------------------------------------------------------------------  flags and recipe
+
+NOISE = "lam eps noise stop_grad share_dropout"
+METHODS = {                                            # the kinds of task it can train, its flags
+    "std": {"kinds": "classify regress tag generate", "flags": "label_smoothing"},
+    "r3f": {"kinds": "classify tag generate", "flags": f"{NOISE} label_smoothing reduction"},
+    "r4f": {"kinds": "classify", "flags": f"{NOISE} label_smoothing"},
+    "rdrop": {"kinds": "classify", "flags": "alpha"},
+    "smart": {"kinds": "classify",
+              "flags": "lam eps smart_sigma smart_eta smart_steps bregman"},
+    "freelb": {"kinds": "classify regress", "flags": "adv_steps adv_lr adv_init adv_eps"},
+}
+
+# Why a method cannot train a kind of task.
+WHY = {
+    "regress": ", its labels are numbers: the KL is undefined (paper, footnote 1)",
+    "generate": ": R4F finds no head of its own there (paper, section 3.2), and the rivals are "
+                "compared on classes",
+}
+
+
+def flags():
+    import common
+    p = common.parser(__doc__, [*METHODS], ["r3f"])
+    weight = common.number(float, 0)
+    above_0 = common.number(float, 0, above=True)
+    g = p.add_argument_group("R3F and R4F")
+    g.add_argument("--lam", type=weight, default=1.0,
+                   help="lambda, Eq. 3; the paper tries 0.1 0.5 1 5; also SMART's")
+    g.add_argument("--eps", type=common.number(float, 0, 1000), default=1e-5,
+                   help="sigma, Eq. 4; of SMART the bound of z")
+    g.add_argument("--noise", default="uniform", choices=["uniform", "normal"],
+                   help="distribution of z, Eq. 4")
+    g.add_argument("--stop_grad", default="none", choices=["none", "noised"],
+                   help="choice 3: noised is a third cheaper")
+    g.add_argument("--share_dropout", action="store_true",
+                   help="choice 2: both passes use the same dropout masks")
+    g.add_argument("--label_smoothing", type=common.number(float, 0, 0.5), default=0.0,
+                   metavar="E", help="weight of all other words or classes in the loss")
+    g.add_argument("--reduction", default="token", choices=["token", "sentence", "released"],
+                   help="choice 7: of the KL of texts that are written")
+    g = p.add_argument_group("its rivals")
+    g.add_argument("--alpha", type=weight, default=1.0, help="R-Drop: weight of the KL")
+    g.add_argument("--smart_sigma", type=above_0, default=1e-5, help="SMART: deviation of z_0")
+    g.add_argument("--smart_eta", type=weight, default=1e-3, help="SMART: length of an ascent")
+    g.add_argument("--smart_steps", type=common.number(int, 1), default=1, help="SMART: ascents, K")
+    g.add_argument("--bregman", type=weight, default=0.0, help="SMART: mu; its paper: 1")
+    g.add_argument("--adv_steps", type=common.number(int, 1), default=2, help="FreeLB: ascents, K")
+    g.add_argument("--adv_lr", type=weight, default=0.1,
+                   help="FreeLB: length of an ascent; a GLUE task has its release's")
+    g.add_argument("--adv_init", type=weight, default=0.6, help="FreeLB: size of z_0")
+    g.add_argument("--adv_eps", type=weight, default=0.0, help="FreeLB: bound of |z|; 0: none")
+    g = p.add_argument_group("probes of finished runs (section 4.1)")
+    g.add_argument("--probe", nargs="+", default=[], metavar="RUN",
+                   help="a linear layer on the frozen encoder of each, and on the untuned one")
+    g.add_argument("--probe_tasks", nargs="+", default=[], metavar="NAME",
+                   help="what the linear layers learn")
+    g.add_argument("--probe_recipe", default="paper", choices=["paper", "converged"],
+                   help="paper: Table 5's rate and updates, which cannot converge")
+    return p
+
 
 # FreeLB's release, for RoBERTa: length of an ascent, ascents, size of z_0, bound of |z|.
 FREELB = {
@@ -1179,6 +1173,11 @@ def main(argv=None):
 
 # same: end
 if __name__ == "__main__":
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.exists(os.path.join(folder, "common.py")):
+        print(f"{__file__}: alone it is a module to import, as its first lines say; its "
+              "experiments need common.py and data.py beside it", file=sys.stderr)
+        sys.exit(2)
     from common import cli
     sys.exit(cli(main))
 # end same

@@ -92,90 +92,16 @@ import sys
 import time
 from dataclasses import dataclass, replace
 
-# common and data are imported where they are used: the core needs torch alone.
-
-OWN = "alpha beta gamma margin variant keep_special c_lr"
-METHODS = {                                            # the kinds of task it can train, its flags
-    "std": {"kinds": "classify regress", "flags": ""},
-    "tdt": {"kinds": "classify regress", "flags": f"{OWN} mu0"},
-    "tdt-hard": {"kinds": "classify regress", "flags": f"{OWN} tau"},
-    "cutoff": {"kinds": "classify", "flags": "cutoff_rate cutoff_a cutoff_b"},
-}
-
-# Why a method cannot train a kind of task.
-WHY = {"regress": ": JS of a regression is undefined"}
-
-# Those whose models come with confidences.
-WITH_CONFIDENCES = ["tdt", "tdt-hard"]
-
-
-def flags():
-    import common
-    p = common.parser(__doc__, [*METHODS], ["tdt"])
-    weight = common.number(float, 0)
-    g = p.add_argument_group("TDT and TDT-hard")
-    g.add_argument("--alpha", type=weight, default=2.0,
-                   help="weight of L_C, Eq. 7; the paper tries 0.5 2 4")
-    g.add_argument("--beta", type=weight, default=1.0,
-                   help="weight of L_R, Eq. 7; the paper tries 0.5 1")
-    g.add_argument("--gamma", type=weight, default=0.01, help="weight of ||C||_2, Eq. 4; choice 3")
-    g.add_argument("--margin", type=weight, default=0.0,
-                   help="m, Eq. 6; the paper tries 0 2; choice 10")
-    g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"], help="mu_0, Eq. 3")
-    g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0,
-                   help="temperature of tdt-hard, Eq. 9")
-    g.add_argument("--c_lr", type=weight, default=1e-2, metavar="LR",
-                   help="peak learning rate of the confidence layer; 0: the encoder's; choice 9")
-    g.add_argument("--variant", default="paper", choices=["paper", "released"],
-                   help="choice 4; what the authors ran is released with --batching padded "
-                        "--max_length 256, as their mu_0 counts the padding to 256")
-    g.add_argument("--keep_special", action="store_true",
-                   help="choice 5: special tokens are never perturbed")
-
-    g = p.add_argument_group("token cutoff, choice 8")
-    g.add_argument("--cutoff_rate", type=common.number(float, 0, 1), default=0.1, metavar="R",
-                   help="share of the tokens that falls")
-    g.add_argument("--cutoff_a", type=weight, default=1.0, metavar="A",
-                   help="weight of CE without them")
-    g.add_argument("--cutoff_b", type=weight, default=1.0, metavar="B", help="weight of JS")
-
-    g = p.add_argument_group("analyses (section 4), after training or of finished runs (--run)")
-    g.add_argument("--explain", nargs="+", default=[], metavar="TEXT",
-                   help="each word's confidence; a pair is 'TEXT ||| TEXT'")
-    g.add_argument("--explain_file", default="", metavar="FILE", help="texts, one a line")
-    g.add_argument("--confidences", action="store_true",
-                   help="Figure 4: their distribution on the evaluation set")
-    g.add_argument("--tsne", type=common.number(int, 4), nargs="?", const=300, metavar="N",
-                   help="Figure 3: a map of H, H+ and H- of N rows (300), and numbers beside it "
-                        "(none)")
-    g.add_argument("--perturb", action="store_true",
-                   help="Figure 5: accuracy when random tokens become [MASK] or one of "
-                        "the same row")
-    g.add_argument("--drop", action="store_true",
-                   help="Figure 6: accuracy without the words of highest or lowest confidence; "
-                        "beside it the same by an untrained confidence layer")
-    g.add_argument("--rates", type=common.number(float, 0, 1), nargs="+",
-                   default=[0.1, 0.2, 0.3, 0.4, 0.5],
-                   help="shares of the words that --drop and --perturb replace")
-    g.add_argument("--draws", type=common.number(int, 1), default=10, metavar="N",
-                   help="how often the words of --perturb are drawn, for each rate")
-    return p
-
-
 # same: start
-if __name__ == "__main__":
+if __name__ == "__main__":                             # Ctrl-C while torch is loaded, for seconds
     import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)       # while torch is loaded, for seconds
-    if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "common.py")):
-        print(f"{__file__}: alone it is a module to import, as its first lines say; its "
-              "experiments need common.py and data.py beside it", file=sys.stderr)
-        sys.exit(2)
-    if {"-h", "--help"} & set(sys.argv):
-        flags().parse_args(["--help"])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 # end same
 
 import torch
 import torch.nn.functional as F
+
+# common and data are imported where they are used: the core needs torch alone.
 
 
 # --------------------------------------------------------------------------------  the method: loss
@@ -1380,7 +1306,75 @@ def analyse(args, asked, setup, tokenizer, world):
             draw_curves(found, heading, title, path, world)
 
 
-# --------------------------------------------------------------------------------------  the recipe
+# --------------------------------------------------------------------------------  flags and recipe
+
+OWN = "alpha beta gamma margin variant keep_special c_lr"
+METHODS = {                                            # the kinds of task it can train, its flags
+    "std": {"kinds": "classify regress", "flags": ""},
+    "tdt": {"kinds": "classify regress", "flags": f"{OWN} mu0"},
+    "tdt-hard": {"kinds": "classify regress", "flags": f"{OWN} tau"},
+    "cutoff": {"kinds": "classify", "flags": "cutoff_rate cutoff_a cutoff_b"},
+}
+
+# Why a method cannot train a kind of task.
+WHY = {"regress": ": JS of a regression is undefined"}
+
+# Those whose models come with confidences.
+WITH_CONFIDENCES = ["tdt", "tdt-hard"]
+
+
+def flags():
+    import common
+    p = common.parser(__doc__, [*METHODS], ["tdt"])
+    weight = common.number(float, 0)
+    g = p.add_argument_group("TDT and TDT-hard")
+    g.add_argument("--alpha", type=weight, default=2.0,
+                   help="weight of L_C, Eq. 7; the paper tries 0.5 2 4")
+    g.add_argument("--beta", type=weight, default=1.0,
+                   help="weight of L_R, Eq. 7; the paper tries 0.5 1")
+    g.add_argument("--gamma", type=weight, default=0.01, help="weight of ||C||_2, Eq. 4; choice 3")
+    g.add_argument("--margin", type=weight, default=0.0,
+                   help="m, Eq. 6; the paper tries 0 2; choice 10")
+    g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"], help="mu_0, Eq. 3")
+    g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0,
+                   help="temperature of tdt-hard, Eq. 9")
+    g.add_argument("--c_lr", type=weight, default=1e-2, metavar="LR",
+                   help="peak learning rate of the confidence layer; 0: the encoder's; choice 9")
+    g.add_argument("--variant", default="paper", choices=["paper", "released"],
+                   help="choice 4; what the authors ran is released with --batching padded "
+                        "--max_length 256, as their mu_0 counts the padding to 256")
+    g.add_argument("--keep_special", action="store_true",
+                   help="choice 5: special tokens are never perturbed")
+
+    g = p.add_argument_group("token cutoff, choice 8")
+    g.add_argument("--cutoff_rate", type=common.number(float, 0, 1), default=0.1, metavar="R",
+                   help="share of the tokens that falls")
+    g.add_argument("--cutoff_a", type=weight, default=1.0, metavar="A",
+                   help="weight of CE without them")
+    g.add_argument("--cutoff_b", type=weight, default=1.0, metavar="B", help="weight of JS")
+
+    g = p.add_argument_group("analyses (section 4), after training or of finished runs (--run)")
+    g.add_argument("--explain", nargs="+", default=[], metavar="TEXT",
+                   help="each word's confidence; a pair is 'TEXT ||| TEXT'")
+    g.add_argument("--explain_file", default="", metavar="FILE", help="texts, one a line")
+    g.add_argument("--confidences", action="store_true",
+                   help="Figure 4: their distribution on the evaluation set")
+    g.add_argument("--tsne", type=common.number(int, 4), nargs="?", const=300, metavar="N",
+                   help="Figure 3: a map of H, H+ and H- of N rows (300), and numbers beside it "
+                        "(none)")
+    g.add_argument("--perturb", action="store_true",
+                   help="Figure 5: accuracy when random tokens become [MASK] or one of "
+                        "the same row")
+    g.add_argument("--drop", action="store_true",
+                   help="Figure 6: accuracy without the words of highest or lowest confidence; "
+                        "beside it the same by an untrained confidence layer")
+    g.add_argument("--rates", type=common.number(float, 0, 1), nargs="+",
+                   default=[0.1, 0.2, 0.3, 0.4, 0.5],
+                   help="shares of the words that --drop and --perturb replace")
+    g.add_argument("--draws", type=common.number(int, 1), default=10, metavar="N",
+                   help="how often the words of --perturb are drawn, for each rate")
+    return p
+
 
 def recipe(args):
     """Table 7: batch, updates, warm-up and learning rate; the rest as in the release's script."""
@@ -1571,6 +1565,11 @@ def main(argv=None):
 
 # same: end
 if __name__ == "__main__":
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.exists(os.path.join(folder, "common.py")):
+        print(f"{__file__}: alone it is a module to import, as its first lines say; its "
+              "experiments need common.py and data.py beside it", file=sys.stderr)
+        sys.exit(2)
     from common import cli
     sys.exit(cli(main))
 # end same
