@@ -3485,6 +3485,7 @@ README_TABLES = {
          ("stsb", "sick-r", "pearson")], [8, 8, 8, 8], {
             "adapter, its scores": ["gtuning adapter"] * 4,
             "G-Tuning": ["gtuning gtuning"] * 4,
+            "G-Tuning, new seeds": [*["gtuning-again gtuning"] * 2, "", ""],
         }),
     "the other two": (
         [("mnli", "validation_matched", "accuracy"), ("mnli", "sick", "accuracy"),
