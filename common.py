@@ -2266,7 +2266,7 @@ def write_search(args, method, cells, scores, chosen):
 
 # -------------------------------------------------------------------  6  states of a frozen encoder
 
-class CachedSplit:
+class CachedSplit(data.Split):
     """A data.Split whose batches hold an encoder's token states in place of the input_ids.
 
     The states never change while the encoder is frozen, so each sentence goes through it once.
@@ -2276,24 +2276,17 @@ class CachedSplit:
     """
 
     def __init__(self, split, sentences, sizes, starts, states):
-        """split: gives the labels. sentences: the same texts as a Split, each a row of its own.
+        """split: the rows. sentences: the same texts as a Split, each a row of its own.
 
         sizes, starts (sentences,): tokens of each sentence, and where in states its first one is.
         states (tokens, H): of all sentences, in the file.
         """
-        self.split = split
+        super().__init__(split.fields, split.left, split.rows)
         self.texts = sentences
         self.sizes = sizes
         self.starts = starts
         self.states = states
         self.per_row = len(sizes) // len(split)        # 2 sentences of pairs that are encoded apart
-        self.lengths = split.lengths
-        self.sides = split.sides
-        self.has_targets = False                       # a frozen encoder has no decoder
-        self.labels = split.labels
-        self.rows = split.rows                         # for the scores, like the notes
-        self.note = split.note
-        self.column = split.column
 
     @classmethod
     def build(cls, split, encode, width, folder, model_digest, world):
@@ -2348,9 +2341,6 @@ class CachedSplit:
         os.close(file)
         world.barrier()
 
-    def __len__(self):
-        return len(self.lengths)
-
     def sentences(self):
         """Each text a row of its own."""
         return CachedSplit(self.texts, self.texts, self.sizes, self.starts, self.states)
@@ -2358,20 +2348,14 @@ class CachedSplit:
     def collate(self, rows, width=0, target_width=0):
         """states (B, n, H), attention_mask (B, n), with _2 the second sentence's; labels (B,), or
         (B, n) of tokens."""
-        field = self.split.fields["labels"]
-        if field.offsets is None:
-            labels = field.values[rows]                                  # (B,)
-        else:
-            labels = self.split.pad(field, rows, width)                  # (B, n)
-        is_float = labels.dtype.kind == "f"
-        batch = {"labels": torch.from_numpy(labels.astype(np.float32 if is_float else np.int64))}
+        batch = {"labels": self.tensor("labels", rows, width)}
         for second in range(self.per_row):
             suffix = "_2" if second else ""
             sentences = rows + second * len(self)
             sizes = self.sizes[sentences][:, None]                       # (B, 1)
             n = max(width, int(sizes.max()))
             places = np.arange(n)                      # of the tokens in their sentence
-            if self.split.left:
+            if self.left:
                 places = places - (n - sizes)                            # (B, n)
             real = (places >= 0) & (places < sizes)                      # (B, n)
             index = self.starts[sentences][:, None] + places             # (B, n)

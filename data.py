@@ -1403,20 +1403,26 @@ class Split:
 
         Lists of labels are (B, m), padded to their longest, to `target_width` or to `width`.
         """
-        import torch
         batch = {}
-        for name, field in self.fields.items():
+        for name in self.fields:
             if name.startswith("note_"):
                 continue
-            if field.offsets is None:
-                values = field.values[rows]                             # (B,)
-            elif name == "labels":
-                values = self.pad(field, rows, target_width or width)   # (B, m)
-            else:
-                values = self.pad(field, rows, width)                   # (B, n)
-            kind = np.float32 if values.dtype.kind == "f" else np.int64
-            batch[name] = torch.from_numpy(values.astype(kind))
+            at_least = width
+            if name == "labels" and target_width:
+                at_least = target_width
+            batch[name] = self.tensor(name, rows, at_least)
         return batch
+
+    def tensor(self, name, rows, width):
+        """A field of the given rows: (B,), or of lists (B, n), padded to their longest or more."""
+        import torch
+        field = self.fields[name]
+        if field.offsets is None:
+            values = field.values[rows]
+        else:
+            values = self.pad(field, rows, width)
+        kind = np.float32 if values.dtype.kind == "f" else np.int64
+        return torch.from_numpy(values.astype(kind))
 
     def pad(self, field, rows, width):
         """The lists of these rows as an array: (B, n)."""
