@@ -3270,18 +3270,14 @@ def read_places(places, by, left_out):
     return named
 
 
-@dataclass(frozen=True)
-class Probe:
-    """One linear layer on a frozen encoder."""
-    run: str                       # the encoder's name
-    seed: int                      # of the layer
-    method: str                    # that tuned the encoder; "" of the untuned one
-    links: tuple                   # tasks of the runs that the encoder went through, in order
+def read_probes(places, left_out):
+    """{(probed task, metric, recipe, rows): {(links, method): {probe: score in percent}}}.
 
-
-def read_probe_lines(places, left_out):
-    """{(probed task, metric, recipe, rows): {Probe: score in percent}}."""
-    scores = {}
+    links: the tasks of the runs that the encoder went through, in order; an untuned one has none,
+    and the method "". A probe is known by its encoder's name and its seed; of equal ones the last
+    counts. left_out gets a line on what could not be read.
+    """
+    probes = {}
     files = []
     for place in places:
         files += find_files(place).probes
@@ -3290,30 +3286,13 @@ def read_probe_lines(places, left_out):
             try:
                 line = json.loads(text)
                 key = line["task"], line["metric"], line["recipe"], int(line["rows"])
-                probe = Probe(line["run"], line["seed"], line.get("method") or "",
-                              tuple(line.get("links", [])))
-                scores.setdefault(key, {})[probe] = 100 * float(line["score"])    # the last counts
+                links = tuple(line.get("links", []))
+                method = line["method"] if links else ""
+                probe = f"{line['run']} {line['seed']}"
+                score = 100 * float(line["score"])
+                probes.setdefault(key, {}).setdefault((links, method), {})[probe] = score
             except (ValueError, TypeError, KeyError, AttributeError):
                 left_out.append(f"{path}:{number}: is damaged")
-    return scores
-
-
-def read_probes(places, left_out):
-    """{(probed task, metric, recipe, rows): {method: {links: [scores in percent]}}}.
-
-    The untuned encoder has no links; its scores stand with every method, or by themselves, as
-    "untuned", if nothing else was probed. left_out gets a line on what could not be read.
-    """
-    probes = {}
-    for key, scores in read_probe_lines(places, left_out).items():
-        methods = sorted({probe.method for probe in scores} - {""}) or ["untuned"]
-        by_method = {}
-        for probe, score in scores.items():
-            counts_for = [probe.method] if probe.method else methods
-            for method in counts_for:
-                by_links = by_method.setdefault(method, {})
-                by_links.setdefault(probe.links, []).append(score)
-        probes[key] = by_method
     return probes
 
 
@@ -3793,15 +3772,11 @@ def cost_rows(table):
 def probe_rows(probes):
     """(header, rows): one row for each probed task, each chain of runs, and each method."""
     rows = []
-    for (task, metric, recipe, n), methods in probes.items():
+    for (task, metric, recipe, n), encoders in probes.items():
         named = f"{task}, {metric}; layer: {recipe}, {n} rows"
-        chains = {links for chains in methods.values() for links in chains}
-        chains = sorted(chains, key=lambda links: (len(links), links))
-        for links in chains:
-            for method, scores in methods.items():
-                if links in scores and (links or method == min(methods)):
-                    after = f"after {' '.join(links)}, {method}" if links else "untuned"
-                    rows.append([named, after, *score_cells(scores[links])])
+        for links, method in sorted(encoders, key=lambda encoder: (len(encoder[0]), encoder)):
+            after = f"after {' '.join(links)}, {method}" if links else "untuned"
+            rows.append([named, after, *score_cells(encoders[links, method].values())])
     return ["probe", "encoder", "probes", "mean", "std (n-1)", "median", "max"], rows
 
 
@@ -4171,29 +4146,29 @@ def probe_figures(probes):
     curve for each method. If no encoder went through more than one run: a row of dots for each.
     """
     figures = []
-    for (task, metric, recipe, _), methods in probes.items():
+    for (task, metric, recipe, _), encoders in probes.items():
         what = f"{task}, {metric}, layer: {recipe}"
-        names = sorted(methods)
-        colours = {method: f"c{place % 8}" for place, method in enumerate(names, 1)}
-        longest = max((links for chains in methods.values() for links in chains), key=len)
+        ordered = sorted(encoders, key=lambda encoder: encoder[1])       # by method
+        methods = [*dict.fromkeys(method for links, method in ordered if links)]
+        colours = {method: f"c{place % 8}" for place, method in enumerate(methods, 1)}
+        longest = max((links for links, _ in ordered), key=len)
         if len(longest) > 1:
             curves = {}
-            for method in names:
-                curves[method] = {len(links): scores for links, scores in methods[method].items()
-                                  if links == longest[:len(links)]}
+            for method in methods:                     # each begins at the untuned encoder
+                curves[method] = {
+                    len(links): [*scores.values()] for (links, its), scores in encoders.items()
+                    if its in ("", method) and links == longest[:len(links)]}
             caption = (f"{what}, over the links of the chain {', '.join(longest)}; 0: untuned. "
                        "Median, least to greatest.")
             figures.append(figure(curve_svg(curves, colours, what), caption, colours))
             continue
-        untuned = methods[names[0]].get((), [])
-        groups = {"untuned": untuned} if untuned else {}
-        for method in names:
-            for links, scores in methods[method].items():
-                if links:
-                    groups[f"{method}, {links[0]}"] = scores
-                    colours[f"{method}, {links[0]}"] = colours[method]
+        groups = {}
+        for links, method in ordered:
+            name = f"{method}, {links[0]}" if links else "untuned"
+            groups[name] = [*encoders[links, method].values()]
+            colours[name] = colours[method] if links else "c0"
         caption = f"{what}: each dot a probe, the line their median."
-        figures.append(figure(dots_svg(groups, {"untuned": "c0", **colours}, what), caption))
+        figures.append(figure(dots_svg(groups, colours, what), caption))
     return figures
 
 

@@ -3857,7 +3857,9 @@ def test_probes_are_a_table_and_figures(tmp_path, capsys):
     # Figure 4's lines begin at the untuned encoder; a probe that was made again counts once.
     probes = common.read_probes([tmp_path / "runs"], [])
     key = "sst2", "accuracy", "converged", 500
-    assert probes[key]["one"][()] == [50.0]
+    assert [*probes[key][(), ""].values()] == [50.0]
+    for points in re.findall('<polyline points="(.*?)"', page):
+        assert len(points.split()) == 4
     with open(path, "a") as file:
         file.write(open(path).read())
     assert common.read_probes([path], []) == probes
