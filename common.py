@@ -3122,7 +3122,8 @@ PROBES = "probes.jsonl"            # what linear layers found in frozen encoders
 
 @dataclass
 class FoundFiles:
-    """What a report can be made of, in order."""
+    """What a report can be made of, in order, in a folder and below it, or in one file."""
+    place: str                     # that folder or file
     finished: list                 # folders of runs
     unfinished: list               # folders of runs
     kept: list                     # files of kept lines
@@ -3130,8 +3131,10 @@ class FoundFiles:
 
 
 def find_files(place):
-    """The FoundFiles of a folder and of all below it, or of one such file."""
-    found = FoundFiles([], [], [], [])
+    """The FoundFiles of a place. UserError if it is not there."""
+    if not os.path.exists(place):
+        raise UserError(f"{place}: must be a folder, or a file of kept lines")
+    found = FoundFiles(place, [], [], [], [])
     if os.path.isfile(place):
         of_its_kind = found.probes if os.path.basename(place) == PROBES else found.kept
         of_its_kind.append(place)
@@ -3231,15 +3234,12 @@ def read_kept(path, by, left_out):
 def read_places(places, by, left_out):
     """[(title, runs)]: one of all runs below the folders, and one of each file of kept lines.
 
-    left_out gets a line on whatever could not be read. UserError if a place has no finished run,
-    nor probes.
+    places: the FoundFiles of each. left_out gets a line on whatever could not be read. UserError if
+    a place has no finished run, nor probes.
     """
     folders = []
     groups = {}                                        # {where the lines are: runs}
-    for place in places:
-        if not os.path.exists(place):
-            raise UserError(f"{place}: must be a folder, or a file of kept lines")
-        files = find_files(place)
+    for files in places:
         left_out_before = len(left_out)
         runs = []
         for path in files.finished:
@@ -3257,10 +3257,10 @@ def read_places(places, by, left_out):
             reason = ""
             if len(left_out) > left_out_before:
                 reason = f" ({left_out[left_out_before]})"
-            raise UserError(f"{place}: must hold a finished run's results.json, or kept lines "
-                            f"(.jsonl){reason}")
+            raise UserError(f"{files.place}: must hold a finished run's results.json, or kept "
+                            f"lines (.jsonl){reason}")
         if files.finished:
-            folders.append(os.path.basename(os.path.abspath(place)))
+            folders.append(os.path.basename(os.path.abspath(files.place)))
 
     named = []
     for path, runs in groups.items():
@@ -3278,10 +3278,8 @@ def read_probes(places, left_out):
     counts. left_out gets a line on what could not be read.
     """
     probes = {}
-    files = []
-    for place in places:
-        files += find_files(place).probes
-    for path in files:
+    paths = [path for files in places for path in files.probes]
+    for path in paths:
         for number, text in enumerate(lines_of(path, left_out), 1):
             try:
                 line = json.loads(text)
@@ -4248,7 +4246,8 @@ def main_report(argv=None):
     """Prints the report and writes it. Returns the tables."""
     args = report_flags().parse_args(argv)
     left_out = []
-    found = read_places(args.places, args.by, left_out)
+    places = [find_files(place) for place in args.places]
+    found = read_places(places, args.by, left_out)
     every_run = [run for _, runs in found for run in runs]
     known = {name for run in every_run for name in run.flags}
     for flag, names in (("by", args.by), ("differ", args.differ)):
@@ -4269,7 +4268,7 @@ def main_report(argv=None):
     if args.baseline and args.baseline not in columns:
         raise UserError(f"--baseline {args.baseline}: must be one of {', '.join(sorted(columns))}")
 
-    probes = read_probes(args.places, left_out)
+    probes = read_probes(places, left_out)
     left_out = [*dict.fromkeys(left_out)]
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)

@@ -3855,14 +3855,14 @@ def test_probes_are_a_table_and_figures(tmp_path, capsys):
     assert "untuned +1 +50.00" in re.sub(" +", " +", printed(capsys, tmp_path / "none")[0])
 
     # Figure 4's lines begin at the untuned encoder; a probe that was made again counts once.
-    probes = common.read_probes([tmp_path / "runs"], [])
+    probes = common.read_probes([common.find_files(tmp_path / "runs")], [])
     key = "sst2", "accuracy", "converged", 500
     assert [*probes[key][(), ""].values()] == [50.0]
     for points in re.findall('<polyline points="(.*?)"', page):
         assert len(points.split()) == 4
     with open(path, "a") as file:
         file.write(open(path).read())
-    assert common.read_probes([path], []) == probes
+    assert common.read_probes([common.find_files(path)], []) == probes
 
 
 def test_an_interval_over_rows_of_nothing_is_refused(tmp_path):
