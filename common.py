@@ -617,7 +617,7 @@ class Progress:
     """
     SECONDS = 20
 
-    def __init__(self, world, name, total, done=0, unit="step"):
+    def __init__(self, world, name, total, done=0):
         from tqdm import tqdm
         self.world = world
         self.name = name
@@ -630,8 +630,8 @@ class Progress:
         if world.rank == 0 and sys.stderr.isatty():
             layout = ("{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} "
                       "{elapsed}<{remaining}{postfix}")
-            self.bar = tqdm(total=total, initial=done, desc=name, leave=False, unit=unit,
-                            dynamic_ncols=True, bar_format=layout)
+            self.bar = tqdm(total=total, initial=done, desc=name, leave=False, dynamic_ncols=True,
+                            bar_format=layout)
 
     def update(self, n=1, message=""):
         self.done += n
@@ -1215,7 +1215,7 @@ def eval_inputs(split, world, name, **size):
     name: of the progress bar. size: see data.slices.
     """
     count = len(range(world.rank, len(split), world.size))
-    with Progress(world, name, count, unit="row") as progress:
+    with Progress(world, name, count) as progress:
         for rows, inputs in data.eval_batches(split, world.rank, world.size, **size):
             labels = inputs.pop("labels")
             yield rows, labels, world.put(inputs)
@@ -2323,8 +2323,7 @@ class CachedSplit(data.Split):
         world.barrier()                                # all know their part before one writes
         file = os.open(path, os.O_RDWR)
         written = []
-        progress = Progress(world, "encoding", len(todo), unit="batch")
-        with torch.no_grad(), world.autocast(), progress:
+        with torch.no_grad(), world.autocast(), Progress(world, "encoding", len(todo)) as progress:
             for i in todo:
                 inputs = self.texts.collate(parts[i])
                 inputs.pop("labels")

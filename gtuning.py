@@ -986,7 +986,7 @@ class Algorithm1:
         import numpy as np
         world = self.world
         rows = np.arange(len(batches.split))[world.rank::world.size]
-        with common.Progress(world, name, len(rows), unit="sentence") as progress:
+        with common.Progress(world, name, len(rows)) as progress:
             found = vectors(self.f, batches.split, rows, world, progress)
         of_all = np.zeros((len(batches.split), found.shape[1]), np.float32)
         of_all[rows] = found.cpu()
