@@ -289,8 +289,8 @@ def parse(p, argv, recipe):
 
     recipe(args) -> (its name, {flag: value}). The result has some attributes besides the flags:
     by_hand, the names of the flags that were set; recipe_name and recipe, what `recipe` returned;
-    own_files, the first of the user's own files, or ""; path, where the model lies;
-    of_methods and no_effect, see check_methods.
+    own_files, the first of the user's own files, or ""; of_methods and no_effect, see
+    check_methods. load_tokenizer adds path, where the model lies.
     """
     by_hand = flags_by_hand(p, argv)
     args = read_flags(p, argv, by_hand)                # the recipe looks at the task and the model
@@ -303,7 +303,6 @@ def parse(p, argv, recipe):
     args.recipe_name = recipe_name
     args.of_methods = []
     args.no_effect = []
-    args.path = args.model
     args.seeds = [*dict.fromkeys(args.seeds)]
     args.method = [*dict.fromkeys(args.method)]
     settle_length(args)
@@ -1922,7 +1921,6 @@ def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
     saved = os.path.join(folder, "model")
     if os.path.exists(os.path.join(saved, "config.json")):
         args.model = saved
-    args.path = args.model
     args.own_files = "" if args.task in data.TASKS else folder
     args.own_labels = []
     if args.own_files:

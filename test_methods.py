@@ -6800,7 +6800,7 @@ def test_a_finished_run_brings_its_own_flags(toy, copied):
     results = load(copied / "results.json")
     assert asked.runs == {0: {"tdt": str(copied)}}
     assert args.task == "custom" and args.own_labels == ["a", "b"]
-    assert args.model == args.path == str(copied / "model")
+    assert args.model == str(copied / "model")
     assert args.max_length == results["args"]["max_length"] and args.threads == 0
     args = parse("tdt", "--run", str(copied), "--drop", "--threads", "2", "--max_length", "9")
     tdt.read_analyses(args)
