@@ -3424,7 +3424,7 @@ class Table:
 def build_table(title, runs, baseline, draws):
     """A Table. UserError if two runs have the same task, method and seed, and differ.
 
-    draws: of the bootstrap over rows; None: there is none.
+    runs: as of `in_order`. draws: of the bootstrap over rows; None: there is none.
     """
     seen = {}
     rows = {}
@@ -3438,14 +3438,10 @@ def build_table(title, runs, baseline, draws):
                 row = rows.setdefault((run.task, name, metric), {})
                 row.setdefault(run.label, {})[run.seed] = 100 * value
 
-    columns = sorted({run.label for run in runs})
-    if baseline in columns:
-        columns.remove(baseline)
-        columns.insert(0, baseline)
-    else:
+    methods = {run.label for run in runs}
+    columns = sorted(methods, key=lambda method: (method != baseline, method))
+    if baseline not in methods:
         baseline = ""
-    tasks = [*dict.fromkeys(run.task for run in runs)]
-    rows = dict(sorted(rows.items(), key=lambda row: tasks.index(row[0][0])))
     differences = {}
     for key, row in rows.items():
         differences[key] = {}
