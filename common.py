@@ -1540,7 +1540,7 @@ class Run:
         if searched != before:
             self.results["searched"] = searched
             if self.world.rank == 0:
-                save_json(self.results_path, self.results)
+                save_file(self.results_path, json.dumps(self.results, indent=1))
 
     def refuse_another(self, saved):
         """saved: results or a checkpoint's state. Method, seed and flags must be this run's."""
@@ -2112,11 +2112,6 @@ def save_file(path, content):
         replace_file(path, content)
 
 
-def save_json(path, value):
-    """`save_file` of a value as JSON."""
-    save_file(path, json.dumps(value, indent=1))
-
-
 def write_file(path, content, world):
     """`save_file` from rank 0, which says so."""
     if world.rank == 0:
@@ -2254,7 +2249,7 @@ def write_search(args, method, cells, scores, chosen):
     for cell, score in zip(cells, scores):
         tried.append({"flags": cell, "score": score if score > -math.inf else "not finite"})
     search = {"method": method, "held_out_rows": args.dev_samples, "tried": tried, "chosen": chosen}
-    save_json(os.path.join(folder, f"search-{method}.json"), search)
+    save_file(os.path.join(folder, f"search-{method}.json"), json.dumps(search, indent=1))
     best = max(scores)
     equal = ", the first of equals" if scores.count(best) > 1 else ""
     tell = [f"{100 * score:.2f}" if score > -math.inf else "not finite" for score in scores]
