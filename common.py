@@ -3411,10 +3411,6 @@ class Table:
     def tasks(self):
         return [*dict.fromkeys(run.task for run in self.runs)]
 
-    def main_row(self, task):
-        """The key of the task's main score: the first metric of its first set."""
-        return next(key for key in self.rows if key[0] == task)
-
 
 def build_table(title, runs, baseline, draws):
     """A Table. UserError if two runs have the same task, method and seed, and differ.
@@ -3462,14 +3458,12 @@ def over_tasks(differences):
 
     A task counts by its main metric, a further set by its first one; each is a mean over seeds.
     """
-    main_rows = {}
-    for key in differences:
-        main_rows.setdefault(key[0], key)
-    further = [key for key in first_metrics(differences).values()
-               if key not in main_rows.values() and key[1].partition("/")[0] in data.TASKS]
+    main_keys = [*first_keys(differences, 1).values()]
+    further = [key for key in first_keys(differences, 2).values()
+               if key not in main_keys and key[1].partition("/")[0] in data.TASKS]
 
     found = {}
-    for group, keys in (("tasks", main_rows.values()), ("further sets", further)):
+    for group, keys in (("tasks", main_keys), ("further sets", further)):
         means = {}
         for key in keys:
             for column, difference in differences[key].items():
@@ -3509,7 +3503,7 @@ def over_rows(runs, differences, baseline, draws):
         return {}
     predictions, labels = read_predictions(runs)
     found = {}
-    for place, key in first_metrics(differences).items():
+    for place, key in first_keys(differences, 2).items():
         by_method = predictions.get(place, {})
         base = by_method.get(baseline, {})
         for column in differences[key]:
@@ -3530,11 +3524,14 @@ def difference_over_rows(metric, labels, mine, base, draws):
         len(seeds), len(labels), 100 * np.mean(gains), 100 * low, 100 * high)
 
 
-def first_metrics(differences):
-    """{(task, set): the key (task, set, metric) of its first metric}."""
+def first_keys(keys, length):
+    """{the first `length` parts of a key (task, set, metric): the first key that begins so}.
+
+    With 1 of them: each task's main metric, with 2: each set's first one.
+    """
     first = {}
-    for key in differences:
-        first.setdefault(key[:2], key)
+    for key in keys:
+        first.setdefault(key[:length], key)
     return first
 
 
@@ -4099,8 +4096,7 @@ def curve_figures(table):
 def score_figures(table):
     """A figure for each task: the spread of its main metric over seeds."""
     figures = []
-    for task in table.tasks:
-        key = table.main_row(task)
+    for key in first_keys(table.rows, 1).values():
         groups = {}
         for column in table.columns:
             if table.rows[key].get(column):
