@@ -511,18 +511,16 @@ class World:
         dist.all_reduce(tensor)
         return tensor.numpy()
 
-    def gather(self, items):
-        """Merges the processes' lists: each has its own items and None elsewhere; all get all."""
-        if self.size == 1:
-            return items
-        parts = [None] * self.size
-        dist.all_gather_object(parts, items)
-        whole = [None] * len(items)
+    def gather(self, found):
+        """[value] in the order of the rows, on all processes, each of which found {row: value}."""
+        parts = [found]
+        if self.size > 1:
+            parts = [None] * self.size
+            dist.all_gather_object(parts, found)
+        whole = {}
         for part in parts:
-            for i, item in enumerate(part):
-                if item is not None:
-                    whole[i] = item
-        return whole
+            whole.update(part)
+        return [whole[row] for row in sorted(whole)]
 
     def barrier(self):
         if self.size > 1:
@@ -1228,7 +1226,7 @@ def predict(forward, module, split, setup, world, name):
     of the progress bar. Each row goes through one process.
     """
     module.eval()
-    kept = [None] * len(split)
+    kept = {}
     size = setup.kind.eval_size(setup.task)
     with torch.inference_mode(), world.autocast():
         for rows, labels, inputs in eval_inputs(split, world, name, **size):

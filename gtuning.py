@@ -758,7 +758,7 @@ def logits_of_teacher(args, setup, split, pair, world):
             split = data.encode(split.rows, data.Task("", text=tuple(columns)), setup.tokenizer,
                                 args.max_length)
 
-    found = [None] * len(split)
+    found = {}
     with torch.no_grad(), world.autocast():
         for rows, _, inputs in common.eval_inputs(split, world, "teacher"):
             for row, logits in zip(rows, forward(**inputs).float().cpu()):

@@ -1031,7 +1031,7 @@ def clouds_of(module, split, cls_token, world, name, given=None):
     """The Clouds of a split. given: the c of another model's Clouds, see `TDT.passes`."""
     import common
     import numpy as np
-    kept = [None] * len(split)
+    kept = {}
     used = []
     last = []
 
