@@ -1519,7 +1519,7 @@ class Run:
         UserError if the folder holds another run or, without --resume, an unfinished one.
         """
         if os.path.exists(self.results_path):
-            results = read_results(self.results_path)
+            results = read_results(self.folder)
             self.refuse_another(results)
             return results
         begun = any(map(os.path.exists, [*self.checkpoints, self.log_path]))
@@ -1859,8 +1859,9 @@ def main_value(metrics):
     return next(iter(next(iter(metrics.values())).values()))
 
 
-def read_results(path):
-    """A run's results.json, checked. UserError if it is damaged."""
+def read_results(folder):
+    """results.json in a run's folder, checked. UserError if it is damaged."""
+    path = os.path.join(folder, "results.json")
     try:
         with open(path, encoding="utf-8") as file:
             results = json.load(file)
@@ -1991,14 +1992,13 @@ def refuse_other_flags(args, runs, free=()):
 def results_of_finished(folder, methods):
     """results.json of a finished run of one of these methods. UserError."""
     wanted = f"--run {folder}: must be the folder of a finished run of {', '.join(methods)}"
-    path = os.path.join(folder, "results.json")
     below = [*glob.glob("*/results.json", root_dir=folder),
              *glob.glob("*/*/results.json", root_dir=folder)]
-    if below and not os.path.exists(path):
+    if below and not os.path.exists(os.path.join(folder, "results.json")):
         run = os.path.join(folder, os.path.dirname(min(below)))
         raise UserError(f"{wanted}: it holds several, such as {run}")
     try:
-        results = read_results(path)
+        results = read_results(folder)
     except OSError as error:
         raise UserError(f"{wanted}: {error.strerror}") from None
     except UserError as error:
@@ -2036,13 +2036,12 @@ def use_runs(args, runs, setup, world, started, load, score):
         forward, module = load(folder, results)
         if setup.scored:
             scores = score(forward, module, setup.scored, folder)
-            path = os.path.join(folder, "results.json")
-            results = read_results(path)               # another --run may have added to them
+            results = read_results(folder)             # another --run may have added to them
             results["metrics"].update(scores)
             results["metrics"].update(averages(results["metrics"]))
             runs[folder] = results
             world.barrier()                            # all have read it
-            write_json(path, results, world)
+            write_json(os.path.join(folder, "results.json"), results, world)
             world.barrier()
         write_unscored(folder, forward, module, setup, world)
     return print_table(world.say, [*runs.values()], args, started)
@@ -2206,10 +2205,9 @@ def check_grid(args, grid, methods):
             raise UserError(f"--grid {flag}: cannot go together with --{flag}")
     for method, seed in itertools.product(args.method, args.seeds):
         folder = run_folder(args, method, seed)
-        path = os.path.join(folder, "results.json")
-        if args.overwrite or not os.path.exists(path):
+        if args.overwrite or not os.path.exists(os.path.join(folder, "results.json")):
             continue
-        saved = read_results(path)["args"]
+        saved = read_results(folder)["args"]
         for name, value in counted[method].items():
             by_model = value is None or name in ("max_length", "max_target_length", "precision")
             is_open = name in grid or (by_model and name not in args.by_hand)
@@ -3148,7 +3146,7 @@ def read_run(folder, by, left_out):
     """A Finished of a run's folder, or None of one that is damaged: left_out says so."""
     path = os.path.join(folder, "results.json")
     try:
-        line = result_line(read_results(path))
+        line = result_line(read_results(folder))
         curves = read_curves(os.path.join(folder, "log.jsonl"), left_out)
         return finished_run(folder, line, by, curves)
     except UserError as error:

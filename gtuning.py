@@ -591,7 +591,7 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     for folder, both in clouds_of_folders.items():
         run = os.path.basename(os.path.abspath(folder))
         clouds[run] = both
-        results = common.read_results(os.path.join(folder, "results.json"))
+        results = common.read_results(folder)
         if results["seed"] == args.seeds[0]:
             results_drawn[run] = results
 
@@ -625,7 +625,7 @@ def as_before(args, folders, world):
     """The flags, but with the model that the runs in these folders started from."""
     import common
     args = copy.copy(args)
-    results = common.read_results(os.path.join(folders[0], "results.json"))
+    results = common.read_results(folders[0])
     args.model = results["model"]
     args.weight_noise = results["args"]["weight_noise"]
     if args.run:
@@ -779,7 +779,7 @@ def load_teacher(args, setup, pair):
     if not args.teacher or not os.path.isfile(path) or not os.path.isdir(folder):
         raise common.UserError(f"--teacher {args.teacher or 'is missing'}: must be the folder of a "
                                "finished run")
-    results = common.read_results(path)
+    results = common.read_results(args.teacher)
     for name in ("task", "model"):
         if results[name] != getattr(args, name):
             raise common.UserError(f"--teacher {args.teacher}: its {name} is {results[name]}, must "

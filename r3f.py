@@ -829,7 +829,7 @@ def read_links(folder):
             why = "" if at == folder else f"; it was started from {at}, which is none"
             raise common.UserError(f"--probe {folder}: must be the folder of a finished run with "
                                    f"model/config.json in it{why}")
-        links.insert(0, common.read_results(files[0]))
+        links.insert(0, common.read_results(at))
         at = links[0]["args"].get("init_from")
     return links
 

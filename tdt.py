@@ -595,7 +595,7 @@ def load_run(folder, method, world, mask_token_id=None, like=None, confidences="
     try:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=False)
-        results = common.read_results(os.path.join(like or folder, "results.json"))
+        results = common.read_results(like or folder)
         settings = results["args"]
         module = TDT(
             model, mu0=settings.get("mu0", "mean"), hard=results["method"] == "tdt-hard",
@@ -1112,7 +1112,7 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
                                f"{len(chosen)}")
     if n < len(chosen):
         chosen = chosen.select(data.subset(evaluation.split, n, 0))
-    chosen_flags = common.read_results(os.path.join(folders[chosen_by], "results.json"))["args"]
+    chosen_flags = common.read_results(folders[chosen_by])["args"]
     perturb = what_to_perturb(args.task, chosen_flags["keep_special"])
     with world.in_turns():
         split = data.encode(chosen, evaluation.task, tokenizer, args.max_length, perturb=perturb)
