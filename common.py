@@ -2823,19 +2823,14 @@ def maps_body(maps, legend, words, numbers):
 
     numbers {column: {row: value}}: computed on the vectors themselves.
     """
-    figures = []
-    for caption, drawn in maps.items():
-        figures.append(f"<figure>{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    heads = "".join(f"<th>{html.escape(column)}</th>" for column in numbers)
-    lines = []
+    figures = [figure(drawn, caption) for caption, drawn in maps.items()]
+    rows = []
     for row in next(iter(numbers.values())):
-        cells = "".join(f"<td>{found[row]:.3f}</td>" for found in numbers.values())
-        lines.append(f"<tr><td>{html.escape(row)}</td>{cells}</tr>")
+        rows.append([row, *[f"{found[row]:.3f}" for found in numbers.values()]])
     return f"""<p class="legend">{"".join(legend)}</p>
 <div class="panels">{"".join(figures)}</div>
 <p><small>{html.escape(words)}</small></p>
-<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead>
-<tbody>{"".join(lines)}</tbody></table></div>
+{html_table(["", *numbers], rows, 1)}
 """
 
 
@@ -4024,7 +4019,7 @@ def html_table(header, rows, keys, drawings=None):
     if drawings:
         names.insert(1, "<th></th>")
     lines = [f'<div class="wide"><table><thead><tr>{"".join(names)}</tr></thead><tbody>']
-    before = None
+    before = []
     for i, row in enumerate(rows):
         if row[:above] != before:
             before = row[:above]
