@@ -885,9 +885,9 @@ def score_tokens(module, ids, evaluation, name):
 
 
 def curves(modules, kinds, rates, draws, evaluation):
-    """{"method, kind": {rate: scores}} for modules {method: module}.
+    """{(method, kind): {rate: scores}} for modules {method: module}.
 
-    kinds {name: which words are replaced, and by what, as arguments of `damage`}. draws: scores for
+    kinds {kind: which words are replaced, and by what, as arguments of `damage`}. draws: scores for
     each rate.
     """
     found = {}
@@ -895,16 +895,28 @@ def curves(modules, kinds, rates, draws, evaluation):
     for method, module in modules.items():
         whole = score_tokens(module, evaluation.ids, evaluation, f"{method}, all words")
         for kind, which in kinds.items():
-            name = f"{method}, {kind}"
-            found[name] = {0.0: [whole]}
+            found[method, kind] = {0.0: [whole]}
             for rate in rates:
                 scores = []
                 for draw in range(draws):
                     ids = damage(evaluation, rate, draw, mask_id, **which)
-                    bar = f"{name}, {rate:.0%}"
+                    bar = f"{method}, {kind}, {rate:.0%}"
                     scores.append(score_tokens(module, ids, evaluation, bar))
-                found[name][rate] = scores
+                found[method, kind][rate] = scores
     return found
+
+
+def curves_of_all_seeds(found):
+    """{(method, kind): {rate: the scores of all seeds}}. found: what `curves` gives, of each seed.
+
+    A method need not have all of the seeds.
+    """
+    merged = {}
+    for curves_of_seed in found:
+        for key, curve in curves_of_seed.items():
+            for rate, scores in curve.items():
+                merged.setdefault(key, {}).setdefault(rate, []).extend(scores)
+    return merged
 
 
 def drop_words(modules, folders, chosen_by, c, rates, evaluation):
@@ -942,7 +954,8 @@ def write_curves(folder, figure, found, evaluation, **more):
     """FIGURE.json. more: `confidences`, the run that chose the words, and others."""
     import common
     metric = evaluation.task.metric_names[0]
-    content = {"set": evaluation.name, "metric": metric, **more, "values": found}
+    values = {f"{method}, {kind}": curve for (method, kind), curve in found.items()}
+    content = {"set": evaluation.name, "metric": metric, **more, "values": values}
     path = os.path.join(folder, f"{figure}.json")
     common.write_json(path, content, evaluation.world)
 
@@ -950,17 +963,15 @@ def write_curves(folder, figure, found, evaluation, **more):
 def print_curves(found, title, rates, world):
     """A table of the curves of all seeds: a row for each, means and deviations by rate."""
     import numpy as np
-    names = dict.fromkeys(name for curves_of_seed in found for name in curves_of_seed)
-    wide = max(map(len, names))
+    rows = {f"{method}, {kind}": curve for (method, kind), curve in found.items()}
+    wide = max(map(len, rows))
     rates = [0.0, *rates]
     world.say(f"\n{title}; +- the standard deviation over seeds and draws")
     world.say(f"{'':<{wide}}" + "".join(f"{rate:>15.0%}" for rate in rates))
-    for name in names:
+    for name, curve in rows.items():
         cells = []
         for rate in rates:
-            scores = [curves_of_seed[name][rate] for curves_of_seed in found
-                      if name in curves_of_seed]
-            percent = 100 * np.concatenate(scores)
+            percent = 100 * np.array(curve[rate])
             spread = f"+-{percent.std(ddof=1):.2f}" if len(percent) > 1 else "-"
             cells.append(f"{percent.mean():7.2f} {spread:>7}")
         world.say(f"{name:<{wide}}" + "".join(cells))
@@ -970,20 +981,15 @@ def print_control(found, rates, world):
     """What the trained confidences find that untrained ones do not: the score without the words
     of highest confidence less the score without those that the untrained layer puts first.
 
-    found: as in print_curves, of Figure 6. The differences are paired by seed.
+    found: the curves of all seeds, of Figure 6. The differences are paired by seed.
     """
     import common
-    end = ", highest, untrained"
-    names = dict.fromkeys(name for curves_of_seed in found for name in curves_of_seed)
     world.say("\nHighest less highest, untrained, in points, paired by seed:")
-    for method in [name.removesuffix(end) for name in names if name.endswith(end)]:
-        of_method = [curves_of_seed for curves_of_seed in found if method + end in curves_of_seed]
+    for method in dict.fromkeys(method for method, _ in found):
+        trained = found[method, "highest"]
+        untrained = found[method, "highest, untrained"]
         for rate in rates:
-            gaps = []
-            for curves_of_seed in of_method:
-                trained, = curves_of_seed[f"{method}, highest"][rate]
-                untrained, = curves_of_seed[method + end][rate]
-                gaps.append(100 * (trained - untrained))
+            gaps = [100 * (a - b) for a, b in zip(trained[rate], untrained[rate])]
             gap = common.summarise_differences(gaps)
             mean, interval = common.difference_cells(gap)
             world.say(f"{method}, {rate:.0%}: {mean} ({interval}), p {gap.p:.3f}; lower in "
@@ -993,14 +999,11 @@ def print_control(found, rates, world):
 def draw_curves(found, heading, title, path, world):
     """The curves of all seeds as a page, a figure for each method."""
     by_method = {}                                     # {caption: {kind: {percent: scores}}}
-    for curves_of_seed in found:
-        for name, curve in curves_of_seed.items():
-            method, _, kind = name.partition(", ")
-            caption = f"{method}. {title}; median of the seeds, least to greatest"
-            points = by_method.setdefault(caption, {}).setdefault(kind, {})
-            for rate, scores in curve.items():
-                percent = round(100 * rate, 2)
-                points.setdefault(percent, []).extend(100 * score for score in scores)
+    for (method, kind), curve in found.items():
+        caption = f"{method}. {title}; median of the seeds, least to greatest"
+        points = by_method.setdefault(caption, {}).setdefault(kind, {})
+        for rate, scores in curve.items():
+            points[round(100 * rate, 2)] = [100 * score for score in scores]
     write_curves_page(path, heading, by_method, world)
 
 
@@ -1294,6 +1297,7 @@ def analyse(args, asked, setup, tokenizer, world):
              "is [MASK], those of highest or lowest confidence"),
             ("perturb", perturbed, "with words replaced at random", "is replaced at random")):
         if found:
+            found = curves_of_all_seeds(found)
             metric = evaluation.task.metric_names[0]
             title = (f"{args.task} {evaluation.name}: {metric} in percent when that share of the "
                      f"words {how}")

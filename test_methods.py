@@ -6449,16 +6449,18 @@ def test_a_terminal_gets_colours():
 
 def test_the_table_has_a_deviation_only_of_several_scores(capsys):
     world = types.SimpleNamespace(say=print)
-    tdt.print_curves([{"tdt": {0.0: [0.5], 0.5: [0.25, 0.75]}}], "title", [0.5], world)
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["tdt", "50.00", "-", "50.00",
-                                                                "+-35.36"]
-    one_run = [{"tdt": {0.0: [0.5], 0.5: [0.25]}}]
-    tdt.print_curves(one_run, "title", [0.5], world)
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["tdt", "50.00", "-", "25.00", "-"]
-    other_run = {"std": {0.0: [0.1], 0.5: [0.2]}, "tdt": {0.0: [0.7], 0.5: [0.25]}}
-    tdt.print_curves([*one_run, other_run], "title", [0.5], world)
-    rows = {line.split()[0]: line.split()[1:] for line in
-            capsys.readouterr().out.splitlines()[-2:]}
+
+    def rows_of(*found):
+        tdt.print_curves(tdt.curves_of_all_seeds(found), "title", [0.5], world)
+        lines = capsys.readouterr().out.splitlines()[3:]
+        return {line.split(", a")[0]: line.split(", a")[1].split() for line in lines}
+
+    one_run = {("tdt", "a"): {0.0: [0.5], 0.5: [0.25, 0.75]}}
+    assert rows_of(one_run) == {"tdt": ["50.00", "-", "50.00", "+-35.36"]}
+    one_run = {("tdt", "a"): {0.0: [0.5], 0.5: [0.25]}}
+    assert rows_of(one_run) == {"tdt": ["50.00", "-", "25.00", "-"]}
+    other_run = {("std", "a"): {0.0: [0.1], 0.5: [0.2]}, ("tdt", "a"): {0.0: [0.7], 0.5: [0.25]}}
+    rows = rows_of(one_run, other_run)
     assert rows["tdt"] == ["60.00", "+-14.14", "25.00", "+-0.00"]
     assert rows["std"] == ["10.00", "-", "20.00", "-"]
 
@@ -6625,10 +6627,12 @@ def test_the_control_of_figure_6_is_paired_by_seed():
     lines = []
     found = []
     for trained, untrained in ((0.5, 0.6), (0.7, 0.5), (0.4, 0.8)):
-        found.append({"tdt, highest": {0.0: [0.9], 0.1: [trained]},
-                      "tdt, highest, untrained": {0.0: [0.9], 0.1: [untrained]}})
-    found[1].update({"std, highest": {0.1: [0.5]}, "std, highest, untrained": {0.1: [0.75]}})
-    tdt.print_control(found, [0.1], types.SimpleNamespace(say=lines.append))
+        found.append({("tdt", "highest"): {0.0: [0.9], 0.1: [trained]},
+                      ("tdt", "highest, untrained"): {0.0: [0.9], 0.1: [untrained]}})
+    found[1].update({("std", "highest"): {0.1: [0.5]},
+                     ("std", "highest, untrained"): {0.1: [0.75]}})
+    merged = tdt.curves_of_all_seeds(found)
+    tdt.print_control(merged, [0.1], types.SimpleNamespace(say=lines.append))
     low, high = common.t_interval([-10.0, 20.0, -40.0])
     assert lines[1:] == [
         f"tdt, 10%: -10.00 ({low:+.2f} to {high:+.2f}), p 0.750; lower in 2 of 3 seeds",
