@@ -86,7 +86,6 @@ Choices, where the paper is silent or the authors' release does otherwise:
 import contextlib
 import copy
 import functools
-import json
 import os
 import sys
 import time
@@ -460,20 +459,12 @@ class TokenCutoff(torch.nn.Module):
 
 @dataclass
 class Analyses:
-    """What is to be looked at, and in which runs."""
+    """What is to be looked at besides what the flags say, and in which runs."""
     finished: dict                 # {folder: results} of --run
     runs: dict                     # {seed: {method: folder}}, finished
     texts: list                    # to explain; of a pair both sentences, with ||| between them
-    confidences: bool
-    tsne: int | None               # rows
-    perturb: bool
-    drop: bool
-    rates: list
-    draws: int
-
-    @property
-    def figures(self):
-        return bool(self.confidences or self.tsne or self.perturb or self.drop)
+    figures: bool                  # any of Figures 3 to 6: they are about the evaluation set
+    rates: list                    # those of --rates above 0
 
     @property
     def any(self):
@@ -487,11 +478,10 @@ def read_analyses(args):
     """
     import common
     finished = common.take_runs(args, METHODS)
-    rates = [rate for rate in dict.fromkeys(args.rates) if rate > 0]
     texts = texts_to_explain(args.explain, args.explain_file)
-    asked = Analyses(finished, runs_by_seed(finished), texts,
-                     confidences=args.confidences, tsne=args.tsne, perturb=args.perturb,
-                     drop=args.drop, rates=rates, draws=args.draws)
+    figures = bool(args.confidences or args.tsne or args.perturb or args.drop)
+    rates = [rate for rate in dict.fromkeys(args.rates) if rate > 0]
+    asked = Analyses(finished, runs_by_seed(finished), texts, figures, rates)
     if "rates" in args.by_hand and not (args.drop or args.perturb):
         raise common.UserError("--rates: needs --drop or --perturb")
     if "draws" in args.by_hand and not args.perturb:
@@ -503,7 +493,7 @@ def read_analyses(args):
         args.score_validation = True                   # the figures are about these rows
 
     methods = [set(folders) for folders in asked.runs.values()] or [set(args.method)]
-    if asked.drop or asked.confidences or asked.texts or asked.tsne:
+    if args.drop or args.confidences or args.tsne or asked.texts:
         for found in methods:
             if not found & set(WITH_CONFIDENCES):
                 raise common.UserError(
@@ -752,16 +742,15 @@ def words_with_c(parts, sentences, numbers, spans, c, unknown):
     return words
 
 
-def show_explanations(module, folder, asked, tokenizer, max_length, scale, world):
+def show_explanations(module, folder, texts, tokenizer, max_length, scale, world):
     """Each text with its prediction and its words, on screen, as a page and as json."""
     import common
     found = []
-    for text in asked.texts:
+    for text in texts:
         found.append(explain(module, tokenizer, text, max_length, world))
         world.say(f"{folder}: {screen_line(found[-1], scale, sys.stdout.isatty())}")
     name = free_name(folder, "explain")
-    texts = json.dumps([vars(explanation) for explanation in found], indent=1)
-    common.write_file(f"{name}.json", texts, world)
+    common.write_json(f"{name}.json", [vars(explanation) for explanation in found], world)
     title = f"What the model looks at ({folder})"
     common.write_file(f"{name}.html", explanations_page(found, title, scale), world)
 
@@ -942,10 +931,10 @@ def drop_words(modules, folders, chosen_by, c, rates, evaluation):
     return found
 
 
-def perturb_words(modules, folder, confident, asked, evaluation):
+def perturb_words(modules, folder, confident, rates, draws, evaluation):
     """Figure 5 of one seed: its curves, written into `folder`. confident: as in `write_curves`."""
     kinds = {"[MASK]": {}, "other word": {"sampled": True}}
-    found = curves(modules, kinds, asked.rates, asked.draws, evaluation)
+    found = curves(modules, kinds, rates, draws, evaluation)
     write_curves(folder, "perturb", found, evaluation, confidences=confident)
     return found
 
@@ -1096,7 +1085,7 @@ def cloud_numbers(clouds, labels, metric):
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def show_clouds(modules, folders, chosen_by, n, args, evaluation):
+def show_clouds(modules, folders, chosen_by, args, evaluation):
     """Figure 3 of one seed: tsne.html and tsne.json in the folder of the run `chosen_by`.
 
     Returns its numbers, {method: {what: value}}.
@@ -1111,10 +1100,10 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
     tokenizer = setup.tokenizer
     chosen = evaluation.split.rows
     if len(chosen) < 4:                                # t-SNE of fewer shows nothing
-        raise common.UserError(f"--tsne {n}: {evaluation.name} must have at least 4 rows; it has "
-                               f"{len(chosen)}")
-    if n < len(chosen):
-        chosen = chosen.select(data.subset(evaluation.split, n, 0))
+        raise common.UserError(f"--tsne {args.tsne}: {evaluation.name} must have at least 4 rows; "
+                               f"it has {len(chosen)}")
+    if args.tsne < len(chosen):
+        chosen = chosen.select(data.subset(evaluation.split, args.tsne, 0))
     chosen_flags = common.read_results(folders[chosen_by])["args"]
     perturb = what_to_perturb(args.task, chosen_flags["keep_special"])
     with world.in_turns():
@@ -1137,7 +1126,7 @@ def show_clouds(modules, folders, chosen_by, n, args, evaluation):
             try:
                 points = common.tsne(clouds.states.reshape(3 * len(split), -1), perplexity)
             except ValueError as error:
-                raise common.UserError(f"--tsne {n}: {error}") from None
+                raise common.UserError(f"--tsne {args.tsne}: {error}") from None
             maps[method] = points.reshape(3, len(split), 2)
 
     title = f"{folders[chosen_by]}: H, H+ and H- of {len(split)} rows of {evaluation.name}"
@@ -1208,21 +1197,21 @@ def clouds_body(maps, numbers, labels, names, chosen_by, perplexity):
 
 # ---------------------------------------------------------------------------  analyses: all of them
 
-def check_figure_3(args, asked, task):
+def check_figure_3(args, task):
     """UserError if --tsne is asked for a task without classes."""
     import common
-    if asked.tsne and task.outputs == 1:
+    if args.tsne and task.outputs == 1:
         raise common.UserError(f"--tsne: must be a task with classes; {args.task} has none")
 
 
 def check_tokenizer(args, tokenizer, methods, asked):
     """UserError if something is asked for that this tokenizer does not have."""
     import common
-    wanted = "tdt-hard" in methods or asked.drop or asked.perturb
+    wanted = "tdt-hard" in methods or args.drop or args.perturb
     if wanted and tokenizer.mask_token_id is None:
         raise common.UserError(f"--model {args.model}: must have a mask token for tdt-hard, "
                                "--drop and --perturb")
-    if asked.tsne and tokenizer.cls_token_id is None:
+    if args.tsne and tokenizer.cls_token_id is None:
         raise common.UserError(f"--model {args.model}: must have a [CLS] for --tsne, whose state "
                                "stands for the sentence")
     if asked.texts and not tokenizer.is_fast:
@@ -1238,7 +1227,7 @@ def use_finished(args, asked, world, started):
     to_score = not asked.any or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
     if to_score or asked.figures:
-        setup = common.prepare(args, world, functools.partial(check_figure_3, args, asked))
+        setup = common.prepare(args, world, functools.partial(check_figure_3, args))
         tokenizer = setup.tokenizer
     else:
         tokenizer = common.load_tokenizer(args, world)
@@ -1269,24 +1258,24 @@ def analyse(args, asked, setup, tokenizer, world):
         c = {}
         for method in confident:
             scale = Scale()
-            if asked.confidences or (asked.drop and method == chosen_by):
+            if args.confidences or (args.drop and method == chosen_by):
                 bar = f"{folders[method]}: confidences"
                 c[method] = confidences_of(modules[method], evaluation, bar)
-            if asked.confidences:
+            if args.confidences:
                 show_confidences(folders[method], c[method], evaluation)
                 scale = scale_of(c[method], evaluation)
             if asked.texts:
-                show_explanations(modules[method], folders[method], asked, tokenizer,
+                show_explanations(modules[method], folders[method], asked.texts, tokenizer,
                                   args.max_length, scale, world)
-        if asked.tsne:
-            clouds.append(show_clouds(modules, folders, chosen_by, asked.tsne, args, evaluation))
-        if asked.drop:
+        if args.tsne:
+            clouds.append(show_clouds(modules, folders, chosen_by, args, evaluation))
+        if args.drop:
             dropped.append(drop_words(
                 modules, folders, chosen_by, c[chosen_by], asked.rates, evaluation))
-        if asked.perturb:
+        if args.perturb:
             folder = folders.get(chosen_by) or next(iter(folders.values()))
             perturbed.append(perturb_words(
-                modules, folder, folders.get(chosen_by), asked, evaluation))
+                modules, folder, folders.get(chosen_by), asked.rates, args.draws, evaluation))
 
     means = means_over_seeds(clouds) if len(clouds) > 1 else {}
     if means:                                          # no method may have all of the seeds
@@ -1502,7 +1491,7 @@ def main(argv=None):
 
     def check(task):
         common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
-        check_figure_3(args, asked, task)
+        check_figure_3(args, task)
 
     with common.processes(args) as world:
         if asked.finished:
