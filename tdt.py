@@ -549,7 +549,6 @@ class Evaluation:
     setup: object
     world: object
     name: str
-    task: object
     split: object
     ids: object                                                          # (tokens,)
     row: object                                                          # (tokens,), whose it is
@@ -560,7 +559,7 @@ def evaluation_of(setup, world):
     """The first validation split as an Evaluation."""
     import common
     import numpy as np
-    name, (task, split) = next(iter(setup.validation.items()))
+    name, (_, split) = next(iter(setup.validation.items()))
     ids, offsets, _ = split.fields["input_ids"]
     unknown = setup.tokenizer.unk_token_id             # stands for a word, though it is special
     special = [token for token in setup.tokenizer.all_special_ids if token != unknown]
@@ -568,7 +567,7 @@ def evaluation_of(setup, world):
     if not is_word.any():
         raise common.UserError(f"{name}: holds no words, which the figures are about")
     row = np.repeat(np.arange(len(split)), np.diff(offsets))
-    return Evaluation(setup, world, name, task, split, ids, row, is_word)
+    return Evaluation(setup, world, name, split, ids, row, is_word)
 
 
 def load_run(folder, method, world, mask_token_id=None, like=None, confidences="confidence.pt"):
@@ -868,7 +867,7 @@ def score_tokens(module, ids, evaluation, name):
     changed = copy.copy(evaluation.split)
     changed.fields = fields
     forward = setup.kind.forward(module.model, setup.task)
-    sets = {name: (evaluation.task, changed)}
+    sets = {name: (setup.task, changed)}
     metrics = common.evaluate(forward, module.model, sets, setup, evaluation.world)[name]
     return next(iter(metrics.values()))
 
@@ -931,18 +930,22 @@ def drop_words(modules, folders, chosen_by, c, rates, evaluation):
     return found
 
 
-def perturb_words(modules, folder, confident, rates, draws, evaluation):
-    """Figure 5 of one seed: its curves, written into `folder`. confident: as in `write_curves`."""
+def perturb_words(modules, folders, chosen_by, rates, draws, evaluation):
+    """Figure 5 of one seed: its curves, in the folder of Figure 6, or else of the first method.
+
+    chosen_by: as in `drop_words`; None if no method has confidences. These words are random ones.
+    """
     kinds = {"[MASK]": {}, "other word": {"sampled": True}}
     found = curves(modules, kinds, rates, draws, evaluation)
-    write_curves(folder, "perturb", found, evaluation, confidences=confident)
+    folder = folders[chosen_by] if chosen_by else next(iter(folders.values()))
+    write_curves(folder, "perturb", found, evaluation, confidences=folders.get(chosen_by))
     return found
 
 
 def write_curves(folder, figure, found, evaluation, **more):
-    """FIGURE.json. more: `confidences`, the run that chose the words, and others."""
+    """FIGURE.json. more: `confidences`, the run whose confidences are used, and others."""
     import common
-    metric = evaluation.task.metric_names[0]
+    metric = evaluation.setup.task.metric_names[0]
     values = {f"{method}, {kind}": curve for (method, kind), curve in found.items()}
     content = {"set": evaluation.name, "metric": metric, **more, "values": values}
     path = os.path.join(folder, f"{figure}.json")
@@ -1107,8 +1110,8 @@ def show_clouds(modules, folders, chosen_by, args, evaluation):
     chosen_flags = common.read_results(folders[chosen_by])["args"]
     perturb = what_to_perturb(args.task, chosen_flags["keep_special"])
     with world.in_turns():
-        split = data.encode(chosen, evaluation.task, tokenizer, args.max_length, perturb=perturb)
-    metric = evaluation.task.metric_names[0]
+        split = data.encode(chosen, setup.task, tokenizer, args.max_length, perturb=perturb)
+    metric = setup.task.metric_names[0]
     perplexity = min(30, (3 * len(split) - 1) // 3)    # t-SNE needs more than thrice as many points
 
     clouds_of_all = {}
@@ -1273,9 +1276,8 @@ def analyse(args, asked, setup, tokenizer, world):
             dropped.append(drop_words(
                 modules, folders, chosen_by, c[chosen_by], asked.rates, evaluation))
         if args.perturb:
-            folder = folders.get(chosen_by) or next(iter(folders.values()))
             perturbed.append(perturb_words(
-                modules, folder, folders.get(chosen_by), asked.rates, args.draws, evaluation))
+                modules, folders, chosen_by, asked.rates, args.draws, evaluation))
 
     means = means_over_seeds(clouds) if len(clouds) > 1 else {}
     if means:                                          # no method may have all of the seeds
@@ -1287,7 +1289,7 @@ def analyse(args, asked, setup, tokenizer, world):
             ("perturb", perturbed, "with words replaced at random", "is replaced at random")):
         if found:
             found = curves_of_all_seeds(found)
-            metric = evaluation.task.metric_names[0]
+            metric = setup.task.metric_names[0]
             title = (f"{args.task} {evaluation.name}: {metric} in percent when that share of the "
                      f"words {how}")
             print_curves(found, title, asked.rates, world)

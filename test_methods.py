@@ -6370,7 +6370,7 @@ def two_rows():
     """[CLS] a b c d [SEP] and [CLS] e f [SEP] as an Evaluation, and their confidences."""
     ids = np.array([1, 10, 11, 12, 13, 2, 1, 14, 15, 2])
     row = np.repeat([0, 1], [6, 4])
-    evaluation = tdt.Evaluation(None, None, "set", None, None, ids, row, ids > 2)
+    evaluation = tdt.Evaluation(None, None, "set", None, ids, row, ids > 2)
     c = np.array([0.9, 0.1, 0.4, 0.3, 0.2, 0.9, 0.9, 0.5, 0.6, 0.9], np.float32)
     return evaluation, c
 
