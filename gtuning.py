@@ -559,10 +559,11 @@ def draw_maps(projection, perplexity, clouds, results, names):
     return maps
 
 
-def clouds_before_training(args, setup, folders, world):
-    """The two clouds of f as the runs of the first seed began, L2-normalised, (n, H) each."""
+def clouds_before_training(args, setup, folder, world):
+    """The two clouds of f as the run in the folder began, by the first seed, L2-normalised:
+    (n, H) each."""
     pair = any("input_ids_2" in split.fields for _, split in setup.validation.values())
-    untrained = build_f(as_before(args, folders, world), setup, args.seeds[0], world, pair)
+    untrained = build_f(as_before(args, folder, world), setup, args.seeds[0], world, pair)
     return [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
 
 
@@ -585,8 +586,8 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     first seed are drawn.
     """
     import common
-    folders = [*clouds_of_folders]
-    clouds = {BEFORE: clouds_before_training(args, setup, folders, world)}
+    first_folder = next(iter(clouds_of_folders))
+    clouds = {BEFORE: clouds_before_training(args, setup, first_folder, world)}
     results_drawn = {}                                 # {run: results}, those of the first seed
     for folder, both in clouds_of_folders.items():
         run = os.path.basename(os.path.abspath(folder))
@@ -615,23 +616,23 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     page = common.html_page(title, FIGURE_STYLE + common.MAPS_STYLE, body)
     by = f"t-SNE, perplexity {perplexity}" if args.projection == "tsne" else "principal axes"
     world.say(f"the maps are by {by}")
-    task_folder = os.path.dirname(os.path.abspath(folders[0]))
+    task_folder = os.path.dirname(os.path.abspath(first_folder))
     common.write_file(os.path.join(task_folder, "embed.html"), page, world)
     content = {"sets": dict(zip(names, sizes)), "values": numbers, "maps": [*maps]}
     common.write_json(os.path.join(task_folder, "embed.json"), content, world)
 
 
-def as_before(args, folders, world):
-    """The flags, but with the model that the runs in these folders started from."""
+def as_before(args, folder, world):
+    """The flags, but with the model that the run in this folder started from."""
     import common
     args = copy.copy(args)
-    results = common.read_results(folders[0])
+    results = common.read_results(folder)
     args.model = results["model"]
     args.weight_noise = results["args"]["weight_noise"]
     if args.run:
         args.path = common.find_model(args.model, world)
         if results["args"]["post_train"]:              # what that made is known to the model alone
-            path = os.path.join(folders[0], "model", "gtuning.pt")
+            path = os.path.join(folder, "model", "gtuning.pt")
             args.path = torch.load(path, weights_only=True, map_location="cpu")["plm"]
     return args
 
@@ -1110,7 +1111,7 @@ def use_finished(args, runs, setup, world, started):
 
     def load(folder, results):
         f = load_f(os.path.join(folder, "model"), results["seed"], results["args"],
-                   as_before(args, [folder], world), setup, world)
+                   as_before(args, folder, world), setup, world)
         if args.embed:
             clouds[folder] = embed(folder, f, setup, world)
         return f.logits, f
