@@ -562,8 +562,11 @@ def draw_maps(projection, perplexity, clouds, results, names):
 def clouds_before_training(args, setup, folder, world):
     """The two clouds of f as the run in the folder began, by the first seed, L2-normalised:
     (n, H) each."""
+    import common
+    results = common.read_results(folder)
+    before = as_before(args, folder, results, world)
     pair = any("input_ids_2" in split.fields for _, split in setup.validation.values())
-    untrained = build_f(as_before(args, folder, world), setup, args.seeds[0], world, pair)
+    untrained = build_f(before, setup, args.seeds[0], world, pair)
     return [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
 
 
@@ -622,11 +625,10 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     common.write_json(os.path.join(task_folder, "embed.json"), content, world)
 
 
-def as_before(args, folder, world):
+def as_before(args, folder, results, world):
     """The flags, but with the model that the run in this folder started from."""
     import common
     args = copy.copy(args)
-    results = common.read_results(folder)
     args.model = results["model"]
     args.weight_noise = results["args"]["weight_noise"]
     if args.run:
@@ -1072,20 +1074,22 @@ def build_f(args, setup, seed, world, pair):
         raise common.UserError(f"--model {args.model}: {error}") from error
 
 
-def load_f(folder, seed, run_flags, args, setup, world):
-    """f of a finished run with these flags, whose model is in `folder`.
+def load_f(folder, results, args, setup, world):
+    """f of the finished run in this folder.
 
     --model is its g, wherever that lies now, unless the run made a g of its own.
     """
     import common
+    import data
     plm = None
-    if run_flags["tune"] == "adapter" and not run_flags["post_train"]:
-        plm = common.load_model(args, setup, seed, world).base_model
+    if results["args"]["tune"] == "adapter" and not results["args"]["post_train"]:
+        before = as_before(args, folder, results, world)
+        plm = common.load_model(before, setup, results["seed"], world).base_model
+    path = os.path.join(folder, "model")
     try:
-        return GTuning.from_pretrained(folder, plm).to(world.device)
+        return GTuning.from_pretrained(path, plm).to(world.device)
     except Exception as error:
-        import data
-        raise common.UserError(f"{folder}: cannot be loaded: {data.first_line(error)}") from error
+        raise common.UserError(f"{path}: cannot be loaded: {data.first_line(error)}") from error
 
 
 def labels_of(folder):
@@ -1110,8 +1114,7 @@ def use_finished(args, runs, setup, world, started):
         raise common.UserError(f"--run {' '.join(runs)}: must be runs of unlike names for --embed")
 
     def load(folder, results):
-        f = load_f(os.path.join(folder, "model"), results["seed"], results["args"],
-                   as_before(args, folder, world), setup, world)
+        f = load_f(folder, results, args, setup, world)
         if args.embed:
             clouds[folder] = embed(folder, f, setup, world)
         return f.logits, f
@@ -1351,7 +1354,7 @@ def main(argv=None):
                 if run.best["step"] <= end_1 < end_3:
                     world.say(f"{run.name}: the best state is of phase 1, before D")
             if setup.unscored or args.embed:
-                f = load_f(run.model_folder, run.seed, vars(args), args, setup, world)
+                f = load_f(run.folder, run.results, args, setup, world)
                 common.write_unscored(run.folder, f.logits, f, setup, world)
             if args.embed:
                 clouds[run.folder] = embed(run.folder, f, setup, world)

@@ -9055,9 +9055,9 @@ def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, cache, m
     weights = []
     for seed in (0, 1):
         folder = tmp_path / f"cached/custom/adapter-{seed}"
-        flags = json.loads((folder / "results.json").read_text())["args"]
+        results = json.loads((folder / "results.json").read_text())
         world = types.SimpleNamespace(device="cpu")
-        f = gtuning.load_f(str(folder / "model"), seed, flags, None, None, world)
+        f = gtuning.load_f(str(folder), results, None, None, world)
         weights.append(f.plm.state_dict()["embeddings.word_embeddings.weight"])
     before = untrained["embeddings.word_embeddings.weight"]
     for a, b in ((weights[0], before), (weights[1], before), (weights[0], weights[1])):
