@@ -799,20 +799,20 @@ def fit_converged(x, y, classes):
     return layer
 
 
-def probe_score(train, validation, task, settings, seed):
+def probe_score(train, validation, task, args, seed):
     """The main metric of a linear layer on frozen states. train, validation: (states, Split)."""
     import data
     x, split = train
     x_scored, scored = validation
     y = torch.from_numpy(split.labels.copy())
     torch.manual_seed(seed)                            # the same start and rows for all encoders
-    if settings.probe_recipe == "converged":
+    if args.probe_recipe == "converged":
         mean = x.mean(0)
         std = x.std(0).clamp(min=1e-6)
         x_scored = (x_scored - mean) / std
         layer = fit_converged((x - mean) / std, y, task.outputs)
     else:
-        layer = fit_by_recipe(x, y, task.outputs, settings)
+        layer = fit_by_recipe(x, y, task.outputs, args)
     with torch.no_grad():
         logits = layer(x_scored).numpy()                                 # (n, C)
     return next(iter(data.score_predictions(task, task, list(logits), scored).values()))
@@ -847,42 +847,49 @@ def probed_encoders(args, world):
     return {**untuned, **runs}
 
 
-def probe_task(name, encoders, settings, world):
-    """Yields a line for each encoder and seed. settings: the flags by the recipe of this task."""
+def load_encoder(path, world):
+    """The encoder in this folder or of this hub id, alone where the model also has a decoder."""
     import common
     import data
     from transformers import AutoModel
+    try:
+        model = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+        model = model.to(world.device)
+    except Exception as error:
+        raise common.UserError(f"--probe: {path} cannot be loaded: "
+                               f"{data.first_line(error)}") from error
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
+    return model
+
+
+def probe_task(name, encoders, args, world):
+    """Yields a line for each encoder and seed. args: the flags, by the recipe of this task."""
+    import common
+    import data
     task = data.TASKS[name]
-    settings.eval_tasks = []
-    rows = data.load(settings)
+    args.eval_tasks = []
+    rows = data.load(args)
     to_score = next(iter(rows.validation.values()))
     for encoder_name, (path, links) in encoders.items():
-        its = copy.copy(settings)                      # its own model and max_length
+        its = copy.copy(args)                          # its own model and max_length
         its.model = path
         tokenizer = common.load_tokenizer(its, world)
-        try:
-            encoder = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
-            encoder = encoder.to(world.device)
-        except Exception as error:
-            raise common.UserError(f"--probe: {path} cannot be loaded: "
-                                   f"{data.first_line(error)}") from error
-        if encoder.config.is_encoder_decoder:
-            encoder = encoder.get_encoder()
-
+        encoder = load_encoder(path, world)
         bar = f"{name}: {encoder_name}"
         scored = data.encode(to_score, task, tokenizer, its.max_length)
         validation = first_token_states(encoder, scored, world, bar), scored
         all_rows = data.encode(rows.train, task, tokenizer, its.max_length)
         train = None
-        for seed in settings.seeds:
-            if settings.train_samples:                 # each seed has rows of its own
-                chosen = all_rows.take(data.subset(all_rows, settings.train_samples, seed))
+        for seed in args.seeds:
+            if args.train_samples:                     # each seed has rows of its own
+                chosen = all_rows.take(data.subset(all_rows, args.train_samples, seed))
                 train = first_token_states(encoder, chosen, world, bar), chosen
             elif train is None:
                 train = first_token_states(encoder, all_rows, world, bar), all_rows
-            score = probe_score(train, validation, task, settings, seed)
+            score = probe_score(train, validation, task, args, seed)
             world.say(f"{name:<10} {100 * score:6.2f}  {encoder_name}")
-            line = {"run": encoder_name, "task": name, "recipe": settings.probe_recipe,
+            line = {"run": encoder_name, "task": name, "recipe": args.probe_recipe,
                     "seed": seed, "rows": len(train[0]), "metric": task.metric_names[0],
                     "score": score}
             if links:
@@ -910,14 +917,14 @@ def probe(args, argv):
         if name in args.by_hand:
             raise common.UserError(f"--{name}: cannot go together with --probe")
     argv = sys.argv[1:] if argv is None else argv
-    settings = {}
+    args_of = {}                                       # {task: the flags, by its recipe}
     for name in args.probe_tasks:
-        settings[name] = common.parse(flags(), [*argv, "--task", name], recipe)
+        args_of[name] = common.parse(flags(), [*argv, "--task", name], recipe)
         if "seeds" not in args.by_hand:
-            settings[name].seeds = [0]                 # whatever the recipe has
+            args_of[name].seeds = [0]                  # whatever the recipe has
     path = os.path.join(args.output_dir, "probes.jsonl")
     lines = []
-    with common.processes(settings[args.probe_tasks[0]]) as world:
+    with common.processes(args_of[args.probe_tasks[0]]) as world:
         if world.size > 1:
             raise common.UserError("--probe: must run in one process")
         encoders = probed_encoders(args, world)
@@ -928,8 +935,8 @@ def probe(args, argv):
             raise common.UserError(f"--output_dir {args.output_dir}: cannot write {path}: "
                                    f"{error.strerror}") from error
         with file:
-            for name in settings:
-                for line in probe_task(name, encoders, settings[name], world):
+            for name, its_args in args_of.items():
+                for line in probe_task(name, encoders, its_args, world):
                     file.write(json.dumps(line) + "\n")
                     file.flush()
                     lines.append(line)
