@@ -1250,9 +1250,7 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
         for name, values in model_inputs(encoded).items():
             found[name + suffix] = values
 
-        if encoded.is_fast:
-            overflows = [bool(encoding.overflowing) for encoding in encoded.encodings]
-            found["cut"] = [int(before or now) for before, now in zip(found["cut"], overflows)]
+        mark_cut(found, encoded)
         if perturb:
             if not encoded.is_fast:
                 raise UserError("to leave special tokens as they are takes a fast tokenizer; "
@@ -1263,6 +1261,14 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
                 marks.append([int(part in allowed) for part in encoded.sequence_ids(row)])
             found["perturbable" + suffix] = marks
     return found
+
+
+def mark_cut(found, encoded):
+    """Makes `cut` 1 for the rows that a tokenizer has truncated; a slow one cannot tell."""
+    if encoded.is_fast:
+        for row, encoding in enumerate(encoded.encodings):
+            if encoding.overflowing:
+                found["cut"][row] = 1
 
 
 def model_inputs(encoded):
@@ -1290,9 +1296,7 @@ def tokenise_generate(rows, task, tokenizer, max_length, max_target_length):
     found.pop("token_type_ids", None)                  # of a BERT tokenizer; no BART has them
     targets = tokenizer(text_target=rows["label"], truncation=True, max_length=max_target_length)
     found["labels"] = targets["input_ids"]
-    if targets.is_fast:
-        overflows = [bool(encoding.overflowing) for encoding in targets.encodings]
-        found["cut"] = [int(source or now) for source, now in zip(found["cut"], overflows)]
+    mark_cut(found, targets)
     return found
 
 
