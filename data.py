@@ -991,12 +991,12 @@ def class_index(table, task):
     """How a table's label cells are read: (index, names_of_table).
 
     index {text of a cell: index of task.label_names, or -1 for a hidden label}. names_of_table: the
-    label names in the order of the table's own ids, which may not be ours; None for the user's own
+    label names in the order of the table's own ids, which may not be ours; none for the user's own
     files, where a number is no id but a name.
     """
     import datasets
     names = task.label_names
-    names_of_table = None if task.path == "custom" else names
+    names_of_table = [] if task.path == "custom" else names
     if isinstance(table, datasets.Dataset) and task.label in table.column_names:
         feature = table.features[task.label]
         feature = getattr(feature, "feature", feature)                  # of tags: that of one tag
@@ -1005,11 +1005,10 @@ def class_index(table, task):
     index = {"-1": -1}
     for i, name in enumerate(names):
         index[name] = i
-    if names_of_table:
-        index.update(zip(names_of_table, map_labels(names_of_table, names).tolist()))
-        if not any(name.isdigit() for name in names_of_table):
-            for i, name in enumerate(names_of_table):  # in a csv an id is a string
-                index[str(i)] = index[name]
+    index.update(zip(names_of_table, map_labels(names_of_table, names).tolist()))
+    if not any(name.isdigit() for name in names_of_table):
+        for i, name in enumerate(names_of_table):      # in a csv an id is a string
+            index[str(i)] = index[name]
     return index, names_of_table
 
 
@@ -1023,7 +1022,7 @@ def read_classify(table, task, where):
     index, names_of_table = class_index(table, task)
     labels = []
     for row, cell in enumerate(raw_labels(table, task, where), 1):
-        if names_of_table and isinstance(cell, int) and 0 <= cell < len(names_of_table):
+        if isinstance(cell, int) and 0 <= cell < len(names_of_table):
             cell = names_of_table[cell]
         label = index.get(label_of(cell))
         if label is None:
