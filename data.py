@@ -1379,9 +1379,9 @@ class Split:
                 parts = [values[offsets[row]:offsets[row + 1]] for row in rows]
                 ends = np.cumsum([len(part) for part in parts])
                 fields[name] = Field(np.concatenate(parts), np.concatenate([[0], ends]), fill)
-        if "note_row" in self.fields:
-            return Split(fields, self.left, self.rows, self.has_targets)
-        kept = None if self.rows is None else self.rows.select(rows)
+        kept = self.rows
+        if kept is not None and "note_row" not in self.fields:           # which points into all
+            kept = kept.select(rows)
         return Split(fields, self.left, kept, self.has_targets)
 
     def sentences(self):
