@@ -2449,26 +2449,28 @@ def toy_review(domain, rng, labelled):
 
 
 def toy_opinions(domain, rng, labelled):
-    """The phrases of a review, of each (whether it praises, its noun), and whether all in all it
-    does."""
+    """(phrases, opinions, positive) of a review: of each phrase (whether it praises, its noun), and
+    whether the review as a whole praises."""
     positive = rng.random() < 0.5
     phrases = []
     opinions = []
     habit = {"film": 0.8, "food": 0.35}[domain] if labelled else 0.5
     for _ in range(rng.randint(2, 5)):
         agrees = rng.random() < (0.85 if labelled else 0.96)
-        good = positive if agrees else not positive
-        praises = good
+        praises = positive if agrees else not positive
+        good_words = praises                           # "not bad" praises by a bad word
         phrase = []
         if rng.random() < 0.4:
-            phrase.append(TOY_HABIT[(rng.random() < habit) != positive])
+            keeps_habit = rng.random() < habit
+            phrase.append(TOY_HABIT[0] if keeps_habit == positive else TOY_HABIT[1])
         if rng.random() < 0.05:
             phrase.append("not")
-            good = not good
+            good_words = not praises
+        side = 0 if good_words else 1                  # of the lists of TOY_WORDS
         if not labelled and rng.random() < 0.9:
-            phrase.append(rng.choice(TOY_WORDS["adverb"][not good]))
+            phrase.append(rng.choice(TOY_WORDS["adverb"][side]))
         adjectives = "both" if rng.random() < 0.1 else domain
-        phrase.append(rng.choice(TOY_WORDS[adjectives][not good]))
+        phrase.append(rng.choice(TOY_WORDS[adjectives][side]))
         phrase.append(rng.choice(TOY_NOUNS[domain]))
         phrases.append(" ".join(phrase))
         opinions.append((praises, phrase[-1]))
