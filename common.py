@@ -1207,13 +1207,15 @@ def backward(module, batch, world, **more):
 # -----------------------------------------------------------------------  4  predictions and scores
 
 def eval_inputs(split, world, name, **size):
-    """Yields (rows, labels, inputs on the device) over all rows of this process.
+    """Yields (rows, labels, inputs on the device) over every row of this process exactly once.
 
     name: of the progress bar. size: see data.slices.
     """
-    count = len(range(world.rank, len(split), world.size))
-    with Progress(world, name, count) as progress:
-        for rows, inputs in data.eval_batches(split, world.rank, world.size, **size):
+    mine = np.arange(world.rank, len(split), world.size)
+    with Progress(world, name, len(mine), unit="row") as progress:
+        for part in data.slices(split.lengths[mine], **size):
+            rows = mine[part]
+            inputs = split.collate(rows)
             labels = inputs.pop("labels")
             yield rows, labels, world.put(inputs)
             progress.update(len(rows))

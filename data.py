@@ -5,7 +5,7 @@
     1  kinds and tasks             Kind, Task, TASKS, map_labels
     2  reading                     load, own_files, read_file, general_text
     3  encoding, by kind           encode, tokenise_texts
-    4  batches                     Field, Split, Batches, eval_batches, subset
+    4  batches                     Field, Split, Batches, slices, subset
     5  metrics                     METRICS, rouge; outputs, scores and files of each kind; KINDS
     6  the toy language            toy_rows, toy_summaries, toy_tags, toy_questions, toy_corpus
 
@@ -1628,13 +1628,6 @@ def slices(lengths, tokens=8192, most=256):
         take = max(1, min(most, tokens // max(1, int(lengths[order[0]]))))
         yield order[:take]
         order = order[take:]
-
-
-def eval_batches(split, rank=0, world=1, **size):
-    """(rows, inputs) over every row of this process exactly once. size: see `slices`."""
-    mine = np.arange(rank, len(split), world)
-    for part in slices(split.lengths[mine], **size):
-        yield mine[part], split.collate(mine[part])
 
 
 def subset(split, n, seed):

@@ -1434,12 +1434,13 @@ def test_processes_and_micro_batches_share_a_batch(world, micro, thousand):
     assert sorted(found) == sorted(whole.tolist())
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_evaluation_covers_every_row_once(world):
+@pytest.mark.parametrize("size", [1, 3])
+def test_evaluation_covers_every_row_once(size):
     split = split_of(np.random.default_rng(0).integers(3, 60, 101))
     found = []
-    for rank in range(world):
-        for rows, inputs in data.eval_batches(split, rank, world, tokens=200):
+    for rank in range(size):
+        world = types.SimpleNamespace(rank=rank, size=size, put=dict)
+        for rows, _, inputs in common.eval_inputs(split, world, "rows", tokens=200):
             assert inputs["input_ids"][:, 0].tolist() == (rows + 5).tolist()
             assert inputs["input_ids"].numel() <= 200
             found += rows.tolist()
