@@ -6,7 +6,8 @@
     2  reading                     load, own_files, read_file, general_text
     3  encoding, by kind           encode, tokenise_texts
     4  batches                     Field, Split, Batches, slices, subset
-    5  metrics                     METRICS, rouge; outputs, scores and files of each kind; KINDS
+    5  metrics                     METRICS, rouge; outputs, scores and files of each kind; of tags,
+                                   answers and retrieval also reading and encoding; KINDS
     6  the toy language            toy_rows, toy_summaries, toy_tags, toy_questions, toy_corpus
 
 A further task is one row of TASKS. A further kind of task is one group of functions and one line of
