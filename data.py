@@ -420,7 +420,7 @@ def load(args, also_scores=()):
         task = TASKS[args.task]
         splits = {}
         for split in [task.train, *task.validation.split()]:
-            splits[split] = read(task, split, args.task, args)
+            splits[split] = read(args.task, split, args)
             refuse_hidden(task, splits[split], f"--task {args.task}: split {split}")
 
     train = splits.pop(task.train)
@@ -475,7 +475,7 @@ def load_to_use(args, also_scores):
         validation[set_name(args, "validation_file")] = read_own(args, "validation_file", task)
     elif args.score_validation:
         for split in task.validation.split():
-            validation[split] = read(task, split, args.task, args)
+            validation[split] = read(args.task, split, args)
     for split, rows in validation.items():
         refuse_hidden(task, rows, f"--run {args.run[0]}: {split}")
 
@@ -553,7 +553,7 @@ def load_unscored(args, task):
     for name in args.predict:
         splits = task.test.split() if name == "test" else [name]
         for split in splits:
-            unscored[split] = read(task, split, args.task, args, f"--predict {name}")
+            unscored[split] = read(args.task, split, args, f"--predict {name}")
     if args.test_file:
         of_own_task = args.own_files and not args.run
         name = "test" if of_own_task else set_name(args, "test_file")
@@ -614,7 +614,7 @@ def load_set(args, trained, name, split, also_scores):
     usual = task.validation.split()
     given = f"--eval_tasks {name}:{split}" if split else f"--eval_tasks {name}"
     for part in [split] if split else usual:
-        rows = read(task, part, name, args, given)
+        rows = read(name, part, args, given)
         refuse_hidden(task, rows, f"--eval_tasks {name}: split {part}")
         if 0 < task.sample < len(rows):
             chosen = np.random.default_rng(0).permutation(len(rows))[:task.sample]
@@ -647,11 +647,12 @@ def refuse_hidden(task, rows, where):
                         f"column {task.label!r}): it can only be predicted")
 
 
-def read(task, split, name, args, given=""):
-    """Rows of one split of a task of the table: of a local file, the toy grammar, or the hub.
+def read(name, split, args, given=""):
+    """Rows of one split of the task of this name: of a local file, the toy grammar, or the hub.
 
     given: the flag that asks for it, with its value; "": --task.
     """
+    task = TASKS[name]
     given = given or f"--task {name}"
     local = local_files(args)
     kind = KINDS[task.kind]
@@ -2652,7 +2653,7 @@ def main(argv=None):
         splits = ["file"]                              # which is all splits
     for split in dict.fromkeys(splits):
         try:
-            rows = read(task, split, args.task, args)
+            rows = read(args.task, split, args)
         except UserError as error:
             if args.local_file or not task.path:
                 raise

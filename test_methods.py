@@ -789,7 +789,7 @@ def test_rows_of_the_hubs_shape_go_through_read(name, monkeypatch):
     table = datasets.Dataset.from_dict(columns, features=datasets.Features(types))
     calls = hub_of(monkeypatch, **{split: table})
 
-    rows = data.read(task, split, name, settings())
+    rows = data.read(name, split, settings())
 
     assert rows.column_names == [*task.columns, "label"]
     assert rows["label"][:] == columns["label"]
@@ -812,13 +812,13 @@ def test_the_hubs_own_order_of_labels_is_kept_apart_from_ours(monkeypatch):
     columns = {"premise": ["a", "b", "c"], "hypothesis": ["d", "e", "f"], "label": [0, 1, 2]}
     table = datasets.Dataset.from_dict(columns, features=datasets.Features(types))
     hub_of(monkeypatch, validation_matched=table)
-    rows = data.read(data.TASKS["mnli"], "validation_matched", "mnli", settings())
+    rows = data.read("mnli", "validation_matched", settings())
     assert rows["label"][:] == [2, 0, 1]
 
 
 def test_a_split_the_hub_does_not_have_is_one_line(monkeypatch):
     hub_of(monkeypatch)
-    message = refusal(data.read, data.TASKS["sst2"], "nope", "sst2", settings())
+    message = refusal(data.read, "sst2", "nope", settings())
     assert message == ("--task sst2: cannot load split nope of nyu-mll/glue sst2 from the hub: "
                        "Unknown split nope.")
 
@@ -830,7 +830,7 @@ def test_a_local_file_stands_in_for_the_hub(tmp_path):
     ]
     path = write(tmp_path / "test_public.json", lines_of(rows))
     given = settings(local_file=[f"bustm={path}"])
-    read = data.read(data.TASKS["bustm"], "validation", "bustm", given)
+    read = data.read("bustm", "validation", given)
     assert read["label"][:] == [1, 0]
     assert read["id"][:] == ["3", "4"]
 
@@ -845,13 +845,13 @@ def test_a_local_file_stands_in_for_the_hub(tmp_path):
 def test_labels_of_a_local_file_are_names_or_ids(label, index, tmp_path):
     row = {"question1": "a", "question2": "b", "label": label}
     given = settings(local_file=[f"qqp={write(tmp_path / 'q.jsonl', lines_of([row]))}"])
-    assert data.read(data.TASKS["qqp"], "validation", "qqp", given)["label"][:] == [index]
+    assert data.read("qqp", "validation", given)["label"][:] == [index]
 
 
 def test_a_label_that_is_not_in_the_table_is_refused_with_its_row(tmp_path):
     path = write(tmp_path / "s.csv", "sentence,label\na,positive\nb,neutral\n")
     given = settings(local_file=[f"sst2={path}"])
-    message = refusal(data.read, data.TASKS["sst2"], "validation", "sst2", given)
+    message = refusal(data.read, "sst2", "validation", given)
     assert message == f"{path}: row 2: label 'neutral' must be one of ['negative', 'positive']"
 
 
@@ -1006,7 +1006,7 @@ def pairs_file(folder, labels):
 def test_a_hidden_label_is_refused_with_its_row(labels, row, tmp_path):
     task = data.TASKS["bustm"]
     given = settings(task="bustm", local_file=[f"bustm={pairs_file(tmp_path, labels)}"])
-    rows = data.read(task, "train", "bustm", given)
+    rows = data.read("bustm", "train", given)
     message = refusal(data.refuse_hidden, task, rows, "--task bustm: split train")
     assert message.startswith(f"--task bustm: split train: row {row} has a hidden label (-1")
 
@@ -5186,7 +5186,7 @@ def test_rows_are_source_and_summary(monkeypatch):
     table = datasets.Dataset.from_dict(
         {"article": ["a\nb", "c"], "highlights": [" one .\ntwo .\n", None], "id": ["x", "y"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: table)
-    rows = data.read(data.TASKS["cnndm"], "train", "cnndm", summary_settings())
+    rows = data.read("cnndm", "train", summary_settings())
     assert rows[:] == {"article": ["a\nb", "c"], "label": ["one .\ntwo .", ""], "id": ["x", "y"]}
 
 
@@ -9832,7 +9832,7 @@ def test_a_probe_is_as_long_as_it_is_told(newcomers_runs, tmp_path, monkeypatch)
     newcomers_runs[1].result()
     run = newcomers_runs[0] / "toy-model/toy/std-0"
     rows = data.toy_rows("film", "validation").select(range(64)).rename_column("text", "sentence")
-    monkeypatch.setattr(data, "read", lambda task, split, name, args: rows)
+    monkeypatch.setattr(data, "read", lambda name, split, args: rows)
     lengths = []
 
     def untrained(x, y, classes, args):
