@@ -1212,7 +1212,7 @@ def eval_inputs(split, world, name, **size):
     name: of the progress bar. size: see data.slices.
     """
     mine = np.arange(world.rank, len(split), world.size)
-    with Progress(world, name, len(mine), unit="row") as progress:
+    with Progress(world, name, len(mine)) as progress:
         for part in data.slices(split.lengths[mine], **size):
             rows = mine[part]
             inputs = split.collate(rows)
