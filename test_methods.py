@@ -3468,6 +3468,7 @@ README_TABLES = {
         "FreeLB, new seeds": ["freelb-again freelb", "", "", ""],
         "TDT": ["1000 tdt", "mrpc tdt", "1000 tdt", ""],
         "TDT, 320 steps, over `std` in 320": ["320 tdt", "", "320 tdt", "320 tdt"],
+        "TDT, 320 steps, new seeds": ["", "", "320-again tdt", "320-again tdt"],
         "TDT, released": ["", "", "cola-released tdt", ""],
         "TDT-hard": ["1000-bf16 tdt-hard", "", "1000-bf16 tdt-hard", "1000-bf16 tdt-hard"],
         "TDT-hard, new seeds": ["hard-again tdt-hard", "", "", ""],
