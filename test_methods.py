@@ -3466,6 +3466,7 @@ README_TABLES = {
         "SMART": ["1000-bf16 smart", "", "1000-bf16 smart", "1000-bf16 smart"],
         "FreeLB": ["1000-bf16 freelb", "", "", ""],
         "FreeLB, new seeds": ["freelb-again freelb", "", "", ""],
+        "FreeLB, 320 steps, over `std` in 320": ["320-bf16 freelb", "", "", ""],
         "TDT": ["1000 tdt", "mrpc tdt", "1000 tdt", ""],
         "TDT, 320 steps, over `std` in 320": ["320 tdt", "", "320 tdt", "320 tdt"],
         "TDT, 320 steps, new seeds": ["", "", "320-again tdt", "320-again tdt"],
