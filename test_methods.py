@@ -3470,6 +3470,7 @@ README_TABLES = {
         "TDT": ["1000 tdt", "mrpc tdt", "1000 tdt", ""],
         "TDT, 320 steps, over `std` in 320": ["320 tdt", "", "320 tdt", "320 tdt"],
         "TDT, 320 steps, new seeds": ["", "", "320-again tdt", "320-again tdt"],
+        "the same without L_R": ["", "", "320-beta0 tdt", "320-beta0 tdt"],
         "TDT, released": ["", "", "cola-released tdt", ""],
         "TDT-hard": ["1000-bf16 tdt-hard", "", "1000-bf16 tdt-hard", "1000-bf16 tdt-hard"],
         "TDT-hard, new seeds": ["hard-again tdt-hard", "", "", ""],
