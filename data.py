@@ -1419,7 +1419,7 @@ class Split:
         return batch
 
     def tensor(self, name, rows, width):
-        """A field of the given rows: (B,), or of lists (B, n), padded to their longest or more."""
+        """A field of these rows: (B,), or lists (B, n), padded to their longest or to `width`."""
         import torch
         field = self.fields[name]
         if field.offsets is None:
