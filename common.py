@@ -28,6 +28,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -278,7 +279,7 @@ def add_running_flags(g):
                    help="time N steps of each --method, and stop")
     g.add_argument("--grid", nargs="*", default=[], metavar="FLAG=A,B",
                    help="try all combinations, choose by the held-out rows, then run all --seeds")
-    g.add_argument("--threads", type=number(int, 0), default=0, metavar="N",
+    g.add_argument("--threads", type=number(int, 0, 4096), default=0, metavar="N",
                    help="CPU threads; 0: as many as torch takes")
     g.add_argument("--detect_anomaly", action="store_true",
                    help="torch's search for the first nan; slow")
@@ -349,7 +350,7 @@ def is_large(model):
     try:
         with open(os.path.join(model or "", "config.json"), encoding="utf-8") as file:
             return json.load(file).get("hidden_size", 0) >= 1024
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, TypeError):             # load_tokenizer tells why
         return "large" in (model or "")
 
 
@@ -858,10 +859,11 @@ def hold_out(args, setup):
     if not n:
         return
     whole = len(setup.train.whole_rows)
-    left = whole - n
-    if left < max(args.batch_size or 1, args.train_samples or 0):
-        raise UserError(f"--dev_samples {n}: of the {whole} training rows {left} would "
-                        "be left, fewer than --train_samples or --batch_size")
+    needed = max(args.batch_size or 1, args.train_samples or 0)
+    if whole - n < needed:
+        most = max(whole - needed, 0)
+        raise UserError(f"--dev_samples {n}: must be at most {most}, which leaves {needed} of the "
+                        f"{whole} training rows, as many as --train_samples or --batch_size wants")
     chosen = data.subset(setup.train, n, 0)
     others = np.setdiff1d(np.arange(len(setup.train)), chosen)
     setup.held_out = {"held-out": (setup.task, setup.train.take(chosen))}
@@ -1420,7 +1422,8 @@ def runs_to_make(args, methods, world):
     """The Run of each seed and method, its folder taken; one that is finished has its results.
 
     methods: the script's. All folders are looked at before the first run begins, so that what is
-    refused is refused at once, and --overwrite empties all, so that --resume can go on after it.
+    refused is refused at once, and --overwrite empties all, once all are locked, so that --resume
+    can go on after it.
     """
     runs = []
     for seed, method in itertools.product(args.seeds, args.method):
@@ -1430,6 +1433,9 @@ def runs_to_make(args, methods, world):
         else:
             run.find_results()
         runs.append(run)
+    if args.overwrite:
+        for run in runs:
+            run.empty_folder()
     while runs:
         run = runs.pop(0)                              # one that is over, with its model, is let go
         run.take()
@@ -1485,7 +1491,7 @@ class Run:
             self.add_search()
 
     def take_folder(self):
-        """Makes the folder, locks it, and with --overwrite empties it; once, from rank 0."""
+        """Makes the folder and locks it; once, from rank 0."""
         if self.world.rank > 0 or self.lock is not None:
             return
         try:
@@ -1500,10 +1506,11 @@ class Run:
             why = "another run is writing there" if taken else error.strerror
             raise UserError(f"--output_dir {self.args.output_dir}: cannot write {self.folder}: "
                             f"{why}") from None
-        if self.args.overwrite:
-            self.empty_folder()
 
     def empty_folder(self):
+        """--overwrite, from rank 0, whose folder it must be."""
+        if self.world.rank > 0:
+            return
         try:
             # First what marks the run as finished: what is left after a kill must not look so.
             for name in sorted(os.listdir(self.folder), key=lambda name: name != "results.json"):
@@ -1553,6 +1560,12 @@ class Run:
         for name in {**saved["args"], **self.identity}.keys() - NOT_THE_RUN:
             was = saved["args"].get(name)
             now = self.identity.get(name)
+            digest = f"{name}_digest"
+            if digest in saved["args"] and digest in self.identity:
+                continue                               # a file: what is in it counts, not its path
+            if name in ("model", "init_from") and was and now:
+                was = os.path.normpath(was)
+                now = os.path.normpath(now)
             # Two scripts share plain fine-tuning: a flag that one of them lacks counts as off.
             in_both = name in saved["args"] and name in self.identity
             if was != now and (in_both or was or now):
@@ -2190,7 +2203,15 @@ def read_grid(words):
         flag, _, values = word.partition("=")
         if not flag or not values:
             raise UserError(f"--grid {word}: must be FLAG=VALUE,VALUE")
-        grid[flag.removeprefix("--")] = [*dict.fromkeys(values.split(","))]
+        flag = flag.removeprefix("--")
+        if flag in grid:
+            raise UserError(f"--grid {word}: {flag} stands there twice; must be once, with all its "
+                            "values")
+        different = {}                                 # 1e-4 and 0.0001 are one value
+        for value in values.split(","):
+            key = float(value) if data.is_float(value) else value
+            different.setdefault(key, value)
+        grid[flag] = [*different.values()]
     return grid
 
 
@@ -2298,10 +2319,11 @@ class CachedSplit(data.Split):
                 reserve_states(path, bytes_needed, len(parts), len(order), total, world)
             states = torch.from_file(path, shared=True, size=total * width, dtype=dtype)
             marks = np.memmap(f"{path}.done", np.uint8, "r+")            # a byte for each part
-        except OSError as error:
+        except (OSError, RuntimeError) as error:       # torch's own of a file is a RuntimeError
+            why = getattr(error, "strerror", None) or first_line(error)
             raise UserError(
                 f"--cache_dir {folder}: the feature cache ({bytes_needed / 1e9:.3f} GB) cannot be "
-                f"written: {error.strerror}; use another folder, or --no_cache") from error
+                f"written: {why}; use another folder, or --no_cache") from error
         self = cls(split, sentences, sizes, starts, states.view(total, width))
         self.fill(path, parts, marks, encode, world)
         return self
@@ -2423,7 +2445,7 @@ def print_table(say, results, args, started):
             say("Nothing was scored now: these are the runs' scores from before.")
     say(f"{time.monotonic() - started:.0f} s; models, logs and results are in {where}")
     if len(args.method) > 1 and not args.run:
-        say(f"what the differences show: python common.py {where}")
+        say(f"what the differences show: python common.py {shlex.quote(where)}")
     return results
 
 
@@ -3033,6 +3055,8 @@ def check_line(line):
     for name, kind in kinds.items():
         if not isinstance(line.get(name), kind):
             raise ValueError(f"{name!r} is missing or wrong")
+    if not isinstance(line.get("device", ""), str | None):
+        raise ValueError("'device' is wrong")
     searched = line.get("searched", {})
     if not isinstance(searched, dict) or not all(isinstance(x, list) for x in searched.values()):
         raise ValueError("'searched' is wrong")
@@ -3124,8 +3148,13 @@ def find_files(place):
         of_its_kind = found.probes if os.path.basename(place) == PROBES else found.kept
         of_its_kind.append(place)
         return found
-    for here, inner, names in os.walk(place):
+    seen = set()                                       # a link may lead back
+    for here, inner, names in os.walk(place, followlinks=True):
         inner[:] = sorted(set(inner) - {".git", "grid"})                 # grid: of a search
+        if os.path.realpath(here) in seen:
+            inner.clear()
+            continue
+        seen.add(os.path.realpath(here))
         if "results.json" in names:
             found.finished.append(here)
         elif "log.jsonl" in names:
@@ -3271,6 +3300,8 @@ def read_probes(places, left_out):
                 key = line["task"], line["metric"], line["recipe"], int(line["rows"])
                 links = tuple(line.get("links", []))
                 method = line["method"] if links else ""
+                if not all(isinstance(name, str) for name in (*links, method)):
+                    raise TypeError
                 probe = f"{line['run']} {line['seed']}"
                 score = 100 * float(line["score"])
                 probes.setdefault(key, {}).setdefault((links, method), {})[probe] = score

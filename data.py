@@ -1142,8 +1142,11 @@ def general_texts(where):
         if "text" not in table:
             raise UserError(f"--unlabeled {where}: no column 'text' among {[*table]}")
         return read_texts(table, Task("", text="text"), f"--unlabeled {where}")["text"]
-    if where.startswith((".", "/", "~")) and not os.path.exists(where):
+    is_path = is_table or where.endswith(".txt") or where.startswith((".", "/", "~"))
+    if is_path and not os.path.exists(where):
         raise UserError(f"--unlabeled {where}: no such file")
+    if not where:
+        raise UserError("--unlabeled: must be a text file, or ID:CONFIG:SPLIT of the hub")
     try:
         if os.path.exists(where):
             with open(where, encoding="utf-8-sig") as file:
@@ -1169,12 +1172,14 @@ def encode(rows, task, tokenizer, max_length, **options):
     import datasets
     key = encoding_key(rows, task, tokenizer, max_length, options)
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "tokenised")
-    make_cache_folder(folder)
+    path = os.path.join(folder, f"{key}.arrow")
+    if not os.path.exists(path):
+        make_cache_folder(folder)
     tokenise = functools.partial(
         KINDS[task.kind].tokenise, task=task, tokenizer=tokenizer, max_length=max_length, **options)
     encoded = rows.map(
         tokenise, batched=True, remove_columns=rows.column_names, new_fingerprint=key,
-        cache_file_name=os.path.join(folder, f"{key}.arrow"), desc="tokenising")
+        cache_file_name=path, desc="tokenising")
     fields = fields_of(encoded.with_format("arrow")[:], tokenizer.pad_token_id)
     pads_left = tokenizer.padding_side == "left"
     return Split(fields, pads_left, rows, has_targets=KINDS[task.kind].decodes)
@@ -1213,11 +1218,13 @@ def fields_of(table, pad_token_id):
 
 
 def make_cache_folder(folder):
-    """UserError if it cannot be made."""
+    """UserError if it cannot be made, or not be written into."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(f"HF_HOME: cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"HF_HOME: cannot write into the folder {folder}")
 
 
 def flat(column, fill):

@@ -784,9 +784,9 @@ def load_teacher(args, setup, pair):
                                "finished run")
     results = common.read_results(args.teacher)
     for name in ("task", "model"):
-        if results[name] != getattr(args, name):
-            raise common.UserError(f"--teacher {args.teacher}: its {name} is {results[name]}, must "
-                                   f"be {getattr(args, name)}")
+        if results.get(name) != getattr(args, name):
+            raise common.UserError(f"--teacher {args.teacher}: its {name} is {results.get(name)}, "
+                                   f"must be {getattr(args, name)}")
     try:
         if os.path.exists(os.path.join(folder, "gtuning.pt")):
             teacher = GTuning.from_pretrained(folder)

@@ -1317,7 +1317,8 @@ def test_whole_rows_of_parts_are_each_counted_once():
     assert split.take(np.array([0, 1, 3])).whole_rows.tolist() == [0, 2]
     setup = common.Setup(data.TASKS["toy-tag"], None, split, {}, {}, {}, {})
     args = settings(dev_samples=3, batch_size=1, train_samples=None)
-    assert "of the 3 training rows 0 would be left" in refusal(common.hold_out, args, setup)
+    told = "must be at most 2, which leaves 1 of the 3 training rows"
+    assert told in refusal(common.hold_out, args, setup)
 
 
 def test_sentences_are_the_first_texts_and_then_the_second():
@@ -2157,6 +2158,31 @@ def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path, cache
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="another run"):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--overwrite")
+    # What is refused has emptied no other folder.
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--seeds", 1)
+    with pytest.raises(UserError, match="another run"):
+        run("r3f", tiny_folder, tmp_path, "--method", "std", "--seeds", 1, 0, "--overwrite")
+    assert os.path.exists(tmp_path / "toy/std-1/model/config.json")
+
+
+def test_a_run_is_found_again_by_another_spelling_of_its_paths(tiny_folder, tmp_path, cache,
+                                                               monkeypatch, capsys):
+    rows = [{"text": f"good {i}", "label": "a"} for i in range(20)]
+    rows += [{"text": f"bad {i}", "label": "b"} for i in range(20)]
+    path = str(tmp_path / "a.jsonl")
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    out = tmp_path / "out"
+    run("r3f", tiny_folder, out, "--method", "std", "--train_file", path, "--validation_file", path)
+    monkeypatch.chdir(tmp_path)
+    run("r3f", tiny_folder + "/", out, "--method", "std", "--train_file", "a.jsonl",
+        "--validation_file", "./a.jsonl")
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_values_of_a_search_that_are_one_number_are_tried_once():
+    grid = common.read_grid(["lr=1e-4,0.0001,1E-4,1e-3", "noise=uniform,normal,uniform"])
+    assert grid == {"lr": ["1e-4", "1e-3"], "noise": ["uniform", "normal"]}
 
 
 def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_path, cache,
@@ -2571,7 +2597,8 @@ def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny
     (["--grid", "lr=1e-3,-1"], "--grid, --lr=-1: --lr: must be a number above 0"),
     (["--grid", "lr=1e-3,1e-4", "--dev_samples", 0], "--grid: needs --dev_samples"),
     (["--grid", "lr=1e-3,1e-4", "--profile", 2], "--profile: cannot go together with --grid"),
-    (["--dev_samples", 319], "--dev_samples 319: of the 320 training rows 1 would be left"),
+    (["--grid", "lr=1e-3,1e-4", "lr=1e-5"], "--grid lr=1e-5: lr stands there twice"),
+    (["--dev_samples", 319], "--dev_samples 319: must be at most 304, which leaves 16 of the 320"),
 ])
 def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, tiny_folder, tmp_path,
                                                                  cache):
@@ -2821,6 +2848,7 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
     (["--max_length", "9"], "--max_length: must be"),
     (["--task", "sst2"], "is a run of toy; must be of sst2"),
     (["--test_file", "nowhere.csv"], "--test_file nowhere.csv: no such file"),
+    (["--threads", "2147483648"], "--threads: must be a whole number from 0 to 4096, got '2147"),
     (["--eval_tasks", "stsb"], "--eval_tasks stsb: is of the kind regress"),
 ])
 def test_what_a_finished_run_cannot_do_is_one_line(flags, line, finished_toy):
@@ -3802,6 +3830,24 @@ def test_half_written_logs_and_lines(tmp_path, capsys):
     assert said.startswith(f"left out: {kept}:4: is damaged") and said.count("\n") == 1
     assert "is damaged" in refused_report(folder, "--keep", kept)
     assert len(kept.read_text().splitlines()) == 16    # and nothing is lost
+    line = json.loads(lines[3])
+    assert refusal_of_line({**line, "device": [1]}) == "'device' is wrong"
+
+
+def refusal_of_line(line):
+    with pytest.raises(ValueError) as caught:
+        common.check_line(line)
+    return str(caught.value)
+
+
+def test_the_report_follows_links_and_counts_a_run_once(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", 2, ["rte"])
+    whole, _ = printed(capsys, folder, "--out", tmp_path / "out")
+    (tmp_path / "linked").mkdir()
+    os.symlink(folder, tmp_path / "linked/runs")
+    os.symlink(tmp_path / "linked", folder / "back")   # a link that leads back ends
+    found, _ = printed(capsys, tmp_path / "linked", "--out", tmp_path / "out")
+    assert found == whole.replace("runs: 4", "linked: 4")
 
 
 def test_different_machines(tmp_path, capsys):
@@ -3879,11 +3925,13 @@ def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys
     folder = write_runs(tmp_path / "runs", 2, ["rte"])
     path = write_probes(folder / "probed")
     with open(path, "a") as file:
-        file.write('{"task": "sst2"}\n[1]\nhalf')
+        file.write('{"task": "sst2"}\n[1]\n')
+        line = json.loads(open(path).readline())
+        file.write(json.dumps({**line, "links": [5], "method": "one"}) + "\nhalf")
     out, err = printed(capsys, folder)
     assert "Probes, in percent" in out and "rte" in out
     assert [line.split(": ", 1)[1] for line in err.splitlines()] == [
-        f"{path}:{number}: is damaged" for number in (27, 28, 29)]
+        f"{path}:{number}: is damaged" for number in (27, 28, 29, 30)]
 
 
 # -------------------------------------------------------------------------------------- the page
@@ -8021,6 +8069,16 @@ def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small
         tune(still_folder, tmp_path, *small, "--cache_dir", tmp_path / "states")
 
 
+def test_a_cache_that_torch_cannot_open_is_one_line(still_folder, small, tmp_path, cache,
+                                                   monkeypatch):
+    def read_only(*args, **more):
+        raise RuntimeError("unable to open file: Read-only file system (30)")
+
+    monkeypatch.setattr(torch, "from_file", read_only)
+    with pytest.raises(UserError, match="--cache_dir .*Read-only file system .30.; use another"):
+        tune(still_folder, tmp_path, *small, "--cache_dir", tmp_path / "states")
+
+
 def test_flags_that_change_no_number_of_a_method_are_no_part_of_its_runs(tiny_folder, small,
                                                                          tmp_path, cache, capsys):
     more = [*small, "--method", "adapter"]
@@ -8970,6 +9028,9 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
     with pytest.raises(UserError, match="--teacher is missing: must be the folder"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach")
     run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "adapter", "--name", "other")
+    for where in ("nowhere.csv", "nowhere.txt"):
+        assert refusal(data.general_texts, where) == f"--unlabeled {where}: no such file"
+    assert "must be a text file, or ID:CONFIG:SPLIT" in refusal(data.general_texts, "")
     with pytest.raises(UserError, match="its task is other, must be custom"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach", "--teacher",
             tmp_path / "other" / "adapter-0")
