@@ -3495,6 +3495,7 @@ README_TABLES = {
         "FreeLB": ["1000-bf16 freelb", "", "", ""],
         "FreeLB, new seeds": ["freelb-again freelb", "", "", ""],
         "FreeLB, 320 steps, over `std` in 320": ["320-bf16 freelb", "", "", ""],
+        "FreeLB, 320 steps, new seeds": ["320-again freelb", "", "", ""],
         "TDT": ["1000 tdt", "mrpc tdt", "1000 tdt", ""],
         "TDT, 320 steps, over `std` in 320": ["320 tdt", "", "320 tdt", "320 tdt"],
         "TDT, 320 steps, new seeds": ["", "", "320-again tdt", "320-again tdt"],
