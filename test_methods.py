@@ -3496,6 +3496,7 @@ README_TABLES = {
         "FreeLB, new seeds": ["freelb-again freelb", "", "", ""],
         "FreeLB, 320 steps, over `std` in 320": ["320-bf16 freelb", "", "", ""],
         "FreeLB, 320 steps, new seeds": ["320-again freelb", "", "", ""],
+        "FreeLB, 320 steps, over `std` in 640": ["640 freelb epochs=10.0", "", "", ""],
         "TDT": ["1000 tdt", "mrpc tdt", "1000 tdt", ""],
         "TDT, 320 steps, over `std` in 320": ["320 tdt", "", "320 tdt", "320 tdt"],
         "TDT, 320 steps, new seeds": ["", "", "320-again tdt", "320-again tdt"],
@@ -3507,6 +3508,7 @@ README_TABLES = {
         "NoisyTune": ["1000-fp32 std weight_noise=0.2", "", "1000-fp32 std weight_noise=0.2",
                       "1000-fp32 std weight_noise=0.2"],
         "`std`, 320 steps": ["steps std epochs=10.0", "", "steps std epochs=10.0", ""],
+        "`std`, 320 steps, over `std` in 640": ["640 std epochs=10.0", "", "", ""],
     }),
     "all rows": ([COLA, IN_DOMAIN, OUT_OF_DOMAIN, MRPC, RTE], [6, 6, 6, 6, 5], {
         "`std`, its scores": [*["cola-full std"] * 3, "mrpc-full std", "rte-full std"],
@@ -3551,7 +3553,8 @@ README_TABLES = {
     }),
 }
 # How the report is called, where it is not by the file alone.
-REPORT_FLAGS = {"steps": ["--baseline", "std epochs=5.0"]}
+REPORT_FLAGS = {"steps": ["--baseline", "std epochs=5.0"],
+                "640": ["--baseline", "std epochs=20.0"]}
 # Columns of kept lines that repeat a setting of toy.jsonl.
 REPEATED = {"toy-noise": {"r3f eps=1e-05 share_dropout=False"},
             "toy-tdt": {"tdt alpha=0.5 beta=0.5 variant=paper"}}
