@@ -3852,6 +3852,7 @@ def test_the_report_follows_links_and_counts_a_run_once(tmp_path, capsys):
     os.symlink(tmp_path / "linked", folder / "back")   # a link that leads back ends
     found, _ = printed(capsys, tmp_path / "linked", "--out", tmp_path / "out")
     assert found == whole.replace("runs: 4", "linked: 4")
+    assert len(common.find_files(str(tmp_path / "linked")).finished) == 4
 
 
 def test_different_machines(tmp_path, capsys):
