@@ -387,9 +387,10 @@ def check_flags(args):
     if (args.grid or args.choosing) and not args.dev_samples:
         flag = "--grid" if args.grid else "--choosing"
         raise UserError(f"{flag}: needs --dev_samples, the training rows to choose by")
-    if args.target_column and not args.own_files:
-        raise UserError(f"--target_column {args.target_column}: is for your own files; "
-                        f"{args.task} has its own")
+    for flag in ("name", "text_columns", "label_column", "target_column"):
+        if flag in args.by_hand and not (args.own_files or args.run):
+            raise UserError(f"--{flag} {shown(getattr(args, flag))}: is for your own files; "
+                            f"{args.task} has its own")
     if args.train_samples and args.train_samples < (args.batch_size or 1):
         raise UserError(f"--train_samples {args.train_samples}: must be at least --batch_size, "
                         f"{args.batch_size}")

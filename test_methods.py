@@ -2966,6 +2966,8 @@ r3f | --batching length random | --batching length random: must be one name
 r3f | --name ../x | --name: must be letters
 r3f | --name sst2 | --name: must be letters
 r3f | --name grid | --name: must be letters
+r3f | --name mine | --name mine: is for your own files; toy has its own
+r3f | --text_columns a b | --text_columns a b: is for your own files
 r3f | --model no/such-model | --model no/such-model
 r3f | --model NOPAD | no pad token
 r3f | --model EMPTY | --model
