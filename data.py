@@ -921,11 +921,16 @@ def read_texts(table, task, where):
             raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
         texts = []
         for row, cell in enumerate(cells_of(table, column), 1):
-            if cell is None or cell != cell:           # None, or a NaN of json
+            if is_missing(cell):
                 raise UserError(f"{where}: row {row}: no text in column {column!r}")
             texts.append(text_of(cell, row, column, where))
         found[column] = texts
     return found
+
+
+def is_missing(cell):
+    """Whether a cell is None, or a NaN of json."""
+    return cell is None or cell != cell
 
 
 def text_of(cell, row, column, where):
@@ -970,7 +975,7 @@ def raw_labels(table, task, where):
         return [-1] * len(table[task.columns[0]])
 
     cells = cells_of(table, task.label)
-    given = [(row, cell) for row, cell in enumerate(cells, 1) if cell is not None]
+    given = [(row, cell) for row, cell in enumerate(cells, 1) if not is_missing(cell)]
     for row, cell in given:
         if not isinstance(cell, (str, int, float)):
             raise UserError(f"{where}: row {row}: label {cell!r:.40} must be a word or a number")
@@ -1060,7 +1065,7 @@ def read_generate(table, task, where):
     targets = [""] * len(texts[task.columns[0]])
     if task.label in column_names(table):
         for row, cell in enumerate(cells_of(table, task.label)):
-            if cell is not None:
+            if not is_missing(cell):
                 targets[row] = text_of(cell, row + 1, task.label, where).strip()
     return make_rows(texts, targets, "string", ids_of(table, where))
 

@@ -720,6 +720,8 @@ def test_labels_of_which_one_is_missing_are_not_taken_for_two_types():
     task = data.Task("custom", text="text")
     table = {"text": ["a", "b", "c"], "label": [None, 1, 2]}
     assert data.raw_labels(table, task, "t.jsonl") == [None, 1, 2]
+    message = refusal(data.read_regress, {**table, "label": [math.nan, "1", "2"]}, task, "t.jsonl")
+    assert message == "t.jsonl: row 1: label nan must be a number"
     message = refusal(data.read_regress, table, task, "t.jsonl")
     assert message == "t.jsonl: row 1: label None must be a number"
     message = refusal(data.read_regress, {**table, "label": ["1", "2.0", "1e39"]}, task, "t.csv")
@@ -5279,7 +5281,7 @@ def test_a_target_column_that_is_missing_is_refused(tmp_path):
                        "has ['document', 'summary']")
 
 
-@pytest.mark.parametrize("empty", ["", " \n ", None])
+@pytest.mark.parametrize("empty", ["", " \n ", None, math.nan])
 def test_an_empty_summary_is_refused_with_its_row_but_for_prediction(empty, tmp_path):
     good = write_rows(tmp_path / "good.jsonl", [{"document": "a", "summary": "b"}] * 3)
     rows = [{"document": "a", "summary": "b"}, {"document": "a", "summary": empty}]
