@@ -979,6 +979,7 @@ def raw_labels(table, task, where):
     for row, cell in given:
         if not isinstance(cell, (str, int, float)):
             raise UserError(f"{where}: row {row}: label {cell!r:.40} must be a word or a number")
+        whole_text(str(cell), row, task.label, where)
         first_row, first = given[0]
         if label_type(cell) != label_type(first):
             raise UserError(f"{where}: row {row}: label {cell!r} is a {label_type(cell)}, "
@@ -2146,6 +2147,7 @@ def read_span(table, task, where):
             raise UserError(f"{where}: row {row + 1}: column {task.label!r} must have as long "
                             "lists text, of strings, and answer_start, of whole numbers, has "
                             f"{given!r:.60}")
+        whole_text(" ".join(given["text"]), row + 1, task.label, where)
         context = texts["context"][row]
         starts = [nearest(context, *answer)
                   for answer in zip(given["text"], given["answer_start"])]

@@ -707,6 +707,7 @@ def test_a_number_in_an_own_file_is_a_name_not_an_index(tmp_path):
     ({"text": ["a", 1]}, "row 7: column 'text' must hold texts, has ['a', 1]"),
     ({"text": "a \ud83d"}, "row 7: column 'text' holds half a character"),
     ({"id": "a \ud83d"}, "row 7: column 'id' holds half a character"),
+    ({"label": "a \ud83d"}, "row 7: column 'label' holds half a character"),
 ])
 def test_a_cell_that_does_not_fit_is_refused_with_its_row(cells, words, tmp_path):
     rows = [{"text": "a", "label": ["no", "yes"][i % 2]} for i in range(9)]
@@ -8735,6 +8736,9 @@ def test_answers_of_another_form_are_refused_with_their_row(answers):
     table = {"id": ["a"], "question": ["is it ?"], "context": ["the film"], "answers": [answers]}
     message = refusal(data.read_span, table, QUESTIONS, "q.json")
     assert message.startswith("q.json: row 1: column 'answers' must have as long lists text")
+    table["answers"] = [{"text": ["film", "\ud83d"], "answer_start": [4, 0]}]
+    message = refusal(data.read_span, table, QUESTIONS, "q.json")
+    assert message.startswith("q.json: row 1: column 'answers' holds half a character")
 
 
 def test_every_language_has_its_questions():
