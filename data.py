@@ -2138,7 +2138,7 @@ def read_span(table, task, where):
     if task.label in column_names(table):
         answers = cells_of(table, task.label)
 
-    found = {"id": [], "question": [], "context": [], "label": [], "starts": []}
+    rows = []
     for row in range(count):
         if not ids[row].startswith(task.only):
             continue
@@ -2151,16 +2151,15 @@ def read_span(table, task, where):
         context = texts["context"][row]
         starts = [nearest(context, *answer)
                   for answer in zip(given["text"], given["answer_start"])]
-        values = ids[row], texts["question"][row], context, list(given["text"]), starts
-        for name, value in zip(found, values):
-            found[name].append(value)
-    if not found["id"]:
+        rows.append({"id": ids[row], "question": texts["question"][row], "context": context,
+                     "label": given["text"], "starts": starts})
+    if not rows:
         raise UserError(f"{where}: has no row whose id begins with {task.only!r}")
     text = datasets.Value("string")
     features = datasets.Features({
         "id": text, "question": text, "context": text, "label": datasets.List(text),
         "starts": datasets.List(datasets.Value("int64"))})
-    return datasets.Dataset.from_dict(found, features=features)
+    return datasets.Dataset.from_list(rows, features=features)
 
 
 def are_answers(given):
