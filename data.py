@@ -1092,18 +1092,18 @@ def none_given(label):
     return not label
 
 
+def shown(cell):
+    """A text, or a list as one."""
+    if isinstance(cell, list):
+        return " ".join(map(str, cell))
+    return cell
+
+
 def count_empty_texts(task, rows):
     """How many rows have a text, one or both, that is empty or blank."""
-    import pyarrow.compute
-    columns = []                                       # of texts, not of lists of words
-    for name in task.columns:
-        if getattr(rows.features[name], "dtype", "") == "string":
-            columns.append(name)
-    texts = rows.select_columns(columns).with_format("arrow")[:]
     is_empty = np.zeros(len(rows), bool)
-    for name in columns:
-        trimmed = pyarrow.compute.utf8_trim_whitespace(texts[name])
-        is_empty |= pyarrow.compute.equal(trimmed, "").to_numpy()
+    for name in task.columns:
+        is_empty |= [not shown(text).strip() for text in cells_of(rows, name)]
     return int(is_empty.sum())
 
 
@@ -2596,13 +2596,6 @@ def toy_vocabulary():
 
 
 # ------------------------------------------------------------------------------ python data.py TASK
-
-def shown(cell):
-    """A text, or a list as one."""
-    if isinstance(cell, list):
-        return " ".join(map(str, cell))
-    return cell
-
 
 COUNTED = 5000                     # rows of which the lengths are told
 

@@ -1869,6 +1869,8 @@ def test_empty_texts_are_counted(tiny_folder, tmp_path, cache, capsys):
     assert "1 of 3 rows have an empty text\n" in told
     rows = datasets.Dataset.from_dict({"text": ["a", " ", "\n", "b "]}).select([1, 3, 2])
     assert data.count_empty_texts(data.TASKS["sst2"], rows.rename_column("text", "sentence")) == 2
+    rows = datasets.Dataset.from_dict({"tokens": [["a", ""], [], [" "]]})
+    assert data.count_empty_texts(data.TASKS["toy-tag"], rows) == 2
 
 
 def test_texts_to_write_without_a_word_for_rouge_are_counted(capsys):
