@@ -1730,7 +1730,7 @@ class Run:
 
     def rows_a_step(self):
         """On average, where --batch_tokens makes batches."""
-        return self.args.batch_size or self.batches.mean_rows
+        return self.args.batch_size or len(self.batches.split) / self.batches.per_epoch
 
     def write_line(self, step, terms):
         """One line of log.jsonl."""

@@ -1526,11 +1526,6 @@ class Batches:
                             f"{math.ceil(total / most)}, a row for each of {self.world} processes")
         return count
 
-    @property
-    def mean_rows(self):
-        """Rows of a batch, on average."""
-        return len(self.split) / self.per_epoch if self.tokens else self.batch_size
-
     def rows(self, step):
         """The rows of the whole batch at `step`, over all processes: (batch_size,), or by tokens
         as many as that batch has."""
