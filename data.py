@@ -1142,13 +1142,12 @@ def general_texts(where):
     import datasets
     if where == "toy":
         return toy_corpus()
-    is_table = re.search(r"\.(csv|tsv|json|jsonl)(\.gz)?$", where.lower())
-    if is_table and os.path.exists(where):
+    if re.search(r"\.(csv|tsv|json|jsonl)(\.gz)?$", where.lower()):
         table = read_file(where, "--unlabeled")
         if "text" not in table:
             raise UserError(f"--unlabeled {where}: no column 'text' among {[*table]}")
         return read_texts(table, Task("", text="text"), f"--unlabeled {where}")["text"]
-    is_path = is_table or where.endswith(".txt") or where.startswith((".", "/", "~"))
+    is_path = where.endswith(".txt") or where.startswith((".", "/", "~"))
     if is_path and not os.path.exists(where):
         raise UserError(f"--unlabeled {where}: no such file")
     if not where:
