@@ -996,11 +996,10 @@ def label_type(cell):
 
 
 def class_index(table, task):
-    """How a table's label cells are read: (index, names_of_table).
+    """How a table's labels are read: {name, or id: index of task.label_names; "-1": -1, hidden}.
 
-    index {text of a cell: index of task.label_names, or -1 for a hidden label}. names_of_table: the
-    label names in the order of the table's own ids, which may not be ours; none for the user's own
-    files, where a number is no id but a name.
+    The ids are the table's own, whose order may not be ours. The user's own files have none: there
+    a number is a name.
     """
     import datasets
     names = task.label_names
@@ -1014,10 +1013,12 @@ def class_index(table, task):
     for i, name in enumerate(names):
         index[name] = i
     index.update(zip(names_of_table, map_labels(names_of_table, names).tolist()))
-    if not any(name.isdigit() for name in names_of_table):
-        for i, name in enumerate(names_of_table):      # in a csv an id is a string
+    names_are_words = not any(name.isdigit() for name in names_of_table)
+    for i, name in enumerate(names_of_table):
+        index[i] = index[name]
+        if names_are_words:                            # in a csv an id is a string
             index[str(i)] = index[name]
-    return index, names_of_table
+    return index
 
 
 def read_classify(table, task, where):
@@ -1027,12 +1028,10 @@ def read_classify(table, task, where):
     """
     texts = read_texts(table, task, where)
     names = task.label_names
-    index, names_of_table = class_index(table, task)
+    index = class_index(table, task)
     labels = []
     for row, cell in enumerate(raw_labels(table, task, where), 1):
-        if isinstance(cell, int) and 0 <= cell < len(names_of_table):
-            cell = names_of_table[cell]
-        label = index.get(label_of(cell))
+        label = index.get(cell, index.get(label_of(cell)))
         if label is None:
             others = f" and {len(names) - 20} more" if len(names) > 20 else ""
             raise UserError(f"{where}: row {row}: label {cell!r} must be one of {names[:20]}"
@@ -1935,7 +1934,7 @@ def read_tags(table, task, where):
     column = task.columns[0]
     if column not in column_names(table):
         raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
-    index, _ = class_index(table, task)
+    index = class_index(table, task)
     sentences = cells_of(table, column)
     given = [None] * len(sentences)
     if task.label in column_names(table):

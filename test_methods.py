@@ -842,6 +842,7 @@ def test_a_local_file_stands_in_for_the_hub(tmp_path):
     ("duplicate", 1),
     ("not_duplicate", 0),
     (1, 1),
+    (1.0, 1),
     ("-1", -1),
     (-1, -1),
 ])
