@@ -757,9 +757,10 @@ def own_task(args, columns, tables):
     if args.target_column:
         return own_summary_task(args, columns)
 
+    settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
     labels = {}
     for path, table in tables.items():
-        labels[path] = [label_of(cell) for cell in table[args.label_column]]
+        labels[path] = [label_of(cell) for cell in raw_labels(table, Task(**settings), path)]
         if "" in labels[path]:
             row = labels[path].index("") + 1
             flag = "--train_file" if path == args.train_file else "--validation_file"
@@ -767,7 +768,6 @@ def own_task(args, columns, tables):
                             f"{args.label_column!r} (--label_column)")
     train, validation = labels[args.train_file], labels[args.validation_file]
 
-    settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
     whole = all(re.fullmatch(r"[-+]?\d+", label) for label in train + validation)
     if not whole and all(is_float(label) for label in train + validation):
         return Task(**settings, kind="regress", metrics="pearson spearman")

@@ -752,6 +752,7 @@ def test_a_file_for_a_finished_run_may_have_the_usual_columns(tmp_path):
     ({"label_column": "y"}, "--label_column y: no such column in good.csv, which has ['text'"),
     ({"validation_file": "more.csv"}, "more.csv: label 'maybe' is not in the training file, which"),
     ({"train_file": "one.csv", "validation_file": "one.csv"}, "one.csv: all labels are 'no'"),
+    ({"train_file": "columns.json"}, "columns.json: row 1: label {'0': 'yes', '1': 'no'} must"),
     ({"batch_size": 3}, "--batch_size 3: must be at most the 2 training rows"),
     ({"train_samples": 3}, "--train_samples 3: must be at most the 2 training rows"),
     ({"test_file": "other.csv"}, "--test_file other.csv: no column text, or sentence, or"),
@@ -763,6 +764,8 @@ def test_own_files_that_do_not_go_together_are_refused(given, words, tmp_path, m
     write(tmp_path / "other.csv", "review,label\nfine,yes\n")
     write(tmp_path / "more.csv", "text,label\nfine,maybe\n")
     write(tmp_path / "one.csv", "text,label\nfine,no\nbad,no\n")
+    columns = {"text": {"0": "fine", "1": "bad"}, "label": {"0": "yes", "1": "no"}}
+    write(tmp_path / "columns.json", json.dumps(columns))               # as pandas writes a table
     arguments = own("good.csv")
     vars(arguments).update(given)
     assert words in refusal(data.load, arguments)
