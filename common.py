@@ -345,6 +345,13 @@ def run_model(folder):
     return os.path.join(folder, "model")
 
 
+def model_flag(args):
+    """The flag that names the model, with its value, for a message."""
+    if args.init_from:
+        return f"--init_from {args.init_from}"
+    return f"--model {args.model}"
+
+
 def is_large(model):
     """Whether a model is of the papers' "large" size, by its name or by its config.json."""
     try:
@@ -971,20 +978,20 @@ def load_tokenizer(args, world, task=None):
             why = "no such folder"
         if os.path.exists(os.path.join(args.path, "model", "config.json")):
             why = f"is a run's folder; its model is {os.path.join(args.path, 'model')}"
-        raise UserError(f"--model {args.model}: {why}") from error
+        raise UserError(f"{model_flag(args)}: {why}") from error
     writes = task is not None and data.KINDS[task.kind].decodes
     if writes and not config.is_encoder_decoder:
-        raise UserError(f"--model {args.model}: a {config.model_type} has no decoder, which "
+        raise UserError(f"{model_flag(args)}: a {config.model_type} has no decoder, which "
                         f"{args.task} needs to write texts; must be a model such as "
                         "facebook/bart-large")
     if os.path.isdir(args.path):
         files = [name for name in os.listdir(args.path) if "token" in name or "vocab" in name
                  or name.endswith(".model")]
         if not files:
-            raise UserError(f"--model {args.model}: the folder holds no tokenizer; save the "
+            raise UserError(f"{model_flag(args)}: the folder holds no tokenizer; save the "
                             "model's own into it")
     if tokenizer.pad_token_id is None:
-        raise UserError(f"--model {args.model}: its tokenizer has no pad token; must be one that "
+        raise UserError(f"{model_flag(args)}: its tokenizer has no pad token; must be one that "
                         "has")
 
     limit = getattr(config, "max_position_embeddings", None) or 10**6
@@ -1023,8 +1030,9 @@ def load_model(args, setup, seed, world, path=None):
             start, **setup.kind.settings(setup.task), dtype=torch.float32,
             ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"--model {path or args.model}: cannot be loaded by "
-                        f"{setup.kind.auto_class}: {first_line(error)}") from error
+        flag = f"--run {path}" if path else model_flag(args)
+        raise UserError(f"{flag}: cannot be loaded by {setup.kind.auto_class}: "
+                        f"{first_line(error)}") from error
 
     draws_head = False
     if not path and not setup.kind.decodes:
@@ -1081,7 +1089,7 @@ def check_vocabulary(args, model, tokenizer):
     words = len(tokenizer)
     known = model.get_input_embeddings().num_embeddings
     if words > known:
-        raise UserError(f"--model {args.model}: its tokenizer has {words} words, the model "
+        raise UserError(f"{model_flag(args)}: its tokenizer has {words} words, the model "
                         f"embeddings for {known}")
 
 
@@ -2177,7 +2185,12 @@ def best_cell(main, argv, method, args, cells):
     """The combination with the best score, by a run of each; the only one without a run."""
     if len(cells) == 1:
         return cells[0]
-    scores = [score_of_cell(main, cell_flags(argv, method, args, cell)) for cell in cells]
+    scores = []
+    for cell in cells:
+        try:
+            scores.append(score_of_cell(main, cell_flags(argv, method, args, cell)))
+        except UserError as error:                     # what only the task's data can tell
+            raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
     if max(scores) == -math.inf:
         raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
     chosen = cells[int(np.argmax(scores))]
@@ -2227,6 +2240,8 @@ def check_grid(args, grid, methods):
                             "it; must be a flag of the method, the model or the training")
         if flag in args.by_hand:
             raise UserError(f"--grid {flag}: cannot go together with --{flag}")
+        if isinstance(getattr(args, flag), bool):
+            raise UserError(f"--grid {flag}: must be a flag with a value; this one is a switch")
     for method, seed in itertools.product(args.method, args.seeds):
         folder = run_folder(args, method, seed)
         if args.overwrite or not os.path.exists(os.path.join(folder, "results.json")):

@@ -2550,6 +2550,8 @@ def test_a_search_is_found_again_where_the_model_sets_the_length(tmp_path):
     (["task=toy,toy-food"], "--grid task: r3f cannot be searched over it"),
     (["main_metric=accuracy,f1"], "--grid main_metric: r3f cannot be searched over it"),
     (["lr=1,2", "--lr", "3"], "--grid lr: cannot go together with --lr"),
+    (["share_dropout=1,0"], "--grid share_dropout: must be a flag with a value"),
+    (["max_length=2000,3000"], "--grid, --max_length=2000: --max_length 2000: must be from 4 to"),
 ])
 def test_a_search_of_nothing_is_refused(words, message, tiny_folder, tmp_path, cache):
     with pytest.raises(UserError, match=message):
@@ -2982,6 +2984,7 @@ r3f | --model NOPAD | no pad token
 r3f | --model EMPTY | --model
 r3f | --model NOWEIGHTS | cannot be loaded by AutoModelForSequenceClassification
 r3f | --init_from nowhere | --init_from nowhere: must be
+r3f | --init_from NOWEIGHTS-0 | --init_from NOWEIGHTS-0: cannot be loaded by AutoModelFor
 r3f | --task cola-ood | --local_file cola-ood=FILE
 r3f | --output_dir AFILE | --output_dir
 r3f | --predict nope | --predict nope: toy has no split nope
@@ -3057,6 +3060,7 @@ def wrong_files(tmp_path_factory, tiny_folder):
     for name in ("NOPAD", "NOWEIGHTS"):
         shutil.copytree(tiny_folder, folder / name)
     os.remove(folder / "NOWEIGHTS/model.safetensors")
+    shutil.copytree(folder / "NOWEIGHTS", folder / "NOWEIGHTS-0/model")
     path = folder / "NOPAD/tokenizer_config.json"
     settings = json.load(open(path))
     settings["pad_token"] = None
@@ -3069,7 +3073,7 @@ def refused(script, argv, folder, tiny_folder, tmp_path, monkeypatch):
     real = transformers.AutoModelForSequenceClassification.from_pretrained
 
     def load(*args, **how):
-        if "NOWEIGHTS" in argv:
+        if "NOWEIGHTS" in " ".join(argv):
             return real(*args, **how)
         if "AFILE" not in argv:
             pytest.fail("a model is loaded before the input is checked")
