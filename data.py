@@ -486,27 +486,12 @@ def load_to_use(args, also_scores):
 
 def task_of_run(args):
     """The Task of a finished run on one's own files, by its flags and its model's labels."""
-    columns = columns_of_files(args)
     if args.target_column:
-        return own_summary_task(args, columns)
-    settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
+        return own_summary_task(args, args.text_columns)
+    settings = {"path": "custom", "text": tuple(args.text_columns), "label": args.label_column}
     if len(args.own_labels) == 1:
         return Task(**settings, kind="regress", metrics="pearson spearman")
     return Task(**settings, labels=tuple(args.own_labels))
-
-
-def columns_of_files(args):
-    """The text columns: those named, or the usual ones of the first file that is read."""
-    if args.text_columns:
-        return args.text_columns
-    flags = ["test_file"]
-    if args.score_validation:
-        flags.append("validation_file")
-    for flag in flags:
-        path = getattr(args, flag)
-        if path:
-            return usual_columns(read_file(path, f"--{flag}"), f"--{flag} {path}")
-    return ["text"]                                    # no file is read: nothing depends on it
 
 
 def read_own(args, flag, task):
@@ -523,9 +508,11 @@ def read_own(args, flag, task):
     for column in columns:
         check_column(column, "--text_columns", table, path)
     if len(columns) != len(task.columns):
-        raise UserError(f"--text_columns {' '.join(columns)}: must be {len(task.columns)} for "
-                        f"{args.task}")
+        raise UserError(f"--{flag} {path}: its texts are in {' and '.join(columns)}, must be in as "
+                        f"many columns as those of {args.task}: {' and '.join(task.columns)}")
     found = {name: table[column] for name, column in zip(task.columns, columns)}
+    if "label_column" in args.by_hand and flag == "validation_file":
+        check_column(args.label_column, "--label_column", table, path)
     if "label_column" in args.by_hand and args.label_column in table:
         found[task.label] = table[args.label_column]
     table.update(found)                                # all read before the first is written
@@ -540,7 +527,7 @@ def set_name(args, flag):
         return "validation"
     name = os.path.basename(getattr(args, flag))
     stem = name.partition(".")[0]
-    taken = stem in TASKS or stem.startswith(("validation", "test", "held-out"))
+    taken = stem in TASKS or stem.startswith(("train", "validation", "test", "held-out"))
     return name.replace(".", "-") if taken or not stem else stem
 
 
@@ -715,6 +702,7 @@ def own_files(args):
 
     columns = args.text_columns or usual_columns(
         tables[args.train_file], f"--train_file {args.train_file}")
+    args.text_columns = columns                        # results.json has them for --run
     for path, table in tables.items():
         for column in columns:
             check_column(column, "--text_columns", table, path)

@@ -2715,12 +2715,34 @@ def test_a_finished_run_is_scored_by_a_file_with_other_columns(tiny_folder, tmp_
         assert 0 <= result["metrics"]["other"]["accuracy"] <= 1
         with pytest.raises(UserError, match=f"--model other: must be {tiny_folder}, as of --run"):
             r3f.main(["--run", folder, "--validation_file", path, "--model", "other"])
+        with pytest.raises(UserError, match="--label_column mod: no such column in .*other.jsonl"):
+            r3f.main(["--run", folder, "--validation_file", path, "--text_columns", "review",
+                      "--label_column", "mod"])
     with pytest.raises(UserError, match="is a run's folder; its model is .*std-0/model"):
         run("r3f", folder, tmp_path / "again", "--method", "std")
     with pytest.raises(UserError, match="it holds several, such as .*custom/std-0"):
         r3f.main(["--run", str(tmp_path)])
     with pytest.raises(UserError, match="No such file or directory$"):
         r3f.main(["--run", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize("pairs_first", [False, True])
+def test_a_run_on_texts_reads_no_pairs_and_the_reverse(pairs_first, tiny_folder, tmp_path, cache):
+    texts = [{"text": "good plot", "label": i % 2} for i in range(32)]
+    pairs = [{"sentence1": "a plot", "sentence2": "it is good", "label": i % 2} for i in range(32)]
+    own_rows, others = (pairs, texts) if pairs_first else (texts, pairs)
+    path = write_rows(tmp_path / "own.jsonl", own_rows)
+    result, = run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_file", path,
+                  "--validation_file", path, "--max_steps", 2)
+    columns = ["sentence1", "sentence2"] if pairs_first else ["text"]
+    assert result["args"]["text_columns"] == columns
+    other = write_rows(tmp_path / "other.jsonl", others)
+    folder = str(tmp_path / "custom/std-0")
+    words = f"its texts are in .*, must be in as many columns as .*: {' and '.join(columns)}$"
+    for flag in ("--validation_file", "--test_file"):
+        with pytest.raises(UserError, match=words):
+            r3f.main(["--run", folder, flag, other])
+    r3f.main(["--run", folder, "--validation_file", path])
 
 
 def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, tmp_path, cache):
