@@ -3509,63 +3509,99 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
     assert kept.read_text() == before
 
 
-# The README's tables of differences: {first cell: (key of each column, its usual number of seeds,
-# {row: its cells})}. A cell is "FILE COLUMN" of the kept lines, or "": of another kind. Rows of
-# baselines give scores. In rows that begin with * stand the papers' gains.
+# The README's tables of differences: {first cell: {row: its cells}}. A cell is what `cell` makes of
+# the kept lines, or None: of another kind, as what stands to the right of them. Rows that begin
+# with * are not looked at: they have the papers' gains.
 SST2 = "sst2", "validation", "accuracy"
+IMDB = "sst2", "imdb", "accuracy"
 MRPC = "mrpc", "validation", "accuracy"
 COLA, IN_DOMAIN, OUT_OF_DOMAIN = [
     ("cola", name, "mcc") for name in ("validation", "in_domain", "out_of_domain")]
-RTE = "rte", "validation", "accuracy"
+QQP = "qqp", "validation", "accuracy"
+SPEARMAN = "stsb", "validation", "spearman"
+STSB, SICK_R = [("stsb", name, "pearson") for name in ("validation", "sick-r")]
+MNLI, SICK = [("mnli", name, "accuracy") for name in ("validation_matched", "sick")]
+RTE, HANS = [("rte", name, "accuracy") for name in ("validation", "hans")]
 FILMS = "toy", "validation", "accuracy"
 FOOD = "toy", "toy-food", "accuracy"
+
+Cell = collections.namedtuple("Cell", "file column key usual_seeds baseline")
+
+
+def cell(where, key, usual_seeds=8, baseline=""):
+    """where: "FILE COLUMN" of the kept lines; the report's baseline is what is usual there."""
+    if not where:
+        return None
+    file, _, column = where.partition(" ")
+    return Cell(file, column, key, usual_seeds, baseline)
+
+
+def by_column(keys, usual_seeds, rows):
+    """Rows {name: where of each cell} of a table whose columns have these keys and seeds."""
+    return {name: [*map(cell, places, keys, usual_seeds)] for name, places in rows.items()}
+
+
+def twice(key, first, again, method, base="std"):
+    """A row: scores of `base`, then the method's difference, in two files of lines."""
+    return [cell(f"{file} {column}", key) for file in (first, again) for column in (base, method)]
+
+
 README_TABLES = {
-    "1,000 rows": ([SST2, MRPC, COLA, OUT_OF_DOMAIN], [8, 8, 8, 8], {
+    "tried twice": {
+        "FreeLB, SST-2, 160 steps": twice(SST2, "1000-bf16", "freelb-again", "freelb"),
+        "FreeLB, SST-2, 320 steps": twice(SST2, "320-bf16", "320-again", "freelb"),
+        "R-Drop, SST-2": twice(SST2, "1000-fp32", "rdrop-again", "rdrop"),
+        "R-Drop, MRPC, 96 steps": twice(MRPC, "rivals", "rdrop-mrpc", "rdrop"),
+        "R3F, MRPC": twice(MRPC, "mrpc", "r3f-mrpc", "r3f"),
+        "TDT, CoLA, 320 steps": twice(COLA, "320", "320-again", "tdt"),
+        "the same, out of domain": twice(OUT_OF_DOMAIN, "320", "320-again", "tdt"),
+        "TDT-hard, SST-2": twice(SST2, "1000-bf16", "hard-again", "tdt-hard"),
+        "G-Tuning, SST-2": twice(SST2, "gtuning", "gtuning-again", "gtuning", "adapter"),
+        "G-Tuning, IMDB": twice(IMDB, "gtuning", "gtuning-again", "gtuning", "adapter"),
+    },
+    "1,000 rows": by_column([SST2, MRPC, COLA, OUT_OF_DOMAIN], [8] * 4, {
         "`std`, its scores": ["1000-bf16 std", "mrpc std", "1000-fp32 std", "1000-fp32 std"],
         "R3F": ["1000 r3f", "mrpc r3f", "1000 r3f", ""],
-        "R3F, new seeds": ["", "r3f-mrpc r3f", "", ""],
         "R3F, eps 0.01": ["1000-bf16 r3f", "", "", ""],
         "R4F": ["1000-fp32 r4f", "", "1000-fp32 r4f", "1000-fp32 r4f"],
         "R-Drop": ["1000-fp32 rdrop", "", "1000-fp32 rdrop", "1000-fp32 rdrop"],
-        "R-Drop, new seeds": ["rdrop-again rdrop", "rdrop-mrpc rdrop", "", ""],
         "SMART": ["1000-bf16 smart", "", "1000-bf16 smart", "1000-bf16 smart"],
         "FreeLB": ["1000-bf16 freelb", "", "", ""],
-        "FreeLB, new seeds": ["freelb-again freelb", "", "", ""],
-        "FreeLB, 320 steps, over `std` in 320": ["320-bf16 freelb", "", "", ""],
-        "FreeLB, 320 steps, new seeds": ["320-again freelb", "", "", ""],
-        "FreeLB, 320 steps, over `std` in 640": ["640 freelb epochs=10.0", "", "", ""],
         "TDT": ["1000 tdt", "mrpc tdt", "1000 tdt", ""],
-        "TDT, 320 steps, over `std` in 320": ["320 tdt", "", "320 tdt", "320 tdt"],
-        "TDT, 320 steps, new seeds": ["", "", "320-again tdt", "320-again tdt"],
-        "the same without L_R": ["", "", "320-beta0 tdt", "320-beta0 tdt"],
         "TDT, released": ["", "", "cola-released tdt", ""],
         "TDT-hard": ["1000-bf16 tdt-hard", "", "1000-bf16 tdt-hard", "1000-bf16 tdt-hard"],
-        "TDT-hard, new seeds": ["hard-again tdt-hard", "", "", ""],
         "token cutoff": ["1000-fp32 cutoff", "", "1000-fp32 cutoff", "1000-fp32 cutoff"],
         "NoisyTune": ["1000-fp32 std weight_noise=0.2", "", "1000-fp32 std weight_noise=0.2",
                       "1000-fp32 std weight_noise=0.2"],
-        "`std`, 320 steps": ["steps std epochs=10.0", "", "steps std epochs=10.0", ""],
-        "`std`, 320 steps, over `std` in 640": ["640 std epochs=10.0", "", "", ""],
     }),
-    "all rows": ([COLA, IN_DOMAIN, OUT_OF_DOMAIN, MRPC, RTE], [6, 6, 6, 6, 5], {
+    "longer training": {
+        "`std`, 320 steps over 160": [cell("steps std epochs=10.0", SST2),
+                                      cell("steps std epochs=10.0", COLA), None],
+        "`std`, 640 steps over 320": [
+            cell("640 std epochs=20.0", SST2, baseline="std epochs=10.0"), None, None],
+        "FreeLB, 320 steps, over `std`, 640": [cell("640 freelb epochs=10.0", SST2), None, None],
+        "TDT over `std`, 320 steps": [cell("320 tdt", SST2), None, None],
+        "the same without L_R, seeds 8 to 15": [None, cell("320-beta0 tdt", COLA),
+                                                cell("320-beta0 tdt", OUT_OF_DOMAIN)],
+    },
+    "all rows": by_column([COLA, IN_DOMAIN, OUT_OF_DOMAIN, MRPC, RTE], [6, 6, 6, 6, 5], {
         "`std`, its scores": [*["cola-full std"] * 3, "mrpc-full std", "rte-full std"],
         "R3F": [*["cola-full r3f"] * 3, "", ""],
         "TDT": [*["cola-full-tdt tdt"] * 3, "mrpc-full tdt", "rte-full tdt"],
     }),
-    "1,000 rows, in domain and out": (
-        [SST2, ("sst2", "imdb", "accuracy"), ("stsb", "validation", "pearson"),
-         ("stsb", "sick-r", "pearson")], [8, 8, 8, 8], {
-            "adapter, its scores": ["gtuning adapter"] * 4,
-            "G-Tuning": ["gtuning gtuning"] * 4,
-            "G-Tuning, new seeds": [*["gtuning-again gtuning"] * 2, "", ""],
-        }),
-    "the other two": (
-        [("mnli", "validation_matched", "accuracy"), ("mnli", "sick", "accuracy"),
-         ("rte", "validation", "accuracy"), ("rte", "hans", "accuracy")], [8, 8, 8, 8], {
-            "adapter, its scores": ["gtuning adapter"] * 4,
-            "G-Tuning": ["gtuning gtuning"] * 4,
-        }),
-    "toy": ([FILMS, FILMS, FOOD, FOOD], [8, 16, 8, 16], {
+    "TDT on pairs": {
+        "QQP, accuracy": [cell("qqp std", QQP, 5), cell("qqp tdt", QQP, 5)],
+        "STS-B, Spearman, 160 steps": [cell("stsb std", SPEARMAN, 5),
+                                       cell("stsb tdt", SPEARMAN, 5)],
+        "STS-B, Spearman, 320 steps": [cell("stsb-10 std", SPEARMAN, 5),
+                                       cell("stsb-10 tdt", SPEARMAN, 5)],
+    },
+    "frozen encoder": {
+        name: [cell("gtuning adapter", key), cell("gtuning gtuning", key)]
+        for name, key in {"SST-2": SST2, "IMDB": IMDB, "STS-B": STSB, "SICK-R": SICK_R,
+                          "MNLI": MNLI, "SICK": SICK, "RTE": RTE, "HANS": HANS}.items()
+    },
+    "toy": by_column([FILMS, FILMS, FOOD, FOOD], [8, 16, 8, 16], {
         "`std`, its scores": ["toy std", "toy-again std", "toy std", "toy-again std"],
         "R3F": ["toy r3f", "toy-again r3f eps=1e-05 share_dropout=False"] * 2,
         "R3F, eps 0": ["toy-noise r3f eps=0.0 share_dropout=False", ""] * 2,
@@ -3605,61 +3641,60 @@ def in_the_readme(difference):
     return f"{mean} ({difference.low:+.2f} to {difference.high:+.2f})"
 
 
-def kept_table(name, folder):
+def kept_table(name, folder, baseline=""):
     """The report of a file of kept lines; what it writes goes into the folder."""
     path = folder / f"{name}.jsonl"
     shutil.copy(os.path.join(HERE, ".results", path.name), path)
-    table, = common.main_report([str(path), *REPORT_FLAGS.get(name, [])])
+    flags = ["--baseline", baseline] if baseline else REPORT_FLAGS.get(name, [])
+    table, = common.main_report([str(path), *flags])
     return table
 
 
-def cell_of_kept(table, column, key, usual_seeds):
-    """A cell of the README's tables: scores of the baseline, else a difference to it."""
-    if column == table.baseline:
-        scores = [*table.rows[key][column].values()]
+def in_kept_lines(wanted, folder):
+    """What a Cell says: scores of the baseline, else a difference to it."""
+    table = kept_table(wanted.file, folder, wanted.baseline)
+    if wanted.column == table.baseline:
+        scores = [*table.rows[wanted.key][wanted.column].values()]
         return f"{np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f}"
-    difference = table.differences[key][column]
-    cell = in_the_readme(difference)
-    if difference.n != usual_seeds:
-        cell += f"; {difference.n} seeds"
-    return cell
+    difference = table.differences[wanted.key][wanted.column]
+    told = in_the_readme(difference)
+    if difference.n != wanted.usual_seeds:
+        told += f"; {difference.n} seeds"
+    return told
 
 
 @pytest.mark.parametrize("first", README_TABLES)
 def test_the_readmes_tables_are_what_the_kept_lines_say(first, tmp_path):
-    """Every difference and its interval; bold is what is shown; no method of a file is left out."""
-    keys, seeds, rows = README_TABLES[first]
+    """Every difference and its interval; bold is what is shown."""
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
     assert text.count(f"| {first} |") == 1
     there = {}
     for line in text.partition(f"| {first} |")[2].split("\n\n")[0].split("\n")[2:]:
-        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        name, *cells = [found.strip() for found in line.strip("|").split("|")]
         if not name.startswith("*"):
             there[name] = cells
-    assert [*there] == [*rows]
+    assert [*there] == [*README_TABLES[first]]
+    for name, cells in README_TABLES[first].items():
+        for found, wanted in zip(there[name], cells):
+            if wanted:
+                assert found == in_kept_lines(wanted, tmp_path)
 
-    tables = {}
+
+def test_no_method_of_kept_lines_is_left_out_of_the_readmes_tables(tmp_path):
     used = {}
-    for name, cells in rows.items():
-        for i, cell in enumerate(cells):
-            if not cell:
-                continue
-            file, _, column = cell.partition(" ")
-            if file not in tables:
-                tables[file] = kept_table(file, tmp_path)
-            assert there[name][i] == cell_of_kept(tables[file], column, keys[i], seeds[i])
-            used.setdefault(file, set()).add(column)
+    for row in itertools.chain.from_iterable(map(dict.values, README_TABLES.values())):
+        for wanted in filter(None, row):
+            used.setdefault(wanted.file, set()).update([wanted.column, wanted.baseline])
+    del used["rivals"]                                 # a sentence tells the others, of three seeds
     for file, columns in used.items():
-        not_used = set(tables[file].columns) - columns - REPEATED.get(file, set())
-        assert not_used <= {tables[file].baseline}
+        table = kept_table(file, tmp_path)
+        not_used = set(table.columns) - columns - REPEATED.get(file, set())
+        assert not_used <= {table.baseline}
 
 
 # Differences that the README tells in a sentence.
 TOLD = [
     ("1000-bf16", "freelb", ("sst2", "imdb", "accuracy")),
-    ("qqp", "tdt", ("qqp", "validation", "accuracy")),
-    ("stsb", "tdt", ("stsb", "validation", "spearman")),
-    ("stsb-10", "tdt", ("stsb", "validation", "spearman")),
 ]
 
 
