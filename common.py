@@ -2406,21 +2406,25 @@ def states_key(sentences, model):
 
 
 def reserve_states(path, size, parts, sentences, tokens, world):
-    """Makes the file of the states and that of the marks, unless they are there."""
+    """Makes the file of the states and that of the marks, unless they are there.
+
+    Another run that wants the same ones waits for both, and empties neither.
+    """
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     done = f"{path}.done"
-    if os.path.exists(done) and os.path.exists(path) and os.path.getsize(path) == size:
-        return
-    free = shutil.disk_usage(folder).free
-    world.say(f"feature cache: {sentences} sentences, {tokens} tokens, {size / 1e9:.3f} GB in "
-              f"{path}")
-    if size > 0.98 * free:
-        raise UserError(f"--cache_dir {folder}: {free / 1e9:.3f} GB are free, the feature cache "
-                        f"needs {size / 1e9:.3f}; use another folder, or --no_cache")
-    with open(path, "wb") as file:
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(done) and os.path.getsize(path) == size:
+            return
+        free = shutil.disk_usage(folder).free
+        world.say(f"feature cache: {sentences} sentences, {tokens} tokens, {size / 1e9:.3f} GB in "
+                  f"{path}")
+        if size > 0.98 * free:
+            raise UserError(f"--cache_dir {folder}: {free / 1e9:.3f} GB are free, the feature "
+                            f"cache needs {size / 1e9:.3f}; use another folder, or --no_cache")
         os.posix_fallocate(file.fileno(), 0, size)
-    replace_file(done, lambda file: file.write(bytes(parts)))
+        replace_file(done, lambda file: file.write(bytes(parts)))
 
 
 def digest_weights(module):

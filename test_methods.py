@@ -35,7 +35,7 @@ import sys
 import textwrap
 import time
 import types
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -8144,6 +8144,22 @@ def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small
     with pytest.raises(UserError, match="--cache_dir .* 0.000 GB are free, the feature cache "
                                         "needs 0.00.*--no_cache"):
         tune(still_folder, tmp_path, *small, "--cache_dir", tmp_path / "states")
+
+
+def test_a_run_waits_for_another_that_reserves_the_same_states(tmp_path):
+    path = str(tmp_path / "states")
+    world = types.SimpleNamespace(say=print)
+    with open(path, "ab") as other, ThreadPoolExecutor() as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = pool.submit(common.reserve_states, path, 8, 1, 1, 1, world)
+        time.sleep(0.2)
+        assert not os.path.exists(f"{path}.done")
+        other.write(b"12345678")
+        write(f"{path}.done", "\1")
+        other.close()
+        waiting.result()
+    assert pathlib.Path(path).read_bytes() == b"12345678"
+    assert pathlib.Path(f"{path}.done").read_bytes() == b"\1"
 
 
 def test_a_cache_that_torch_cannot_open_is_one_line(still_folder, small, tmp_path, cache,
