@@ -1838,8 +1838,8 @@ class Run:
                 if not self.args.choosing:             # of those only the score is wanted
                     write_model(folder)
                     tokenizer.save_pretrained(folder)
-                    for path in [*glob.glob(f"{folder}/*"), folder]:
-                        sync(path)
+                    for name in [*os.listdir(folder), "."]:
+                        sync(os.path.join(folder, name))
             with self.writing(self.results_path):
                 replace_file(self.results_path, json.dumps(self.results, indent=1))
             for path in self.checkpoints:

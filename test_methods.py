@@ -2346,6 +2346,14 @@ def test_a_full_disk_while_the_model_is_written_is_one_line(tiny_folder, tmp_pat
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--resume")
 
 
+def test_a_model_is_on_the_disk_whatever_its_folder_is_called(tiny_folder, tmp_path, cache,
+                                                              monkeypatch):
+    synced = []
+    monkeypatch.setattr(common, "sync", synced.append)
+    run("r3f", tiny_folder, tmp_path / "[1]", "--method", "std", "--max_steps", 1)
+    assert {"model.safetensors", "tokenizer.json"} <= {os.path.basename(path) for path in synced}
+
+
 def test_a_closed_output_is_one_line(capsys, monkeypatch):
     """Of whichever pipe: a worker's tells as much."""
     silenced = []
