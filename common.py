@@ -1030,8 +1030,8 @@ def load_model(args, setup, seed, world, path=None):
             start, **setup.kind.settings(setup.task), dtype=torch.float32,
             ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False)
     except Exception as error:
-        flag = f"--run {path}" if path else model_flag(args)
-        raise UserError(f"{flag}: cannot be loaded by {setup.kind.auto_class}: "
+        what = path or model_flag(args)
+        raise UserError(f"{what}: cannot be loaded by {setup.kind.auto_class}: "
                         f"{first_line(error)}") from error
 
     draws_head = False

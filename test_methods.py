@@ -1982,6 +1982,12 @@ def test_a_model_folder_without_a_tokenizer_is_refused(tiny_folder, tmp_path, ca
         run("r3f", folder, tmp_path / "out")
 
 
+def test_a_damaged_model_of_a_run_is_told_by_its_folder(tmp_path):
+    setup = types.SimpleNamespace(kind=data.KINDS["classify"], task=data.TASKS["toy"])
+    message = refusal(common.load_model, parse("r3f"), setup, 0, None, str(tmp_path))
+    assert message.startswith(f"{tmp_path}: cannot be loaded by AutoModelForSequenceClassification")
+
+
 def test_micro_batches_give_the_same_gradient(still_folder, cache, monkeypatch):
     monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
     gradients = []
