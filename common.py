@@ -2092,16 +2092,22 @@ def replace_file(path, content, keep=None):
     content: a text, or a function that writes to a binary file. A temporary file, fsync, rename,
     fsync of the folder. keep: where the old one goes.
     """
-    with open(path + ".tmp", "wb") as file:
-        if isinstance(content, str):
-            file.write(content.encode())
-        else:
-            content(file)
-        file.flush()
-        os.fsync(file.fileno())
+    unfinished = path + ".tmp"
+    try:
+        with open(unfinished, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
+        raise
     if keep and os.path.exists(path):
         os.replace(path, keep)
-    os.replace(path + ".tmp", path)
+    os.replace(unfinished, path)
     sync(os.path.dirname(path) or ".")
 
 
@@ -2114,13 +2120,11 @@ def sync(path):
 
 @contextlib.contextmanager
 def writing(path):
-    """RunError if a write inside, to this file or folder, fails. Nothing half-written stays."""
+    """RunError if a write inside, to this file or folder, fails."""
     from safetensors import SafetensorError
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:            # all of a full disk
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
         inner = error.__context__
         cause = inner if isinstance(inner, OSError) else error
         why = getattr(cause, "strerror", None) or first_line(cause)

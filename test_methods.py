@@ -2337,6 +2337,18 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tiny_folder,
     assert state["step"] == 3 and not glob.glob(str(tmp_path / "toy/r3f-0/*.tmp"))
 
 
+def test_a_file_that_is_written_in_part_does_not_stay(tmp_path):
+    def full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "report.tsv"
+    write(path, "before")
+    with pytest.raises(OSError):
+        common.replace_file(str(path), full)
+    assert os.listdir(tmp_path) == ["report.tsv"] and path.read_text() == "before"
+
+
 def test_a_full_disk_while_the_model_is_written_is_one_line(tiny_folder, tmp_path, cache,
                                                             monkeypatch):
     from safetensors import SafetensorError
