@@ -2866,33 +2866,30 @@ def legend_of(name, shape, words):
             f"{html.escape(words)}</span>")
 
 
+def number_rows(numbers):
+    """(header, rows) of numbers {column: {row: value}}."""
+    rows = []
+    for row in next(iter(numbers.values())):
+        rows.append([row, *[f"{found[row]:.3f}" for found in numbers.values()]])
+    return ["", *numbers], rows
+
+
 def maps_body(maps, legend, words, numbers):
     """The html of a page of maps. maps {caption: svg}; legend: html; words: below, in small type.
 
     numbers {column: {row: value}}: computed on the vectors themselves.
     """
     figures = [figure(drawn, caption) for caption, drawn in maps.items()]
-    rows = []
-    for row in next(iter(numbers.values())):
-        rows.append([row, *[f"{found[row]:.3f}" for found in numbers.values()]])
     return f"""<p class="legend">{"".join(legend)}</p>
 <div class="panels">{"".join(figures)}</div>
 <p><small>{html.escape(words)}</small></p>
-{html_table(["", *numbers], rows, 1)}
+{html_table(*number_rows(numbers), 1)}
 """
 
 
 def print_numbers(numbers, title, world):
     """A table of {column: {row: value}}."""
-    rows = [*next(iter(numbers.values()))]
-    wide = max(map(len, rows))
-    heads = [f"{column:>{max(10, len(column) + 2)}}" for column in numbers]
-    world.say(f"\n{title}\n{'':<{wide}}" + "".join(heads))
-    for row in rows:
-        cells = []
-        for head, found in zip(heads, numbers.values()):
-            cells.append(f"{found[row]:{len(head)}.3f}")
-        world.say(f"{row:<{wide}}" + "".join(cells))
+    world.say("\n".join(["", title, *text_lines(*number_rows(numbers), 1)]))
 
 
 # -----------------------------------------------------------------------  9  the report: statistics

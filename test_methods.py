@@ -8310,7 +8310,7 @@ def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(
         value = common.separation(a, b)
         distance = np.linalg.norm(a.mean(0) - b.mean(0))
         assert written["values"]["separation"][f"{method}-0"] == pytest.approx(value, abs=1e-6)
-        line = re.search(rf"^{method}-0 +([\d.]+) +([\d.]+)$", told, re.M)
+        line = re.search(rf"^  {method}-0 +([\d.]+) +([\d.]+)$", told, re.M)
         assert line.groups() == (f"{value:.3f}", f"{distance:.3f}")
         own, further = (100 * result["metrics"][name]["accuracy"]
                         for name in ("validation", "toy-food"))
