@@ -909,11 +909,8 @@ def tell_flags(args, world):
     by_recipe = [name for name in args.recipe if name not in [*args.by_hand, *not_said]]
     of_training = ["lr", "epochs", "max_steps", "batch_size", "batch_tokens", "warmup",
                    "weight_decay", "betas", "adam_eps", "grad_clip"]
-    usual = []
-    for name in [*of_training, *args.of_methods]:
-        is_told = name in args.recipe or name in args.by_hand
-        if not is_told and getattr(args, name) is not None:
-            usual.append(name)
+    told = {*args.recipe, *args.by_hand}
+    usual = [name for name in [*of_training, *args.of_methods] if name not in told]
 
     world.say(f"  recipe      {args.recipe_name}" + (f": {listed(by_recipe)}" if by_recipe else ""))
     world.say(f"  set by you  {listed(by_hand)}")
