@@ -1614,6 +1614,10 @@ class Run:
             self.best = state["best"]
             self.best_weights = state["best_weights"]
             self.world.say(f"{self.folder}: resumes at step {self.step} of {total}")
+        steps = self.world.gather({self.world.rank: self.step})
+        if min(steps) < max(steps):                    # else their weights would differ from here
+            raise UserError(f"--output_dir {self.args.output_dir}: must be shared by all machines: "
+                            f"some would go on at step {min(steps)}, others at {max(steps)}")
         if self.world.rank == 0:
             self.open_log(state["log_bytes"] if state else 0)
         self.saved = time.monotonic()

@@ -2260,6 +2260,13 @@ def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp
     assert order == ["barrier", "looked", "barrier"]
 
 
+def test_machines_that_do_not_share_their_folder_are_refused(tiny_folder, tmp_path, cache,
+                                                             monkeypatch):
+    monkeypatch.setattr(common.World, "gather", lambda self, found: [*found.values(), 3])
+    with pytest.raises(UserError, match="--output_dir .* some would go on at step 0, others at 3"):
+        run("r3f", tiny_folder, tmp_path, "--method", "std")
+
+
 def test_what_one_script_alone_can_do_to_plain_fine_tuning_is_another_run(tiny_folder, tmp_path,
                                                                          cache, monkeypatch):
     run("r3f", tiny_folder, tmp_path / "smooth", "--method", "std", "--label_smoothing", 0.4)
