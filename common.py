@@ -874,7 +874,9 @@ def hold_out(args, setup):
                         f"{whole} training rows, as many as --train_samples or --batch_size wants")
     chosen = data.subset(setup.train, n, 0)
     others = np.setdiff1d(np.arange(len(setup.train)), chosen)
-    setup.held_out = {"held-out": (setup.task, setup.train.take(chosen))}
+    held_out = setup.train.take(chosen)
+    held_out.fields.pop("perturbable", None)           # a field of training rows alone
+    setup.held_out = {"held-out": (setup.task, held_out)}
     setup.train = setup.train.take(others)
 
 

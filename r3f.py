@@ -246,7 +246,7 @@ def random_state_restored(inputs, enabled=True):
 
     So the pass inside it and the pass after it have the same dropout masks.
     """
-    device = next(iter(inputs.values())).device
+    device = inputs["input_ids"].device
     return torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=enabled)
 
 
@@ -984,7 +984,7 @@ def flags():
     g.add_argument("--label_smoothing", type=common.number(float, 0, 0.5), default=0.0,
                    metavar="E", help="weight of all other words or classes in the loss")
     g.add_argument("--reduction", default="token", choices=["token", "sentence", "released"],
-                   help="choice 7: of the KL of texts that are written")
+                   help="choice 7: of the KL of labels by position")
     g = p.add_argument_group("its rivals")
     g.add_argument("--alpha", type=weight, default=1.0, help="R-Drop: weight of the KL")
     g.add_argument("--smart_sigma", type=above_0, default=1e-5, help="SMART: deviation of z_0")
@@ -1065,8 +1065,9 @@ def recipe(args):
         return "r3f: Table 6, XTREME's length and rate", {
             **values, "model": "FacebookAI/xlm-roberta-large", "lr": 2e-5, "epochs": 10,
             "batch_size": 32, "max_length": 128}
-    if args.task == "xnli":
+    if args.task.startswith(("xnli", "paws-x")):
         values["model"] = "FacebookAI/xlm-roberta-large"
+    if args.task == "xnli":
         values["adam_eps"] = 1e-8
         values["warmup"] = 0.0                         # Table 9 names none
         return "r3f: Table 9", values

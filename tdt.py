@@ -555,15 +555,22 @@ class Evaluation:
     is_word: object                                                      # (tokens,), not special
 
 
-def evaluation_of(setup, world):
-    """The first validation split as an Evaluation."""
+def evaluation_of(args, setup, world):
+    """The first validation split as an Evaluation. Tokens that always stay are no words of it."""
     import common
+    import data
     import numpy as np
     name, (_, split) = next(iter(setup.validation.items()))
     ids, offsets, _ = split.fields["input_ids"]
     unknown = setup.tokenizer.unk_token_id             # stands for a word, though it is special
     special = [token for token in setup.tokenizer.all_special_ids if token != unknown]
     is_word = ~np.isin(ids, special)
+    column = what_to_perturb(args.task, keep_special=False)
+    if column:                                         # csl's keywords stay
+        with world.in_turns():
+            marked = data.encode(
+                split.rows, setup.task, setup.tokenizer, args.max_length, perturb=column)
+        is_word &= marked.fields["perturbable"].values == 1
     if not is_word.any():
         raise common.UserError(f"{name}: holds no words, which the figures are about")
     row = np.repeat(np.arange(len(split)), np.diff(offsets))
@@ -1247,7 +1254,7 @@ def use_finished(args, asked, world, started):
 def analyse(args, asked, setup, tokenizer, world):
     """What section 4 of the paper measures, of asked.runs: tables, and files in their folders."""
     import common
-    evaluation = evaluation_of(setup, world) if asked.figures else None
+    evaluation = evaluation_of(args, setup, world) if asked.figures else None
     dropped = []
     perturbed = []
     clouds = []                                        # of each seed, their numbers
@@ -1420,6 +1427,8 @@ def recipe(args):
               "warmup": 0.1, "grad_clip": 1.0}
     if args.task in [*clue, "cmnli"]:
         values["model"] = "hfl/chinese-bert-wwm"
+    if args.task.startswith(("xnli", "paws-x")):       # not in the paper
+        values["model"] = "google-bert/bert-base-multilingual-cased"
     if args.task in table:
         batch_size, max_steps, warmup, lr = table[args.task]
         values.update(batch_size=batch_size, max_steps=max_steps, warmup=warmup, lr=lr)

@@ -2476,6 +2476,9 @@ def test_held_out_rows_are_not_trained_on_and_the_same_for_all_seeds(tiny_folder
         assert not texts & set(held_out.column("text"))
         assert setup.choose_by == setup.held_out and "validation" in setup.scored
     assert found[0].column("text") == found[1].column("text")
+    setup = common.prepare(args, common.World(args), perturb=True)
+    _, held_out = setup.held_out["held-out"]           # its fields are the model's inputs
+    assert "perturbable" in setup.train.fields and "perturbable" not in held_out.fields
 
 
 SEARCH = ["--method", "std", "r3f", "--grid", "lr=1e-3,1e-5", "lam=1,5", "--dev_samples", 40,
@@ -6485,7 +6488,23 @@ def test_recipes_are_those_of_table_7():
     assert length_of("--task", "ocnli", *large) == (32, 3000, 300, 1e-5)
     assert length_of("--task", "tnews", *large) == (64, 5000, 300, 1e-5)
     assert parse("tdt", "--task", "csl").model == "hfl/chinese-bert-wwm"
+    assert parse("tdt", "--task", "paws-x").model == "google-bert/bert-base-multilingual-cased"
     assert parse("tdt", "--task", "sst2").grad_clip == 1.0
+
+
+def test_words_that_always_stay_are_none_of_the_figures(tiny_folder, cache):
+    """The keywords of csl have a confidence that the method never uses."""
+    task = data.TASKS["csl"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    columns = {"keyword": ["plot cast", "film"], "abst": ["good plot", "bad"], "label": [0, 1]}
+    rows = datasets.Dataset.from_dict(columns)
+    split = data.encode(rows, task, tokenizer, 64)
+    setup = argparse.Namespace(task=task, tokenizer=tokenizer, validation={"dev": (task, split)})
+    world = argparse.Namespace(in_turns=contextlib.nullcontext)
+    args = argparse.Namespace(task="csl", max_length=64)
+    evaluation = tdt.evaluation_of(args, setup, world)
+    words = tokenizer.convert_ids_to_tokens(evaluation.ids[evaluation.is_word])
+    assert words == ["good", "plot", "bad"]
 
 
 def test_a_folder_is_large_by_its_width_and_not_by_its_name(tmp_path):
@@ -7772,6 +7791,19 @@ def test_unequal_numbers_of_both_texts_have_each_its_own_mean(n_t, n_u):
     assert gtuning.gradient_norm(D, f_t, f_u).shape == (pairs,)          # e is drawn as often
 
 
+def test_z_lies_between_vectors_of_bf16_as_it_does_between_others():
+    """1 - e is not rounded to their eight bits."""
+    seen = []
+
+    def D(z):
+        seen.append(z)
+        return z.sum(1)
+
+    f_t = torch.full((64, 3), 100.0, dtype=torch.bfloat16)
+    gtuning.gradient_norm(D, f_t, f_t)
+    torch.testing.assert_close(seen[0], torch.full((64, 3), 100.0), rtol=0, atol=1e-3)
+
+
 # ---------------------------------------------------------------------------------------- f = h . g
 
 def test_the_losses_of_f_are_equations_2_and_6_in_numpy():
@@ -8182,7 +8214,7 @@ def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small
 def test_a_run_waits_for_another_that_reserves_the_same_states(tmp_path):
     path = str(tmp_path / "states")
     world = types.SimpleNamespace(say=print)
-    with open(path, "ab") as other, ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, open(path, "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         waiting = pool.submit(common.reserve_states, path, 8, 1, 1, 1, world)
         time.sleep(0.2)
@@ -8193,6 +8225,40 @@ def test_a_run_waits_for_another_that_reserves_the_same_states(tmp_path):
         waiting.result()
     assert pathlib.Path(path).read_bytes() == b"12345678"
     assert pathlib.Path(f"{path}.done").read_bytes() == b"\1"
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_states_have_the_type_of_autocast(kind):
+    _, inputs = batch()
+    f = gtuning.GTuning(tiny().bert, 3)
+    with torch.autocast("cpu", kind):
+        assert f.encode(**inputs).dtype == kind
+    assert f.encode(**inputs).dtype == torch.float32
+
+
+def test_general_text_has_the_form_of_pairs_that_are_encoded_as_one(tiny_folder, tmp_path, cache,
+                                                                    monkeypatch):
+    """Else D would tell a pair from a sentence by its form."""
+    drawn = []
+    real = gtuning.draw_like_the_task
+
+    def draw(*args):
+        drawn.append(real(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(gtuning, "draw_like_the_task", draw)
+    rows = [{"sentence1": "a plot", "sentence2": "it is good", "label": i % 2} for i in range(32)]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    flags = ["--method", "gtuning", "--train_file", path, "--validation_file", path,
+             "--unlabeled", "toy", "--max_steps", 2, "--name"]
+    tune(tiny_folder, tmp_path, *flags, "joint", "--pair_mode", "joint")
+    general, = drawn
+    ids, offsets, _ = general.fields["input_ids"]
+    sep = transformers.AutoTokenizer.from_pretrained(tiny_folder).sep_token_id
+    separators = [list(ids[a:b]).count(sep) for a, b in zip(offsets, offsets[1:])]
+    assert len(general) == 32 and set(separators) == {2}
+    tune(tiny_folder, tmp_path, *flags, "apart")
+    assert len(drawn) == 1
 
 
 def test_a_cache_that_torch_cannot_open_is_one_line(still_folder, small, tmp_path, cache,
@@ -9344,8 +9410,8 @@ def test_inputs_that_are_no_tensors_go_to_every_pass():
             lambda model, args, given: passes.append(given), with_kwargs=True)
         for mask in (inputs["attention_mask"].bool(), None):
             torch.manual_seed(0)
-            other, _ = method(labels, input_ids=inputs["input_ids"], attention_mask=mask,
-                              return_dict=True)
+            other, _ = method(labels, return_dict=True, attention_mask=mask,
+                              input_ids=inputs["input_ids"])
             torch.testing.assert_close(other, loss, msg=name)
         assert passes and all("return_dict" in given for given in passes), name
 
