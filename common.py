@@ -352,15 +352,6 @@ def model_flag(args):
     return f"--model {args.model}"
 
 
-def is_large(model):
-    """Whether a model is of the papers' "large" size, by its name or by its config.json."""
-    try:
-        with open(os.path.join(model or "", "config.json"), encoding="utf-8") as file:
-            return json.load(file).get("hidden_size", 0) >= 1024
-    except (OSError, ValueError, AttributeError, TypeError):             # load_tokenizer tells why
-        return "large" in (model or "")
-
-
 def settle_length(args):
     """Of --epochs and --max_steps the one that holds; a recipe's warm-up keeps its share of it."""
     chosen = {"epochs", "max_steps"} & set(args.by_hand)
@@ -1356,14 +1347,13 @@ def averages(scores):
 # Flags that may differ between two halves of one run.
 NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
-    "detect_anomaly", "threads", "grid", "searched", "name", "run", "test_file"}
+    "detect_anomaly", "threads", "grid", "searched", "name", "run", "test_file", "log_every"}
 
 # Flags that --grid cannot vary: they say what the rows are and how these are scored, which must be
 # the same for all runs that are compared.
 NOT_SEARCHED = {
     "task", "train_file", "validation_file", "text_columns", "label_column", "target_column",
-    "local_file", "dev_samples", "eval_samples", "eval_tasks", "main_metric", "choosing",
-    "log_every"}
+    "local_file", "dev_samples", "eval_samples", "eval_tasks", "main_metric", "choosing"}
 
 
 @functools.cache
@@ -3101,8 +3091,8 @@ def check_line(line):
 
 
 def is_number(value):
-    """Whether it is a finite int or float."""
-    return isinstance(value, (int, float)) and -math.inf < value < math.inf
+    """Whether it is an int or a float, finite and of a size with which one can reckon."""
+    return isinstance(value, (int, float)) and -1e300 < value < 1e300
 
 
 @dataclass

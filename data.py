@@ -14,6 +14,7 @@ A further task is one row of TASKS. A further kind of task is one group of funct
 KINDS, which stands at the end of section 5. Nothing here knows how a model is trained.
 """
 import collections
+import contextlib
 import csv
 import difflib
 import functools
@@ -1888,10 +1889,23 @@ def write_texts(folder, name, task, kept, split):
     return write_lines(folder, name, lines)
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """A text file to write to, which takes the place of the old one when all is written."""
+    unfinished = path + ".tmp"
+    try:
+        with open(unfinished, "w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(unfinished)
+
+
 def write_lines(folder, name, lines):
     """A jsonl file of these dicts. Returns its path."""
     path = os.path.join(folder, f"predictions-{name}.jsonl")
-    with open(path, "w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         for line in lines:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return path
@@ -1903,7 +1917,7 @@ def write_table(folder, name, header, columns, ids=None):
     if ids:
         header = ["id", *header]
         columns = [ids, *columns]
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(["index", *header])
         for index, cells in enumerate(zip(*columns)):
@@ -2320,7 +2334,7 @@ def write_spans(folder, name, task, kept, split):
     path = os.path.join(folder, f"predictions-{name}.json")
     ids = split.column("id")
     found = {ids[row]: text for row, text in best_answers(kept, split).items()}
-    with open(path, "w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         json.dump(found, file, ensure_ascii=False, indent=1)
     return path
 

@@ -70,6 +70,7 @@ Choices, where the paper is silent or the authors' release does otherwise:
 import contextlib
 import copy
 import functools
+import json
 import os
 import sys
 import time
@@ -1169,7 +1170,7 @@ def clouds_body(maps, numbers, labels, names, chosen_by, perplexity):
     """
     import common
     from html import escape
-    last = len(names) - 1
+    last = max(1, len(names) - 1)
     filled = [label / last for label in labels.tolist()]
     legend = []
     for (name, mark), symbol in zip(MARKS.items(), ("H", "H+", "H-")):
@@ -1365,6 +1366,15 @@ def flags():
     return p
 
 
+def is_large(model):
+    """Whether a model is of the paper's "large" size, by its name or by its config.json."""
+    try:
+        with open(os.path.join(model or "", "config.json"), encoding="utf-8") as file:
+            return json.load(file).get("hidden_size", 0) >= 1024
+    except (OSError, ValueError, AttributeError, TypeError):   # common.load_tokenizer tells why
+        return "large" in (model or "")
+
+
 def recipe(args):
     """Table 7: batch, updates, warm-up and learning rate; the rest as in the release's script."""
     import common
@@ -1408,7 +1418,7 @@ def recipe(args):
         "tnews": (64, 5000, 300, 1e-5),
         "afqmc": (32, 3000, 300, 1e-5),
     }
-    table = {**glue_large, **clue_large} if common.is_large(args.model) else {**glue, **clue}
+    table = {**glue_large, **clue_large} if is_large(args.model) else {**glue, **clue}
 
     values = {"model": "google-bert/bert-base-uncased", "lr": 2e-5, "weight_decay": 0.0,
               "warmup": 0.1, "grad_clip": 1.0}

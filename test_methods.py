@@ -1563,6 +1563,21 @@ def test_own_predictions_have_probabilities_and_the_ids_of_the_file(tmp_path):
         "1\tb8\tvery good\t0.0000\t1.0000\n")
 
 
+def test_predictions_that_cannot_be_written_leave_those_that_are_there(tmp_path):
+    path = tmp_path / "predictions-test.tsv"
+    write(path, "before")
+
+    def columns():
+        yield "a"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        data.write_table(str(tmp_path), "test", ["prediction"], [columns()])
+    assert os.listdir(tmp_path) == [path.name] and path.read_text() == "before"
+    data.write_table(str(tmp_path), "test", ["prediction"], [["a"]])
+    assert os.listdir(tmp_path) == [path.name] and path.read_text() == "index\tprediction\n0\ta\n"
+
+
 def test_own_predicted_numbers_have_the_ids_of_the_file(tmp_path):
     task = data.Task("custom", text="text", kind="regress", metrics="pearson spearman")
     assert written(task, [[7.5]], tmp_path) == "index\tprediction\n0\t7.5\n"
@@ -3907,6 +3922,7 @@ DAMAGE = {
     "list": lambda text: "[1]",
     "keys": lambda text: '{"method": "std", "args": {}, "metrics": {}}',
     "nan": lambda text: text.replace('"accuracy": 0.6', '"accuracy": NaN, "x": 0.6', 1),
+    "huge": lambda text: text.replace('"accuracy": 0.6', f'"accuracy": 1{"0" * 400}, "x": 0.6', 1),
     "word": lambda text: text.replace('"seed": 0', '"seed": "zero"'),
     "bytes": lambda text: text.encode()[:50] + b"\xff\xfe",
 }
