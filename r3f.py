@@ -246,7 +246,7 @@ def random_state_restored(inputs, enabled=True):
 
     So the pass inside it and the pass after it have the same dropout masks.
     """
-    device = inputs["input_ids"].device
+    device = next(value.device for value in inputs.values() if torch.is_tensor(value))
     return torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=enabled)
 
 
