@@ -3635,10 +3635,11 @@ README_TABLES = {
         "the same without L_R, seeds 8 to 15": [None, cell("320-beta0 tdt", COLA),
                                                 cell("320-beta0 tdt", OUT_OF_DOMAIN)],
     },
-    "all rows": by_column([COLA, IN_DOMAIN, OUT_OF_DOMAIN, MRPC, RTE], [6, 6, 6, 6, 5], {
-        "`std`, its scores": [*["cola-full std"] * 3, "mrpc-full std", "rte-full std"],
-        "R3F": [*["cola-full r3f"] * 3, "", ""],
-        "TDT": [*["cola-full-tdt tdt"] * 3, "mrpc-full tdt", "rte-full tdt"],
+    "all rows": by_column([COLA, IN_DOMAIN, OUT_OF_DOMAIN, MRPC, RTE, SST2], [6, 6, 6, 6, 5, 5], {
+        "`std`, its scores": [*["cola-full std"] * 3, "mrpc-full std", "rte-full std",
+                              "sst2-full std"],
+        "R3F": [*["cola-full r3f"] * 3, "", "", ""],
+        "TDT": [*["cola-full-tdt tdt"] * 3, "mrpc-full tdt", "rte-full tdt", "sst2-full tdt"],
     }),
     "TDT on pairs": {
         "QQP, accuracy": [cell("qqp std", QQP, 5), cell("qqp tdt", QQP, 5)],
