@@ -487,9 +487,10 @@ def load_to_use(args, also_scores):
 
 def task_of_run(args):
     """The Task of a finished run on one's own files, by its flags and its model's labels."""
+    columns = args.text_columns or ["text"]            # old runs' results do not tell
     if args.target_column:
-        return own_summary_task(args, args.text_columns)
-    settings = {"path": "custom", "text": tuple(args.text_columns), "label": args.label_column}
+        return own_summary_task(args, columns)
+    settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
     if len(args.own_labels) == 1:
         return Task(**settings, kind="regress", metrics="pearson spearman")
     return Task(**settings, labels=tuple(args.own_labels))
