@@ -3606,6 +3606,7 @@ README_TABLES = {
         "R3F, MRPC": twice(MRPC, "mrpc", "r3f-mrpc", "r3f"),
         "TDT, CoLA, 320 steps": twice(COLA, "320", "320-again", "tdt"),
         "the same, out of domain": twice(OUT_OF_DOMAIN, "320", "320-again", "tdt"),
+        "TDT, SST-2, 160 steps": twice(SST2, "1000", "tdt-again", "tdt"),
         "TDT-hard, SST-2": twice(SST2, "1000-bf16", "hard-again", "tdt-hard"),
         "G-Tuning, SST-2": twice(SST2, "gtuning", "gtuning-again", "gtuning", "adapter"),
         "G-Tuning, IMDB": twice(IMDB, "gtuning", "gtuning-again", "gtuning", "adapter"),
