@@ -4160,36 +4160,67 @@ def seconds_figures(table):
 
 
 def probe_figures(probes):
-    """A figure for each probed task.
-
-    Of encoders that went through a chain of runs: the scores after none, one, two ... of them, as a
-    curve for each method. If no encoder went through more than one run: a row of dots for each.
-    """
+    """The figures of each probed task: one for each chain of runs that its encoders went through,
+    and one of those that went through a single run."""
     figures = []
     for (task, metric, recipe, _), encoders in probes.items():
         what = f"{task}, {metric}, layer: {recipe}"
-        ordered = sorted(encoders, key=lambda encoder: encoder[1])       # by method
-        methods = [*dict.fromkeys(method for links, method in ordered if links)]
+        methods = sorted({method for links, method in encoders if links})
         colours = {method: f"c{place % 8}" for place, method in enumerate(methods, 1)}
-        longest = max((links for links, _ in ordered), key=len)
-        if len(longest) > 1:
-            curves = {}
-            for method in methods:                     # each begins at the untuned encoder
-                curves[method] = {
-                    len(links): [*scores.values()] for (links, its), scores in encoders.items()
-                    if its in ("", method) and links == longest[:len(links)]}
-            caption = (f"{what}, over the links of the chain {', '.join(longest)}; 0: untuned. "
-                       "Median, least to greatest.")
-            figures.append(figure(curve_svg(curves, colours, what), caption, colours))
-            continue
-        groups = {}
-        for links, method in ordered:
-            name = f"{method}, {links[0]}" if links else "untuned"
-            groups[name] = [*encoders[links, method].values()]
-            colours[name] = colours[method] if links else "c0"
-        caption = f"{what}: each dot a probe, the line their median."
-        figures.append(figure(dots_svg(groups, colours, what), caption))
+        chains = whole_chains(encoders)
+        for chain in chains:
+            figures.append(chain_figure(chain, encoders, colours, what))
+        on_chains = {chain[:length] for chain in chains for length in range(len(chain) + 1)}
+        others = {encoder: scores for encoder, scores in encoders.items()
+                  if encoder[0] not in on_chains or not chains}
+        if others:
+            figures.append(probe_dots(others, colours, what))
     return figures
+
+
+def whole_chains(encoders):
+    """The chains of more than one run that were probed on their way too, each to its last probe."""
+    all_links = sorted({links for links, _ in encoders})
+    chains = []
+    for chain in all_links:
+        on_the_way = [links for links in all_links if is_beginning(links, chain)]
+        goes_on = any(is_beginning(chain, links) for links in all_links)
+        if len(chain) > 1 and on_the_way and not goes_on:
+            chains.append(chain)
+    return chains
+
+
+def is_beginning(links, chain):
+    """Whether a chain begins with these links, and goes on."""
+    return len(links) < len(chain) and chain[:len(links)] == links
+
+
+def chain_figure(chain, encoders, colours, what):
+    """The scores after none, one, two ... runs of a chain, as a curve for each method."""
+    curves = {}
+    for method in colours:
+        curve = {}
+        for (links, its), scores in encoders.items():
+            # The untuned encoder, where all begin, has no method.
+            if its in ("", method) and links == chain[:len(links)]:
+                curve[len(links)] = [*scores.values()]
+        if max(curve, default=0) > 0:
+            curves[method] = curve
+    caption = (f"{what}, over the links of the chain {', '.join(chain)}; 0: untuned. Median, least "
+               "to greatest.")
+    return figure(curve_svg(curves, colours, what), caption, colours)
+
+
+def probe_dots(encoders, colours, what):
+    """A row of dots for each encoder."""
+    groups = {}
+    colour_of_group = {}
+    for links, method in sorted(encoders, key=lambda encoder: encoder[1]):
+        name = f"{method}, {', '.join(links)}" if links else "untuned"
+        groups[name] = [*encoders[links, method].values()]
+        colour_of_group[name] = colours.get(method, "c0")
+    caption = f"{what}: each dot a probe, the line their median."
+    return figure(dots_svg(groups, colour_of_group, what), caption)
 
 
 def html_probes(probes):

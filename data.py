@@ -413,6 +413,7 @@ def load(args, also_scores=()):
 
     also_scores: kinds of --eval_tasks that a model of any task can be scored on.
     """
+    refuse_unread_files(args)
     if args.run:
         return load_to_use(args, also_scores)
     if args.own_files:
@@ -546,6 +547,10 @@ def load_unscored(args, task):
     if args.test_file:
         of_own_task = args.own_files and not args.run
         name = "test" if of_own_task else set_name(args, "test_file")
+        if "validation_file" in args.by_hand and name == set_name(args, "validation_file"):
+            raise UserError(f"--test_file {args.test_file}: must have another name than "
+                            f"--validation_file {args.validation_file}, whose predictions are "
+                            f"{name} too")
         unscored[name] = read_own(args, "test_file", task)
     return unscored
 
@@ -669,6 +674,20 @@ def local_files(args):
                             f"NAME one of {task_names()}")
         local[name] = path
     return local
+
+
+def refuse_unread_files(args):
+    """UserError if a --local_file is of a task that this run does not read."""
+    if "local_file" not in args.by_hand:
+        return                                         # a finished run's own, which --run takes
+    reads = [] if args.own_files else [args.task]
+    for given in args.eval_tasks:
+        name = given.partition(":")[0]
+        reads += GROUPS.get(name, [name])
+    for name in local_files(args):
+        if name not in reads:
+            raise UserError(f"--local_file {name}: must be of --task or --eval_tasks, which are "
+                            f"{' '.join(reads) or 'not given'}")
 
 
 def read_hub(task, split, given):
@@ -1107,7 +1126,8 @@ def general_text(where, n):
     texts = general_texts(where)
     sentences = []
     for row in np.random.default_rng(0).permutation(len(texts)):
-        for line in texts[int(row)].split("\n"):
+        text = texts[int(row)] or ""                   # a hub's row may be None
+        for line in text.split("\n"):
             sentences += sentences_of(line)
         if len(sentences) >= n:
             break

@@ -741,6 +741,17 @@ def test_a_file_for_a_finished_run_may_have_the_usual_columns(tmp_path):
     assert message.startswith("--text_columns review: no such column")
 
 
+def test_two_files_of_one_name_are_not_one_set(tmp_path):
+    os.makedirs(tmp_path / "more")
+    first = write(tmp_path / "x.csv", "sentence,label\nfine,1\n")
+    second = write(tmp_path / "more/x.csv", "sentence,label\nbad,0\n")
+    given = settings(run=["a"], task="sst2", by_hand=["validation_file", "test_file"],
+                     validation_file=first, test_file=second, score_validation=True)
+    assert refusal(data.load, given) == (
+        f"--test_file {second}: must have another name than --validation_file {first}, whose "
+        "predictions are x too")
+
+
 @pytest.mark.parametrize("given, words", [
     ({"own_files": "a", "train_file": None}, "--validation_file: both are needed"),
     ({"own_files": "a", "validation_file": None}, "--validation_file: both are needed"),
@@ -860,6 +871,22 @@ def test_a_label_that_is_not_in_the_table_is_refused_with_its_row(tmp_path):
     given = settings(local_file=[f"sst2={path}"])
     message = refusal(data.read, "sst2", "validation", given)
     assert message == f"{path}: row 2: label 'neutral' must be one of ['negative', 'positive']"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_local_file_that_no_set_reads_is_refused(own, tmp_path):
+    path = pairs_file(tmp_path, [0, 1, 1])
+    given = settings(task="bustm", local_file=[f"bustm={path}", f"hans={path}"], batch_size=2,
+                     own_files="sentences" if own else "", by_hand=["local_file"])
+    allowed = "not given" if own else "bustm"
+    name = "bustm" if own else "hans"
+    assert refusal(data.load, given) == (
+        f"--local_file {name}: must be of --task or --eval_tasks, which are {allowed}")
+    given.eval_tasks = ["hans:train", "bustm"]
+    data.refuse_unread_files(given)
+    given.eval_tasks = []
+    given.by_hand = []                                 # those of a run that --run uses
+    data.refuse_unread_files(given)
 
 
 @pytest.mark.parametrize("given", ["foo", "imdbb=good.csv", "imdb="])
@@ -1143,6 +1170,8 @@ def test_general_text_can_be_fewer_than_asked_for(tmp_path):
 def test_general_text_of_the_hub_is_its_column_text(monkeypatch):
     calls = hub_of(monkeypatch, dev=datasets.Dataset.from_dict({"text": TEXT.split("\n")}))
     assert sorted(data.general_text("a/b:c:dev", 10)["text"]) == sorted(SENTENCES)
+    hub_of(monkeypatch, train=datasets.Dataset.from_dict({"text": [None, SENTENCES[0], None]}))
+    assert data.general_text("a/b", 10)["text"][:] == SENTENCES[:1]
     assert calls == [{"path": "a/b", "config": "c", "split": "dev"}]
 
 
@@ -4033,6 +4062,8 @@ def test_probes_are_a_table_and_figures(tmp_path, capsys):
         os.makedirs(tmp_path / name)
         write(tmp_path / name / "probes.jsonl", lines_of(chosen))
     assert "after sst2 rte cola, two" in printed(capsys, tmp_path / "end")[0]
+    page = (tmp_path / "end/report.html").read_text()
+    assert "<polyline" not in page and ">two, sst2, rte, cola</text>" in page
     assert "untuned +1 +50.00" in re.sub(" +", " +", printed(capsys, tmp_path / "none")[0])
 
     # Figure 4's lines begin at the untuned encoder; a probe that was made again counts once.
@@ -4044,6 +4075,21 @@ def test_probes_are_a_table_and_figures(tmp_path, capsys):
     with open(path, "a") as file:
         file.write(open(path).read())
     assert common.read_probes([common.find_files(path)], []) == probes
+
+
+def test_each_chain_of_probes_has_a_figure(tmp_path):
+    """Of two orders of the same runs both, and dots of what went through one run on no chain."""
+    lines = []
+    for chain in (("sst2", "rte", "cola"), ("cola", "rte")):
+        path = write_probes(tmp_path / chain[0], chain)
+        lines += [line for line in map(json.loads, open(path)) if line["task"] == "sst2"]
+    lines.append({**lines[-1], "links": ["mrpc"], "score": 0.9})
+    path = write(tmp_path / "probes.jsonl", lines_of(lines))
+    probes = common.read_probes([common.find_files(path)], [])
+    first, second, dots = common.probe_figures(probes)
+    assert "chain cola, rte; 0" in first and "chain sst2, rte, cola; 0" in second
+    assert first.count("<polyline") == second.count("<polyline") == 2
+    assert ">two, mrpc</text>" in dots and "cola</text>" not in dots
 
 
 def test_an_interval_over_rows_of_nothing_is_refused(tmp_path):
