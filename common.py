@@ -2053,15 +2053,28 @@ def use_runs(args, runs, setup, world, started, load, score):
         forward, module = load(folder, results)
         if setup.scored:
             scores = score(forward, module, setup.scored, folder)
-            results = read_results(folder)             # another --run may have added to them
-            results["metrics"].update(scores)
-            results["metrics"].update(averages(results["metrics"]))
-            runs[folder] = results
-            world.barrier()                            # all have read it
-            write_json(os.path.join(folder, "results.json"), results, world)
+            if world.rank == 0:
+                add_scores(folder, scores)
             world.barrier()
+            world.say(f"wrote {os.path.join(folder, 'results.json')}")
+            runs[folder] = read_results(folder)
         write_unscored(folder, forward, module, setup, world)
     return print_table(world.say, [*runs.values()], args, started)
+
+
+def add_scores(folder, scores):
+    """Adds scores to results.json of a finished run, after what another --run may have added."""
+    path = os.path.join(folder, "results.json")
+    with writing(path):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX)         # another --run waits for its turn
+            results = read_results(folder)
+            results["metrics"].update(scores)
+            results["metrics"].update(averages(results["metrics"]))
+            replace_file(path, json.dumps(results, indent=1))
+        finally:
+            os.close(opened)
 
 
 def use_models(args, runs, setup, world, started):

@@ -4092,6 +4092,16 @@ def test_each_chain_of_probes_has_a_figure(tmp_path):
     assert ">two, mrpc</text>" in dots and "cola</text>" not in dots
 
 
+def test_scores_of_several_runs_at_once_all_join_the_results(tmp_path):
+    folder = write_runs(tmp_path / "runs", 1, ["rte"]) / "rte" / "std-0"
+    sets = [f"set-{number}" for number in range(12)]
+    with ThreadPoolExecutor(len(sets)) as pool:
+        for added in [pool.submit(common.add_scores, folder, {name: {"accuracy": 0.5}})
+                      for name in sets]:
+            added.result()
+    assert {"validation", *sets} <= set(common.read_results(folder)["metrics"])
+
+
 def test_an_interval_over_rows_of_nothing_is_refused(tmp_path):
     write_runs(tmp_path / "runs", 2, ["rte"])
     assert "--rows: must be of folders with runs" in refused_report(tmp_path / "runs", "--rows")
