@@ -721,6 +721,20 @@ def draw_general(args, setup, wanted, world):
     return M
 
 
+def long_texts(args, setup, sentences, wanted):
+    """General text in pieces about as long as the rows of B: a Dataset like `sentences`."""
+    import data
+    from datasets import Dataset
+    ids = setup.tokenizer(sentences["text"][:1000])["input_ids"]
+    length = sum(map(len, ids)) / len(ids)
+    together = max(1, round(setup.train.lengths.mean() / length))
+    texts = data.general_text(args.unlabeled, wanted * together)["text"]
+    joined = []
+    for first in range(0, len(texts), together):
+        joined.append(" ".join(texts[first:first + together]))
+    return Dataset.from_dict({"text": joined, "label": [-1] * len(joined)})
+
+
 def draw_like_the_task(args, setup, wanted, world):
     """General text with as many columns as the task has, in the same form; labels: 0, 1, 2 ...
 
@@ -805,20 +819,6 @@ def load_teacher(args, setup, pair):
         raise common.UserError(f"--teacher {args.teacher}: its labels are {' '.join(labels)}, must "
                                f"be {' '.join(wanted)}")
     return teacher
-
-
-def long_texts(args, setup, sentences, wanted):
-    """General text in pieces about as long as the rows of B: a Dataset like `sentences`."""
-    import data
-    from datasets import Dataset
-    ids = setup.tokenizer(sentences["text"][:1000])["input_ids"]
-    length = sum(map(len, ids)) / len(ids)
-    together = max(1, round(setup.train.lengths.mean() / length))
-    texts = data.general_text(args.unlabeled, wanted * together)["text"]
-    joined = []
-    for first in range(0, len(texts), together):
-        joined.append(" ".join(texts[first:first + together]))
-    return Dataset.from_dict({"text": joined, "label": [-1] * len(joined)})
 
 
 def vectors(f, split, rows, world, progress=None):
