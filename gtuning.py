@@ -465,196 +465,6 @@ def kl_to_teacher(teacher, student):
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-# ----------------------------------------------------------------------------------------  Figure 2
-
-def principal_axes(x):
-    """A cloud (n, H) by its first two principal axes, its mean at 0: (n, 2)."""
-    import numpy as np
-    x = x - x.mean(0)
-    axes = np.linalg.svd(x, full_matrices=False)[2][:2]                  # (2, H)
-    return x @ axes.T
-
-
-def clouds_of(f, setup, world):
-    """f(x) of 200 sentences in domain and of 200 out of it, or fewer where the set is smaller.
-
-    Two arrays (n, H): of the first validation split, and of the first of --eval_tasks.
-    """
-    import numpy as np
-    clouds = []
-    for sets in (setup.validation, setup.further):
-        _, split = next(iter(sets.values()))
-        sentences = split.sentences()
-        rows = np.random.default_rng(0).permutation(len(sentences))[:200]
-        clouds.append(vectors(f, sentences, rows, world).cpu().numpy())
-    return clouds
-
-
-def embed(folder, f, setup, world):
-    """Writes both clouds of a run to its embed.npz, and returns them L2-normalised."""
-    import common
-    import numpy as np
-    in_domain, out_of_domain = clouds_of(f, setup, world)
-    path = os.path.join(folder, "embed.npz")
-    common.write_file(path, lambda file: np.savez(
-        file, in_domain=in_domain, out_of_domain=out_of_domain), world)
-    return unit(in_domain), unit(out_of_domain)
-
-
-def unit(x):
-    """Vectors (n, H) of length 1."""
-    import numpy as np
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
-FIGURE_STYLE = """
-:root { --in: #c2410c; --out: #2563eb }
-@media (prefers-color-scheme: dark) { :root { --in: #fb923c; --out: #60a5fa } }
-.in { stroke: var(--in); fill: var(--in) }
-.out { stroke: var(--out); fill: var(--out) }
-path.in, path.out { opacity: .7 }
-path.contour, path.densest { opacity: 1 }
-"""
-MARKS = {"in": "square", "out": "circle"}
-BEFORE = "before training"
-
-
-def draw_maps(projection, perplexity, clouds, results, names):
-    """The maps of Figure 2, each with its caption: {caption: svg}.
-
-    clouds {run: its two, (n, H) each}. results {run: its results}, of those that have been trained.
-    names: of the two sets.
-    """
-    import common
-    import numpy as np
-    points = {}
-    for run, both in clouds.items():
-        x = np.concatenate(both)
-        if projection == "pca":
-            points[run] = principal_axes(x)
-            continue
-        try:
-            points[run] = common.tsne(x, perplexity)
-        except ValueError as error:
-            raise common.UserError(f"--projection tsne: {run}: {error}") from None
-
-    reaches = {run: np.abs(xy).max() for run, xy in points.items()}
-    if projection == "pca":                            # one scale; each map of t-SNE has its own
-        reaches = dict.fromkeys(points, max(reaches.values()))
-    maps = {}
-    for run, xy in points.items():
-        both = dict(zip(MARKS, np.split(xy, [len(clouds[run][0])])))
-        caption = run
-        if run in results:
-            for name in names:
-                metric, value = next(iter(results[run]["metrics"][name].items()))
-                caption += f", {metric} {100 * value:.1f} on {name}"
-        centres = [common.densest(cloud, xy) for cloud in both.values()]
-        apart = np.linalg.norm(centres[0] - centres[1]) / np.linalg.norm(xy.std(0))
-        caption += f", densest places {apart:.2f} apart"
-        maps[caption] = common.map_svg(both, MARKS, outlined=True, reach=1.4 * reaches[run])
-    return maps
-
-
-def clouds_before_training(args, setup, folder, world):
-    """The two clouds of f as the run in the folder began, by the first seed, L2-normalised:
-    (n, H) each."""
-    import common
-    results = common.read_results(folder)
-    before = as_before(args, folder, results, world)
-    pair = any("input_ids_2" in split.fields for _, split in setup.validation.values())
-    untrained = build_f(before, setup, args.seeds[0], world, pair)
-    return [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
-
-
-def figure_2_numbers(clouds):
-    """{"separation", "distance of the means"}: {run: value}. clouds {run: its two, (n, H) each}."""
-    import common
-    separations = {}
-    distances = {}
-    for run, (in_domain, out_of_domain) in clouds.items():
-        separations[run] = common.separation(in_domain, out_of_domain)
-        difference = in_domain.mean(0) - out_of_domain.mean(0)
-        distances[run] = float((difference**2).sum() ** 0.5)
-    return {"separation": separations, "distance of the means": distances}
-
-
-def write_figure_2(args, setup, clouds_of_folders, world):
-    """embed.html and embed.json in the folder of the task, and the numbers as a table.
-
-    clouds_of_folders {folder of a finished run: its two clouds, (n, H) each}. Only the runs of the
-    first seed are drawn.
-    """
-    import common
-    first_folder = next(iter(clouds_of_folders))
-    clouds = {BEFORE: clouds_before_training(args, setup, first_folder, world)}
-    results_drawn = {}                                 # {run: results}, those of the first seed
-    for folder, both in clouds_of_folders.items():
-        run = os.path.basename(os.path.abspath(folder))
-        clouds[run] = both
-        results = common.read_results(folder)
-        if results["seed"] == args.seeds[0]:
-            results_drawn[run] = results
-
-    names = [next(iter(setup.validation)), next(iter(setup.further))]
-    sizes = [len(cloud) for cloud in clouds[BEFORE]]
-    sets = [f"{n} sentences of {name}" for n, name in zip(sizes, names)]
-    numbers = figure_2_numbers(clouds)
-    common.print_numbers(numbers, f"Figure 2: f(x), L2-normalised, of {' and '.join(sets)}",
-                         world)
-    if world.rank > 0:
-        return
-
-    perplexity = min(30, (sum(sizes) - 1) // 3)        # t-SNE needs more than thrice as many
-    clouds_drawn = {run: clouds[run] for run in [BEFORE, *results_drawn]}
-    maps = draw_maps(args.projection, perplexity, clouds_drawn, results_drawn, names)
-    legend = [common.legend_of("in", MARKS["in"], f"in domain: {sets[0]}"),
-              common.legend_of("out", MARKS["out"], f"out of domain: {sets[1]}")]
-    words = words_of_figure_2(args.projection, perplexity, sizes)
-    body = common.maps_body(maps, legend, words, numbers)
-    title = f"{args.task}, {args.model}: f(x) in domain and out of it"
-    page = common.html_page(title, FIGURE_STYLE + common.MAPS_STYLE, body)
-    by = f"t-SNE, perplexity {perplexity}" if args.projection == "tsne" else "principal axes"
-    world.say(f"the maps are by {by}")
-    task_folder = os.path.dirname(os.path.abspath(first_folder))
-    common.write_file(os.path.join(task_folder, "embed.html"), page, world)
-    content = {"sets": dict(zip(names, sizes)), "values": numbers, "maps": [*maps]}
-    common.write_json(os.path.join(task_folder, "embed.json"), content, world)
-
-
-def as_before(args, folder, results, world):
-    """The flags, but with the model that the run in this folder started from."""
-    import common
-    args = copy.copy(args)
-    args.model = results["model"]
-    args.weight_noise = results["args"]["weight_noise"]
-    if args.run:
-        args.path = common.find_model(args.model, world)
-        if results["args"]["post_train"]:              # what that made is known to the model alone
-            path = os.path.join(folder, "model", "gtuning.pt")
-            args.path = torch.load(path, weights_only=True, map_location="cpu")["plm"]
-    return args
-
-
-def words_of_figure_2(projection, perplexity, sizes):
-    """What the page says below the maps. sizes: of the two clouds."""
-    if projection == "tsne":
-        drawn = (f"Each map is t-SNE (perplexity {perplexity}) of f(x), L2-normalised. It keeps "
-                 "neither distances nor densities")
-    else:
-        drawn = ("Each map shows f(x), L2-normalised, by two principal axes of its own; all maps "
-                 "and both axes have one scale. They leave out the other axes")
-    by_chance = sum(1 / n for n in sizes) ** 0.5
-    return (
-        f"{drawn}; the table is computed on the vectors themselves. Lines: where a cloud is a "
-        "quarter, a half and three quarters as dense as at its densest place, by a Gaussian "
-        "kernel; the large mark is that place; how far the two are apart is in units of the spread "
-        "of all points of the map. Scores are in percent. Separation: the distance of the two "
-        "means over the spread of the points around their own; two samples of one and the same "
-        f"cloud would have about {by_chance:.2f}. Before training: f as it begins, h near the "
-        "identity. After Figure 2 of G-Tuning (Findings of ACL 2023).")
-
-
 # --------------------------------------------------------------------  the texts, and their vectors
 
 class Texts:
@@ -835,49 +645,6 @@ def vectors(f, split, rows, world, progress=None):
                 progress.update(len(part))
     f.train()
     return found
-
-
-def mean_vectors(f, layer, attention_mask, **inputs):
-    """f(x) by the mean over the tokens, or the mean of a block of g: (B, H). Choice 15."""
-    if layer is None:
-        return f.features(attention_mask=attention_mask, pooling="mean", **inputs)
-    f.plm.eval()
-    output = f.plm(attention_mask=attention_mask, output_hidden_states=True, **inputs)
-    return masked_mean(output.hidden_states[layer].float(), attention_mask)
-
-
-def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
-    """common.evaluate, and the accuracies of the sets to retrieve from (choice 15).
-
-    texts: the Texts that may have g's states; None: all is encoded.
-    """
-    import common
-    import data
-    to_retrieve = {}
-    others = {}
-    for name, (task, split) in sets.items():
-        has_logits = data.KINDS[task.kind].forward is not None
-        if has_logits:
-            others[name] = task, split
-        else:
-            to_retrieve[name] = task, split
-    if texts is not None:
-        others = texts.sets_with_states(f, others)
-    scores = common.evaluate(f.logits, f, others, setup, world, folder)
-    if not to_retrieve:
-        return scores
-
-    def forward(**inputs):
-        first, second = split_pair(inputs)             # the two sentences of a row
-        u = mean_vectors(f, args.retrieve_layer, **first)
-        v = mean_vectors(f, args.retrieve_layer, **second)
-        return torch.stack([u, v], 1)                                    # (B, 2, H)
-
-    if texts is not None and args.retrieve_layer is None:
-        to_retrieve = texts.sets_with_states(f, to_retrieve)
-    task, _ = next(iter(to_retrieve.values()))
-    setup = dataclasses.replace(setup, task=task)
-    return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, folder)}
 
 
 # -------------------------------------------------------------------------------------  Algorithm 1
@@ -1074,6 +841,65 @@ def build_f(args, setup, seed, world, pair):
         raise common.UserError(f"--model {args.model}: {error}") from error
 
 
+# -----------------------------------------------------------------------  scores, and finished runs
+
+def mean_vectors(f, layer, attention_mask, **inputs):
+    """f(x) by the mean over the tokens, or the mean of a block of g: (B, H). Choice 15."""
+    if layer is None:
+        return f.features(attention_mask=attention_mask, pooling="mean", **inputs)
+    f.plm.eval()
+    output = f.plm(attention_mask=attention_mask, output_hidden_states=True, **inputs)
+    return masked_mean(output.hidden_states[layer].float(), attention_mask)
+
+
+def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
+    """common.evaluate, and the accuracies of the sets to retrieve from (choice 15).
+
+    texts: the Texts that may have g's states; None: all is encoded.
+    """
+    import common
+    import data
+    to_retrieve = {}
+    others = {}
+    for name, (task, split) in sets.items():
+        has_logits = data.KINDS[task.kind].forward is not None
+        if has_logits:
+            others[name] = task, split
+        else:
+            to_retrieve[name] = task, split
+    if texts is not None:
+        others = texts.sets_with_states(f, others)
+    scores = common.evaluate(f.logits, f, others, setup, world, folder)
+    if not to_retrieve:
+        return scores
+
+    def forward(**inputs):
+        first, second = split_pair(inputs)             # the two sentences of a row
+        u = mean_vectors(f, args.retrieve_layer, **first)
+        v = mean_vectors(f, args.retrieve_layer, **second)
+        return torch.stack([u, v], 1)                                    # (B, 2, H)
+
+    if texts is not None and args.retrieve_layer is None:
+        to_retrieve = texts.sets_with_states(f, to_retrieve)
+    task, _ = next(iter(to_retrieve.values()))
+    setup = dataclasses.replace(setup, task=task)
+    return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, folder)}
+
+
+def as_before(args, folder, results, world):
+    """The flags, but with the model that the run in this folder started from."""
+    import common
+    args = copy.copy(args)
+    args.model = results["model"]
+    args.weight_noise = results["args"]["weight_noise"]
+    if args.run:
+        args.path = common.find_model(args.model, world)
+        if results["args"]["post_train"]:              # what that made is known to the model alone
+            path = os.path.join(folder, "model", "gtuning.pt")
+            args.path = torch.load(path, weights_only=True, map_location="cpu")["plm"]
+    return args
+
+
 def load_f(folder, results, args, setup, world):
     """f of the finished run in this folder.
 
@@ -1126,6 +952,182 @@ def use_finished(args, runs, setup, world, started):
     if args.embed:
         write_figure_2(args, setup, clouds, world)
     return results
+
+
+# ----------------------------------------------------------------------------------------  Figure 2
+
+def principal_axes(x):
+    """A cloud (n, H) by its first two principal axes, its mean at 0: (n, 2)."""
+    import numpy as np
+    x = x - x.mean(0)
+    axes = np.linalg.svd(x, full_matrices=False)[2][:2]                  # (2, H)
+    return x @ axes.T
+
+
+def clouds_of(f, setup, world):
+    """f(x) of 200 sentences in domain and of 200 out of it, or fewer where the set is smaller.
+
+    Two arrays (n, H): of the first validation split, and of the first of --eval_tasks.
+    """
+    import numpy as np
+    clouds = []
+    for sets in (setup.validation, setup.further):
+        _, split = next(iter(sets.values()))
+        sentences = split.sentences()
+        rows = np.random.default_rng(0).permutation(len(sentences))[:200]
+        clouds.append(vectors(f, sentences, rows, world).cpu().numpy())
+    return clouds
+
+
+def embed(folder, f, setup, world):
+    """Writes both clouds of a run to its embed.npz, and returns them L2-normalised."""
+    import common
+    import numpy as np
+    in_domain, out_of_domain = clouds_of(f, setup, world)
+    path = os.path.join(folder, "embed.npz")
+    common.write_file(path, lambda file: np.savez(
+        file, in_domain=in_domain, out_of_domain=out_of_domain), world)
+    return unit(in_domain), unit(out_of_domain)
+
+
+def unit(x):
+    """Vectors (n, H) of length 1."""
+    import numpy as np
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+FIGURE_STYLE = """
+:root { --in: #c2410c; --out: #2563eb }
+@media (prefers-color-scheme: dark) { :root { --in: #fb923c; --out: #60a5fa } }
+.in { stroke: var(--in); fill: var(--in) }
+.out { stroke: var(--out); fill: var(--out) }
+path.in, path.out { opacity: .7 }
+path.contour, path.densest { opacity: 1 }
+"""
+MARKS = {"in": "square", "out": "circle"}
+BEFORE = "before training"
+
+
+def draw_maps(projection, perplexity, clouds, results, names):
+    """The maps of Figure 2, each with its caption: {caption: svg}.
+
+    clouds {run: its two, (n, H) each}. results {run: its results}, of those that have been trained.
+    names: of the two sets.
+    """
+    import common
+    import numpy as np
+    points = {}
+    for run, both in clouds.items():
+        x = np.concatenate(both)
+        if projection == "pca":
+            points[run] = principal_axes(x)
+            continue
+        try:
+            points[run] = common.tsne(x, perplexity)
+        except ValueError as error:
+            raise common.UserError(f"--projection tsne: {run}: {error}") from None
+
+    reaches = {run: np.abs(xy).max() for run, xy in points.items()}
+    if projection == "pca":                            # one scale; each map of t-SNE has its own
+        reaches = dict.fromkeys(points, max(reaches.values()))
+    maps = {}
+    for run, xy in points.items():
+        both = dict(zip(MARKS, np.split(xy, [len(clouds[run][0])])))
+        caption = run
+        if run in results:
+            for name in names:
+                metric, value = next(iter(results[run]["metrics"][name].items()))
+                caption += f", {metric} {100 * value:.1f} on {name}"
+        centres = [common.densest(cloud, xy) for cloud in both.values()]
+        apart = np.linalg.norm(centres[0] - centres[1]) / np.linalg.norm(xy.std(0))
+        caption += f", densest places {apart:.2f} apart"
+        maps[caption] = common.map_svg(both, MARKS, outlined=True, reach=1.4 * reaches[run])
+    return maps
+
+
+def clouds_before_training(args, setup, folder, world):
+    """The two clouds of f as the run in the folder began, by the first seed, L2-normalised:
+    (n, H) each."""
+    import common
+    results = common.read_results(folder)
+    before = as_before(args, folder, results, world)
+    pair = any("input_ids_2" in split.fields for _, split in setup.validation.values())
+    untrained = build_f(before, setup, args.seeds[0], world, pair)
+    return [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
+
+
+def figure_2_numbers(clouds):
+    """{"separation", "distance of the means"}: {run: value}. clouds {run: its two, (n, H) each}."""
+    import common
+    separations = {}
+    distances = {}
+    for run, (in_domain, out_of_domain) in clouds.items():
+        separations[run] = common.separation(in_domain, out_of_domain)
+        difference = in_domain.mean(0) - out_of_domain.mean(0)
+        distances[run] = float((difference**2).sum() ** 0.5)
+    return {"separation": separations, "distance of the means": distances}
+
+
+def write_figure_2(args, setup, clouds_of_folders, world):
+    """embed.html and embed.json in the folder of the task, and the numbers as a table.
+
+    clouds_of_folders {folder of a finished run: its two clouds, (n, H) each}. Only the runs of the
+    first seed are drawn.
+    """
+    import common
+    first_folder = next(iter(clouds_of_folders))
+    clouds = {BEFORE: clouds_before_training(args, setup, first_folder, world)}
+    results_drawn = {}                                 # {run: results}, those of the first seed
+    for folder, both in clouds_of_folders.items():
+        run = os.path.basename(os.path.abspath(folder))
+        clouds[run] = both
+        results = common.read_results(folder)
+        if results["seed"] == args.seeds[0]:
+            results_drawn[run] = results
+
+    names = [next(iter(setup.validation)), next(iter(setup.further))]
+    sizes = [len(cloud) for cloud in clouds[BEFORE]]
+    sets = [f"{n} sentences of {name}" for n, name in zip(sizes, names)]
+    numbers = figure_2_numbers(clouds)
+    common.print_numbers(numbers, f"Figure 2: f(x), L2-normalised, of {' and '.join(sets)}",
+                         world)
+    if world.rank > 0:
+        return
+
+    perplexity = min(30, (sum(sizes) - 1) // 3)        # t-SNE needs more than thrice as many
+    clouds_drawn = {run: clouds[run] for run in [BEFORE, *results_drawn]}
+    maps = draw_maps(args.projection, perplexity, clouds_drawn, results_drawn, names)
+    legend = [common.legend_of("in", MARKS["in"], f"in domain: {sets[0]}"),
+              common.legend_of("out", MARKS["out"], f"out of domain: {sets[1]}")]
+    words = words_of_figure_2(args.projection, perplexity, sizes)
+    body = common.maps_body(maps, legend, words, numbers)
+    title = f"{args.task}, {args.model}: f(x) in domain and out of it"
+    page = common.html_page(title, FIGURE_STYLE + common.MAPS_STYLE, body)
+    by = f"t-SNE, perplexity {perplexity}" if args.projection == "tsne" else "principal axes"
+    world.say(f"the maps are by {by}")
+    task_folder = os.path.dirname(os.path.abspath(first_folder))
+    common.write_file(os.path.join(task_folder, "embed.html"), page, world)
+    content = {"sets": dict(zip(names, sizes)), "values": numbers, "maps": [*maps]}
+    common.write_json(os.path.join(task_folder, "embed.json"), content, world)
+
+
+def words_of_figure_2(projection, perplexity, sizes):
+    """What the page says below the maps. sizes: of the two clouds."""
+    if projection == "tsne":
+        drawn = (f"Each map is t-SNE (perplexity {perplexity}) of f(x), L2-normalised. It keeps "
+                 "neither distances nor densities")
+    else:
+        drawn = ("Each map shows f(x), L2-normalised, by two principal axes of its own; all maps "
+                 "and both axes have one scale. They leave out the other axes")
+    by_chance = sum(1 / n for n in sizes) ** 0.5
+    return (
+        f"{drawn}; the table is computed on the vectors themselves. Lines: where a cloud is a "
+        "quarter, a half and three quarters as dense as at its densest place, by a Gaussian "
+        "kernel; the large mark is that place; how far the two are apart is in units of the spread "
+        "of all points of the map. Scores are in percent. Separation: the distance of the two "
+        "means over the spread of the points around their own; two samples of one and the same "
+        f"cloud would have about {by_chance:.2f}. Before training: f as it begins, h near the "
+        "identity. After Figure 2 of G-Tuning (Findings of ACL 2023).")
 
 
 # --------------------------------------------------------------------------------  flags and recipe
