@@ -708,16 +708,21 @@ class Algorithm1:
                             self.args.max_length)
 
     def fit_task(self, x_t, step):
-        """Line 5: optimize f by Eq. 2. x_t: the micro-batches of a step. Of Self-Teach by its own
-        loss, with the x_u of that step."""
-        if self.teacher_logits is None:
-            return self.update_f(x_t)
+        """Line 5: optimize f by Eq. 2; of Self-Teach by its own loss.
+
+        x_t: the micro-batches of this step. Returns (loss, stats).
+        """
+        if self.teacher_logits is not None:
+            x_t = self.with_teacher(x_t, self.x_u[step])
+        return self.update_f(x_t)
+
+    def with_teacher(self, x_t, x_u):
+        """The micro-batches of x_t, each with its x_u and the teacher's logits of them."""
         both = []
-        for inputs, general in zip(x_t, self.x_u[step]):
+        for inputs, general in zip(x_t, x_u):
             rows = general.pop("labels")               # draw_like_the_task numbered them
-            teacher = self.teacher_logits[rows]
-            both.append({**inputs, "general": general, "teacher": teacher})
-        return self.update_f(both)
+            both.append({**inputs, "general": general, "teacher": self.teacher_logits[rows]})
+        return both
 
     def update_f(self, batch, **joint):
         """A step on f: by Eq. 2, or with D, alpha and beta by Eq. 6. Returns (loss, stats)."""
@@ -737,16 +742,6 @@ class Algorithm1:
         # end same
         return loss, stats
 
-    def mine(self, batches, k):
-        """Lines 8 and 15: the rows of step k on D that this process takes, of B or of M."""
-        return batches.rows(k)[self.world.rank::self.world.size]
-
-    def vectors_of_steps(self, batches, steps):
-        """f(x) of the sentences of B or of M in these steps on D: (rows, H) for each step."""
-        import numpy as np
-        rows = np.concatenate([self.mine(batches, k) for k in steps])
-        return vectors(self.f, batches.split, rows, self.world).chunk(len(steps))
-
     def all_vectors(self, batches, name):
         """f(x) of all sentences of B or of M, while f stands still: (sentences, H).
 
@@ -762,6 +757,10 @@ class Algorithm1:
         of_all[rows] = found.cpu()
         return torch.from_numpy(world.total(of_all)).to(world.device)
 
+    def mine(self, batches, k):
+        """Lines 8 and 15: the rows of step k on D that this process takes, of B or of M."""
+        return batches.rows(k)[self.world.rank::self.world.size]
+
     def fit_critic(self, k, f_t, f_u):
         """Lines 9 and 16: optimize D by Eq. 3, step k. f_t, f_u (rows, H) -> (loss, stats)."""
         loss, stats = self.critic(f_t, f_u, self.draw_epsilon(k))        # Eq. 3
@@ -769,20 +768,6 @@ class Algorithm1:
         self.d_optimizer.step()
         self.d_optimizer.zero_grad()
         return loss, stats
-
-    def with_general(self, x_t, x_u):
-        """The micro-batches of x_t, each with its x_u and with the weight of its L_G.
-
-        L_T is a mean over labels, L_G one over sentences.
-        """
-        import common
-        labels = [common.count_labels(inputs["labels"]) for inputs in x_t]
-        sentences = [len(general.pop("labels")) for general in x_u]
-        weights = common.weights_of_means(labels, sentences, self.world)
-        both = []
-        for inputs, general, weight in zip(x_t, x_u, weights):
-            both.append({**inputs, "general": general, "general_weight": weight})
-        return both
 
     def draw_epsilon(self, k):
         """e in step k on D: (rows, 1).
@@ -816,6 +801,26 @@ class Algorithm1:
         for name in critic_steps[0]:
             stats[name] = torch.stack([terms[name] for terms in critic_steps]).mean()
         return loss, stats
+
+    def with_general(self, x_t, x_u):
+        """The micro-batches of x_t, each with its x_u and with the weight of its L_G.
+
+        L_T is a mean over labels, L_G one over sentences.
+        """
+        import common
+        labels = [common.count_labels(inputs["labels"]) for inputs in x_t]
+        sentences = [len(general.pop("labels")) for general in x_u]
+        weights = common.weights_of_means(labels, sentences, self.world)
+        both = []
+        for inputs, general, weight in zip(x_t, x_u, weights):
+            both.append({**inputs, "general": general, "general_weight": weight})
+        return both
+
+    def vectors_of_steps(self, batches, steps):
+        """f(x) of the sentences of B or of M in these steps on D: (rows, H) for each step."""
+        import numpy as np
+        rows = np.concatenate([self.mine(batches, k) for k in steps])
+        return vectors(self.f, batches.split, rows, self.world).chunk(len(steps))
 
 
 def keep_state(run, args, f, metrics):
