@@ -891,7 +891,7 @@ def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
     return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, folder)}
 
 
-def as_before(args, folder, results, world):
+def args_of_start(args, folder, results, world):
     """The flags, but with the model that the run in this folder started from."""
     import common
     args = copy.copy(args)
@@ -914,8 +914,8 @@ def load_f(folder, results, args, setup, world):
     import data
     plm = None
     if results["args"]["tune"] == "adapter" and not results["args"]["post_train"]:
-        before = as_before(args, folder, results, world)
-        plm = common.load_model(before, setup, results["seed"], world).base_model
+        start = args_of_start(args, folder, results, world)
+        plm = common.load_model(start, setup, results["seed"], world).base_model
     path = os.path.join(folder, "model")
     try:
         return GTuning.from_pretrained(path, plm).to(world.device)
@@ -1055,9 +1055,9 @@ def clouds_before_training(args, setup, folder, world):
     (n, H) each."""
     import common
     results = common.read_results(folder)
-    before = as_before(args, folder, results, world)
+    start = args_of_start(args, folder, results, world)
     pair = any("input_ids_2" in split.fields for _, split in setup.validation.values())
-    untrained = build_f(before, setup, args.seeds[0], world, pair)
+    untrained = build_f(start, setup, args.seeds[0], world, pair)
     return [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
 
 
