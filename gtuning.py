@@ -1001,7 +1001,7 @@ def unit(x):
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-FIGURE_STYLE = """
+CLOUDS_STYLE = """
 :root { --in: #c2410c; --out: #2563eb }
 @media (prefers-color-scheme: dark) { :root { --in: #fb923c; --out: #60a5fa } }
 .in { stroke: var(--in); fill: var(--in) }
@@ -1013,6 +1013,26 @@ MARKS = {"in": "square", "out": "circle"}
 BEFORE = "before training"
 
 
+def projected(projection, perplexity, clouds):
+    """Both clouds of each run as points in a plane: {run: (points, 2)}.
+
+    clouds {run: its two, (n, H) each}.
+    """
+    import common
+    import numpy as np
+    points = {}
+    for run, both in clouds.items():
+        x = np.concatenate(both)                                         # (points, H)
+        if projection == "pca":
+            points[run] = principal_axes(x)
+            continue
+        try:
+            points[run] = common.tsne(x, perplexity)
+        except ValueError as error:
+            raise common.UserError(f"--projection tsne: {run}: {error}") from None
+    return points
+
+
 def draw_maps(projection, perplexity, clouds, results, names):
     """The maps of Figure 2, each with its caption: {caption: svg}.
 
@@ -1021,32 +1041,24 @@ def draw_maps(projection, perplexity, clouds, results, names):
     """
     import common
     import numpy as np
-    points = {}
-    for run, both in clouds.items():
-        x = np.concatenate(both)
-        if projection == "pca":
-            points[run] = principal_axes(x)
-            continue
-        try:
-            points[run] = common.tsne(x, perplexity)
-        except ValueError as error:
-            raise common.UserError(f"--projection tsne: {run}: {error}") from None
-
+    points = projected(projection, perplexity, clouds)
     reaches = {run: np.abs(xy).max() for run, xy in points.items()}
     if projection == "pca":                            # one scale; each map of t-SNE has its own
         reaches = dict.fromkeys(points, max(reaches.values()))
+
     maps = {}
     for run, xy in points.items():
-        both = dict(zip(MARKS, np.split(xy, [len(clouds[run][0])])))
-        caption = run
+        both = dict(zip(MARKS, np.split(xy, [len(clouds[run][0])])))     # (n, 2) each
+        centres = [common.densest(cloud, xy) for cloud in both.values()]
+        apart = np.linalg.norm(centres[0] - centres[1]) / np.linalg.norm(xy.std(0))
+        caption = [run]
         if run in results:
             for name in names:
                 metric, value = next(iter(results[run]["metrics"][name].items()))
-                caption += f", {metric} {100 * value:.1f} on {name}"
-        centres = [common.densest(cloud, xy) for cloud in both.values()]
-        apart = np.linalg.norm(centres[0] - centres[1]) / np.linalg.norm(xy.std(0))
-        caption += f", densest places {apart:.2f} apart"
-        maps[caption] = common.map_svg(both, MARKS, outlined=True, reach=1.4 * reaches[run])
+                caption.append(f"{metric} {100 * value:.1f} on {name}")
+        caption.append(f"densest places {apart:.2f} apart")
+        picture = common.map_svg(both, MARKS, outlined=True, reach=1.4 * reaches[run])
+        maps[", ".join(caption)] = picture
     return maps
 
 
@@ -1107,7 +1119,7 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     words = words_of_figure_2(args.projection, perplexity, sizes)
     body = common.maps_body(maps, legend, words, numbers)
     title = f"{args.task}, {args.model}: f(x) in domain and out of it"
-    page = common.html_page(title, FIGURE_STYLE + common.MAPS_STYLE, body)
+    page = common.html_page(title, CLOUDS_STYLE + common.MAPS_STYLE, body)
     by = f"t-SNE, perplexity {perplexity}" if args.projection == "tsne" else "principal axes"
     world.say(f"the maps are by {by}")
     task_folder = os.path.dirname(os.path.abspath(first_folder))
