@@ -867,11 +867,10 @@ def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
     to_retrieve = {}
     others = {}
     for name, (task, split) in sets.items():
-        has_logits = data.KINDS[task.kind].forward is not None
-        if has_logits:
-            others[name] = task, split
-        else:
+        if data.KINDS[task.kind].forward is None:      # a kind without logits
             to_retrieve[name] = task, split
+        else:
+            others[name] = task, split
     if texts is not None:
         others = texts.sets_with_states(f, others)
     scores = common.evaluate(f.logits, f, others, setup, world, folder)
@@ -884,10 +883,10 @@ def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
         v = mean_vectors(f, args.retrieve_layer, **second)
         return torch.stack([u, v], 1)                                    # (B, 2, H)
 
-    if texts is not None and args.retrieve_layer is None:
+    if texts is not None and args.retrieve_layer is None:                # states of g's last block
         to_retrieve = texts.sets_with_states(f, to_retrieve)
     task, _ = next(iter(to_retrieve.values()))
-    setup = dataclasses.replace(setup, task=task)
+    setup = dataclasses.replace(setup, task=task)      # scored by their own kind, not f's
     return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, folder)}
 
 
