@@ -984,14 +984,14 @@ def clouds_of(f, setup, world):
 
 
 def embed(folder, f, setup, world):
-    """Writes both clouds of a run to its embed.npz, and returns them L2-normalised."""
+    """Writes both clouds of a run to its embed.npz, and returns them."""
     import common
     import numpy as np
     in_domain, out_of_domain = clouds_of(f, setup, world)
     path = os.path.join(folder, "embed.npz")
     common.write_file(path, lambda file: np.savez(
         file, in_domain=in_domain, out_of_domain=out_of_domain), world)
-    return unit(in_domain), unit(out_of_domain)
+    return in_domain, out_of_domain
 
 
 def unit(x):
@@ -1062,14 +1062,13 @@ def draw_maps(projection, perplexity, clouds, results, names):
 
 
 def clouds_before_training(args, setup, folder, world):
-    """The two clouds of f as the run in the folder began, by the first seed, L2-normalised:
-    (n, H) each."""
+    """The two clouds of f as the run in the folder began, by the first seed: (n, H) each."""
     import common
     results = common.read_results(folder)
     start = args_of_start(args, folder, results, world)
     pair = any("input_ids_2" in split.fields for _, split in setup.validation.values())
     untrained = build_f(start, setup, args.seeds[0], world, pair)
-    return [unit(cloud) for cloud in clouds_of(untrained, setup, world)]
+    return clouds_of(untrained, setup, world)
 
 
 def figure_2_numbers(clouds):
@@ -1092,11 +1091,12 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     """
     import common
     first_folder = next(iter(clouds_of_folders))
-    clouds = {BEFORE: clouds_before_training(args, setup, first_folder, world)}
+    before = clouds_before_training(args, setup, first_folder, world)
+    clouds = {BEFORE: [unit(cloud) for cloud in before]}
     results_drawn = {}                                 # {run: results}, those of the first seed
     for folder, both in clouds_of_folders.items():
         run = os.path.basename(os.path.abspath(folder))
-        clouds[run] = both
+        clouds[run] = [unit(cloud) for cloud in both]
         results = common.read_results(folder)
         if results["seed"] == args.seeds[0]:
             results_drawn[run] = results
