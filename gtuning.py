@@ -1267,17 +1267,21 @@ def profile(args, setup, texts, world):
     for source, its_texts in sources.items():
         for method in args.method:
             algorithm = Algorithm1(args, method, args.seeds[0], 10**6, setup, its_texts, world)
-            step = functools.partial(next_step, algorithm, method, itertools.count())
-            rows[f"{method}, {source}"] = algorithm.x_t, step
+            rows[f"{method}, {source}"] = algorithm.x_t, step_on_f(algorithm, method)
     return common.profile_steps(args, world, rows)
 
 
-def next_step(algorithm, method, steps, x_t):
-    """The next step on f by the counter `steps`; of gtuning a joint round."""
-    step = next(steps)
-    if method == "gtuning":
-        return algorithm.joint_round(step, step * algorithm.args.T, x_t)
-    return algorithm.fit_task(x_t, step)
+def step_on_f(algorithm, method):
+    """A function of x_t that makes the next step on f at each call; of gtuning a joint round."""
+    steps = itertools.count()
+
+    def step(x_t):
+        r = next(steps)
+        if method == "gtuning":
+            return algorithm.joint_round(r, r * algorithm.args.T, x_t)
+        return algorithm.fit_task(x_t, r)
+
+    return step
 
 
 def check_flags(args):
