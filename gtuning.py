@@ -1234,17 +1234,12 @@ def recipe(args):
 
 # ----------------------------------------------------------------------------------  the experiment
 
-def count_steps_on_f(args, setup, world):
+def count_steps_on_f(args, setup):
     """N of Algorithm 1, choice 8."""
     import common
     rows = len(common.training_rows(setup, args, args.seeds[0]))
     per_epoch = math.ceil(rows / args.batch_size)
-    N = args.max_steps or max(2, common.count_steps(args, per_epoch))
-    if "gtuning" in args.method:
-        end_1, end_2, end_3 = phase_ends("gtuning", N)
-        world.say(f"  phases      N = {N} steps on f, {end_1} in phase 1 and {end_3 - end_2} in "
-                  f"phase 3; on D {end_2 - end_1} in phase 2, T = {args.T} for each in phase 3")
-    return N
+    return args.max_steps or max(2, common.count_steps(args, per_epoch))
 
 
 def phase_ends(method, N):
@@ -1253,6 +1248,13 @@ def phase_ends(method, N):
         return N, N, N                                 # phase 1 alone
     half = N // 2
     return half, 2 * half, N + half
+
+
+def tell_phases(args, N, world):
+    if "gtuning" in args.method:
+        end_1, end_2, end_3 = phase_ends("gtuning", N)
+        world.say(f"  phases      N = {N} steps on f, {end_1} in phase 1 and {end_3 - end_2} in "
+                  f"phase 3; on D {end_2 - end_1} in phase 2, T = {args.T} for each in phase 3")
 
 
 def profile(args, setup, texts, world):
@@ -1285,14 +1287,15 @@ def step_on_f(algorithm, method):
 
 
 def check_flags(args):
+    """UserError if flags do not go together. Sets those that follow from --embed."""
     from common import UserError
     if "projection" in args.by_hand and not args.embed:
         raise UserError("--projection: needs --embed")
-    if args.choosing:
-        args.embed = False                             # such a run has no model
     if len(args.batching) > 1:
         given = " ".join(args.batching)
         raise UserError(f"--batching {given}: must be one name here; r3f.py compares several")
+    if args.choosing:
+        args.embed = False                             # such a run has no model
     if args.embed:
         args.score_validation = True                   # its first set is the text in domain
     if args.embed and not args.eval_tasks:
@@ -1322,7 +1325,8 @@ def main(argv=None):
                                separate=args.pair_mode == "separate")
         if runs:
             return use_finished(args, runs, setup, world, started)
-        N = count_steps_on_f(args, setup, world)
+        N = count_steps_on_f(args, setup)
+        tell_phases(args, N, world)
         texts = Texts(args, setup, world)
         if args.profile:
             return profile(args, setup, texts, world)
