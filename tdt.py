@@ -717,22 +717,19 @@ def words_with_c(parts, sentences, numbers, spans, c, unknown):
     whether the model has no embedding for it, so that c is about its place alone; such a word ends
     in "(unknown)".
     """
-    found = {}
-    strange = set()
+    tokens_of = {}                                     # {(sentence, number of the word): tokens}
     for token, sentence in enumerate(sentences):
-        if sentence is None:
-            continue
-        key = sentence, numbers[token]
-        start, end = spans[token]
-        first, last, most = found.get(key, (start, end, 0.0))
-        found[key] = min(first, start), max(last, end), max(most, c[token])
-        if unknown[token]:
-            strange.add(key)
+        if sentence is not None:
+            tokens_of.setdefault((sentence, numbers[token]), []).append(token)
+
     words = []
-    for key, (first, last, most) in found.items():
-        sentence, _ = key
+    for (sentence, _), tokens in tokens_of.items():
+        first = min(spans[token][0] for token in tokens)
+        last = max(spans[token][1] for token in tokens)
         word = parts[sentence][first:last]
-        words.append([f"{word} (unknown)" if key in strange else word, most, sentence])
+        if any(unknown[token] for token in tokens):
+            word += " (unknown)"
+        words.append([word, max(c[token] for token in tokens), sentence])
     return words
 
 
