@@ -1018,34 +1018,36 @@ def clouds_of(module, split, cls_token, world, name, given=None):
     """The Clouds of a split. given: the c of another model's Clouds, see `TDT.passes`."""
     import common
     import numpy as np
-    kept = {}
-    used = []
-    last = []
+    found = {}                                         # {row: its states (3, H), logits (3, C)}
+    c_of_batches = []
+    last_states = []                                   # of the pass that is under way
 
     def keep(module, args, outputs):
-        last.append(outputs[0])                                          # (3B, n, H)
+        last_states.append(outputs[0])                                   # (3B, n, H)
 
     module.eval()
     torch.manual_seed(0)                               # TDT-hard and mu_0 of noise draw
     handle = module.model.base_model.register_forward_hook(keep)
     try:
         with torch.inference_mode():
-            for rows, _, inputs in common.eval_inputs(split, world, name):
+            for k, (rows, _, inputs) in enumerate(common.eval_inputs(split, world, name)):
                 at = (inputs["input_ids"] == cls_token).int().argmax(1)  # (B,)
                 perturbable = inputs.pop("perturbable", None)
-                theirs = given[len(used)] if given else None
-                logits, c, _, _ = module.passes(3, perturbable, theirs, **inputs)
-                used.append(c)
-                states = torch.stack(last.pop().chunk(3))                # (3, B, n, H)
-                states = states[:, torch.arange(len(rows)), at].float().cpu().numpy()
+                given_c = given[k] if given else None
+                logits, c, _, _ = module.passes(3, perturbable, given_c, **inputs)
+                c_of_batches.append(c)
+                states = torch.stack(last_states.pop().chunk(3))         # (3, B, n, H)
+                states = states[:, torch.arange(len(rows)), at]          # (3, B, H)
+                states = states.float().cpu().numpy()
                 logits = torch.stack(logits).float().cpu().numpy()       # (3, B, C)
                 for i, row in enumerate(rows):
-                    kept[row] = states[:, i], logits[:, i]
+                    found[row] = states[:, i], logits[:, i]
     finally:
         handle.remove()
-    kept = world.gather(kept)
-    states = np.stack([state for state, _ in kept], 1)
-    return Clouds(states, np.stack([logits for _, logits in kept], 1), used)
+    found = world.gather(found)
+    states = np.stack([of_row for of_row, _ in found], 1)                # (3, rows, H)
+    logits = np.stack([of_row for _, of_row in found], 1)                # (3, rows, C)
+    return Clouds(states, logits, c_of_batches)
 
 
 def nearest_has_class(x, originals, labels):
@@ -1080,6 +1082,36 @@ def cloud_numbers(clouds, labels, metric):
     return {name: round(value, 4) for name, value in found.items()}
 
 
+def split_to_map(args, keep_special, evaluation):
+    """N rows of the evaluation set, of --tsne N, with the tokens that may be perturbed: a Split."""
+    import common
+    import data
+    setup = evaluation.setup
+    rows = evaluation.split.rows
+    if len(rows) < 4:                                  # t-SNE of fewer shows nothing
+        raise common.UserError(f"--tsne {args.tsne}: {evaluation.name} must have at least 4 rows; "
+                               f"it has {len(rows)}")
+    if args.tsne < len(rows):
+        rows = rows.select(data.subset(evaluation.split, args.tsne, 0))
+    perturb = what_to_perturb(args.task, keep_special)
+    with evaluation.world.in_turns():
+        return data.encode(rows, setup.task, setup.tokenizer, args.max_length, perturb=perturb)
+
+
+def maps_of(clouds_of_all, perplexity, args):
+    """The states by t-SNE, of each model on its own: {method: (3, rows, 2)}."""
+    import common
+    maps = {}
+    for method, clouds in clouds_of_all.items():
+        _, rows, width = clouds.states.shape
+        try:
+            points = common.tsne(clouds.states.reshape(3 * rows, width), perplexity)
+        except ValueError as error:
+            raise common.UserError(f"--tsne {args.tsne}: {error}") from None
+        maps[method] = points.reshape(3, rows, 2)
+    return maps
+
+
 def show_clouds(modules, folders, chosen_by, args, evaluation):
     """Figure 3 of one seed: tsne.html and tsne.json in the folder of the run `chosen_by`.
 
@@ -1089,52 +1121,34 @@ def show_clouds(modules, folders, chosen_by, args, evaluation):
     its embeddings with the c that chosen_by gives the same tokens.
     """
     import common
-    import data
     setup = evaluation.setup
     world = evaluation.world
-    tokenizer = setup.tokenizer
-    chosen = evaluation.split.rows
-    if len(chosen) < 4:                                # t-SNE of fewer shows nothing
-        raise common.UserError(f"--tsne {args.tsne}: {evaluation.name} must have at least 4 rows; "
-                               f"it has {len(chosen)}")
-    if args.tsne < len(chosen):
-        chosen = chosen.select(data.subset(evaluation.split, args.tsne, 0))
-    chosen_flags = common.read_results(folders[chosen_by])["args"]
-    perturb = what_to_perturb(args.task, chosen_flags["keep_special"])
-    with world.in_turns():
-        split = data.encode(chosen, setup.task, tokenizer, args.max_length, perturb=perturb)
-    metric = setup.task.metric_names[0]
-    perplexity = min(30, (3 * len(split) - 1) // 3)    # t-SNE needs more than thrice as many points
+    folder = folders[chosen_by]
+    keep_special = common.read_results(folder)["args"]["keep_special"]
+    split = split_to_map(args, keep_special, evaluation)
 
     clouds_of_all = {}
     for method in dict.fromkeys([chosen_by, *modules]):                  # chosen_by first
         given = None if method in WITH_CONFIDENCES else clouds_of_all[chosen_by].c
         bar = f"{folders[method]}: H, H+, H-"
         clouds_of_all[method] = clouds_of(
-            modules[method], split, tokenizer.cls_token_id, world, bar, given)
-
+            modules[method], split, setup.tokenizer.cls_token_id, world, bar, given)
+    metric = setup.task.metric_names[0]
     numbers = {}
-    maps = {}
     for method, clouds in clouds_of_all.items():
         numbers[method] = cloud_numbers(clouds, split.labels, metric)
-        if world.rank == 0:
-            try:
-                points = common.tsne(clouds.states.reshape(3 * len(split), -1), perplexity)
-            except ValueError as error:
-                raise common.UserError(f"--tsne {args.tsne}: {error}") from None
-            maps[method] = points.reshape(3, len(split), 2)
+    perplexity = min(30, (3 * len(split) - 1) // 3)    # t-SNE needs more than thrice as many points
+    maps = maps_of(clouds_of_all, perplexity, args) if world.rank == 0 else {}
 
-    title = f"{folders[chosen_by]}: H, H+ and H- of {len(split)} rows of {evaluation.name}"
+    title = f"{folder}: H, H+ and H- of {len(split)} rows of {evaluation.name}"
     common.print_numbers(numbers, title, world)
-    content = {"set": evaluation.name, "rows": len(split), "confidences": folders[chosen_by],
+    content = {"set": evaluation.name, "rows": len(split), "confidences": folder,
                "values": numbers}
-    path = os.path.join(folders[chosen_by], "tsne")
-    common.write_json(f"{path}.json", content, world)
+    common.write_json(os.path.join(folder, "tsne.json"), content, world)
     title = f"H, H+ and H- of {len(split)} rows of {args.task} {evaluation.name}"
-    names = setup.task.label_names
-    body = clouds_body(maps, numbers, split.labels, names, folders[chosen_by], perplexity)
+    body = clouds_body(maps, numbers, split.labels, setup.task.label_names, folder, perplexity)
     page = common.html_page(title, CLOUDS_STYLE + common.MAPS_STYLE, body)
-    common.write_file(f"{path}.html", page, world)
+    common.write_file(os.path.join(folder, "tsne.html"), page, world)
     return numbers
 
 
