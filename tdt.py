@@ -864,30 +864,31 @@ def score_tokens(module, ids, evaluation, name):
     return next(iter(metrics.values()))
 
 
-def curves(modules, kinds, rates, draws, evaluation):
-    """{(method, kind): {rate: scores}} for modules {method: module}.
+def measure_curves(modules, kinds, rates, draws, evaluation):
+    """The curves {(method, kind): {rate: scores}} for modules {method: module}.
 
     kinds {kind: which words are replaced, and by what, as arguments of `damage`}. draws: scores for
     each rate.
     """
-    found = {}
+    curves = {}
     mask_id = evaluation.setup.tokenizer.mask_token_id
     for method, module in modules.items():
         whole = score_tokens(module, evaluation.ids, evaluation, f"{method}, all words")
         for kind, which in kinds.items():
-            found[method, kind] = {0.0: [whole]}
+            curve = {0.0: [whole]}
             for rate in rates:
                 scores = []
                 for draw in range(draws):
                     ids = damage(evaluation, rate, draw, mask_id, **which)
                     bar = f"{method}, {kind}, {rate:.0%}"
                     scores.append(score_tokens(module, ids, evaluation, bar))
-                found[method, kind][rate] = scores
-    return found
+                curve[rate] = scores
+            curves[method, kind] = curve
+    return curves
 
 
 def curves_of_all_seeds(found):
-    """{(method, kind): {rate: the scores of all seeds}}. found: what `curves` gives, of each seed.
+    """{(method, kind): {rate: the scores of all seeds}}. found: the curves of each seed.
 
     A method need not have all of the seeds.
     """
@@ -916,10 +917,10 @@ def drop_words(modules, folders, chosen_by, c, rates, evaluation):
                          f"untrained ones on {evaluation.name}: {correlation:.2f}")
     kinds = {"highest": {"order": -c}, "lowest": {"order": c},
              "highest, untrained": {"order": -c_start}, "lowest, untrained": {"order": c_start}}
-    found = curves(modules, kinds, rates, 1, evaluation)
-    write_curves(folder, "drop", found, evaluation,
+    curves = measure_curves(modules, kinds, rates, 1, evaluation)
+    write_curves(folder, "drop", curves, evaluation,
                  confidences=folder, correlation_with_start=round(correlation, 4))
-    return found
+    return curves
 
 
 def perturb_words(modules, folders, chosen_by, rates, draws, evaluation):
@@ -928,26 +929,26 @@ def perturb_words(modules, folders, chosen_by, rates, draws, evaluation):
     chosen_by: as in `drop_words`; None if no method has confidences. These words are random ones.
     """
     kinds = {"[MASK]": {}, "other word": {"sampled": True}}
-    found = curves(modules, kinds, rates, draws, evaluation)
+    curves = measure_curves(modules, kinds, rates, draws, evaluation)
     folder = folders[chosen_by] if chosen_by else next(iter(folders.values()))
-    write_curves(folder, "perturb", found, evaluation, confidences=folders.get(chosen_by))
-    return found
+    write_curves(folder, "perturb", curves, evaluation, confidences=folders.get(chosen_by))
+    return curves
 
 
-def write_curves(folder, figure, found, evaluation, **more):
+def write_curves(folder, figure, curves, evaluation, **more):
     """FIGURE.json. more: `confidences`, the run whose confidences are used, and others."""
     import common
     metric = evaluation.setup.task.metric_names[0]
-    values = {f"{method}, {kind}": curve for (method, kind), curve in found.items()}
+    values = {f"{method}, {kind}": curve for (method, kind), curve in curves.items()}
     content = {"set": evaluation.name, "metric": metric, **more, "values": values}
     path = os.path.join(folder, f"{figure}.json")
     common.write_json(path, content, evaluation.world)
 
 
-def print_curves(found, title, rates, world):
+def print_curves(curves, title, rates, world):
     """A table of the curves of all seeds: a row for each, means and deviations by rate."""
     import numpy as np
-    rows = {f"{method}, {kind}": curve for (method, kind), curve in found.items()}
+    rows = {f"{method}, {kind}": curve for (method, kind), curve in curves.items()}
     wide = max(map(len, rows))
     rates = [0.0, *rates]
     world.say(f"\n{title}; +- the standard deviation over seeds and draws")
@@ -961,17 +962,17 @@ def print_curves(found, title, rates, world):
         world.say(f"{name:<{wide}}" + "".join(cells))
 
 
-def print_control(found, rates, world):
+def print_control(curves, rates, world):
     """What the trained confidences find that untrained ones do not: the score without the words
     of highest confidence less the score without those that the untrained layer puts first.
 
-    found: the curves of all seeds, of Figure 6. The differences are paired by seed.
+    curves: those of Figure 6, of all seeds. The differences are paired by seed.
     """
     import common
     world.say("\nHighest less highest, untrained, in points, paired by seed:")
-    for method in dict.fromkeys(method for method, _ in found):
-        trained = found[method, "highest"]
-        untrained = found[method, "highest, untrained"]
+    for method in dict.fromkeys(method for method, _ in curves):
+        trained = curves[method, "highest"]
+        untrained = curves[method, "highest, untrained"]
         for rate in rates:
             gaps = [100 * (a - b) for a, b in zip(trained[rate], untrained[rate])]
             gap = common.summarise_differences(gaps)
@@ -980,10 +981,10 @@ def print_control(found, rates, world):
                       f"{gap.losses} of {common.plural(gap.n, 'seed')}")
 
 
-def draw_curves(found, heading, title, path, world):
+def draw_curves(curves, heading, title, path, world):
     """The curves of all seeds as a page, a figure for each method."""
     by_method = {}                                     # {caption: {kind: {percent: scores}}}
-    for (method, kind), curve in found.items():
+    for (method, kind), curve in curves.items():
         caption = f"{method}. {title}; median of the seeds, least to greatest"
         points = by_method.setdefault(caption, {}).setdefault(kind, {})
         for rate, scores in curve.items():
@@ -991,16 +992,16 @@ def draw_curves(found, heading, title, path, world):
     write_curves_page(path, heading, by_method, world)
 
 
-def write_curves_page(path, heading, curves, world):
-    """A page of figures: curves {caption: {name: {x: values}}}."""
+def write_curves_page(path, heading, figures, world):
+    """A page of figures {caption: {name: {x: values}}}, with a line for each name."""
     import common
-    figures = []
-    for caption, named in curves.items():
-        colours = {name: f"c{i}" for i, name in enumerate(named)}
-        picture = common.curve_svg(named, colours, caption)
-        legend = colours if len(named) > 1 else None
-        figures.append(common.figure(picture, caption, legend))
-    body = f'<div class="figures">{"".join(figures)}</div>'
+    drawn = []
+    for caption, lines in figures.items():
+        colours = {name: f"c{i}" for i, name in enumerate(lines)}
+        picture = common.curve_svg(lines, colours, caption)
+        legend = colours if len(lines) > 1 else None
+        drawn.append(common.figure(picture, caption, legend))
+    body = f'<div class="figures">{"".join(drawn)}</div>'
     common.write_file(path, common.html_page(heading, common.REPORT_STYLE, body), world)
 
 
