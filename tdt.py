@@ -1232,7 +1232,6 @@ def check_tokenizer(args, tokenizer, methods, asked):
 def use_finished(args, asked, world, started):
     """--run: scores, predictions and analyses of finished runs. To explain a text needs no data."""
     import common
-    setup = None
     common.refuse_other_flags(args, asked.finished, free=["max_length"])
     to_score = not asked.any or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
@@ -1240,6 +1239,7 @@ def use_finished(args, asked, world, started):
         setup = common.prepare(args, world, functools.partial(check_figure_3, args))
         tokenizer = setup.tokenizer
     else:
+        setup = None
         tokenizer = common.load_tokenizer(args, world)
     methods = {method for folders in asked.runs.values() for method in folders}
     check_tokenizer(args, tokenizer, methods, asked)
@@ -1251,61 +1251,83 @@ def use_finished(args, asked, world, started):
     return results
 
 
+def load_runs(folders, chosen_by, tokenizer, world):
+    """{method: its TDT} of the runs {method: folder} of one seed.
+
+    Those without confidences make e+ and e- as the method chosen_by does.
+    """
+    modules = {}
+    for method, folder in folders.items():
+        like = None if method in WITH_CONFIDENCES else folders.get(chosen_by)
+        modules[method] = load_run(folder, method, world, tokenizer.mask_token_id, like)
+    return modules
+
+
 def analyse(args, asked, setup, tokenizer, world):
     """What section 4 of the paper measures, of asked.runs: tables, and files in their folders."""
-    import common
     evaluation = evaluation_of(args, setup, world) if asked.figures else None
-    dropped = []
-    perturbed = []
-    clouds = []                                        # of each seed, their numbers
+    mapped = []                                        # of each seed, the numbers of Figure 3
+    dropped = []                                       # of each seed, the curves of Figure 6
+    perturbed = []                                     # of each seed, the curves of Figure 5
     for folders in asked.runs.values():
         confident = [method for method in folders if method in WITH_CONFIDENCES]
         chosen_by = confident[0] if confident else None
-        modules = {}
-        for method, folder in folders.items():
-            like = folder if method in confident else folders.get(chosen_by)
-            modules[method] = load_run(folder, method, world, tokenizer.mask_token_id, like)
-        c = {}
+        modules = load_runs(folders, chosen_by, tokenizer, world)
+        c = {}                                         # {method: (tokens,)}
         for method in confident:
+            module = modules[method]
+            folder = folders[method]
             scale = Scale()
             if args.confidences or (args.drop and method == chosen_by):
-                bar = f"{folders[method]}: confidences"
-                c[method] = confidences_of(modules[method], evaluation, bar)
+                c[method] = confidences_of(module, evaluation, f"{folder}: confidences")
             if args.confidences:
-                show_confidences(folders[method], c[method], evaluation)
+                show_confidences(folder, c[method], evaluation)
                 scale = scale_of(c[method], evaluation)
             if asked.texts:
-                show_explanations(modules[method], folders[method], asked.texts, tokenizer,
-                                  args.max_length, scale, world)
+                show_explanations(
+                    module, folder, asked.texts, tokenizer, args.max_length, scale, world)
         if args.tsne:
-            clouds.append(show_clouds(modules, folders, chosen_by, args, evaluation))
+            mapped.append(show_clouds(modules, folders, chosen_by, args, evaluation))
         if args.drop:
             dropped.append(drop_words(
                 modules, folders, chosen_by, c[chosen_by], asked.rates, evaluation))
         if args.perturb:
             perturbed.append(perturb_words(
                 modules, folders, chosen_by, asked.rates, args.draws, evaluation))
+    if asked.figures:
+        show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation)
 
-    means = means_over_seeds(clouds) if len(clouds) > 1 else {}
+
+def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
+    """Figures 3, 6 and 5 over all seeds: tables, and pages of curves in the folder of the task.
+
+    mapped, dropped, perturbed: what each seed gave; empty where the figure is not asked for.
+    """
+    import common
+    world = evaluation.world
+    task_and_set = f"{args.task} {evaluation.name}"
+    means = means_over_seeds(mapped) if len(mapped) > 1 else {}
     if means:                                          # no method may have all of the seeds
-        title = f"{args.task} {evaluation.name}: means over {len(clouds)} seeds"
+        title = f"{task_and_set}: means over {len(mapped)} seeds"
         common.print_numbers(means, title, world)
-    for figure, found, heading, how in (
-            ("drop", dropped, "without the words of highest or lowest confidence",
-             "is [MASK], those of highest or lowest confidence"),
-            ("perturb", perturbed, "with words replaced at random", "is replaced at random")):
-        if found:
-            found = curves_of_all_seeds(found)
-            metric = setup.task.metric_names[0]
-            title = (f"{args.task} {evaluation.name}: {metric} in percent when that share of the "
-                     f"words {how}")
-            print_curves(found, title, asked.rates, world)
-            if figure == "drop":
-                print_control(found, asked.rates, world)
-            first_folder = next(iter(next(iter(asked.runs.values())).values()))
-            path = os.path.join(os.path.dirname(first_folder), f"{figure}.html")
-            heading = f"Scores on {args.task} {heading}"
-            draw_curves(found, heading, title, path, world)
+
+    folders = next(iter(asked.runs.values()))
+    task_folder = os.path.dirname(next(iter(folders.values())))
+    metric = evaluation.setup.task.metric_names[0]
+    when = f"{task_and_set}: {metric} in percent when that share of the words"
+    if dropped:
+        curves = curves_of_all_seeds(dropped)
+        title = f"{when} is [MASK], those of highest or lowest confidence"
+        print_curves(curves, title, asked.rates, world)
+        print_control(curves, asked.rates, world)
+        heading = f"Scores on {args.task} without the words of highest or lowest confidence"
+        draw_curves(curves, heading, title, os.path.join(task_folder, "drop.html"), world)
+    if perturbed:
+        curves = curves_of_all_seeds(perturbed)
+        title = f"{when} is replaced at random"
+        print_curves(curves, title, asked.rates, world)
+        heading = f"Scores on {args.task} with words replaced at random"
+        draw_curves(curves, heading, title, os.path.join(task_folder, "perturb.html"), world)
 
 
 # --------------------------------------------------------------------------------  flags and recipe
