@@ -1311,8 +1311,8 @@ def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
         title = f"{task_and_set}: means over {len(mapped)} seeds"
         common.print_numbers(means, title, world)
 
-    folders = next(iter(asked.runs.values()))
-    task_folder = os.path.dirname(next(iter(folders.values())))
+    first_folder = next(iter(next(iter(asked.runs.values())).values()))
+    task_folder = os.path.dirname(os.path.abspath(first_folder))
     metric = evaluation.setup.task.metric_names[0]
     when = f"{task_and_set}: {metric} in percent when that share of the words"
     if dropped:

@@ -6941,6 +6941,16 @@ def test_the_models_see_what_was_dropped(copied, monkeypatch):
     assert seen == [0, 0, 0, 1, 1, 1, 1]               # the first two are for the confidences
 
 
+def test_the_pages_of_a_task_lie_beside_its_runs_however_they_are_named(copied, monkeypatch):
+    """A shell completes the name of a folder with a slash."""
+    for folder in (f"{copied}/", "."):
+        monkeypatch.chdir(copied)
+        tdt.main(["--run", folder, "--drop", "--perturb", "--rates", "0.5", "--draws", "1"])
+        for name in ("drop.html", "perturb.html"):
+            assert not (copied / name).exists()
+            os.remove(copied.parent / name)
+
+
 def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys, monkeypatch):
     folder, argv, _ = toy
     masked = set()
