@@ -1538,8 +1538,8 @@ def main(argv=None):
     with common.processes(args) as world:
         if asked.finished:
             return use_finished(args, asked, world, started)
-        of_any = perturb or "cutoff" in args.method
-        setup = common.prepare(args, world, check, perturb=of_any)
+        setup = common.prepare(
+            args, world, check, perturb=perturb or "cutoff" in args.method)      # see setup_for
         check_tokenizer(args, setup.tokenizer, args.method, asked)
 
         def build(method, seed):
