@@ -480,13 +480,13 @@ def read_analyses(args):
     if asked.figures:
         args.score_validation = True                   # the figures are about these rows
 
-    methods = [set(folders) for folders in asked.runs.values()] or [set(args.method)]
     if args.drop or args.confidences or args.tsne or asked.texts:
-        for found in methods:
-            if not found & set(WITH_CONFIDENCES):
+        methods_of_seeds = [set(folders) for folders in asked.runs.values()] or [set(args.method)]
+        for methods in methods_of_seeds:
+            if not methods & set(WITH_CONFIDENCES):
                 raise common.UserError(
                     "--explain, --confidences, --tsne, --drop: need a run of tdt or tdt-hard of "
-                    f"each seed, {' and '.join(sorted(found))} has none of those")
+                    f"each seed, {' and '.join(sorted(methods))} has none of those")
     return asked
 
 
@@ -613,6 +613,19 @@ def confidences_of(module, evaluation, name):
     return world.total(confidences)
 
 
+def means_by_token(words, c, tokenizer):
+    """{token: its mean confidence} and {token: how often it is there}.
+
+    words (words,): their ids; c (words,): their confidences.
+    """
+    import numpy as np
+    # Each different token: its id, which of these every word is, and how often it is there.
+    ids, which, times = np.unique(words, return_inverse=True, return_counts=True)
+    means = (np.bincount(which, c) / times).round(4).tolist()            # (different tokens,)
+    names = tokenizer.convert_ids_to_tokens(ids)
+    return dict(zip(names, means)), dict(zip(names, times))
+
+
 def show_confidences(folder, c, evaluation):
     """Figure 4: the distribution of the words' confidences c, and the words at its ends.
 
@@ -632,19 +645,15 @@ def show_confidences(folder, c, evaluation):
         bar = "#" * round(60 * counts[i] / counts.max())
         world.say(f"  {i / 20:.2f} {counts[i] / len(words):6.1%} {bar}")
 
-    # Each different token: its id, which of these every word is, and how often it is there.
-    token_ids, which, times = np.unique(words, return_inverse=True, return_counts=True)
-    names = evaluation.setup.tokenizer.convert_ids_to_tokens(token_ids)
-    means = (np.bincount(which, c) / times).round(4).tolist()
-    mean_by_token = dict(zip(names, means))
-    frequent = [name for name, n in zip(mean_by_token, times) if n >= 5]
-    frequent.sort(key=mean_by_token.get)
-    shown = [f"{name} {mean_by_token[name]:.2f}" for name in frequent]
+    means, times = means_by_token(words, c, evaluation.setup.tokenizer)
+    frequent = [token for token in means if times[token] >= 5]
+    frequent.sort(key=means.get)
+    shown = [f"{token} {means[token]:.2f}" for token in frequent]
     world.say(f"  highest, of tokens seen 5 times: {', '.join(shown[::-1][:12])}")
     world.say(f"  lowest: {', '.join(shown[:12])}")
 
     content = {"set": evaluation.name, "tokens": len(words), "mean": mean, "std": std,
-               "counts": counts.tolist(), "mean_by_token": mean_by_token}
+               "counts": counts.tolist(), "mean_by_token": means}
     common.write_json(os.path.join(folder, "confidences.json"), content, world)
     shares = {}
     for i, count in enumerate(counts):
