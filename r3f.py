@@ -310,7 +310,7 @@ def plain_state_dict(model):
     for name, module in model.named_modules():
         for weight in getattr(module, "parametrizations", {}):
             was_training = module.training
-            module.eval()                                           # reading must not iterate
+            module.eval()                      # in train mode, to read it is a power iteration
             state[f"{name}.{weight}"] = getattr(module, weight).detach()
             module.train(was_training)
     return state
@@ -535,9 +535,11 @@ def real_tokens(inputs):
 # end same
 
 
-def embedding_noise(model, real):
-    """Uninitialised memory of the shape of the batch's word embeddings, for the caller to fill:
-    real tokens (B, n, 1) -> (B, n, H)."""
+def empty_noise(model, real):
+    """Memory for a z, still to be filled: real tokens (B, n, 1) -> (B, n, H).
+
+    It has the type of the word embeddings.
+    """
     weight = word_embeddings(model).weight
     return torch.empty(*real.shape[:2], weight.shape[1], dtype=weight.dtype, device=real.device)
 
@@ -624,7 +626,7 @@ class SMART(torch.nn.Module):
             return plain_loss(self.model, labels, inputs)
 
         real = real_tokens(inputs)[..., None]                       # (B, n, 1)
-        z = embedding_noise(self.model, real).normal_(0, self.sigma) * real       # z_0
+        z = empty_noise(self.model, real).normal_(0, self.sigma) * real           # z_0
         with random_state_restored(inputs):
             logits = logits_of(self.model, inputs)                  # p(x)         (B, C)
         z = self.ascended(z, real, logits.detach(), labels, inputs)
@@ -712,7 +714,7 @@ class FreeLB(torch.nn.Module):
             return plain_loss(self.model, labels, inputs)
 
         real = real_tokens(inputs)[..., None]                       # (B, n, 1)
-        z = embedding_noise(self.model, real).uniform_(-1, 1)       # (B, n, H)
+        z = empty_noise(self.model, real).uniform_(-1, 1)           # (B, n, H)
         size = real.sum((1, 2), keepdim=True) * z.shape[-1]         # n H          (B, 1, 1)
         z = z * real * self.init / size.sqrt()                      # z_0
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
