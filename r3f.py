@@ -865,46 +865,52 @@ def load_encoder(path, world):
     return model
 
 
+def probe_encoder(path, task, rows, args, bar, world):
+    """Yields (seed, how many rows were learned from, main metric) of the encoder, for each seed.
+
+    rows: data.Rows of the task. bar: the name of the progress bars.
+    """
+    import common
+    import data
+    args = copy.copy(args)                             # its own model and max_length
+    args.model = path
+    tokenizer = common.load_tokenizer(args, world)
+    encoder = load_encoder(path, world)
+
+    def with_states(split):
+        return first_token_states(encoder, split, world, bar), split
+
+    to_score = next(iter(rows.validation.values()))
+    validation = with_states(data.encode(to_score, task, tokenizer, args.max_length))
+    all_rows = data.encode(rows.train, task, tokenizer, args.max_length)
+    train = None if args.train_samples else with_states(all_rows)
+    for seed in args.seeds:
+        if args.train_samples:                         # each seed has rows of its own
+            chosen = data.subset(all_rows, args.train_samples, seed)
+            train = with_states(all_rows.take(chosen))
+        yield seed, len(train[0]), probe_score(train, validation, task, args, seed)
+
+
 def probe_task(name, encoders, args, world):
     """Yields a line for each encoder and seed. args: the flags, by the recipe of this task."""
-    import common
     import data
     task = data.TASKS[name]
     args.eval_tasks = []
     rows = data.load(args)
-    to_score = next(iter(rows.validation.values()))
-    for encoder_name, (path, links) in encoders.items():
-        its = copy.copy(args)                          # its own model and max_length
-        its.model = path
-        tokenizer = common.load_tokenizer(its, world)
-        encoder = load_encoder(path, world)
-        bar = f"{name}: {encoder_name}"
-        scored = data.encode(to_score, task, tokenizer, its.max_length)
-        validation = first_token_states(encoder, scored, world, bar), scored
-        all_rows = data.encode(rows.train, task, tokenizer, its.max_length)
-        train = None
-        for seed in args.seeds:
-            if args.train_samples:                     # each seed has rows of its own
-                chosen = all_rows.take(data.subset(all_rows, args.train_samples, seed))
-                train = first_token_states(encoder, chosen, world, bar), chosen
-            elif train is None:
-                train = first_token_states(encoder, all_rows, world, bar), all_rows
-            score = probe_score(train, validation, task, args, seed)
-            world.say(f"{name:<10} {100 * score:6.2f}  {encoder_name}")
-            line = {"run": encoder_name, "task": name, "recipe": args.probe_recipe,
-                    "seed": seed, "rows": len(train[0]), "metric": task.metric_names[0],
-                    "score": score}
+    for encoder, (path, links) in encoders.items():
+        bar = f"{name}: {encoder}"
+        for seed, count, score in probe_encoder(path, task, rows, args, bar, world):
+            world.say(f"{name:<10} {100 * score:6.2f}  {encoder}")
+            line = {"run": encoder, "task": name, "recipe": args.probe_recipe, "seed": seed,
+                    "rows": count, "metric": task.metric_names[0], "score": score}
             if links:
                 line.update(method=links[-1]["method"], run_seed=links[-1]["seed"],
                             links=[link["task"] for link in links])
             yield line
 
 
-def probe(args, argv):
-    """--probe: how much of other tasks a linear layer finds in frozen encoders. Figures 3 to 5.
-
-    One json line a probe goes to OUTPUT_DIR/probes.jsonl, which the report draws. Returns them.
-    """
+def check_probe(args):
+    """UserError if --probe goes with other flags, or its tasks are not of classes."""
     import common
     import data
     if not args.probe or not args.probe_tasks:
@@ -918,6 +924,15 @@ def probe(args, argv):
     for name in ("run", "grid", "profile", "predict", "dev_samples", "batch_tokens"):
         if name in args.by_hand:
             raise common.UserError(f"--{name}: cannot go together with --probe")
+
+
+def probe(args, argv):
+    """--probe: how much of other tasks a linear layer finds in frozen encoders. Figures 3 to 5.
+
+    One json line a probe goes to OUTPUT_DIR/probes.jsonl, which the report draws. Returns them.
+    """
+    import common
+    check_probe(args)
     argv = sys.argv[1:] if argv is None else argv
     args_of = {}                                       # {task: the flags, by its recipe}
     for name in args.probe_tasks:
@@ -937,8 +952,8 @@ def probe(args, argv):
             raise common.UserError(f"--output_dir {args.output_dir}: cannot write {path}: "
                                    f"{error.strerror}") from error
         with file:
-            for name, its_args in args_of.items():
-                for line in probe_task(name, encoders, its_args, world):
+            for name, task_args in args_of.items():
+                for line in probe_task(name, encoders, task_args, world):
                     file.write(json.dumps(line) + "\n")
                     file.flush()
                     lines.append(line)
