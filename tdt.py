@@ -1420,7 +1420,6 @@ def is_large(model):
 
 def recipe(args):
     """Table 7: batch, updates, warm-up and learning rate; the rest as in the release's script."""
-    import common
     if args.task in ("toy", "toy-food"):               # as in r3f.py, whose runs of std are these
         return "toy", {
             "model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "precision": "fp32",
