@@ -1377,7 +1377,7 @@ def digests_of_files(args):
     """What tells the contents of one's own rows from those that another run of the path had."""
     digests = {}
     paths = {"train_file": args.train_file, "validation_file": args.validation_file,
-             "local_file": data.local_files(args).get(args.task)}
+             "local_file": data.local_files(args.local_file).get(args.task)}
     for flag, path in paths.items():
         if path:
             with open(path, "rb") as file:
@@ -1956,6 +1956,7 @@ def take_flags(args, results):
         if name not in by_hand:
             setattr(args, name, value)
     args.task = results["task"]
+    take_local_file(args, results)
     args.recipe = {}
     args.init_from = ""
     args.post_train = None
@@ -1967,6 +1968,21 @@ def take_flags(args, results):
     # Without further sets to score or predict, the run's own validation sets are scored again.
     further = by_hand & {"eval_tasks", "test_file", "predict"}
     args.score_validation = not further or "validation_file" in by_hand
+
+
+def take_local_file(args, results):
+    """Beside further --local_file set by hand keeps that of the run's own task. UserError if one
+    is of the task, and another."""
+    if "local_file" not in args.by_hand:
+        return
+    task = results["task"]
+    own = data.local_files(results["args"].get("local_file", [])).get(task)
+    given = data.local_files(args.local_file).get(task)
+    if given is None and own is not None:
+        args.local_file = [*args.local_file, f"{task}={own}"]
+    elif given is not None and (own is None or os.path.abspath(given) != os.path.abspath(own)):
+        raise UserError(f"--local_file {task}={given}: must be {own or 'absent'}, as of --run "
+                        f"{args.run[0]}, whose results.json gets the scores")
 
 
 def refuse_unlike_runs(runs, task, alike):
@@ -1997,7 +2013,7 @@ def refuse_other_flags(args, runs, free=()):
     free: further flags that may be others.
     """
     may_be_new = {"eval_tasks", "validation_file", "text_columns", "label_column", "precision",
-                  "model", *free}                      # take_flags has looked at the model
+                  "model", "local_file", *free}        # take_flags has looked at these two
     for (folder, results), name in itertools.product(runs.items(), args.by_hand):
         saved = results["args"].get(name)
         is_of_run = name in results["args"] and name not in may_be_new

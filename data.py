@@ -437,7 +437,7 @@ def load(args, also_scores=()):
     if args.own_files and os.path.samefile(args.train_file, args.validation_file):
         warnings.append(f"--validation_file {args.validation_file}: is the training file too, so "
                         "what is scored was trained on")
-    if args.task in local_files(args):
+    if args.task in local_files(args.local_file):
         warnings.append(f"--local_file {args.task}: is all splits of {args.task}, so what is "
                         "scored was trained on")
     return Rows(task, train, splits, further, warnings, unscored)
@@ -648,7 +648,7 @@ def read(name, split, args, given=""):
     """
     task = TASKS[name]
     given = given or f"--task {name}"
-    local = local_files(args)
+    local = local_files(args.local_file)
     kind = KINDS[task.kind]
     if name in local:
         return kind.read(read_file(local[name], "--local_file"), task, local[name])
@@ -664,10 +664,10 @@ def read(name, split, args, given=""):
     return kind.read(read_hub(task, split, given), task, f"{task.path} {task.config} {split}")
 
 
-def local_files(args):
-    """{name of a task: path} of --local_file."""
+def local_files(words):
+    """{name of a task: path} of the words behind --local_file."""
     local = {}
-    for given in args.local_file:
+    for given in words:
         name, _, path = given.partition("=")
         if name not in TASKS or not path:
             raise UserError(f"--local_file {given}: must be NAME=FILE, "
@@ -684,7 +684,7 @@ def refuse_unread_files(args):
     for given in args.eval_tasks:
         name = given.partition(":")[0]
         reads += GROUPS.get(name, [name])
-    for name in local_files(args):
+    for name in local_files(args.local_file):
         if name not in reads:
             raise UserError(f"--local_file {name}: must be of --task or --eval_tasks, which are "
                             f"{' '.join(reads) or 'not given'}")
@@ -2671,7 +2671,7 @@ def main(argv=None):
     print(f"  labels   {', '.join(task.label_names) or KINDS[task.kind].answer}")
     print(f"  metrics  {task.metrics}")
     splits = [task.train, *task.validation.split(), *task.test.split(), *(task.slices or {})]
-    if args.task in local_files(args):
+    if args.task in local_files(args.local_file):
         splits = ["file"]                              # which is all splits
     for split in dict.fromkeys(splits):
         try:

@@ -9354,14 +9354,14 @@ def test_the_average_of_a_group_is_over_all_that_was_scored(tagged, tagger, tmp_
     task, files = tagged[:2], tagged[2:6]
     rows = pathlib.Path(files[-1].partition("=")[2]).read_text()
     files[-1] = "ner-fr=" + write(tmp_path / "fr.jsonl", rows.replace("B-LOC", "B-PER"))
-    run_on_tags(gtuning, tagger, tmp_path, *task, *files, "--eval_tasks", "ner-de", "ner-fr",
-                "--method", "adapter", "--unlabeled", tagged[-3])
-    folder = tmp_path / "ner/adapter-0"
-    results = load(folder / "results.json")            # as if ner-fr had not been scored
-    for name in ("ner-fr", "ner-average"):
-        del results["metrics"][name]
-    write(folder / "results.json", json.dumps(results))
-    found, = gtuning.main(["--run", str(folder), "--eval_tasks", "ner-fr"])
+    first, = run_on_tags(gtuning, tagger, tmp_path, *task, *files[:-1], "--eval_tasks", "ner-de",
+                         "--method", "adapter", "--unlabeled", tagged[-3])
+    assert [*first["metrics"]] == ["validation", "ner-de"]
+    folder = str(tmp_path / "ner/adapter-0")
+    further = ["--run", folder, "--eval_tasks", "ner-fr", "--local_file", files[-1]]
+    with pytest.raises(UserError, match="--local_file ner=other.jsonl: must be .*, as of --run"):
+        gtuning.main([*further, "ner=other.jsonl"])
+    found, = gtuning.main(further)
     scores = found["metrics"]
     assert scores["ner-de"] != scores["ner-fr"]
     mean = (scores["ner-de"]["f1"] + scores["ner-fr"]["f1"]) / 2
