@@ -98,6 +98,8 @@ def refuse_unknown(word, p):
     known = [action.dest for action in p._actions]
     near = [NAMES_ELSEWHERE[name]] if name in NAMES_ELSEWHERE else []
     near += difflib.get_close_matches(name, known, 1)
+    if not word.startswith("-"):
+        raise UserError(f"{word}: belongs to no flag; --help lists all")
     hint = f"; did you mean --{near[0]}?" if near else "; --help lists all"
     raise UserError(f"{word}: no such flag{hint}")
 
@@ -373,6 +375,9 @@ def settle_batch(args):
 
 
 def check_flags(args):
+    for flag in ("model", "output_dir"):
+        if flag in args.by_hand and not getattr(args, flag):
+            raise UserError(f"--{flag}: must not be empty")
     if len(args.batching) > 1 and not args.profile:
         given = " ".join(args.batching)
         raise UserError(f"--batching {given}: must be one name (several: with --profile)")
@@ -382,7 +387,7 @@ def check_flags(args):
         raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be one or two names")
     if len(set(args.text_columns or [])) < len(args.text_columns or []):
         raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be different names")
-    if (args.grid or args.choosing) and not args.dev_samples:
+    if (args.grid or args.choosing) and not (args.dev_samples or args.run):
         flag = "--grid" if args.grid else "--choosing"
         raise UserError(f"{flag}: needs --dev_samples, the training rows to choose by")
     for flag in ("name", "text_columns", "label_column", "target_column"):
@@ -791,6 +796,9 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
     if args.batch_tokens and not kind.decodes:
         raise UserError(f"--batch_tokens {args.batch_tokens}: is for texts that are written; "
                         f"{args.task} needs --batch_size")
+    if "max_target_length" in args.by_hand and not kind.decodes:
+        raise UserError(f"--max_target_length {args.max_target_length}: is for texts that are "
+                        f"written; {args.task} has labels")
     tokenizer = load_tokenizer(args, world, rows.task)
     if kind.decodes:
         options["max_target_length"] = args.max_target_length
@@ -816,6 +824,7 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
     if train is not None:
         hold_out(args, setup)
         per_epoch = build_batches(setup, args, args.seeds[0], world).per_epoch
+        warmup_steps(args, count_steps(args, per_epoch))                 # refused before any run
     tell_settings(args, setup, world, per_epoch)
     return setup
 
@@ -1113,6 +1122,14 @@ def count_steps(args, per_epoch):
     return args.max_steps or max(1, round(args.epochs * per_epoch))
 
 
+def warmup_steps(args, steps):
+    """--warmup, a number of steps or a share of all `steps`, as a number of steps."""
+    warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
+    if warmup and warmup >= steps:
+        raise UserError(f"--warmup {args.warmup:g}: must be less than the {steps} steps")
+    return warmup
+
+
 def build_optimizer(module, args, steps, part=None, part_lr=0.0, schedule="linear"):
     """AdamW and its schedule: "linear", warm-up and decay to 0, or "constant_with_warmup".
 
@@ -1120,10 +1137,6 @@ def build_optimizer(module, args, steps, part=None, part_lr=0.0, schedule="linea
     part_lr, by the same schedule; without it, or at a rate of 0, all learns at --lr.
     """
     from transformers import get_scheduler
-    warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
-    if warmup and warmup >= steps:
-        raise UserError(f"--warmup {args.warmup:g}: must be less than the {steps} steps")
-
     ids = set()
     if part is not None and part_lr:
         ids = {id(p) for p in part.parameters()}
@@ -1134,7 +1147,7 @@ def build_optimizer(module, args, steps, part=None, part_lr=0.0, schedule="linea
     groups += decay_groups(of_part, part_lr, args.weight_decay)
     optimizer = torch.optim.AdamW(
         groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
-    return optimizer, get_scheduler(schedule, optimizer, warmup, steps)
+    return optimizer, get_scheduler(schedule, optimizer, warmup_steps(args, steps), steps)
 
 
 def decay_groups(parameters, lr, weight_decay):
@@ -1576,6 +1589,9 @@ class Run:
         way_out = "use --overwrite, or another folder"
         if self.args.own_files:
             way_out += " or --name"
+        if self.args.searched:
+            way_out = ("remove that folder, and the same command goes on: what the search has "
+                       "tried stays")
         if [*other] == ["eval_tasks"] and "metrics" in saved:
             way_out = (f"to score that run, use --run {self.folder} --eval_tasks "
                        f"{shown(self.args.eval_tasks)}; else {way_out}")
@@ -1922,7 +1938,7 @@ def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
     if not runs:
         return runs
     for name in ("grid", "profile", "choosing", "train_file", "init_from", "post_train", "method",
-                 "seeds", "resume", "overwrite"):
+                 "seeds", "resume", "overwrite", "output_dir"):
         if name in args.by_hand:
             raise UserError(f"--{name}: cannot go together with --run, which trains nothing")
     folder, results = next(iter(runs.items()))
@@ -2018,8 +2034,8 @@ def refuse_other_flags(args, runs, free=()):
         saved = results["args"].get(name)
         is_of_run = name in results["args"] and name not in may_be_new
         if is_of_run and getattr(args, name) != saved:
-            raise UserError(f"--{name}: must be {shown(saved)}, as of --run {folder}, whose "
-                            "results.json gets the scores")
+            raise UserError(f"--{name} {shown(getattr(args, name))}: must be {shown(saved)}, as "
+                            f"of --run {folder}")
 
 
 def results_of_finished(folder, methods):
@@ -2431,6 +2447,19 @@ def states_key(sentences, model):
     return key.hexdigest()
 
 
+def check_cache_dir(folder):
+    """Makes the folder of the feature cache. UserError if nothing can be written there."""
+    why = ""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            why = "is not writable"
+    except OSError as error:
+        why = f"cannot be made: {error.strerror}"
+    if why:
+        raise UserError(f"--cache_dir {folder}: {why}; use another folder, or --no_cache")
+
+
 def reserve_states(path, size, parts, sentences, tokens, world):
     """Makes the file of the states and that of the marks, unless they are there.
 
@@ -2491,8 +2520,21 @@ def print_table(say, results, args, started):
             say("Nothing was scored now: these are the runs' scores from before.")
     say(f"{time.monotonic() - started:.0f} s; models, logs and results are in {where}")
     if len(args.method) > 1 and not args.run:
-        say(f"what the differences show: python common.py {shlex.quote(where)}")
+        say(f"what the differences show: {report_command(args)}")
     return results
+
+
+def report_command(args):
+    """The command that reports the runs of these flags, apart from those of another recipe."""
+    task_folder = os.path.join(args.output_dir, args.task)
+    mine = [run_folder(args, method, seed)
+            for seed, method in itertools.product(args.seeds, args.method)]
+    words = [task_folder]
+    for path in glob.glob(os.path.join(glob.escape(task_folder), "*", ".lock")):
+        with open(path, encoding="utf-8") as file:
+            if file.read() != recipe_of(args):
+                words = [*mine, "--out", task_folder]
+    return f"python common.py {shlex.join(words)}"
 
 
 PAGE = """<!doctype html>

@@ -387,7 +387,8 @@ def task_names():
 def check_task(name, flag):
     """UserError with the nearest names if there is no such task."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name.lower(), TASKS, 3, 0.5)
+        lower = name.lower()
+        near = [lower] if lower in TASKS else difflib.get_close_matches(lower, TASKS, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"must be one of {task_names()}"
         raise UserError(f"{flag} {name}: no such task; {hint}")
 
@@ -521,7 +522,7 @@ def read_own(args, flag, task):
     table.update(found)                                # all read before the first is written
     if flag == "test_file":
         drop_blank_labels(table, task)
-    return KINDS[task.kind].read(table, task, path)
+    return KINDS[task.kind].read(table, task, f"--{flag} {path}")
 
 
 def set_name(args, flag):
@@ -651,7 +652,8 @@ def read(name, split, args, given=""):
     local = local_files(args.local_file)
     kind = KINDS[task.kind]
     if name in local:
-        return kind.read(read_file(local[name], "--local_file"), task, local[name])
+        path = local[name]
+        return kind.read(read_file(path, "--local_file"), task, f"--local_file {path}")
 
     if not task.path:
         raise UserError(f"{given}: has no hub id; give its file as "
@@ -735,8 +737,9 @@ def own_files(args):
     task = own_task(args, columns, tables)
     splits = {}
     for split, path in (("train", args.train_file), ("validation", args.validation_file)):
-        splits[split] = KINDS[task.kind].read(tables[path], task, path)
-        refuse_hidden(task, splits[split], path)
+        where = f"--{split}_file {path}"
+        splits[split] = KINDS[task.kind].read(tables[path], task, where)
+        refuse_hidden(task, splits[split], where)
     return task, splits
 
 
@@ -769,12 +772,8 @@ def own_task(args, columns, tables):
     settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
     labels = {}
     for path, table in tables.items():
-        labels[path] = [label_of(cell) for cell in raw_labels(table, Task(**settings), path)]
-        if "" in labels[path]:
-            row = labels[path].index("") + 1
-            flag = "--train_file" if path == args.train_file else "--validation_file"
-            raise UserError(f"{flag} {path}: row {row}: no label in column "
-                            f"{args.label_column!r} (--label_column)")
+        flag = "--train_file" if path == args.train_file else "--validation_file"
+        labels[path] = own_labels(table, Task(**settings), f"{flag} {path}")
     train, validation = labels[args.train_file], labels[args.validation_file]
 
     whole = all(re.fullmatch(r"[-+]?\d+", label) for label in train + validation)
@@ -792,6 +791,20 @@ def own_task(args, columns, tables):
         raise UserError(f"--train_file {args.train_file}: all labels are {names[0]!r}; "
                         "at least two are needed")
     return Task(**settings, labels=tuple(names))
+
+
+def own_labels(table, task, where):
+    """The labels of one's own table, as strings. UserError if a row has none that is one."""
+    labels = [label_of(cell) for cell in raw_labels(table, task, where)]
+    if "" in labels:
+        raise UserError(f"{where}: row {labels.index('') + 1}: no label in column {task.label!r} "
+                        "(--label_column)")
+    infinite = [label for label in labels if re.fullmatch("[-+]?inf(inity)?", label.lower())]
+    if infinite and all(is_float(label) for label in set(labels) - set(infinite)):
+        row = labels.index(infinite[0]) + 1
+        raise UserError(f"{where}: row {row}: label {infinite[0]!r} must be a finite number, as "
+                        "the others are")
+    return labels
 
 
 def own_summary_task(args, columns):
@@ -890,14 +903,21 @@ def parse_json(file, kind):
     A cell that is not there is None.
     """
     text = file.read()
-    if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        rows = parse_lines(text)
+    is_list = text.lstrip().startswith("[")
+    try:
+        rows = json.loads(text) if is_list else parse_lines(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        rows = parse_lines(text)                       # lists, one a line
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"row {number} is {row!r:.40}; "
                             "each must be an object with the columns' names")
+        for cell in row.values():
+            if isinstance(cell, list) and cell and isinstance(cell[0], dict):
+                raise UserError("is one object that holds a list of objects; must be that list, "
+                                "or an object a line")
 
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}

@@ -482,6 +482,8 @@ class Texts:
         self.folder = args.cache_dir
         if args.no_cache or args.tune == "all":
             self.folder = None
+        else:
+            common.check_cache_dir(self.folder)        # refused before any run
         self.pair = "input_ids_2" in setup.train.fields
         rows = len(common.training_rows(setup, args, args.seeds[0]))
         self.M = None

@@ -891,6 +891,17 @@ def probe_encoder(path, task, rows, args, bar, world):
         yield seed, len(train[0]), probe_score(train, validation, task, args, seed)
 
 
+def recipe_of_layer(args):
+    """How the linear layer was made, for the report, which compares equal ones alone."""
+    words = args.probe_recipe
+    if "max_length" in args.by_hand:                   # without it each encoder has its own
+        words += f", texts of {args.max_length} tokens"
+    if args.probe_recipe == "converged":
+        return words
+    length = f"{args.max_steps} steps" if args.max_steps else f"{args.epochs:g} epochs"
+    return f"{words}, {length} of {args.batch_size} rows at {args.lr:g}"
+
+
 def probe_task(name, encoders, args, world):
     """Yields a line for each encoder and seed. args: the flags, by the recipe of this task."""
     import data
@@ -901,7 +912,7 @@ def probe_task(name, encoders, args, world):
         bar = f"{name}: {encoder}"
         for seed, count, score in probe_encoder(path, task, rows, args, bar, world):
             world.say(f"{name:<10} {100 * score:6.2f}  {encoder}")
-            line = {"run": encoder, "task": name, "recipe": args.probe_recipe, "seed": seed,
+            line = {"run": encoder, "task": name, "recipe": recipe_of_layer(args), "seed": seed,
                     "rows": count, "metric": task.metric_names[0], "score": score}
             if links:
                 line.update(method=links[-1]["method"], run_seed=links[-1]["seed"],
@@ -1126,22 +1137,30 @@ def write_model(model, folder):
     model.save_pretrained(folder, state_dict=plain_state_dict(model))
 
 
+def check(args, task):
+    """UserError if a method or a flag is not for this kind of task."""
+    import common
+    common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
+    if "reduction" in args.by_hand and task.kind not in ("tag", "generate"):
+        raise common.UserError(f"--reduction {args.reduction}: is for labels by position; "
+                               f"{args.task} has one a row")
+    if "probe_recipe" in args.by_hand:
+        raise common.UserError(f"--probe_recipe {args.probe_recipe}: needs --probe")
+
+
 def main(argv=None):
     """Trains every --method with every seed. Returns their results, as in results.json."""
     import common
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
-    runs = common.take_runs(args, METHODS)
     if args.probe or args.probe_tasks:
         return probe(args, argv)
+    runs = common.take_runs(args, METHODS)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
 
-    def check(task):
-        common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
-
     with common.processes(args) as world:
-        setup = common.prepare(args, world, check)
+        setup = common.prepare(args, world, functools.partial(check, args))
         if runs:
             return common.use_models(args, runs, setup, world, started)
 

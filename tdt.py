@@ -496,10 +496,13 @@ def texts_to_explain(given, path):
     lines = [("--explain", line) for line in given]
     if path:
         try:
-            with open(path, encoding="utf-8-sig", errors="replace") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 of_file = file.read().split("\n")
         except OSError as error:
             raise common.UserError(f"--explain_file {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise common.UserError(f"--explain_file {path}: must be text in UTF-8: "
+                                   f"{error}") from None
         if not any(line.strip() for line in of_file):
             raise common.UserError(f"--explain_file {path}: holds no text")
         for number, line in enumerate(of_file, 1):

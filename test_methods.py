@@ -471,6 +471,7 @@ def test_labels_without_a_counterpart_are_refused_with_both_lists(trained, targe
 @pytest.mark.parametrize("name, hint", [
     ("imbd", "did you mean imdb?"),
     ("colla", "did you mean cola or"),
+    ("RTE", "did you mean rte?"),
     ("mnli_mm", "did you mean mnli-mm or"),
     ("xnl", "did you mean xnli or xnli-"),
     ("zzz", "must be one of toy toy-food"),
@@ -561,6 +562,9 @@ MALFORMED = [
     ("semicolons.csv", "text;label\na;yes\n", "the header is one cell, 'text;label'; cells must be "
                                              "separated by commas, in a .tsv by tabs"),
     ("objects.jsonl", "{}\n{}\n", "has no rows"),
+    ("lists.jsonl", '["a", 1]\n["b", 0]\n', "row 1 is ['a', 1]; each must be an object"),
+    ("inner.json", '{"data": [{"text": "a", "label": 1}]}', "is one object that holds a list of "
+                                                            "objects; must be that list, or"),
     ("t.txt", "x", "must end in .csv, .tsv, .json or .jsonl"),
 ]
 
@@ -640,6 +644,15 @@ def test_columns_can_be_named_also_with_a_space_in_the_name(tmp_path):
     assert rows.train["Its title"][:] == ["b", "d"]
     one = data.load(own(path, text_columns=["Review Text"], label_column="y"))
     assert one.train["Review Text"][:] == ["a", "c"]
+
+
+@pytest.mark.parametrize("label", ["inf", "-Infinity"])
+def test_an_infinite_label_among_numbers_is_refused_with_its_row(label, tmp_path):
+    path = write(tmp_path / "t.csv", f"text,label\na,0.5\nb,{label}\nc,1.5\n")
+    assert refusal(data.load, own(path)) == (
+        f"--train_file {path}: row 2: label {label!r} must be a finite number, as the others are")
+    names = write(tmp_path / "names.csv", f"text,label\na,sup\nb,{label}\n")
+    assert data.load(own(names)).task.kind == "classify"
 
 
 def test_both_own_files_are_read_and_the_test_file_without_labels(tmp_path):
@@ -870,7 +883,8 @@ def test_a_label_that_is_not_in_the_table_is_refused_with_its_row(tmp_path):
     path = write(tmp_path / "s.csv", "sentence,label\na,positive\nb,neutral\n")
     given = settings(local_file=[f"sst2={path}"])
     message = refusal(data.read, "sst2", "validation", given)
-    assert message == f"{path}: row 2: label 'neutral' must be one of ['negative', 'positive']"
+    assert message == (f"--local_file {path}: row 2: label 'neutral' must be one of "
+                       "['negative', 'positive']")
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -1099,7 +1113,8 @@ def test_among_other_numbers_minus_one_is_a_number(tmp_path):
 def test_own_numbers_that_are_all_hidden_are_refused(tmp_path):
     train = write(tmp_path / "train.csv", "text,label\na,1.5\nb,-1.0\n")
     hidden = write(tmp_path / "hidden.csv", "text,label\na,-1\nb,-1\n")
-    assert refusal(data.load, own(train, hidden)).startswith(f"{hidden}: row 1 has a hidden label")
+    message = refusal(data.load, own(train, hidden))
+    assert message.startswith(f"--validation_file {hidden}: row 1 has a hidden label")
 
 
 def test_an_own_class_may_be_called_minus_one(tmp_path):
@@ -2219,8 +2234,11 @@ def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path, cache
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--overwrite")
     # What is refused has emptied no other folder.
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--seeds", 1)
-    with pytest.raises(UserError, match="another run"):
-        run("r3f", tiny_folder, tmp_path, "--method", "std", "--seeds", 1, 0, "--overwrite")
+    for flags, line in ((["--warmup", 7], "--warmup 7: must be less than the 6 steps"),
+                        (["--seeds", 1, 0], "another run")):
+        with pytest.raises(UserError, match=line):
+            run("r3f", tiny_folder, tmp_path, "--method", "std", "--seeds", 1, *flags,
+                "--overwrite")
     assert os.path.exists(tmp_path / "toy/std-1/model/config.json")
 
 
@@ -2262,6 +2280,19 @@ def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_pat
     with pytest.raises(AttributeError):
         run("r3f", tiny_folder, tmp_path, *both, "--overwrite")
     assert not os.path.exists(tmp_path / "toy/std-0/results.json")
+
+
+def test_the_report_that_is_named_at_the_end_can_be_made(tiny_folder, tmp_path, cache, capsys):
+    """Also beside runs of another script, whose recipe has other flags for std."""
+    path = write(tmp_path / "a.csv", "text,label\n" + "good,1\nbad,0\n" * 20)
+    flags = ["--train_file", path, "--validation_file", path, "--batch_size", 8]
+    for script, other in (("r3f", "r3f"), ("tdt", "tdt")):
+        run(script, tiny_folder, tmp_path / "out", *flags, "--method", "std", other)
+        *_, line = capsys.readouterr().out.splitlines()
+        words = shlex.split(line.partition("what the differences show: python common.py ")[2])
+        table, = common.main_report(words)
+        assert [*table.columns] == ["std", other] and len(table.runs) == 2
+    assert words[2:] == ["--out", str(tmp_path / "out/custom")]
 
 
 def test_plain_fine_tuning_by_one_recipe_is_one_run_for_all_scripts(tiny_folder, tmp_path, cache,
@@ -2646,6 +2677,21 @@ def test_a_search_whose_folder_is_taken_is_refused_before_it_begins(tiny_folder,
     assert not os.path.exists(tmp_path / "grid")
 
 
+def test_a_wider_search_that_chooses_otherwise_keeps_what_it_has_tried(tiny_folder, tmp_path,
+                                                                      cache):
+    """The way out that it names is one: without the folder of the old choice it goes on."""
+    flags = ["--method", "std", "--dev_samples", 40, "--max_steps", 2, "--grid"]
+    scores = {"1e-3": 0.5, "1e-4": 0.7}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "score_of_cell", lambda main, argv: scores[argv[-1][5:]])
+        run("r3f", tiny_folder, tmp_path, *flags, "lr=1e-3")
+        with pytest.raises(UserError, match="--lr 0.001 .now 0.0001.; remove that folder, and "):
+            run("r3f", tiny_folder, tmp_path, *flags, "lr=1e-3,1e-4")
+        shutil.rmtree(tmp_path / "toy/std-0")
+        result, = run("r3f", tiny_folder, tmp_path, *flags, "lr=1e-3,1e-4")
+    assert result["args"]["lr"] == 1e-4
+
+
 def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny_folder, tmp_path,
                                                                   monkeypatch):
     """Also where another search finds the same runs, or one is killed between its seeds."""
@@ -2953,12 +2999,13 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--grid", "lr=1,2", "--dev_samples", "9"], "--grid: cannot go together with --run"),
+    (["--grid", "lr=1,2"], "--grid: cannot go together with --run"),
+    (["--output_dir", "elsewhere"], "--output_dir: cannot go together with --run"),
     (["--profile", "3"], "--profile: cannot go together with --run"),
     (["--train_file", "a.csv"], "--train_file: cannot go together with --run"),
     (["--method", "r3f"], "--method: cannot go together with --run"),
     (["--resume"], "--resume: cannot go together with --run"),
-    (["--max_length", "9"], "--max_length: must be"),
+    (["--max_length", "9"], "--max_length 9: must be 64, as of --run"),
     (["--task", "sst2"], "is a run of toy; must be of sst2"),
     (["--test_file", "nowhere.csv"], "--test_file nowhere.csv: no such file"),
     (["--threads", "2147483648"], "--threads: must be a whole number from 0 to 4096, got '2147"),
@@ -3066,6 +3113,7 @@ r3f | --max_length 0 | --max_length: must be a whole number from 4
 r3f | --max_length 65 | --max_length 65: must be from 4 to 64
 r3f | --learning_rate 1 | --learning_rate: no such flag; did you mean --lr?
 r3f | --batchsize=1 | --batchsize=1: no such flag; did you mean --batch_size?
+r3f | extra | extra: belongs to no flag; --help lists all
 r3f | --zzz | --zzz: no such flag; --help lists all
 r3f | --eval_tasks imbd | --eval_tasks imbd: no such task; did you mean imdb
 r3f | --train_samples 8 | --train_samples 8: must be at least --batch_size
@@ -3094,6 +3142,12 @@ r3f | --eps 1e39 | --eps: must be a number from 0 to 1000
 r3f | --local_file foo | --local_file foo: must be NAME=FILE
 r3f | --local_file imdbb=good.csv | --local_file imdbb=good.csv: must be
 r3f | --resume --overwrite | not allowed with
+r3f | --model= | --model: must not be empty
+r3f | --output_dir= | --output_dir: must not be empty
+r3f | --max_target_length 9 | --max_target_length 9: is for texts that are written; toy has labels
+r3f | --reduction sentence | --reduction sentence: is for labels by position; toy has one a row
+r3f | --probe_recipe converged | --probe_recipe converged: needs --probe
+gtuning | --cache_dir AFILE/x | --cache_dir AFILE/x: cannot be made: Not a directory; use another
 """.strip().splitlines()
 
 # One case a line: training file, validation file, further flags, and what the line must say.
@@ -5465,8 +5519,10 @@ def test_an_empty_summary_is_refused_with_its_row_but_for_prediction(empty, tmp_
     rows = [{"document": "a", "summary": "b"}, {"document": "a", "summary": empty}]
     bad = write_rows(tmp_path / "bad.jsonl", rows)
     words = "row 2 has a hidden label (-1, an empty text, or no column 'summary')"
-    assert refusal(data.load, summary_own(bad, good)).startswith(f"{bad}: {words}")
-    assert refusal(data.load, summary_own(good, bad)).startswith(f"{bad}: {words}")
+    message = refusal(data.load, summary_own(bad, good))
+    assert message.startswith(f"--train_file {bad}: {words}")
+    message = refusal(data.load, summary_own(good, bad))
+    assert message.startswith(f"--validation_file {bad}: {words}")
     given = summary_settings(eval_tasks=["xsum"], local_file=[f"xsum={bad}"])
     message = refusal(data.load_further, given, data.TASKS["toy-sum"])
     assert message.startswith(f"--eval_tasks xsum: split validation: {words}")
@@ -5476,7 +5532,8 @@ def test_an_empty_summary_is_refused_with_its_row_but_for_prediction(empty, tmp_
 def test_a_summary_that_is_no_text_is_refused(tmp_path):
     path = write_rows(tmp_path / "t.jsonl", [{"document": "a", "summary": {"b": 1}}])
     message = refusal(data.load, summary_own(path))
-    assert message == f"{path}: row 1: column 'summary' must hold texts, has {{'b': 1}}"
+    assert message == (f"--train_file {path}: row 1: column 'summary' must hold texts, has "
+                       "{'b': 1}")
 
 
 # --------------------------------------------------------------------------- encoding and the batch
@@ -7146,6 +7203,7 @@ def folders(toy, tmp_path_factory):
         os.remove(here / name / "model" / missing)
     (here / "BADTEXTS").write_text("a\n\na ||| b ||| c\n")
     (here / "NOTEXT").write_text("\n \n")
+    (here / "LATIN").write_bytes(b"a caf\xe9\n")
     return here
 
 
@@ -7181,6 +7239,7 @@ BAD = [
     (["--explain_file", "R3F"], "--explain_file R3F: Is a directory"),
     (["--explain_file", "BADTEXTS"], "--explain_file BADTEXTS: line 3: must have a text"),
     (["--explain_file", "NOTEXT"], "--explain_file NOTEXT: holds no text"),
+    (["--explain_file", "LATIN"], "--explain_file LATIN: must be text in UTF-8"),
     (["--method", "std", "--drop"], "need a run of tdt or tdt-hard"),
     (["--method", "std", "cutoff", "--explain", "x"], "cutoff and std has none of those"),
     (["--alpha", "-1"], "--alpha: must be"),
@@ -7668,7 +7727,7 @@ def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_ber
     few = write(toy_bert / "few.csv", "text,label\ngood,a\nbad,b\ngood film,a\n")
     blank = write(toy_bert / "blank.csv", "text,label\n" + ",a\n,b\n" * 4)
     for flags, words in (
-            (["--gamma", "3"], "--gamma: must be 0.01"),
+            (["--gamma", "3"], "--gamma 3.0: must be 0.01"),
             (["--validation_file", few], "--tsne 9: few must have at least 4 rows; it has 3"),
             (["--validation_file", blank], "blank: holds no words")):
         message = refusal(tdt.main, ["--run", str(runs / "tdt-0"), "--tsne", "9", *flags])
@@ -10085,7 +10144,7 @@ def test_a_probe_by_the_papers_recipe_hardly_moves(newcomers_runs, tmp_path, mon
     monkeypatch.setattr(common, "build_optimizer", note)
     lines = probe(tmp_path, *words, "--seeds", 0, 1)
     assert [line["seed"] for line in lines] == [0, 1, 0, 1]
-    assert {line["recipe"] for line in lines} == {"paper"}
+    assert {line["recipe"] for line in lines} == {"paper, 50 steps of 16 rows at 1e-05"}
     assert starts[:2] == starts[2:] and starts[0] != starts[1]
 
     torch.manual_seed(0)
