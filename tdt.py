@@ -545,6 +545,12 @@ class Evaluation:
     row: object                                                          # (tokens,), whose it is
     is_word: object                                                      # (tokens,), not special
 
+    def file_of(self, figure, folder):
+        """The path of a figure's files, without their ending. Of another set than the runs' own
+        they have its name, so that they replace none of those."""
+        is_own = self.name in self.setup.task.validation.split()
+        return os.path.join(folder, figure if is_own else f"{figure}-{self.name}")
+
 
 def evaluation_of(args, setup, world):
     """The first validation split as an Evaluation. Tokens that always stay are no words of it."""
@@ -657,14 +663,15 @@ def show_confidences(folder, c, evaluation):
 
     content = {"set": evaluation.name, "tokens": len(words), "mean": mean, "std": std,
                "counts": counts.tolist(), "mean_by_token": means}
-    common.write_json(os.path.join(folder, "confidences.json"), content, world)
+    path = evaluation.file_of("confidences", folder)
+    common.write_json(f"{path}.json", content, world)
     shares = {}
     for i, count in enumerate(counts):
         shares[5 * i + 2.5] = [100 * count / len(words)]                 # at the middle of a bin
     caption = (f"Percent of the {len(words)} words of {evaluation.name} that have a confidence of "
                "so many percent, in steps of 5")
-    path = os.path.join(folder, "confidences.html")
-    write_curves_page(path, f"Confidences of {folder}", {caption: {"words": shares}}, world)
+    title = f"Confidences of {folder}"
+    write_curves_page(f"{path}.html", title, {caption: {"words": shares}}, world)
 
 
 # --------------------------------------------------------------------------  analyses: explanations
@@ -953,8 +960,8 @@ def write_curves(folder, figure, curves, evaluation, **more):
     metric = evaluation.setup.task.metric_names[0]
     values = {f"{method}, {kind}": curve for (method, kind), curve in curves.items()}
     content = {"set": evaluation.name, "metric": metric, **more, "values": values}
-    path = os.path.join(folder, f"{figure}.json")
-    common.write_json(path, content, evaluation.world)
+    path = evaluation.file_of(figure, folder)
+    common.write_json(f"{path}.json", content, evaluation.world)
 
 
 def print_curves(curves, title, rates, world):
@@ -1157,11 +1164,12 @@ def show_clouds(modules, folders, chosen_by, args, evaluation):
     common.print_numbers(numbers, title, world)
     content = {"set": evaluation.name, "rows": len(split), "confidences": folder,
                "values": numbers}
-    common.write_json(os.path.join(folder, "tsne.json"), content, world)
+    path = evaluation.file_of("tsne", folder)
+    common.write_json(f"{path}.json", content, world)
     title = f"H, H+ and H- of {len(split)} rows of {args.task} {evaluation.name}"
     body = clouds_body(maps, numbers, split.labels, setup.task.label_names, folder, perplexity)
     page = common.html_page(title, CLOUDS_STYLE + common.MAPS_STYLE, body)
-    common.write_file(os.path.join(folder, "tsne.html"), page, world)
+    common.write_file(f"{path}.html", page, world)
     return numbers
 
 
@@ -1333,13 +1341,15 @@ def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
         print_curves(curves, title, asked.rates, world)
         print_control(curves, asked.rates, world)
         heading = f"Scores on {args.task} without the words of highest or lowest confidence"
-        draw_curves(curves, heading, title, os.path.join(task_folder, "drop.html"), world)
+        path = evaluation.file_of("drop", task_folder)
+        draw_curves(curves, heading, title, f"{path}.html", world)
     if perturbed:
         curves = curves_of_all_seeds(perturbed)
         title = f"{when} is replaced at random"
         print_curves(curves, title, asked.rates, world)
         heading = f"Scores on {args.task} with words replaced at random"
-        draw_curves(curves, heading, title, os.path.join(task_folder, "perturb.html"), world)
+        path = evaluation.file_of("perturb", task_folder)
+        draw_curves(curves, heading, title, f"{path}.html", world)
 
 
 # --------------------------------------------------------------------------------  flags and recipe

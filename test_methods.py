@@ -7008,6 +7008,19 @@ def test_the_pages_of_a_task_lie_beside_its_runs_however_they_are_named(copied, 
             os.remove(copied.parent / name)
 
 
+def test_figures_of_another_set_lie_beside_those_of_the_runs_own(copied, tmp_path):
+    tdt.main(["--run", str(copied), "--drop", "--confidences", "--tsne", "9", "--rates", "0.5"])
+    figures = [copied / "drop.json", copied / "confidences.html", copied / "tsne.json",
+               copied.parent / "drop.html"]
+    before = [path.read_text() for path in figures]
+    other = write(tmp_path / "other.csv", "text,label\n" + "good plot,a\nbad actor,b\n" * 3)
+    tdt.main(["--run", str(copied), "--drop", "--confidences", "--tsne", "9", "--rates", "0.5",
+              "--validation_file", other])
+    assert [path.read_text() for path in figures] == before
+    for path in figures:
+        assert "other" in path.with_stem(f"{path.stem}-other").read_text()
+
+
 def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys, monkeypatch):
     folder, argv, _ = toy
     masked = set()
