@@ -63,6 +63,8 @@ Choices, where the paper is silent or the authors' release does otherwise:
     With beta 1, held-out rows chose alpha 2 for SST-2, MRPC, STS-B and CoLA in 160 steps and 0.5
     for CoLA in 320 (MiniLM, 1,000 rows, one seed), and 0.5 for all rows of CoLA and of MRPC. beta
     was searched for SST-2 alone, which chose 1: 86.6 held-out, at 0.5 83.8. The toy task has 0.5.
+    A large alpha is no safe default: on the validation set of SST-2 L_C is what costs accuracy
+    (README, Results).
 12. Figures 5 and 6 (--perturb, --drop): a share of each sentence's words, rounded, is replaced by
     [MASK] or, in curves of their own, by other words of the sentence; the paper does both at
     random, position by position. Special tokens stay. Figure 6 goes by the order of c itself.

@@ -3680,6 +3680,13 @@ def twice(key, first, again, method, base="std"):
     return [cell(f"{file} {column}", key) for file in (first, again) for column in (base, method)]
 
 
+def in_part(setting):
+    """A row of what TDT is without a part: over std, and over the whole of it."""
+    where = f"tdt-parts tdt {setting}"
+    return [cell(where, SST2), cell(where, SST2, baseline=WHOLE_TDT)]
+
+
+WHOLE_TDT = "tdt alpha=2.0 beta=1.0 gamma=0.01"
 README_TABLES = {
     "tried twice": {
         "FreeLB, SST-2, 160 steps": twice(SST2, "1000-bf16", "freelb-again", "freelb"),
@@ -3689,7 +3696,8 @@ README_TABLES = {
         "R3F, MRPC": twice(MRPC, "mrpc", "r3f-mrpc", "r3f"),
         "TDT, CoLA, 320 steps": twice(COLA, "320", "320-again", "tdt"),
         "the same, out of domain": twice(OUT_OF_DOMAIN, "320", "320-again", "tdt"),
-        "TDT, SST-2, 160 steps": twice(SST2, "1000", "tdt-again", "tdt"),
+        "TDT, SST-2, 160 steps": [*twice(SST2, "1000", "tdt-parts", "tdt")[:3],
+                                  cell(f"tdt-parts {WHOLE_TDT}", SST2)],
         "TDT-hard, SST-2": twice(SST2, "1000-bf16", "hard-again", "tdt-hard"),
         "G-Tuning, SST-2": twice(SST2, "gtuning", "gtuning-again", "gtuning", "adapter"),
         "G-Tuning, IMDB": twice(IMDB, "gtuning", "gtuning-again", "gtuning", "adapter"),
@@ -3725,6 +3733,12 @@ README_TABLES = {
         "R3F": [*["cola-full r3f"] * 3, "", "", ""],
         "TDT": [*["cola-full-tdt tdt"] * 3, "mrpc-full tdt", "rte-full tdt", "sst2-full tdt"],
     }),
+    "TDT, taken apart": {
+        "TDT": [cell(f"tdt-parts {WHOLE_TDT}", SST2), None],
+        "without ‖C‖, `--gamma 0`": in_part("alpha=2.0 beta=1.0 gamma=0.0"),
+        "without L_R, `--beta 0`": in_part("alpha=2.0 beta=0.0 gamma=0.01"),
+        "without L_C, `--alpha 0`": in_part("alpha=0.0 beta=1.0 gamma=0.01"),
+    },
     "TDT on pairs": {
         "QQP, accuracy": [cell("qqp std", QQP, 5), cell("qqp tdt", QQP, 5)],
         "STS-B, Spearman, 160 steps": [cell("stsb std", SPEARMAN, 5),
