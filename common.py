@@ -2527,13 +2527,14 @@ def print_table(say, results, args, started):
 def report_command(args):
     """The command that reports the runs of these flags, apart from those of another recipe."""
     task_folder = os.path.join(args.output_dir, args.task)
-    mine = [run_folder(args, method, seed)
-            for seed, method in itertools.product(args.seeds, args.method)]
-    words = [task_folder]
+    recipes = set()
     for path in glob.glob(os.path.join(glob.escape(task_folder), "*", ".lock")):
         with open(path, encoding="utf-8") as file:
-            if file.read() != recipe_of(args):
-                words = [*mine, "--out", task_folder]
+            recipes.add(file.read())
+    words = [task_folder]
+    if recipes != {recipe_of(args)}:
+        runs = itertools.product(args.method, args.seeds)
+        words = [*[run_folder(args, *run) for run in runs], "--out", task_folder]
     return f"python common.py {shlex.join(words)}"
 
 
