@@ -3709,7 +3709,7 @@ README_TABLES = {
         "R4F": ["1000-fp32 r4f", "", "1000-fp32 r4f", "1000-fp32 r4f"],
         "R-Drop": ["1000-fp32 rdrop", "", "1000-fp32 rdrop", "1000-fp32 rdrop"],
         "SMART": ["1000-bf16 smart", "", "1000-bf16 smart", "1000-bf16 smart"],
-        "FreeLB": ["1000-bf16 freelb", "", "", ""],
+        "FreeLB": ["1000-bf16 freelb", "mrpc-freelb freelb", "", ""],
         "TDT": ["1000 tdt", "mrpc tdt", "1000 tdt", ""],
         "TDT, released": ["sst2-released tdt", "", "cola-released tdt", ""],
         "TDT-hard": ["1000-bf16 tdt-hard", "", "1000-bf16 tdt-hard", "1000-bf16 tdt-hard"],
