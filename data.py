@@ -914,13 +914,16 @@ def parse_json(file, kind):
         if not isinstance(row, dict):
             raise UserError(f"row {number} is {row!r:.40}; "
                             "each must be an object with the columns' names")
-        for cell in row.values():
-            if isinstance(cell, list) and cell and isinstance(cell[0], dict):
-                raise UserError("is one object that holds a list of objects; must be that list, "
-                                "or an object a line")
+    if len(rows) == 1 and rows[0] and all(map(is_list_of_objects, rows[0].values())):
+        raise UserError("is one object that holds a list of objects; must be that list, or an "
+                        "object a line")
 
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def is_list_of_objects(cell):
+    return isinstance(cell, list) and bool(cell) and isinstance(cell[0], dict)
 
 
 def parse_lines(text):

@@ -31,8 +31,8 @@ Choices, where the paper is silent or the authors' release does otherwise:
  3. The paper gives gamma no value, and the release has no such term. It pulls the confidences
     towards 0, which L_C allows, since mu_0, the sentence's own mean, tells what it says. On the toy
     task 0, 0.01 and 0.1 are equally accurate, with mean confidences of 0.45, 0.18 and 0.006: 0.01
-    still leaves them a range. On STS-B it costs much: in 160 steps of MiniLM 0.7 to 42 points of
-    Spearman, in each of five seeds; where accuracy is what matters, --gamma 0 (README, Results).
+    still leaves them a range. On STS-B it may cost much: in 160 steps of MiniLM each of five seeds
+    is higher with --gamma 0, by 0.7 to 42 points of Spearman (README, Results).
  4. d(a, b) = KL(a || b) in the order written, summed over classes; the hinge per example, then the
     mean. variant="released" is the authors' code: KL(b || a), averaged over batch and classes,
     0.5 on both negative terms, one hinge a batch, no gamma, padding counted in mu_0. So padding

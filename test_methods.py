@@ -646,6 +646,14 @@ def test_columns_can_be_named_also_with_a_space_in_the_name(tmp_path):
     assert one.train["Review Text"][:] == ["a", "c"]
 
 
+def test_a_column_that_is_not_used_may_hold_objects(tmp_path):
+    row = {"text": "a", "label": "yes", "meta": [{"source": 1}]}
+    path = write(tmp_path / "t.jsonl", lines_of([row]))
+    assert data.read_file(path, "--train_file")["text"] == ["a"]
+    path = write(tmp_path / "two.json", json.dumps([row, {**row, "label": "no"}]))
+    assert data.load(own(path)).train["text"][:] == ["a", "a"]
+
+
 @pytest.mark.parametrize("label", ["inf", "-Infinity"])
 def test_an_infinite_label_among_numbers_is_refused_with_its_row(label, tmp_path):
     path = write(tmp_path / "t.csv", f"text,label\na,0.5\nb,{label}\nc,1.5\n")
