@@ -911,6 +911,13 @@ def test_a_local_file_that_no_set_reads_is_refused(own, tmp_path):
     data.refuse_unread_files(given)
 
 
+def test_a_further_local_file_joins_that_of_the_runs_own_task():
+    results = {"task": "bustm", "args": {"local_file": ["bustm=a.csv", "rte=c.csv"]}}
+    given = settings(run=["r"], by_hand=["local_file"], local_file=["hans=b.csv"])
+    common.take_local_file(given, results)
+    assert given.local_file == ["hans=b.csv", "bustm=a.csv"]
+
+
 @pytest.mark.parametrize("given", ["foo", "imdbb=good.csv", "imdb="])
 def test_a_local_file_without_a_task_or_a_path_is_refused(given):
     message = refusal(data.load, settings(local_file=[given]))
@@ -10198,6 +10205,16 @@ def test_a_probe_by_the_papers_recipe_hardly_moves(newcomers_runs, tmp_path, mon
     converged = r3f.fit_converged(x, (x[:, 0] > 0).long(), 2)
     hits = (converged(x).argmax(1) == (x[:, 0] > 0).long()).float().mean()
     assert hits > 0.95
+
+
+def test_probes_of_unlike_settings_have_unlike_recipes():
+    given = {"probe_recipe": "paper", "by_hand": [], "max_length": 16, "max_steps": None,
+             "epochs": 3.0, "batch_size": 8, "lr": 1e-5}
+    args = argparse.Namespace(**given)
+    assert r3f.recipe_of_layer(args) == "paper, 3 epochs of 8 rows at 1e-05"
+    args.by_hand = ["max_length"]
+    args.probe_recipe = "converged"
+    assert r3f.recipe_of_layer(args) == "converged, texts of 16 tokens"
 
 
 def test_a_chain_of_runs_is_told_link_by_link(newcomers_runs, tmp_path):
