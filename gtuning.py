@@ -182,7 +182,7 @@ class Layer(torch.nn.Module):
 def masked_mean(states, attention_mask):
     """The mean over the real tokens: (B, n, H), (B, n) -> (B, H)."""
     real = attention_mask[..., None]                                     # (B, n, 1)
-    return (states * real).sum(1) / real.sum(1)
+    return (states * real).sum(1) / real.sum(1).clamp(min=1)
 
 
 def split_pair(inputs):
@@ -202,9 +202,10 @@ class GTuning(torch.nn.Module):
 
     plm: g, a Hugging Face encoder. num_labels: 1 is regression. layers: of h. pooling: "cls" or
     "mean". pair: two sentences a row, the second one's inputs with the suffix _2. tune_plm: g
-    learns too. by_token: "", "tag", a label for each token, or "span", a first and a last token
-    (choice 10). length: of a fresh f(x); 0: sqrt(H) (choice 11). Inputs are the plm's, or in place
-    of input_ids (B, n) the `states` (B, n, H) that it made of them. Source: sections 2.2 and 3.1.
+    learns too, else its weights are frozen in place. by_token: "", "tag", a label for each token,
+    or "span", a first and a last token (choice 10). length: of a fresh f(x); 0: sqrt(H) (choice
+    11). Inputs are the plm's, or in place of input_ids (B, n) the `states` (B, n, H) that it made
+    of them. Source: sections 2.2 and 3.1.
     """
 
     def __init__(self, plm, num_labels, layers=3, pooling="cls", pair=False, tune_plm=False,
@@ -219,7 +220,8 @@ class GTuning(torch.nn.Module):
         if by_token and pair:
             raise ValueError("by_token needs one text a row, not a pair")
         if plm.config.is_encoder_decoder:
-            raise ValueError(f"plm must be an encoder, got {type(plm).__name__}")
+            raise ValueError(f"plm must be an encoder, got {type(plm).__name__}, whose "
+                             "config.is_encoder_decoder is True")
         self.config = plm.config
         self.num_labels = num_labels
         self.layers = layers
@@ -232,7 +234,9 @@ class GTuning(torch.nn.Module):
         width = self.config.hidden_size
         heads = self.config.num_attention_heads
         dropout = getattr(self.config, "hidden_dropout_prob", 0.1)
-        self.plm = plm.requires_grad_(tune_plm)                          # g
+        self.plm = plm                                                   # g
+        if not tune_plm:
+            plm.requires_grad_(False)
         self.adapter = torch.nn.ModuleList(                              # h
             Layer(width, heads, dropout) for _ in range(layers))
         self.norm = torch.nn.LayerNorm(width)
@@ -265,7 +269,7 @@ class GTuning(torch.nn.Module):
             attention_mask = torch.ones(tokens.shape, dtype=torch.long, device=tokens.device)
         if states is None:
             states = self.encode(attention_mask=attention_mask, **inputs)
-        hidden = states.float()                                          # g(x)          (B, n, H)
+        hidden = states.to(self.norm.weight.dtype)                       # g(x)          (B, n, H)
         mask = attention_mask[:, None, None].bool()                      # (B, 1, 1, n)
         for layer in self.adapter[:-1]:
             hidden = layer(hidden, mask)                                 # (B, n, H)
@@ -288,8 +292,11 @@ class GTuning(torch.nn.Module):
                 padding = inputs["attention_mask"] == 0
                 logits = logits.masked_fill(padding[..., None], -math.inf)
             return logits
-        inputs, second = split_pair(inputs)
-        u = self.scale * self.features(**inputs)                         # (B, H)
+        first, second = split_pair(inputs)
+        if self.pair != bool(second):
+            raise ValueError(f"pair is {self.pair}: must be True if rows have a second sentence, "
+                             f"whose inputs end in _2, else False; got {[*inputs]}")
+        u = self.scale * self.features(**first)                          # (B, H)
         if not self.pair:
             return self.output(u)
         v = self.scale * self.features(**second)                         # (B, H)
@@ -318,9 +325,12 @@ class GTuning(torch.nn.Module):
             total = F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
             return total / (labels != -100).sum().clamp(min=1)
         if self.num_labels == 1:
-            return F.mse_loss(logits.flatten(), labels.float().flatten())
-        if not self.by_token and labels.dim() != 1:
-            raise ValueError(f"labels must be (B,), one class a row, got {tuple(labels.shape)}")
+            labels = labels.flatten()
+        if not self.by_token and labels.shape != logits.shape[:1]:
+            raise ValueError(f"labels must be (B,), one a row, B is {len(logits)}, got "
+                             f"{tuple(labels.shape)}")
+        if self.num_labels == 1:
+            return F.mse_loss(logits.flatten(), labels.float())
         return F.cross_entropy(logits, labels)         # of spans over the tokens: (B, n, 2), (B, 2)
 
     @property
@@ -382,17 +392,20 @@ class Discriminator(torch.nn.Module):
         return self.output(states[:, 0]).squeeze(-1)                     # (B,)
 
 
+def at_least_fp32(f):
+    return f.to(torch.promote_types(f.dtype, torch.float32))
+
+
 def gradient_norm(D, f_t, f_u, epsilon=None):
     """||grad D(z)||_2 of Eq. 3, with a graph behind it, at least fp32: (pairs,).
 
     f_t (n_t, H), f_u (n_u, H). There are min(n_t, n_u) pairs (choice 9). epsilon (pairs, 1).
     """
     pairs = min(len(f_t), len(f_u))
-    kind = torch.promote_types(f_t.dtype, torch.float32)
-    f_t = f_t[:pairs].detach()                                           # (pairs, H)
-    f_u = f_u[:pairs].detach()                                           # (pairs, H)
-    e = torch.randn_like(f_t[:, :1], dtype=kind) if epsilon is None else epsilon.to(kind)
-    z = e * f_u.to(kind) + (1 - e) * f_t.to(kind)                        # Eq. 4
+    f_t = at_least_fp32(f_t[:pairs].detach())                            # (pairs, H)
+    f_u = at_least_fp32(f_u[:pairs].detach())                            # (pairs, H)
+    e = torch.randn_like(f_t[:, :1]) if epsilon is None else epsilon.to(f_t.dtype)
+    z = e * f_u + (1 - e) * f_t                                          # Eq. 4
     z.requires_grad_()
 
     # A D may have attention, whose fast kernels lack a second derivative; the root has no
@@ -417,7 +430,7 @@ def discriminator_loss(D, f_t, f_u, gp_weight=10.0, epsilon=None):
     f_t (n_t, H), f_u (n_u, H), epsilon (min(n_t, n_u), 1). Gradients reach D alone.
     """
     with torch.autocast(f_t.device.type, enabled=False):
-        scores = D(torch.cat([f_t, f_u]).detach().float())               # (n_t + n_u,)
+        scores = D(at_least_fp32(torch.cat([f_t, f_u]).detach()))        # (n_t + n_u,)
     real, general = scores.split([len(f_t), len(f_u)])                   # (n_t,), (n_u,)
     wasserstein = real.mean() - general.mean()
     norm = gradient_norm(D, f_t, f_u, epsilon)                           # (pairs,)
@@ -431,7 +444,7 @@ def discriminator_loss(D, f_t, f_u, gp_weight=10.0, epsilon=None):
 def generator_loss(D, f_u):
     """L_G of Eq. 5: f_u (B, H) -> a scalar. Freeze D around it: D.requires_grad_(False)."""
     with torch.autocast(f_u.device.type, enabled=False):
-        return -D(f_u.float()).mean()                                    # Eq. 5
+        return -D(at_least_fp32(f_u)).mean()                             # Eq. 5
 
 
 # -------------------------------------------------------------------------------------  a baseline

@@ -146,8 +146,10 @@ class R3F(torch.nn.Module):
         -> (loss, {"ce", "kl"}), means over the batch.
 
         Labels by position belong to the logits at the same position: of a causal language model
-        the caller shifts them. kl_weight: of their KL, for micro-batches, see with_kl_weights.
+        the caller shifts them. kl_weight: of their KL, where a batch comes in parts and R is not
+        by "token": this part's share of the rows over its share of the real labels.
         """
+        refuse_two_modes(self)
         inputs = with_decoder_inputs(self.model, labels, inputs)
         if not self.needs_two_passes():
             return plain_loss(self.model, labels, inputs, self.label_smoothing)
@@ -174,8 +176,8 @@ class R3F(torch.nn.Module):
         """The logits without and with noise, g.f(x) and g.f(x + z), as a list of tensors.
 
         One tensor (2B, C) of a single stacked pass: B rows of g.f(x), then B rows of g.f(x + z).
-        Or two tensors (B, C) of two passes, where choices 2 or 3 need them. They are not made one
-        here, for loss_by_position writes gradients into the memory that they have.
+        Or two tensors (B, C) of two passes, where choices 2 or 3 need them: not concatenated, since
+        loss_by_position writes gradients into these very tensors.
         """
         if self.stop_grad == "none" and not self.share_dropout:
             with noise_added(self.model, self.noise_for_second_half):
@@ -329,8 +331,8 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
     written over their logits: nobody may read the logits after this call. In fp16 the gradient is
     rounded before a GradScaler can scale it; bf16 has no such limit.
     """
-    refuse_unlike(both[0], labels)
-    rows = len(labels)
+    rows = sum(map(len, both)) // 2                                 # B
+    refuse_unlike((rows, *both[0].shape[1:]), labels)
     vocabulary = both[0].shape[-1]
     labels = labels.flatten()                                       # (B m,)
     in_ce, in_kl = position_weights(labels, rows, reduction)        # (B m,) each
@@ -351,7 +353,8 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
     for positions in counted.split(at_once):
         with torch.enable_grad():
             logits, noised = [half[positions].float().requires_grad_() for half in halves]
-            targets = labels[positions].clamp(min=0)
+            targets = labels[positions]
+            targets = targets.masked_fill(targets == -100, 0)       # their weight in CE is 0
             losses = cross_entropy(logits, targets, label_smoothing, "none")
             part_of_ce = (in_ce[positions] * losses).sum()
             part_of_kl = (in_kl[positions] * symmetric_kl(logits, noised)).sum()
@@ -375,20 +378,6 @@ def position_weights(labels, rows, reduction):
     return in_ce, torch.ones_like(real) / rows                      # "released": padding counts
 
 
-def with_kl_weights(module, batch, world):
-    """A step's micro-batches, each with the weight of its R, which may be a mean over rows.
-
-    module: an R3F, or another method, whose batches stay as they are.
-    """
-    import common
-    if getattr(module, "reduction", "token") == "token":
-        return batch
-    labels = [common.count_labels(inputs["labels"]) for inputs in batch]
-    rows = [len(inputs["labels"]) for inputs in batch]
-    weights = common.weights_of_means(labels, rows, world)
-    return [{**inputs, "kl_weight": weight} for inputs, weight in zip(batch, weights)]
-
-
 # --------------------------------------------------------------------------  shared with its rivals
 
 class KnownGradient(torch.autograd.Function):
@@ -403,8 +392,11 @@ class KnownGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
         gradients = ctx.gradients
+        if gradients is None:
+            raise RuntimeError("the loss of labels by position goes backward once")
         ctx.gradients = None
         return None, None, *[gradient.mul_(scale) for gradient in gradients]
 
@@ -432,7 +424,8 @@ def logits_of(model, inputs):
         return model(**inputs).logits
     bias = getattr(model, "final_logits_bias", None)                # (1, V)
     head = model.get_output_embeddings()
-    if bias is None or head.bias is not None:
+    head_is_plain = type(head) is torch.nn.Linear and head.bias is None     # no LoRA, no hook
+    if bias is None or not head_is_plain or head._forward_hooks:
         return model(**inputs, use_cache=False).logits              # it is for decoding, and large
 
     # What BART and its kin do, but for a second tensor of the logits' size, in fp32 whatever the
@@ -465,8 +458,9 @@ def task_loss(logits, labels, label_smoothing=0.0):
     """The plain loss: squared error where a row has one output, else cross entropy, a mean over the
     labels that are not -100. Of labels by position, if none is left, it is 0."""
     if logits.dim() == 2 and logits.shape[-1] == 1:
+        refuse_unlike(logits.shape, labels.flatten())
         return F.mse_loss(logits.float().flatten(), labels.float().flatten())
-    refuse_unlike(logits, labels)
+    refuse_unlike(logits.shape, labels)
     if labels.dim() == 2:
         real = labels != -100
         losses = cross_entropy(logits[real], labels[real], label_smoothing, "none")
@@ -488,16 +482,24 @@ def refuse_other(name, value, allowed):
 
 def refuse_negative(**settings):
     for name, value in settings.items():
-        if value < 0:
+        if not value >= 0:                             # nan neither
             raise ValueError(f"{name} must not be negative, got {value}")
+
+
+def refuse_two_modes(method):
+    """ValueError if the method is in train mode and its model is not, or the reverse."""
+    if method.training != method.model.training:
+        name = type(method).__name__
+        raise ValueError(f"{name} and its model must both be in train mode or both in eval mode: "
+                         f"call .train() or .eval() of the {name}")
 # end same
 
 
-def refuse_unlike(logits, labels):
-    """ValueError unless there is one label a row or, of logits by position, one a position."""
-    if logits.shape[1:-1] != labels.shape[1:]:
-        raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: "
-                         "must be one class for each row, or for each position")
+def refuse_unlike(shape, labels):
+    """ValueError unless logits of this shape, (B, C) or (B, m, V), have as many labels."""
+    if tuple(shape[:-1]) != tuple(labels.shape):
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(shape)}: "
+                         "must be one for each row, or for each position")
 
 
 def refuse_rounding(model, eps):
@@ -565,6 +567,7 @@ class RDrop(torch.nn.Module):
 
     def forward(self, labels, **inputs):
         """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"})."""
+        refuse_two_modes(self)
         inputs = with_decoder_inputs(self.model, labels, inputs)
         if not self.training or self.alpha == 0:
             return plain_loss(self.model, labels, inputs)
@@ -621,6 +624,7 @@ class SMART(torch.nn.Module):
 
     def forward(self, labels, **inputs):
         """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"})."""
+        refuse_two_modes(self)
         inputs = with_decoder_inputs(self.model, labels, inputs)
         if not self.training or (self.lam * self.eps == 0 and self.bregman == 0):
             return plain_loss(self.model, labels, inputs)
@@ -709,6 +713,7 @@ class FreeLB(torch.nn.Module):
 
     def forward(self, labels, **inputs):
         """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"}); kl is 0."""
+        refuse_two_modes(self)
         inputs = with_decoder_inputs(self.model, labels, inputs)
         if not self.training or (self.adv_lr == 0 and self.init == 0):
             return plain_loss(self.model, labels, inputs)
@@ -1130,6 +1135,20 @@ def build_method(method, model, args):
                    args.label_smoothing, args.reduction)
     except ValueError as error:
         raise common.UserError(f"--method {method}, --model {args.model}: {error}") from error
+
+
+def with_kl_weights(module, batch, world):
+    """A step's micro-batches, each with the weight of its R, which may be a mean over rows.
+
+    module: an R3F, or another method, whose batches stay as they are.
+    """
+    import common
+    if getattr(module, "reduction", "token") == "token":
+        return batch
+    labels = [common.count_labels(inputs["labels"]) for inputs in batch]
+    rows = [len(inputs["labels"]) for inputs in batch]
+    weights = common.weights_of_means(labels, rows, world)
+    return [{**inputs, "kl_weight": weight} for inputs, weight in zip(batch, weights)]
 
 
 def write_model(model, folder):

@@ -43,8 +43,8 @@ Choices, where the paper is silent or the authors' release does otherwise:
  6. TDT-hard: straight-through Gumbel-softmax of the logits (z_i, 0), for which P(c_i = 1) =
     sigmoid(z_i) as in Eq. 2. A dropped token is [MASK] sent through the embedding layer, so that
     it keeps its position; e- masks the kept ones.
- 7. Regression: d is the squared error between two predictions. Inference: one plain pass (the
-    release runs three).
+ 7. Regression: d is the squared error between two predictions, on the scale of the labels, and so
+    is m. Inference: one plain pass (the release runs three).
  8. Token cutoff: the share is of the tokens that may fall, rounded; they are drawn without
     replacement, special tokens never fall, CE(x) is part of the loss, and JS is the mean of
     KL(p_i || their mean). Its release draws with replacement, lets [CLS] fall, leaves CE(x) out,
@@ -128,10 +128,12 @@ def released_triplet_loss(logits, logits_pos, logits_neg, margin):
 def task_loss(logits, labels):
     """The cross entropy, of one output the mean squared error: (B, C), (B,) -> a scalar. Eq. 1."""
     if logits.shape[-1] == 1:
-        return F.mse_loss(logits.float().flatten(), labels.float().flatten())
-    if logits.dim() != 2 or labels.dim() != 1:
-        raise ValueError("logits and labels must be (B, C) and (B,), one class a row, got "
+        labels = labels.flatten()
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError("logits and labels must be (B, C) and (B,), one a row, got "
                          f"{tuple(logits.shape)} and {tuple(labels.shape)}")
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits.float().flatten(), labels.float())
     return F.cross_entropy(logits.float(), labels)
 
 
@@ -143,8 +145,16 @@ def refuse_other(name, value, allowed):
 
 def refuse_negative(**settings):
     for name, value in settings.items():
-        if value < 0:
+        if not value >= 0:                             # nan neither
             raise ValueError(f"{name} must not be negative, got {value}")
+
+
+def refuse_two_modes(method):
+    """ValueError if the method is in train mode and its model is not, or the reverse."""
+    if method.training != method.model.training:
+        name = type(method).__name__
+        raise ValueError(f"{name} and its model must both be in train mode or both in eval mode: "
+                         f"call .train() or .eval() of the {name}")
 # end same
 
 
@@ -175,6 +185,8 @@ def embedding_layer(model):
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} cannot be perturbed: its decoder reads the words "
                          "a second time")
+    if hasattr(model, "get_base_model"):               # of a PeftModel the model inside
+        model = model.get_base_model()
     return getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
 
 
@@ -250,6 +262,7 @@ class TDT(torch.nn.Module):
         "ce_pos", "l_c", "l_r", and of the tokens' "confidence", with "confidence_std" (of a batch
         in parts the means of theirs); in eval mode "ce" alone.
         """
+        refuse_two_modes(self)
         if not self.training or self.alpha == self.beta == 0:
             ce = task_loss(self.model(**inputs).logits, labels)
             return ce, {"ce": ce.detach()}
@@ -275,6 +288,7 @@ class TDT(torch.nn.Module):
                  "confidence_std": std}
         return loss, {name: value.detach() for name, value in stats.items()}
 
+    @torch.no_grad()
     def confidence(self, **inputs):
         """C (B, n), 0 at padding; for TDT-hard the probability that a token is kept.
 
@@ -352,7 +366,8 @@ class TDT(torch.nn.Module):
         """mu_0 of Eq. 3 for each sentence: (B, n, H), (B, n) -> (B, 1, H)."""
         counted = torch.ones_like(real) if self.variant == "released" else real
         weight = counted[..., None]
-        mean = (weight * e).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+        count = weight.sum(1, keepdim=True).clamp(min=1)                 # a row may have none
+        mean = (weight * e).sum(1, keepdim=True) / count
 
         # Drawn in any case: whatever mu_0 is, the dropout masks after it are the same.
         noise = torch.randn_like(mean)
@@ -363,9 +378,10 @@ class TDT(torch.nn.Module):
         return torch.zeros_like(mean)
 
     def score(self, e):
-        """The logits of the confidences, in fp32 whatever the autocast: (B, n, H) -> (B, n)."""
+        """The logits of the confidences, without autocast: (B, n, H) -> (B, n)."""
+        kind = self.confidence_layer.weight.dtype                        # fp32 as it is made
         with torch.autocast(e.device.type, enabled=False):
-            return self.confidence_layer(e.float()).squeeze(-1)
+            return self.confidence_layer(e.to(kind)).squeeze(-1)
 
 
 # --------------------------------------------------------------------------------------  a baseline
@@ -412,6 +428,7 @@ class TokenCutoff(torch.nn.Module):
         perturbable (B, n): the tokens that may fall, None: all real ones but the first. In eval
         mode stats is "ce" alone.
         """
+        refuse_two_modes(self)
         if not self.training or self.a == self.b == 0:
             ce = task_loss(self.model(**inputs).logits, labels)
             return ce, {"ce": ce.detach()}

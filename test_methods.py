@@ -4791,6 +4791,32 @@ def test_a_regression_has_no_labels_to_smooth():
         r3f.R3F(tiny(num_labels=1), lam=0.0, label_smoothing=0.1)
 
 
+def test_a_negative_label_by_position_is_no_class():
+    labels, inputs = batch_to_tag()
+    labels[labels == 1] = -1
+    for training in (True, False):
+        with pytest.raises((IndexError, RuntimeError), match="-1"):
+            r3f.R3F(tiny_tagger()).train(training)(labels, **inputs)
+
+
+@pytest.mark.parametrize("rows", [2, 6, 8])
+def test_labels_by_position_of_other_rows_are_refused(rows):
+    labels, inputs = batch_to_tag()
+    other = labels.repeat(2, 1)[:rows]
+    for training in (True, False):
+        said = rf"labels \({rows}, 9\) do not fit logits \(4, 9, 5\)"
+        with pytest.raises(ValueError, match=said):
+            r3f.R3F(tiny_tagger()).train(training)(other, **inputs)
+
+
+def test_the_loss_of_labels_by_position_goes_backward_once():
+    labels, inputs = batch_to_tag()
+    loss, _ = r3f.R3F(tiny_tagger()).train()(labels, **inputs)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes backward once"):
+        loss.backward()
+
+
 def test_label_smoothing_by_hand():
     logits = torch.tensor([[1 / 2, 1 / 4, 1 / 4]]).log()
     worked = r3f.cross_entropy(logits, torch.tensor([0]), 0.3).item()
@@ -4999,7 +5025,7 @@ def test_a_pass_without_any_label_has_the_loss_0():
 
 def test_labels_that_do_not_stand_below_the_logits_are_an_error():
     labels, inputs = batch_to_tag()
-    with pytest.raises(ValueError, match=r"labels \(4, 7\) do not fit logits \(8, 9, "):
+    with pytest.raises(ValueError, match=r"labels \(4, 7\) do not fit logits \(4, 9, "):
         r3f.R3F(tiny_tagger())(labels[:, :7], **inputs)
 
 
@@ -9559,8 +9585,118 @@ def test_a_token_classifier_is_no_model_for_tdt():
     _, inputs = batch()
     labels = torch.zeros(4, 9, dtype=torch.long)
     for method in (tdt.TDT(model), tdt.TokenCutoff(model)):
-        with pytest.raises(ValueError, match="one class a row"):
+        with pytest.raises(ValueError, match="one a row"):
             method.train()(labels, **inputs)
+
+
+def test_a_method_and_its_model_are_in_the_same_mode():
+    """As transformers' Trainer, which evaluates the model, would have it: noise in evaluation."""
+    labels, inputs = batch()
+    for name, method in wrapped(num_labels=3).items():
+        if name == "gtuning":                          # its g has a mode of its own
+            continue
+        method.train().model.eval()
+        with pytest.raises(ValueError, match="both be in train mode or both in eval mode"):
+            method(labels, **inputs)
+        method.eval().model.train()
+        with pytest.raises(ValueError, match=f"of the {type(method).__name__}$"):
+            method(labels, **inputs)
+
+
+def test_too_few_labels_are_refused():
+    """One number would be broadcast against four predictions."""
+    _, inputs = batch()
+    for num_labels, labels in ((1, torch.tensor([1.0])), (3, torch.tensor([1, 2]))):
+        for method in wrapped(num_labels).values():
+            with pytest.raises(ValueError, match="labels"):
+                method.eval()(labels, **inputs)
+
+
+def test_methods_in_double_precision():
+    labels, inputs = batch()
+    for name, method in wrapped(num_labels=3).items():
+        method.double().train()
+        loss, _ = method(labels, **inputs)
+        loss.backward()
+        assert loss.isfinite(), name
+
+
+def test_a_setting_that_is_no_number_is_refused():
+    for make in (lambda: r3f.R3F(tiny(), lam=math.nan), lambda: tdt.TDT(tiny(), alpha=math.nan)):
+        with pytest.raises(ValueError, match="must not be negative, got nan"):
+            make()
+
+
+def test_a_row_without_a_real_token_has_a_loss():
+    labels, inputs = batch()
+    inputs["attention_mask"][0] = 0
+    for method in (tdt.TDT(tiny()), gtuning.GTuning(tiny().bert, 3, pooling="mean")):
+        assert method.train()(labels, **inputs)[0].isfinite()
+
+
+class Adapted(torch.nn.Module):
+    """A model as peft wraps it: `base_model` is the wrapper's own, the encoder is further inside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+        self.config = model.config
+
+    def get_base_model(self):
+        return self.base_model
+
+    def get_input_embeddings(self):
+        return self.base_model.get_input_embeddings()
+
+
+def test_tdt_finds_the_embedding_layer_of_an_adapted_model():
+    model = tiny()
+    assert tdt.embedding_layer(Adapted(model)) is model.bert.embeddings
+
+
+class LowRank(torch.nn.Linear):
+    """A linear layer with a low-rank update beside its weight."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.weight = layer.weight
+        self.update = torch.nn.Parameter(torch.randn_like(layer.weight))
+
+    def forward(self, x):
+        return super().forward(x) + torch.nn.functional.linear(x, self.update)
+
+
+def test_what_is_added_to_the_layer_that_writes_words_counts():
+    model = tiny_generator(dropout=False)
+    labels, inputs = batch_to_generate()
+    model.lm_head = LowRank(model.lm_head)
+    method = r3f.R3F(model).eval()
+    expected = model(labels=labels, **inputs).loss
+    torch.testing.assert_close(method(labels, **inputs)[0], expected)
+    method.train()(labels, **inputs)[0].backward()
+    assert model.lm_head.update.grad.abs().max() > 0
+
+    model = tiny_generator(dropout=False)
+    plain = r3f.R3F(model).eval()(labels, **inputs)[0]
+    model.lm_head.register_forward_hook(lambda module, args, logits: 2 * logits)
+    assert r3f.R3F(model).eval()(labels, **inputs)[0] != plain
+
+
+def test_gtuning_wants_a_second_sentence_for_pairs_and_for_pairs_alone():
+    labels, inputs = batch()
+    second = {f"{name}_2": value for name, value in inputs.items()}
+    with pytest.raises(ValueError, match="pair is False: .* 'input_ids_2'"):
+        gtuning.GTuning(tiny().bert, 3)(labels, **inputs, **second)
+    with pytest.raises(ValueError, match="pair is True: must be True if rows have a second"):
+        gtuning.GTuning(tiny().bert, 3, pair=True)(labels, **inputs)
+
+
+def test_gtuning_leaves_what_of_g_is_frozen_already():
+    plm = tiny().bert
+    plm.embeddings.requires_grad_(False)
+    f = gtuning.GTuning(plm, 3, tune_plm=True)
+    assert not any(p.requires_grad for p in f.plm.embeddings.parameters())
+    assert all(p.requires_grad for p in f.plm.encoder.parameters())
 
 
 def test_noise_that_would_be_rounded_away_is_refused():
