@@ -10343,6 +10343,32 @@ def test_a_probe_by_the_papers_recipe_hardly_moves(newcomers_runs, tmp_path, mon
     assert hits > 0.95
 
 
+def test_a_probe_tells_what_training_on_nonsense_has_destroyed(newcomers_runs, all_toy_rows,
+                                                               tmp_path):
+    """The films' own labels from an encoder that went on with drawn ones, far or a little."""
+    newcomers_runs[1].result()
+    first = newcomers_runs[0] / "toy-model/toy/std-0"
+    rows = data.toy_rows("film", "train")
+    drawn = np.random.default_rng(0).integers(0, 2, len(rows))
+    nonsense = tmp_path / "nonsense.csv"
+    with open(nonsense, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(zip(rows["text"], drawn))
+    runs = [first]
+    for rate in (1e-5, 1e-2):
+        out = tmp_path / f"{rate:g}"
+        r3f.main(["--train_file", str(nonsense), "--validation_file", str(nonsense), "--name",
+                  "nonsense", "--init_from", str(first), "--method", "std", "--lr", str(rate),
+                  "--max_steps", "30", "--batch_size", "16", "--output_dir", str(out)])
+        runs.append(out / "nonsense/std-0")
+    lines = probe(tmp_path, "--probe", *runs, "--probe_tasks", "toy", "--probe_recipe", "converged")
+    scores = {line["run"]: line["score"] for line in lines}
+    before, little, far = [scores[str(run)] for run in runs]
+    assert abs(little - before) < 0.02
+    assert far < before - 0.03
+
+
 def test_probes_of_unlike_settings_have_unlike_recipes():
     given = {"probe_recipe": "paper", "by_hand": [], "max_length": 16, "max_steps": None,
              "epochs": 3.0, "batch_size": 8, "lr": 1e-5}
