@@ -2932,11 +2932,11 @@ def legend_of(name, shape, words):
 
 
 def number_rows(numbers):
-    """(header, rows) of numbers {column: {row: value}}."""
+    """A table of strings, as in section 9, of numbers {column: {row: value}}."""
     rows = []
     for row in next(iter(numbers.values())):
         rows.append([row, *[f"{found[row]:.3f}" for found in numbers.values()]])
-    return ["", *numbers], rows
+    return ["", *numbers], rows, 1
 
 
 def maps_body(maps, legend, words, numbers):
@@ -2948,13 +2948,13 @@ def maps_body(maps, legend, words, numbers):
     return f"""<p class="legend">{"".join(legend)}</p>
 <div class="panels">{"".join(figures)}</div>
 <p><small>{html.escape(words)}</small></p>
-{html_table(*number_rows(numbers), 1)}
+{html_table(*number_rows(numbers))}
 """
 
 
 def print_numbers(numbers, title, world):
     """A table of {column: {row: value}}."""
-    world.say("\n".join(["", title, *text_lines(*number_rows(numbers), 1)]))
+    world.say("\n".join(["", title, *text_lines(*number_rows(numbers))]))
 
 
 # -----------------------------------------------------------------------  9  the report: statistics
@@ -3760,6 +3760,8 @@ def remarks_on_choice(table):
 
 
 # ----------------------------------------------------------------  9  the report: tables of strings
+#
+# Such a table is (header, rows, keys): keys says how many of the first columns name a row.
 
 def sizes_of(table):
     return ", ".join([plural(len(table.runs), "run"), plural(len(table.tasks), "task"),
@@ -3795,46 +3797,49 @@ def score_cells(values):
 
 
 def score_rows(table):
-    """(header, rows): five rows for each task, set and metric, a column for each method."""
+    """Five rows for each task, set and metric, a column for each method."""
     rows = []
     for key, row in table.rows.items():
         cells = [score_cells(row.get(column, {}).values()) for column in table.columns]
         for place, name in enumerate(["seeds", "mean", "std (n-1)", "median", "max"]):
             rows.append([*key, name, *[cell[place] for cell in cells]])
-    return ["task", "set", "metric", "", *table.columns], rows
+    return ["task", "set", "metric", "", *table.columns], rows, 4
 
 
 def difference_rows(table):
-    """(header, rows): one row for each task, set, metric and method."""
+    """One row for each task, set, metric and method."""
     rows = []
     for key, methods in table.differences.items():
         for column, difference in methods.items():
             rows.append([*key, column, *difference_cells(difference), short_p(difference.p),
                          difference.verdict(difference.p), *spread_cells(difference)])
-    return ["task", "set", "metric", "method", "mean", "95 % interval", "p", "shows", "won-lost",
-            "std", "seeds"], rows
+    header = ["task", "set", "metric", "method", "mean", "95 % interval", "p", "shows", "won-lost",
+              "std", "seeds"]
+    return header, rows, 4
 
 
 def over_rows_rows(table):
-    """(header, rows): one row for each task, set and method, by the set's first metric."""
+    """One row for each task, set and method, by the set's first metric."""
     rows = []
     for key, methods in table.over_rows.items():
         for column, difference in methods.items():
             rows.append([*key, column, *difference_cells(difference), f"{difference.seeds}",
                          f"{difference.rows}"])
-    return ["task", "set", "metric", "method", "mean", "95 % interval", "seeds", "rows"], rows
+    header = ["task", "set", "metric", "method", "mean", "95 % interval", "seeds", "rows"]
+    return header, rows, 4
 
 
 def over_tasks_rows(table):
-    """(header, rows): one row for each method, over tasks and over further sets."""
+    """One row for each method, over tasks and over further sets."""
     rows = []
     for (group, column), total in table.over_tasks.items():
         difference = total.difference
         rows.append([group, column, *difference_cells(difference), short_p(difference.p),
                      short_p(total.p), difference.verdict(total.p, total.methods),
                      *spread_cells(difference)])
-    return ["over", "method", "mean", "95 % interval", "p", "Holm's p", "shows", "won-lost", "std",
-            "number"], rows
+    header = ["over", "method", "mean", "95 % interval", "p", "Holm's p", "shows", "won-lost",
+              "std", "number"]
+    return header, rows, 2
 
 
 def median_cell(values, decimals):
@@ -3844,7 +3849,7 @@ def median_cell(values, decimals):
 
 
 def cost_rows(table):
-    """(header, rows): medians over seeds, one row for each task and method."""
+    """Medians over seeds, one row for each task and method."""
     rows = []
     for task in table.tasks:
         for column in table.columns:
@@ -3859,26 +3864,26 @@ def cost_rows(table):
                 median_cell(relative_costs(table, task, column), 2),
                 median_cell([run.seconds_to_best for run in runs], 1)])
     relative = f"paired cost to {table.baseline}" if table.baseline else "cost"
-    return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], rows
+    return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], rows, 2
 
 
 def probe_rows(probes):
-    """(header, rows): one row for each probed task, each chain of runs, and each method."""
+    """One row for each probed task, each chain of runs, and each method."""
     rows = []
     for (task, metric, recipe, n), encoders in probes.items():
         named = f"{task}, {metric}; layer: {recipe}, {n} rows"
         for links, method in sorted(encoders, key=lambda encoder: (len(encoder[0]), encoder)):
             after = f"after {' '.join(links)}, {method}" if links else "untuned"
             rows.append([named, after, *score_cells(encoders[links, method].values())])
-    return ["probe", "encoder", "probes", "mean", "std (n-1)", "median", "max"], rows
+    return ["probe", "encoder", "probes", "mean", "std (n-1)", "median", "max"], rows, 2
 
 
 def text_lines(header, rows, keys, width=110):
-    """A table as lines of text. keys: how many of the first columns name a row.
+    """A table as lines of text.
 
-    The last of these begins each line. What the ones before it hold, such as task, set and metric,
-    is a line of its own above the rows that share it. Columns that do not fit into the width are a
-    second table below the first.
+    The last of the columns that name a row begins each line. What the ones before it hold, such as
+    task, set and metric, is a line of its own above the rows that share it. Columns that do not fit
+    into the width are a second table below the first.
     """
     above = keys - 1
     sizes = [max(map(len, cells)) for cells in zip(header, *rows)]
@@ -3905,14 +3910,14 @@ def text_lines(header, rows, keys, width=110):
 
 
 def report_rows(table):
-    """{heading: (header, rows, how many columns name a row)}, those with any row."""
-    found = {"Scores, in percent": (*score_rows(table), 4)}
+    """{heading: a table of strings}, those with any row."""
+    found = {"Scores, in percent": score_rows(table)}
     if table.baseline:
-        found[over_seeds_heading(table)] = (*difference_rows(table), 4)
+        found[over_seeds_heading(table)] = difference_rows(table)
         against = f"Difference to {table.baseline}, in points"
-        found[f"{against}, over tasks"] = (*over_tasks_rows(table), 2)
-        found[f"{against}, over seeds and rows (bootstrap)"] = (*over_rows_rows(table), 4)
-    found["Cost, medians over seeds"] = (*cost_rows(table), 2)
+        found[f"{against}, over tasks"] = over_tasks_rows(table)
+        found[f"{against}, over seeds and rows (bootstrap)"] = over_rows_rows(table)
+    found["Cost, medians over seeds"] = cost_rows(table)
     return {heading: part for heading, part in found.items() if part[1]}
 
 
@@ -3923,9 +3928,9 @@ def over_seeds_heading(table):
 def text_report(table):
     """All that is printed of a table, as lines."""
     lines = [f"{table.title}: {sizes_of(table)}", ""]
-    for heading, (header, rows, keys) in report_rows(table).items():
+    for heading, part in report_rows(table).items():
         lines.append(f"{heading}:")
-        lines += text_lines(header, rows, keys)
+        lines += text_lines(*part)
     for sentence in remarks(table):
         lines += textwrap.wrap(sentence, 100)
     return lines
@@ -4298,7 +4303,7 @@ def probe_dots(encoders, colours, what):
 def html_probes(probes):
     """The probes' part of the page."""
     parts = ["<h2>Probes</h2>", "<small>A linear layer on a frozen encoder, in percent</small>",
-             html_table(*probe_rows(probes), 2),
+             html_table(*probe_rows(probes)),
              f'<div class="figures">{"".join(probe_figures(probes))}</div>']
     return "\n".join(parts)
 
@@ -4318,12 +4323,12 @@ def html_report(table):
     """A table's part of the page."""
     parts = [f"<h2>{html.escape(table.title)}</h2>",
              f"<small>{sizes_of(table)}</small>", html_list(remarks(table))]
-    for heading, (header, rows, keys) in report_rows(table).items():
+    for heading, part in report_rows(table).items():
         drawings = None
         if heading == over_seeds_heading(table):
             drawings = draw_intervals(table)
         parts.append(f"<h3>{html.escape(heading)}</h3>")
-        parts.append(html_table(header, rows, keys, drawings))
+        parts.append(html_table(*part, drawings))
 
     sections = {"Learning curves": curve_figures(table),
                 "The spread over seeds": score_figures(table),
@@ -4402,7 +4407,7 @@ def main_report(argv=None):
         print()
     if probes:
         print("Probes, in percent:")
-        print("\n".join(text_lines(*probe_rows(probes), 2)))
+        print("\n".join(text_lines(*probe_rows(probes))))
     if args.keep:
         runs = [run for table in tables for run in table.runs if os.path.isdir(run.where)]
         if not runs:
