@@ -4453,9 +4453,8 @@ TOY_BART_TRAINING = {"steps": 600, "lr": 3e-3, "share": 0.33}
 def toy_model(world):
     """Folder of a 2-layer BERT, pre-trained once on the toy corpus, which covers both domains."""
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
-    corpus = data.toy_corpus()
     words = data.toy_vocabulary()
-    folder = toy_folder("toy-bert", words + corpus, TOY_BERT, TOY_BERT_TRAINING)
+    folder = toy_folder("toy-bert", words, TOY_BERT, TOY_BERT_TRAINING)
     if os.path.exists(os.path.join(folder, "config.json")):
         return folder
 
@@ -4477,9 +4476,10 @@ def toy_model(world):
     return save_made(model, tokenizer, folder)
 
 
-def toy_folder(name, text, *settings):
-    """Where a toy model lies that is made of these words and texts with these settings."""
-    return made_folder(name, "\n".join(text).encode(), f"{settings}".encode())
+def toy_folder(name, words, *settings):
+    """Where a toy model lies that is made of the toy corpus with these words and settings."""
+    text = "\n".join([*words, *data.toy_corpus()])
+    return made_folder(name, text.encode(), f"{settings}".encode())
 
 
 def made_folder(name, *made_of):
@@ -4661,9 +4661,8 @@ def toy_writer(world):
     """Folder of a BART of 2 + 2 layers, pre-trained once to restore what was damaged of the toy
     corpus, which covers both domains."""
     from transformers import BartConfig, BartForConditionalGeneration
-    corpus = data.toy_corpus()
     words = [*data.toy_vocabulary(), "\n"]
-    folder = toy_folder("toy-bart", words + corpus, TOY_BART, TOY_BART_TRAINING)
+    folder = toy_folder("toy-bart", words, TOY_BART, TOY_BART_TRAINING)
     if os.path.exists(os.path.join(folder, "config.json")):
         return folder
 
