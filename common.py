@@ -341,10 +341,15 @@ def read_flags(p, argv, by_hand):
 
 def run_model(folder):
     """The model's folder of a finished run."""
-    if not os.path.isfile(os.path.join(folder, "model", "config.json")):
+    path = os.path.join(folder, "model")
+    if not holds_model(path):
         raise UserError(f"--init_from {folder}: must be the folder of a finished run, with "
                         "model/config.json in it")
-    return os.path.join(folder, "model")
+    return path
+
+
+def holds_model(folder):
+    return os.path.exists(os.path.join(folder, "config.json"))
 
 
 def model_flag(args):
@@ -975,8 +980,9 @@ def load_tokenizer(args, world, task=None):
         why = first_line(error)
         if args.path.startswith((".", "/", "~")) and not os.path.isdir(args.path):
             why = "no such folder"
-        if os.path.exists(os.path.join(args.path, "model", "config.json")):
-            why = f"is a run's folder; its model is {os.path.join(args.path, 'model')}"
+        of_run = os.path.join(args.path, "model")
+        if holds_model(of_run):
+            why = f"is a run's folder; its model is {of_run}"
         raise UserError(f"{model_flag(args)}: {why}") from error
     writes = task is not None and data.KINDS[task.kind].decodes
     if writes and not config.is_encoder_decoder:
@@ -1951,7 +1957,7 @@ def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
     args.recipe_name = f"that of {folder}"
     # A model's folder has its tokenizer and config; a frozen encoder is loaded by its name.
     saved = os.path.join(folder, "model")
-    if os.path.exists(os.path.join(saved, "config.json")):
+    if holds_model(saved):
         args.model = saved
     args.own_files = "" if args.task in data.TASKS else folder
     args.own_labels = []
@@ -4455,7 +4461,7 @@ def toy_model(world):
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
     words = data.toy_vocabulary()
     folder = toy_folder("toy-bert", words, TOY_BERT, TOY_BERT_TRAINING)
-    if os.path.exists(os.path.join(folder, "config.json")):
+    if holds_model(folder):
         return folder
 
     world.say("pre-training the toy model, once (about 30 s) ...")
@@ -4503,7 +4509,7 @@ def save_made(model, tokenizer, folder):
     try:
         os.replace(unfinished, folder)
     except OSError:                                    # there is one
-        if os.path.exists(os.path.join(folder, "config.json")):
+        if holds_model(folder):
             shutil.rmtree(unfinished)
         else:
             shutil.rmtree(folder)
@@ -4613,7 +4619,7 @@ def post_trained(args, setup, seed, world):
     folder = made_folder(
         "post-trained", digest_weights(model).encode(), split.fields["input_ids"].values.tobytes(),
         split.lengths.tobytes(), f"{args.post_train:g} {world.precision} {POST_TRAINING}".encode())
-    if os.path.exists(os.path.join(folder, "config.json")):
+    if holds_model(folder):
         return folder
     if any(not name.startswith(model.base_model_prefix) for name in info["missing_keys"]):
         world.say(f"warning: {args.model} comes without a head for masked words; one starts at "
@@ -4663,7 +4669,7 @@ def toy_writer(world):
     from transformers import BartConfig, BartForConditionalGeneration
     words = [*data.toy_vocabulary(), "\n"]
     folder = toy_folder("toy-bart", words, TOY_BART, TOY_BART_TRAINING)
-    if os.path.exists(os.path.join(folder, "config.json")):
+    if holds_model(folder):
         return folder
 
     world.say("pre-training the toy model that writes, once (about 30 s) ...")
