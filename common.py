@@ -4110,20 +4110,23 @@ def dots_svg(groups, colours, label):
     row = 26
     bottom = row * len(groups) + 6
     low, high = span([value for values in groups.values() for value in values])
+
+    def place(value):
+        return np.interp(value, [low, high], [left, width - 14])
+
     shapes = []
     for value in round_numbers(low, high):
-        x = np.interp(value, [low, high], [left, width - 14])
+        x = place(value)
         shapes.append(line_at(x, 4, x, bottom, "grid"))
         shapes.append(text_at(x, bottom + 16, f"{value:g}"))
-    for place, (method, values) in enumerate(groups.items()):
-        y = row * place + row / 2 + 4
+    for number, (method, values) in enumerate(groups.items()):
+        y = row * number + row / 2 + 4
         shapes.append(text_at(8, y + 4, method, "start", "name"))
         for i, value in enumerate(sorted(values)):
-            x = np.interp(value, [low, high], [left, width - 14])
             shift = (i % 3 - 1) * 4                    # equal values stay apart
-            shapes.append(f'<circle cx="{x:.1f}" cy="{y + shift:.1f}" r="4" '
+            shapes.append(f'<circle cx="{place(value):.1f}" cy="{y + shift:.1f}" r="4" '
                           f'class="dot {colours[method]}"/>')
-        x = np.interp(np.median(values), [low, high], [left, width - 14])
+        x = place(np.median(values))
         shapes.append(line_at(x, y - 10, x, y + 10, f"mark {colours[method]}"))
     return svg(width, bottom + 24, shapes, label)
 
