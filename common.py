@@ -4221,10 +4221,8 @@ def score_figures(table):
     """A figure for each task: the spread of its main metric over seeds."""
     figures = []
     for key in first_keys(table.rows, 1).values():
-        groups = {}
-        for column in table.columns:
-            if table.rows[key].get(column):
-                groups[column] = [*table.rows[key][column].values()]
+        row = table.rows[key]
+        groups = {column: [*row[column].values()] for column in table.columns if column in row}
         figures.append(dots_figure(table, groups, ", ".join(key)))
     return figures
 
@@ -4325,7 +4323,7 @@ def dots_figure(table, groups, what):
 
 def html_list(sentences):
     items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
-    return f"<ul>{items}</ul>" if items else ""
+    return f"<ul>{items}</ul>"
 
 
 def html_report(table):
