@@ -3523,6 +3523,9 @@ class Table:
     def runs_of(self, task, column):
         return [run for run in self.runs if run.task == task and run.label == column]
 
+    def devices_of(self, task):
+        return {run.line.get("device") for run in self.runs if run.task == task}
+
     @property
     def tasks(self):
         return [*dict.fromkeys(run.task for run in self.runs)]
@@ -3758,8 +3761,7 @@ def remarks_on_choice(table):
         said.append("By the held-out rows flags or states were chosen: their scores are too high, "
                     "and differences on them show nothing.")
     for task in table.tasks:
-        devices = {run.line.get("device") for run in table.runs if run.task == task}
-        if len(devices) > 1:
+        if len(table.devices_of(task)) > 1:
             said.append(f"{task} ran on different machines; costs are compared on the same one "
                         "alone, and its seconds to the best state not at all.")
     return said
@@ -4237,9 +4239,9 @@ def seconds_figures(table):
             known = [value for value in seconds if value is not None]
             if known:
                 groups[column] = known
-        devices = {run.line.get("device") for run in table.runs if run.task == task}
-        if groups and len(devices) == 1:
-            figures.append(dots_figure(table, groups, f"{task}, seconds on {[*devices][0]}"))
+        device, *others = table.devices_of(task)
+        if groups and not others:
+            figures.append(dots_figure(table, groups, f"{task}, seconds on {device}"))
     return figures
 
 
