@@ -384,14 +384,15 @@ def check_flags(args):
         if flag in args.by_hand and not getattr(args, flag):
             raise UserError(f"--{flag}: must not be empty")
     if len(args.batching) > 1 and not args.profile:
-        given = " ".join(args.batching)
-        raise UserError(f"--batching {given}: must be one name (several: with --profile)")
+        raise UserError(f"--batching {shown(args.batching)}: must be one name (several: with "
+                        "--profile)")
     if args.grid and args.profile:
         raise UserError("--profile: cannot go together with --grid")
-    if len(args.text_columns or []) > 2:
-        raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be one or two names")
-    if len(set(args.text_columns or [])) < len(args.text_columns or []):
-        raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be different names")
+    columns = args.text_columns or []
+    if len(columns) > 2:
+        raise UserError(f"--text_columns {shown(columns)}: must be one or two names")
+    if len(set(columns)) < len(columns):
+        raise UserError(f"--text_columns {shown(columns)}: must be different names")
     if (args.grid or args.choosing) and not (args.dev_samples or args.run):
         flag = "--grid" if args.grid else "--choosing"
         raise UserError(f"{flag}: needs --dev_samples, the training rows to choose by")
