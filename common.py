@@ -444,20 +444,20 @@ def cli(main):
         return 0
     except (UserError, RunError) as error:
         time.sleep(10 if rank else 0)
-        tell_error(rank, error)
+        tell_error(error)
         return 2 if isinstance(error, UserError) else 1
     except Stopped as stop:
         if rank == 0:
-            tell_error(rank, stop.message)
+            tell_error(stop.message)
         return stop.code
     except BrokenPipeError as error:                   # often the reader of our output: `| head`
-        tell_error(rank, f"an output is closed: {error.strerror}")
+        tell_error(f"an output is closed: {error.strerror}")
         silence_output()
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        tell_error(rank, f"cannot write {error.filename or 'a file'}: {error.strerror}")
+        tell_error(f"cannot write {error.filename or 'a file'}: {error.strerror}")
         return 1
     except RuntimeError:
         time.sleep(10 if rank else 0)                  # a process that waited for one that failed
@@ -475,7 +475,8 @@ def process_rank():
     return int(os.environ.get("RANK", 0))
 
 
-def tell_error(rank, message):
+def tell_error(message):
+    rank = process_rank()
     who = f"rank {rank}: " if rank else ""
     print(f"{os.path.basename(sys.argv[0])}: {who}{message}", file=sys.stderr, flush=True)
 
