@@ -1298,15 +1298,16 @@ def evaluate(forward, module, sets, setup, world, folder=None):
     for name, (task, split) in sets.items():
         kept = predict(forward, module, split, setup, world, f"evaluating {name}")
         scores[name] = setup.kind.score(task, setup.task, kept, split)
-        if folder and setup.kind.decodes:
+        if not folder:
+            continue
+        if setup.kind.decodes:
             write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
-        if folder and setup.kind.predictions:
+        if setup.kind.predictions:
             scored[f"{name}:predictions"] = setup.kind.predictions(task, setup.task, kept)
             scored[f"{name}:labels"] = split.labels
-        if folder:
-            texts = {setup.kind.text(setup.task, output) for output in kept}
-            if len(texts) == 1 and len(kept) > 1:
-                world.say(f"warning: {name}: all {len(kept)} rows are predicted as {texts.pop()!r}")
+        texts = {setup.kind.text(setup.task, output) for output in kept}
+        if len(texts) == 1 and len(kept) > 1:
+            world.say(f"warning: {name}: all {len(kept)} rows are predicted as {texts.pop()!r}")
 
     if scored:
         write_scored(folder, scored, world)
