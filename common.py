@@ -819,12 +819,9 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
         train = None                                   # of --run
         if rows.train is not None:
             train = encode(rows.train, task, **of_training)
-        validation = {}
-        for name, part in rows.validation.items():
-            validation[name] = task, encode(part, task)
-        further = {}
-        for name, (its_task, part) in rows.further.items():
-            further[name] = its_task, encode(part, its_task)
+        validation = {name: (task, encode(part, task)) for name, part in rows.validation.items()}
+        further = {name: (its_task, encode(part, its_task))
+                   for name, (its_task, part) in rows.further.items()}
         unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
     setup = Setup(task, tokenizer, train, validation, further, unscored, {}, args.eval_samples)
     per_epoch = None
