@@ -4587,11 +4587,11 @@ POST_TRAINING = {"share": 0.15, "lr": 5e-5, "batch_size": 32, "warmup": 0.06}
 def post_trained(args, setup, seed, world):
     """--post_train E: the folder of --model after E epochs on the text it is then trained on.
 
-    Gururangan et al., Don't Stop Pretraining, ACL 2020. 15% of the
-    words, drawn anew each time, BERT's 80/10/10 of them, batches of 32 rows, both sentences of a
-    pair in one; AdamW at 5e-5 after a warm-up of 6%, with linear decay. The paper gives none of
-    these. The same model, text and settings are found again, whatever script or run wants them.
-    One process makes it: for a large text start the run with one first.
+    Gururangan et al., Don't Stop Pretraining, ACL 2020. 15% of the words, drawn anew each time,
+    BERT's 80/10/10 of them, batches of 32 rows, both sentences of a pair in one; AdamW at 5e-5
+    after a warm-up of 6%, with linear decay. The paper gives none of these. The same model, text
+    and settings are found again, whatever script or run wants them. One process makes it: for a
+    large text start the run with one first.
     """
     import transformers
     given = f"--post_train {args.post_train:g}: {args.model}"
