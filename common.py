@@ -4253,7 +4253,7 @@ def probe_figures(probes):
             figures.append(chain_figure(chain, encoders, colours, what))
         on_chains = {chain[:length] for chain in chains for length in range(len(chain) + 1)}
         others = {encoder: scores for encoder, scores in encoders.items()
-                  if encoder[0] not in on_chains or not chains}
+                  if encoder[0] not in on_chains}
         if others:
             figures.append(probe_dots(others, colours, what))
     return figures
@@ -4264,7 +4264,7 @@ def whole_chains(encoders):
     all_links = sorted({links for links, _ in encoders})
     chains = []
     for chain in all_links:
-        on_the_way = [links for links in all_links if is_beginning(links, chain)]
+        on_the_way = any(is_beginning(links, chain) for links in all_links)
         goes_on = any(is_beginning(chain, links) for links in all_links)
         if len(chain) > 1 and on_the_way and not goes_on:
             chains.append(chain)
