@@ -3113,9 +3113,10 @@ def result_line(results):
     script's own, and of those that all scripts have the ones that are not a default. searched:
     {flag: values} of a search that chose the run's flags, if there was one.
     """
+    defaults = default_flags()
     flags = {}
     for name, value in results["args"].items():
-        is_default = name in default_flags() and default_flags()[name] == value
+        is_default = name in defaults and defaults[name] == value
         if name != "task" and not is_default:
             flags[name] = value
     best = results.get("best")
