@@ -1762,7 +1762,7 @@ class Run:
         set, is above that of the best state so far."""
         step = min(self.step + 1, self.total)          # in the loop the step is not over yet
         self.log_scores(metrics, step)
-        value = main_value(metrics)
+        _, _, value = first_score(metrics)
         if self.best is None or value > self.best["value"]:
             self.best = {"step": step, "seconds": round(self.seconds_so_far(), 2), "value": value,
                          "metrics": metrics}
@@ -1860,21 +1860,22 @@ class Run:
     def collect_results(self, metrics, padding_efficiency):
         """All of results.json."""
         import transformers
+        _, main_metric, _ = first_score(metrics)
         rate = self.step * self.rows_a_step() / max(self.seconds, 1e-9)
-        searched = {}
-        if self.args.searched:
-            searched = {"searched": read_grid(self.args.searched)}
         versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                     "transformers": transformers.__version__, "device": str(self.world),
                     "commit": commit_of_code()}
-        return {
+        results = {
             "task": self.args.task, "method": self.method, "seed": self.seed,
-            "model": self.args.model, "main_metric": next(iter(next(iter(metrics.values())))),
+            "model": self.args.model, "main_metric": main_metric,
             "metrics": metrics, "best": self.best, "steps": self.step,
             "train_seconds": round(self.seconds, 2), "examples_per_second": round(rate, 1),
             "padding_efficiency": round(padding_efficiency, 4),
             "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size,
-            "args": self.identity, "versions": versions, **searched}
+            "args": self.identity, "versions": versions}
+        if self.args.searched:
+            results["searched"] = read_grid(self.args.searched)
+        return results
 
 
 def commit_of_code():
@@ -1888,9 +1889,11 @@ def commit_of_code():
     return done.stdout.strip() or None
 
 
-def main_value(metrics):
-    """The first metric of the first set."""
-    return next(iter(next(iter(metrics.values())).values()))
+def first_score(scores):
+    """(set, metric, value) of the main one: the first metric of the first set."""
+    name, metrics = next(iter(scores.items()))
+    metric, value = next(iter(metrics.items()))
+    return name, metric, value
 
 
 def read_results(folder):
@@ -2249,8 +2252,10 @@ def score_of_cell(main, argv):
         if process_rank() == 0:
             print(error)
         return -math.inf
-    best = result["best"]
-    return best["value"] if best else main_value(result["metrics"])
+    if result["best"]:
+        return result["best"]["value"]
+    _, _, value = first_score(result["metrics"])
+    return value
 
 
 def read_grid(words):
@@ -3309,8 +3314,7 @@ def read_evaluation(text):
     line = json.loads(text)
     if line.get("metrics") is None:
         return None
-    name, metrics = next(iter(line["metrics"].items()))
-    metric, value = next(iter(metrics.items()))
+    name, metric, value = first_score(line["metrics"])
     if not is_number(line["step"]) or not is_number(value):
         raise ValueError("no number")
     return (name, metric), line["step"], value
