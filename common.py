@@ -4172,12 +4172,8 @@ def draw_intervals(table):
     found = []
     for methods in table.differences.values():
         found += methods.items()
-    ends = []
-    for _, difference in found:
-        for value in (difference.mean, difference.low, difference.high):
-            if not math.isnan(value):
-                ends.append(abs(value))
-    reach = max(ends) or 1
+    ends = np.abs([[difference.mean, difference.low, difference.high] for _, difference in found])
+    reach = np.nanmax(ends) or 1                       # a difference of one seed has no interval
     return [interval_svg(difference, reach, colour_of(table, column))
             for column, difference in found]
 
