@@ -4206,12 +4206,11 @@ def curve_figures(table):
 
     figures = []
     for key, curves in found.items():
-        columns = [column for column in table.columns if column in curves]
-        colours = {column: colour_of(table, column) for column in columns}
+        curves = {column: curves[column] for column in table.columns if column in curves}
+        colours = {column: colour_of(table, column) for column in curves}
         what = ", ".join(key)
-        picture = curve_svg({column: curves[column] for column in columns}, colours, what)
         caption = f"{what}, over steps: median of the seeds, least to greatest."
-        figures.append(figure(picture, caption, colours))
+        figures.append(figure(curve_svg(curves, colours, what), caption, colours))
     return figures
 
 
