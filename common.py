@@ -341,10 +341,15 @@ def read_flags(p, argv, by_hand):
 
 def run_model(folder):
     """The model's folder of a finished run."""
-    if not os.path.isfile(os.path.join(folder, "model", "config.json")):
+    path = os.path.join(folder, "model")
+    if not holds_model(path):
         raise UserError(f"--init_from {folder}: must be the folder of a finished run, with "
                         "model/config.json in it")
-    return os.path.join(folder, "model")
+    return path
+
+
+def holds_model(folder):
+    return os.path.exists(os.path.join(folder, "config.json"))
 
 
 def model_flag(args):
@@ -379,14 +384,15 @@ def check_flags(args):
         if flag in args.by_hand and not getattr(args, flag):
             raise UserError(f"--{flag}: must not be empty")
     if len(args.batching) > 1 and not args.profile:
-        given = " ".join(args.batching)
-        raise UserError(f"--batching {given}: must be one name (several: with --profile)")
+        raise UserError(f"--batching {shown(args.batching)}: must be one name (several: with "
+                        "--profile)")
     if args.grid and args.profile:
         raise UserError("--profile: cannot go together with --grid")
-    if len(args.text_columns or []) > 2:
-        raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be one or two names")
-    if len(set(args.text_columns or [])) < len(args.text_columns or []):
-        raise UserError(f"--text_columns {' '.join(args.text_columns)}: must be different names")
+    columns = args.text_columns or []
+    if len(columns) > 2:
+        raise UserError(f"--text_columns {shown(columns)}: must be one or two names")
+    if len(set(columns)) < len(columns):
+        raise UserError(f"--text_columns {shown(columns)}: must be different names")
     if (args.grid or args.choosing) and not (args.dev_samples or args.run):
         flag = "--grid" if args.grid else "--choosing"
         raise UserError(f"{flag}: needs --dev_samples, the training rows to choose by")
@@ -438,20 +444,20 @@ def cli(main):
         return 0
     except (UserError, RunError) as error:
         time.sleep(10 if rank else 0)
-        tell_error(rank, error)
+        tell_error(error)
         return 2 if isinstance(error, UserError) else 1
     except Stopped as stop:
         if rank == 0:
-            tell_error(rank, stop.message)
+            tell_error(stop.message)
         return stop.code
     except BrokenPipeError as error:                   # often the reader of our output: `| head`
-        tell_error(rank, f"an output is closed: {error.strerror}")
+        tell_error(f"an output is closed: {error.strerror}")
         silence_output()
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        tell_error(rank, f"cannot write {error.filename or 'a file'}: {error.strerror}")
+        tell_error(f"cannot write {error.filename or 'a file'}: {error.strerror}")
         return 1
     except RuntimeError:
         time.sleep(10 if rank else 0)                  # a process that waited for one that failed
@@ -469,7 +475,8 @@ def process_rank():
     return int(os.environ.get("RANK", 0))
 
 
-def tell_error(rank, message):
+def tell_error(message):
+    rank = process_rank()
     who = f"rank {rank}: " if rank else ""
     print(f"{os.path.basename(sys.argv[0])}: {who}{message}", file=sys.stderr, flush=True)
 
@@ -812,12 +819,9 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
         train = None                                   # of --run
         if rows.train is not None:
             train = encode(rows.train, task, **of_training)
-        validation = {}
-        for name, part in rows.validation.items():
-            validation[name] = task, encode(part, task)
-        further = {}
-        for name, (its_task, part) in rows.further.items():
-            further[name] = its_task, encode(part, its_task)
+        validation = {name: (task, encode(part, task)) for name, part in rows.validation.items()}
+        further = {name: (its_task, encode(part, its_task))
+                   for name, (its_task, part) in rows.further.items()}
         unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
     setup = Setup(task, tokenizer, train, validation, further, unscored, {}, args.eval_samples)
     per_epoch = None
@@ -975,8 +979,9 @@ def load_tokenizer(args, world, task=None):
         why = first_line(error)
         if args.path.startswith((".", "/", "~")) and not os.path.isdir(args.path):
             why = "no such folder"
-        if os.path.exists(os.path.join(args.path, "model", "config.json")):
-            why = f"is a run's folder; its model is {os.path.join(args.path, 'model')}"
+        of_run = os.path.join(args.path, "model")
+        if holds_model(of_run):
+            why = f"is a run's folder; its model is {of_run}"
         raise UserError(f"{model_flag(args)}: {why}") from error
     writes = task is not None and data.KINDS[task.kind].decodes
     if writes and not config.is_encoder_decoder:
@@ -1290,15 +1295,16 @@ def evaluate(forward, module, sets, setup, world, folder=None):
     for name, (task, split) in sets.items():
         kept = predict(forward, module, split, setup, world, f"evaluating {name}")
         scores[name] = setup.kind.score(task, setup.task, kept, split)
-        if folder and setup.kind.decodes:
+        if not folder:
+            continue
+        if setup.kind.decodes:
             write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
-        if folder and setup.kind.predictions:
+        if setup.kind.predictions:
             scored[f"{name}:predictions"] = setup.kind.predictions(task, setup.task, kept)
             scored[f"{name}:labels"] = split.labels
-        if folder:
-            texts = {setup.kind.text(setup.task, output) for output in kept}
-            if len(texts) == 1 and len(kept) > 1:
-                world.say(f"warning: {name}: all {len(kept)} rows are predicted as {texts.pop()!r}")
+        texts = {setup.kind.text(setup.task, output) for output in kept}
+        if len(texts) == 1 and len(kept) > 1:
+            world.say(f"warning: {name}: all {len(kept)} rows are predicted as {texts.pop()!r}")
 
     if scored:
         write_scored(folder, scored, world)
@@ -1337,12 +1343,7 @@ def averages(scores):
     scores {set: {metric: value}}. A set is TASK, or another split of it, TASK/SPLIT: then the mean
     is over sets of the same split.
     """
-    endings = []                                       # "" and "/SPLIT"
-    for name in scores:
-        _, slash, split = name.partition("/")
-        if slash + split not in endings:
-            endings.append(slash + split)
-
+    endings = dict.fromkeys("".join(name.partition("/")[1:]) for name in scores)     # "", "/SPLIT"
     means = {}
     for (group, tasks), ending in itertools.product(data.GROUPS.items(), endings):
         found = [scores[task + ending] for task in tasks if task + ending in scores]
@@ -1761,7 +1762,7 @@ class Run:
         set, is above that of the best state so far."""
         step = min(self.step + 1, self.total)          # in the loop the step is not over yet
         self.log_scores(metrics, step)
-        value = main_value(metrics)
+        _, _, value = first_score(metrics)
         if self.best is None or value > self.best["value"]:
             self.best = {"step": step, "seconds": round(self.seconds_so_far(), 2), "value": value,
                          "metrics": metrics}
@@ -1859,21 +1860,22 @@ class Run:
     def collect_results(self, metrics, padding_efficiency):
         """All of results.json."""
         import transformers
+        _, main_metric, _ = first_score(metrics)
         rate = self.step * self.rows_a_step() / max(self.seconds, 1e-9)
-        searched = {}
-        if self.args.searched:
-            searched = {"searched": read_grid(self.args.searched)}
         versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                     "transformers": transformers.__version__, "device": str(self.world),
                     "commit": commit_of_code()}
-        return {
+        results = {
             "task": self.args.task, "method": self.method, "seed": self.seed,
-            "model": self.args.model, "main_metric": next(iter(next(iter(metrics.values())))),
+            "model": self.args.model, "main_metric": main_metric,
             "metrics": metrics, "best": self.best, "steps": self.step,
             "train_seconds": round(self.seconds, 2), "examples_per_second": round(rate, 1),
             "padding_efficiency": round(padding_efficiency, 4),
             "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size,
-            "args": self.identity, "versions": versions, **searched}
+            "args": self.identity, "versions": versions}
+        if self.args.searched:
+            results["searched"] = read_grid(self.args.searched)
+        return results
 
 
 def commit_of_code():
@@ -1887,9 +1889,11 @@ def commit_of_code():
     return done.stdout.strip() or None
 
 
-def main_value(metrics):
-    """The first metric of the first set."""
-    return next(iter(next(iter(metrics.values())).values()))
+def first_score(scores):
+    """(set, metric, value) of the main one: the first metric of the first set."""
+    name, metrics = next(iter(scores.items()))
+    metric, value = next(iter(metrics.items()))
+    return name, metric, value
 
 
 def read_results(folder):
@@ -1951,7 +1955,7 @@ def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
     args.recipe_name = f"that of {folder}"
     # A model's folder has its tokenizer and config; a frozen encoder is loaded by its name.
     saved = os.path.join(folder, "model")
-    if os.path.exists(os.path.join(saved, "config.json")):
+    if holds_model(saved):
         args.model = saved
     args.own_files = "" if args.task in data.TASKS else folder
     args.own_labels = []
@@ -2248,8 +2252,10 @@ def score_of_cell(main, argv):
         if process_rank() == 0:
             print(error)
         return -math.inf
-    best = result["best"]
-    return best["value"] if best else main_value(result["metrics"])
+    if result["best"]:
+        return result["best"]["value"]
+    _, _, value = first_score(result["metrics"])
+    return value
 
 
 def read_grid(words):
@@ -2932,11 +2938,11 @@ def legend_of(name, shape, words):
 
 
 def number_rows(numbers):
-    """(header, rows) of numbers {column: {row: value}}."""
+    """A table of strings, as in section 9, of numbers {column: {row: value}}."""
     rows = []
     for row in next(iter(numbers.values())):
         rows.append([row, *[f"{found[row]:.3f}" for found in numbers.values()]])
-    return ["", *numbers], rows
+    return ["", *numbers], rows, 1
 
 
 def maps_body(maps, legend, words, numbers):
@@ -2948,13 +2954,13 @@ def maps_body(maps, legend, words, numbers):
     return f"""<p class="legend">{"".join(legend)}</p>
 <div class="panels">{"".join(figures)}</div>
 <p><small>{html.escape(words)}</small></p>
-{html_table(*number_rows(numbers), 1)}
+{html_table(*number_rows(numbers))}
 """
 
 
 def print_numbers(numbers, title, world):
     """A table of {column: {row: value}}."""
-    world.say("\n".join(["", title, *text_lines(*number_rows(numbers), 1)]))
+    world.say("\n".join(["", title, *text_lines(*number_rows(numbers))]))
 
 
 # -----------------------------------------------------------------------  9  the report: statistics
@@ -3112,9 +3118,10 @@ def result_line(results):
     script's own, and of those that all scripts have the ones that are not a default. searched:
     {flag: values} of a search that chose the run's flags, if there was one.
     """
+    defaults = default_flags()
     flags = {}
     for name, value in results["args"].items():
-        is_default = name in default_flags() and default_flags()[name] == value
+        is_default = name in defaults and defaults[name] == value
         if name != "task" and not is_default:
             flags[name] = value
     best = results.get("best")
@@ -3307,8 +3314,7 @@ def read_evaluation(text):
     line = json.loads(text)
     if line.get("metrics") is None:
         return None
-    name, metrics = next(iter(line["metrics"].items()))
-    metric, value = next(iter(metrics.items()))
+    name, metric, value = first_score(line["metrics"])
     if not is_number(line["step"]) or not is_number(value):
         raise ValueError("no number")
     return (name, metric), line["step"], value
@@ -3516,6 +3522,9 @@ class Table:
 
     def runs_of(self, task, column):
         return [run for run in self.runs if run.task == task and run.label == column]
+
+    def devices_of(self, task):
+        return {run.line.get("device") for run in self.runs if run.task == task}
 
     @property
     def tasks(self):
@@ -3752,14 +3761,15 @@ def remarks_on_choice(table):
         said.append("By the held-out rows flags or states were chosen: their scores are too high, "
                     "and differences on them show nothing.")
     for task in table.tasks:
-        devices = {run.line.get("device") for run in table.runs if run.task == task}
-        if len(devices) > 1:
+        if len(table.devices_of(task)) > 1:
             said.append(f"{task} ran on different machines; costs are compared on the same one "
                         "alone, and its seconds to the best state not at all.")
     return said
 
 
 # ----------------------------------------------------------------  9  the report: tables of strings
+#
+# Such a table is (header, rows, keys): keys says how many of the first columns name a row.
 
 def sizes_of(table):
     return ", ".join([plural(len(table.runs), "run"), plural(len(table.tasks), "task"),
@@ -3795,46 +3805,49 @@ def score_cells(values):
 
 
 def score_rows(table):
-    """(header, rows): five rows for each task, set and metric, a column for each method."""
+    """Five rows for each task, set and metric, a column for each method."""
     rows = []
     for key, row in table.rows.items():
         cells = [score_cells(row.get(column, {}).values()) for column in table.columns]
         for place, name in enumerate(["seeds", "mean", "std (n-1)", "median", "max"]):
             rows.append([*key, name, *[cell[place] for cell in cells]])
-    return ["task", "set", "metric", "", *table.columns], rows
+    return ["task", "set", "metric", "", *table.columns], rows, 4
 
 
 def difference_rows(table):
-    """(header, rows): one row for each task, set, metric and method."""
+    """One row for each task, set, metric and method."""
     rows = []
     for key, methods in table.differences.items():
         for column, difference in methods.items():
             rows.append([*key, column, *difference_cells(difference), short_p(difference.p),
                          difference.verdict(difference.p), *spread_cells(difference)])
-    return ["task", "set", "metric", "method", "mean", "95 % interval", "p", "shows", "won-lost",
-            "std", "seeds"], rows
+    header = ["task", "set", "metric", "method", "mean", "95 % interval", "p", "shows", "won-lost",
+              "std", "seeds"]
+    return header, rows, 4
 
 
 def over_rows_rows(table):
-    """(header, rows): one row for each task, set and method, by the set's first metric."""
+    """One row for each task, set and method, by the set's first metric."""
     rows = []
     for key, methods in table.over_rows.items():
         for column, difference in methods.items():
             rows.append([*key, column, *difference_cells(difference), f"{difference.seeds}",
                          f"{difference.rows}"])
-    return ["task", "set", "metric", "method", "mean", "95 % interval", "seeds", "rows"], rows
+    header = ["task", "set", "metric", "method", "mean", "95 % interval", "seeds", "rows"]
+    return header, rows, 4
 
 
 def over_tasks_rows(table):
-    """(header, rows): one row for each method, over tasks and over further sets."""
+    """One row for each method, over tasks and over further sets."""
     rows = []
     for (group, column), total in table.over_tasks.items():
         difference = total.difference
         rows.append([group, column, *difference_cells(difference), short_p(difference.p),
                      short_p(total.p), difference.verdict(total.p, total.methods),
                      *spread_cells(difference)])
-    return ["over", "method", "mean", "95 % interval", "p", "Holm's p", "shows", "won-lost", "std",
-            "number"], rows
+    header = ["over", "method", "mean", "95 % interval", "p", "Holm's p", "shows", "won-lost",
+              "std", "number"]
+    return header, rows, 2
 
 
 def median_cell(values, decimals):
@@ -3844,7 +3857,7 @@ def median_cell(values, decimals):
 
 
 def cost_rows(table):
-    """(header, rows): medians over seeds, one row for each task and method."""
+    """Medians over seeds, one row for each task and method."""
     rows = []
     for task in table.tasks:
         for column in table.columns:
@@ -3859,26 +3872,26 @@ def cost_rows(table):
                 median_cell(relative_costs(table, task, column), 2),
                 median_cell([run.seconds_to_best for run in runs], 1)])
     relative = f"paired cost to {table.baseline}" if table.baseline else "cost"
-    return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], rows
+    return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], rows, 2
 
 
 def probe_rows(probes):
-    """(header, rows): one row for each probed task, each chain of runs, and each method."""
+    """One row for each probed task, each chain of runs, and each method."""
     rows = []
     for (task, metric, recipe, n), encoders in probes.items():
         named = f"{task}, {metric}; layer: {recipe}, {n} rows"
         for links, method in sorted(encoders, key=lambda encoder: (len(encoder[0]), encoder)):
             after = f"after {' '.join(links)}, {method}" if links else "untuned"
             rows.append([named, after, *score_cells(encoders[links, method].values())])
-    return ["probe", "encoder", "probes", "mean", "std (n-1)", "median", "max"], rows
+    return ["probe", "encoder", "probes", "mean", "std (n-1)", "median", "max"], rows, 2
 
 
 def text_lines(header, rows, keys, width=110):
-    """A table as lines of text. keys: how many of the first columns name a row.
+    """A table as lines of text.
 
-    The last of these begins each line. What the ones before it hold, such as task, set and metric,
-    is a line of its own above the rows that share it. Columns that do not fit into the width are a
-    second table below the first.
+    The last of the columns that name a row begins each line. What the ones before it hold, such as
+    task, set and metric, is a line of its own above the rows that share it. Columns that do not fit
+    into the width are a second table below the first.
     """
     above = keys - 1
     sizes = [max(map(len, cells)) for cells in zip(header, *rows)]
@@ -3905,14 +3918,14 @@ def text_lines(header, rows, keys, width=110):
 
 
 def report_rows(table):
-    """{heading: (header, rows, how many columns name a row)}, those with any row."""
-    found = {"Scores, in percent": (*score_rows(table), 4)}
+    """{heading: a table of strings}, those with any row."""
+    found = {"Scores, in percent": score_rows(table)}
     if table.baseline:
-        found[over_seeds_heading(table)] = (*difference_rows(table), 4)
+        found[over_seeds_heading(table)] = difference_rows(table)
         against = f"Difference to {table.baseline}, in points"
-        found[f"{against}, over tasks"] = (*over_tasks_rows(table), 2)
-        found[f"{against}, over seeds and rows (bootstrap)"] = (*over_rows_rows(table), 4)
-    found["Cost, medians over seeds"] = (*cost_rows(table), 2)
+        found[f"{against}, over tasks"] = over_tasks_rows(table)
+        found[f"{against}, over seeds and rows (bootstrap)"] = over_rows_rows(table)
+    found["Cost, medians over seeds"] = cost_rows(table)
     return {heading: part for heading, part in found.items() if part[1]}
 
 
@@ -3923,9 +3936,9 @@ def over_seeds_heading(table):
 def text_report(table):
     """All that is printed of a table, as lines."""
     lines = [f"{table.title}: {sizes_of(table)}", ""]
-    for heading, (header, rows, keys) in report_rows(table).items():
+    for heading, part in report_rows(table).items():
         lines.append(f"{heading}:")
-        lines += text_lines(header, rows, keys)
+        lines += text_lines(*part)
     for sentence in remarks(table):
         lines += textwrap.wrap(sentence, 100)
     return lines
@@ -4099,20 +4112,23 @@ def dots_svg(groups, colours, label):
     row = 26
     bottom = row * len(groups) + 6
     low, high = span([value for values in groups.values() for value in values])
+
+    def place(value):
+        return np.interp(value, [low, high], [left, width - 14])
+
     shapes = []
     for value in round_numbers(low, high):
-        x = np.interp(value, [low, high], [left, width - 14])
+        x = place(value)
         shapes.append(line_at(x, 4, x, bottom, "grid"))
         shapes.append(text_at(x, bottom + 16, f"{value:g}"))
-    for place, (method, values) in enumerate(groups.items()):
-        y = row * place + row / 2 + 4
+    for number, (method, values) in enumerate(groups.items()):
+        y = row * number + row / 2 + 4
         shapes.append(text_at(8, y + 4, method, "start", "name"))
         for i, value in enumerate(sorted(values)):
-            x = np.interp(value, [low, high], [left, width - 14])
             shift = (i % 3 - 1) * 4                    # equal values stay apart
-            shapes.append(f'<circle cx="{x:.1f}" cy="{y + shift:.1f}" r="4" '
+            shapes.append(f'<circle cx="{place(value):.1f}" cy="{y + shift:.1f}" r="4" '
                           f'class="dot {colours[method]}"/>')
-        x = np.interp(np.median(values), [low, high], [left, width - 14])
+        x = place(np.median(values))
         shapes.append(line_at(x, y - 10, x, y + 10, f"mark {colours[method]}"))
     return svg(width, bottom + 24, shapes, label)
 
@@ -4156,12 +4172,8 @@ def draw_intervals(table):
     found = []
     for methods in table.differences.values():
         found += methods.items()
-    ends = []
-    for _, difference in found:
-        for value in (difference.mean, difference.low, difference.high):
-            if not math.isnan(value):
-                ends.append(abs(value))
-    reach = max(ends) or 1
+    ends = np.abs([[difference.mean, difference.low, difference.high] for _, difference in found])
+    reach = np.nanmax(ends) or 1                       # a difference of one seed has no interval
     return [interval_svg(difference, reach, colour_of(table, column))
             for column, difference in found]
 
@@ -4194,12 +4206,11 @@ def curve_figures(table):
 
     figures = []
     for key, curves in found.items():
-        columns = [column for column in table.columns if column in curves]
-        colours = {column: colour_of(table, column) for column in columns}
+        curves = {column: curves[column] for column in table.columns if column in curves}
+        colours = {column: colour_of(table, column) for column in curves}
         what = ", ".join(key)
-        picture = curve_svg({column: curves[column] for column in columns}, colours, what)
         caption = f"{what}, over steps: median of the seeds, least to greatest."
-        figures.append(figure(picture, caption, colours))
+        figures.append(figure(curve_svg(curves, colours, what), caption, colours))
     return figures
 
 
@@ -4207,10 +4218,8 @@ def score_figures(table):
     """A figure for each task: the spread of its main metric over seeds."""
     figures = []
     for key in first_keys(table.rows, 1).values():
-        groups = {}
-        for column in table.columns:
-            if table.rows[key].get(column):
-                groups[column] = [*table.rows[key][column].values()]
+        row = table.rows[key]
+        groups = {column: [*row[column].values()] for column in table.columns if column in row}
         figures.append(dots_figure(table, groups, ", ".join(key)))
     return figures
 
@@ -4225,9 +4234,9 @@ def seconds_figures(table):
             known = [value for value in seconds if value is not None]
             if known:
                 groups[column] = known
-        devices = {run.line.get("device") for run in table.runs if run.task == task}
-        if groups and len(devices) == 1:
-            figures.append(dots_figure(table, groups, f"{task}, seconds on {[*devices][0]}"))
+        device, *others = table.devices_of(task)
+        if groups and not others:
+            figures.append(dots_figure(table, groups, f"{task}, seconds on {device}"))
     return figures
 
 
@@ -4244,7 +4253,7 @@ def probe_figures(probes):
             figures.append(chain_figure(chain, encoders, colours, what))
         on_chains = {chain[:length] for chain in chains for length in range(len(chain) + 1)}
         others = {encoder: scores for encoder, scores in encoders.items()
-                  if encoder[0] not in on_chains or not chains}
+                  if encoder[0] not in on_chains}
         if others:
             figures.append(probe_dots(others, colours, what))
     return figures
@@ -4255,7 +4264,7 @@ def whole_chains(encoders):
     all_links = sorted({links for links, _ in encoders})
     chains = []
     for chain in all_links:
-        on_the_way = [links for links in all_links if is_beginning(links, chain)]
+        on_the_way = any(is_beginning(links, chain) for links in all_links)
         goes_on = any(is_beginning(chain, links) for links in all_links)
         if len(chain) > 1 and on_the_way and not goes_on:
             chains.append(chain)
@@ -4298,7 +4307,7 @@ def probe_dots(encoders, colours, what):
 def html_probes(probes):
     """The probes' part of the page."""
     parts = ["<h2>Probes</h2>", "<small>A linear layer on a frozen encoder, in percent</small>",
-             html_table(*probe_rows(probes), 2),
+             html_table(*probe_rows(probes)),
              f'<div class="figures">{"".join(probe_figures(probes))}</div>']
     return "\n".join(parts)
 
@@ -4311,19 +4320,19 @@ def dots_figure(table, groups, what):
 
 def html_list(sentences):
     items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
-    return f"<ul>{items}</ul>" if items else ""
+    return f"<ul>{items}</ul>"
 
 
 def html_report(table):
     """A table's part of the page."""
     parts = [f"<h2>{html.escape(table.title)}</h2>",
              f"<small>{sizes_of(table)}</small>", html_list(remarks(table))]
-    for heading, (header, rows, keys) in report_rows(table).items():
+    for heading, part in report_rows(table).items():
         drawings = None
         if heading == over_seeds_heading(table):
             drawings = draw_intervals(table)
         parts.append(f"<h3>{html.escape(heading)}</h3>")
-        parts.append(html_table(header, rows, keys, drawings))
+        parts.append(html_table(*part, drawings))
 
     sections = {"Learning curves": curve_figures(table),
                 "The spread over seeds": score_figures(table),
@@ -4402,7 +4411,7 @@ def main_report(argv=None):
         print()
     if probes:
         print("Probes, in percent:")
-        print("\n".join(text_lines(*probe_rows(probes), 2)))
+        print("\n".join(text_lines(*probe_rows(probes))))
     if args.keep:
         runs = [run for table in tables for run in table.runs if os.path.isdir(run.where)]
         if not runs:
@@ -4448,10 +4457,9 @@ TOY_BART_TRAINING = {"steps": 600, "lr": 3e-3, "share": 0.33}
 def toy_model(world):
     """Folder of a 2-layer BERT, pre-trained once on the toy corpus, which covers both domains."""
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
-    corpus = data.toy_corpus()
     words = data.toy_vocabulary()
-    folder = toy_folder("toy-bert", words + corpus, TOY_BERT, TOY_BERT_TRAINING)
-    if os.path.exists(os.path.join(folder, "config.json")):
+    folder = toy_folder("toy-bert", words, TOY_BERT, TOY_BERT_TRAINING)
+    if holds_model(folder):
         return folder
 
     world.say("pre-training the toy model, once (about 30 s) ...")
@@ -4472,9 +4480,10 @@ def toy_model(world):
     return save_made(model, tokenizer, folder)
 
 
-def toy_folder(name, text, *settings):
-    """Where a toy model lies that is made of these words and texts with these settings."""
-    return made_folder(name, "\n".join(text).encode(), f"{settings}".encode())
+def toy_folder(name, words, *settings):
+    """Where a toy model lies that is made of the toy corpus with these words and settings."""
+    text = "\n".join([*words, *data.toy_corpus()])
+    return made_folder(name, text.encode(), f"{settings}".encode())
 
 
 def made_folder(name, *made_of):
@@ -4498,7 +4507,7 @@ def save_made(model, tokenizer, folder):
     try:
         os.replace(unfinished, folder)
     except OSError:                                    # there is one
-        if os.path.exists(os.path.join(folder, "config.json")):
+        if holds_model(folder):
             shutil.rmtree(unfinished)
         else:
             shutil.rmtree(folder)
@@ -4578,11 +4587,11 @@ POST_TRAINING = {"share": 0.15, "lr": 5e-5, "batch_size": 32, "warmup": 0.06}
 def post_trained(args, setup, seed, world):
     """--post_train E: the folder of --model after E epochs on the text it is then trained on.
 
-    Gururangan et al., Don't Stop Pretraining, ACL 2020. 15% of the
-    words, drawn anew each time, BERT's 80/10/10 of them, batches of 32 rows, both sentences of a
-    pair in one; AdamW at 5e-5 after a warm-up of 6%, with linear decay. The paper gives none of
-    these. The same model, text and settings are found again, whatever script or run wants them.
-    One process makes it: for a large text start the run with one first.
+    Gururangan et al., Don't Stop Pretraining, ACL 2020. 15% of the words, drawn anew each time,
+    BERT's 80/10/10 of them, batches of 32 rows, both sentences of a pair in one; AdamW at 5e-5
+    after a warm-up of 6%, with linear decay. The paper gives none of these. The same model, text
+    and settings are found again, whatever script or run wants them. One process makes it: for a
+    large text start the run with one first.
     """
     import transformers
     given = f"--post_train {args.post_train:g}: {args.model}"
@@ -4608,7 +4617,7 @@ def post_trained(args, setup, seed, world):
     folder = made_folder(
         "post-trained", digest_weights(model).encode(), split.fields["input_ids"].values.tobytes(),
         split.lengths.tobytes(), f"{args.post_train:g} {world.precision} {POST_TRAINING}".encode())
-    if os.path.exists(os.path.join(folder, "config.json")):
+    if holds_model(folder):
         return folder
     if any(not name.startswith(model.base_model_prefix) for name in info["missing_keys"]):
         world.say(f"warning: {args.model} comes without a head for masked words; one starts at "
@@ -4656,10 +4665,9 @@ def toy_writer(world):
     """Folder of a BART of 2 + 2 layers, pre-trained once to restore what was damaged of the toy
     corpus, which covers both domains."""
     from transformers import BartConfig, BartForConditionalGeneration
-    corpus = data.toy_corpus()
     words = [*data.toy_vocabulary(), "\n"]
-    folder = toy_folder("toy-bart", words + corpus, TOY_BART, TOY_BART_TRAINING)
-    if os.path.exists(os.path.join(folder, "config.json")):
+    folder = toy_folder("toy-bart", words, TOY_BART, TOY_BART_TRAINING)
+    if holds_model(folder):
         return folder
 
     world.say("pre-training the toy model that writes, once (about 30 s) ...")
