@@ -1343,7 +1343,12 @@ def averages(scores):
     scores {set: {metric: value}}. A set is TASK, or another split of it, TASK/SPLIT: then the mean
     is over sets of the same split.
     """
-    endings = dict.fromkeys("".join(name.partition("/")[1:]) for name in scores)     # "", "/SPLIT"
+    endings = []                                       # "" and "/SPLIT"
+    for name in scores:
+        _, slash, split = name.partition("/")
+        if slash + split not in endings:
+            endings.append(slash + split)
+
     means = {}
     for (group, tasks), ending in itertools.product(data.GROUPS.items(), endings):
         found = [scores[task + ending] for task in tasks if task + ending in scores]
