@@ -2239,9 +2239,15 @@ def best_cell(main, argv, method, args, cells):
     scores = []
     for cell in cells:
         try:
-            scores.append(score_of_cell(main, cell_flags(argv, method, args, cell)))
+            score = score_of_cell(main, cell_flags(argv, method, args, cell))
         except UserError as error:                     # what only the task's data can tell
             raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
+        scores.append(score)
+        if process_rank() == 0:
+            told = f"{100 * score:.2f} on the held-out rows"
+            if score == -math.inf:
+                told = "no finite loss"
+            print(f"{args.task}, {method}: {name_of(cell)} has {told}")
     if max(scores) == -math.inf:
         raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
     chosen = cells[int(np.argmax(scores))]
@@ -2317,13 +2323,16 @@ def combinations(grid):
     return cells
 
 
+def name_of(cell):
+    return ",".join(flag.removeprefix("--") for flag in cell)
+
+
 def cell_flags(argv, method, args, cell):
     """The flags of one run of the search: those given, then those that override them.
 
     An empty --grid is among them: such a run does not search.
     """
-    name = ",".join(flag.removeprefix("--") for flag in cell)
-    folder = os.path.join(args.output_dir, "grid", name)
+    folder = os.path.join(args.output_dir, "grid", name_of(cell))
     return [*argv, "--grid", "--method", method, "--seeds", str(args.seeds[0]), "--choosing",
             "--output_dir", folder, *cell]
 
@@ -2338,11 +2347,25 @@ def write_search(args, method, cells, scores, chosen):
         tried.append({"flags": cell, "score": score if score > -math.inf else "not finite"})
     search = {"method": method, "held_out_rows": args.dev_samples, "tried": tried, "chosen": chosen}
     save_file(os.path.join(folder, f"search-{method}.json"), json.dumps(search, indent=1))
-    best = max(scores)
-    equal = ", the first of equals" if scores.count(best) > 1 else ""
-    tell = [f"{100 * score:.2f}" if score > -math.inf else "not finite" for score in scores]
-    print(f"{args.task} {method}: chosen of {len(cells)}: {' '.join(chosen)} ({100 * best:.2f} on "
-          f"the held-out rows{equal}; all: {', '.join(tell)})")
+    equal = ", the first of equals" if scores.count(max(scores)) > 1 else ""
+    words = "".join(f"; {words}" for words in edges_of(cells, chosen))
+    print(f"{args.task}, {method}: chosen of {len(cells)}: {name_of(chosen)}{equal}{words}")
+
+
+def edges_of(cells, chosen):
+    """Which numbers of the chosen combination are the least or the greatest that was tried."""
+    found = []
+    for tried, word in zip(zip(*cells), chosen):
+        flag, _, value = word.removeprefix("--").partition("=")
+        values = {other.partition("=")[2] for other in tried}
+        if len(values) == 1 or not all(map(data.is_float, values)):
+            continue
+        numbers = [float(other) for other in values]
+        if float(value) == min(numbers):
+            found.append(f"{flag} is the least that was tried")
+        if float(value) == max(numbers):
+            found.append(f"{flag} is the greatest that was tried")
+    return found
 
 
 # -------------------------------------------------------------------  6  states of a frozen encoder
@@ -2507,6 +2530,8 @@ def digest_weights(module):
 
 def print_table(say, results, args, started):
     """Methods and seeds, as the papers give them: mean, standard deviation, median and max."""
+    if args.choosing:                                  # the search tells its score
+        return results
     sets = {}
     for result in results:                             # with --run not all may have the same ones
         sets.update(result["metrics"])
@@ -3696,14 +3721,17 @@ def remark_on_intervals(table):
 
 
 def remarks_on_seeds(table):
-    """On the seeds: where they are too few, how many tests there are, and where none is shared."""
+    """On the seeds: where they are too few, how many tests there are, and which are not shared."""
     few = {}                                           # {seeds: {method: tasks}}
     apart = {}                                         # {method: tasks}
+    unlike = set()                                     # tasks
     tests = 0
     for key, row in table.rows.items():
         task = key[0]
         for column in row:
             difference = table.differences[key].get(column)
+            if difference is not None and row[column].keys() != row[table.baseline].keys():
+                unlike.add(task)
             if difference is None:
                 if table.baseline in row and column != table.baseline:
                     apart.setdefault(column, set()).add(task)
@@ -3722,6 +3750,9 @@ def remarks_on_seeds(table):
         said.append(f"Each p over seeds stands for itself: of {tests} comparisons up to "
                     f"{tests / 20:.1f} would be below .05 on average if no method made any "
                     "difference.")
+    if unlike:
+        said.append(f"On {', '.join(sorted(unlike))} not all methods have the same seeds: the "
+                    "means of their scores cannot be compared there, the differences can.")
     for column, tasks in apart.items():
         said.append(f"{column} has no seed in common with {table.baseline} on "
                     f"{', '.join(sorted(tasks))}: there they are not compared.")

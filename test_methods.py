@@ -2611,9 +2611,11 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     assert saved["searched"] == {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
     scores = [100 * cell["score"] for cell in search["tried"]]
     tie = ", the first of equals" if scores.count(max(scores)) > 1 else ""
-    line = f"on the held-out rows{tie}; all: {', '.join(f'{score:.2f}' for score in scores)})"
-    assert "r3f: chosen of 4:" in told and line in told
+    chosen = ",".join(flag.removeprefix("--") for flag in search["chosen"])
+    assert f"toy, r3f: chosen of 4: {chosen}{tie}; lr is the greatest that was tried; lam" in told
     assert "toy, r3f: trying lr=1e-3,lam=5\n" in told
+    assert f"toy, r3f: lr=1e-3,lam=5 has {scores[1]:.2f} on the held-out rows\n" in told
+    assert told.count("models, logs and results are in") == 3      # of each method, and of all
     assert told.count("  set by you ") == 2            # once a method, with what was chosen
 
 
@@ -3557,6 +3559,14 @@ def test_few_seeds_are_said(tmp_path, capsys):
         assert f" {verdict} " in out
         assert ("5 shared seeds can show nothing" in out) == (seeds == 5)
     assert "0.0625" in common.remarks(common.main_report([str(tmp_path / "5")])[0])[1]
+
+
+def test_seeds_that_only_one_method_has_are_said(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", 3, ["rte"])
+    assert "the same seeds" not in printed(capsys, folder)[0]
+    write_run(folder, results_of("rte", "std", 7, 40))
+    out, _ = printed(capsys, folder)
+    assert "On rte not all methods have the same seeds: the means of their scores" in out
 
 
 def test_methods_without_a_common_seed_are_said(tmp_path, capsys):
@@ -9635,7 +9645,7 @@ def test_a_row_without_a_real_token_has_a_loss():
 
 
 class Adapted(torch.nn.Module):
-    """A model as peft wraps it: `base_model` is the wrapper's own, the encoder is further inside."""
+    """A model as peft wraps it: `base_model` is its own, the encoder is further inside."""
 
     def __init__(self, model):
         super().__init__()
