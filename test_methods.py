@@ -9630,6 +9630,17 @@ def test_methods_in_double_precision():
         loss.backward()
         assert loss.isfinite(), name
 
+    D = gtuning.Discriminator(32).double()
+    f_t, f_u = torch.randn(2, 4, 32, dtype=torch.float64)
+    assert gtuning.discriminator_loss(D, f_t, f_u)[0].dtype == torch.float64
+    assert gtuning.generator_loss(D, f_u).dtype == torch.float64
+
+
+def test_confidences_that_are_read_have_no_graph():
+    _, inputs = batch()
+    c = tdt.TDT(tiny()).eval().confidence(**inputs)
+    assert not c.requires_grad and c.numpy().shape == inputs["input_ids"].shape
+
 
 def test_a_setting_that_is_no_number_is_refused():
     for make in (lambda: r3f.R3F(tiny(), lam=math.nan), lambda: tdt.TDT(tiny(), alpha=math.nan)):
