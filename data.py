@@ -450,14 +450,15 @@ def warnings_of_labels(args, task, train, unscored):
         return []
     warnings = []
     labels = cells_of(train, "label")
-    is_hidden = KINDS[task.kind].hidden
-    if args.test_file and not any(map(is_hidden, cells_of(unscored["test"], "label"))):
+    kind = KINDS[task.kind]
+    if args.test_file and not any(map(kind.hidden, cells_of(unscored["test"], "label"))):
         warnings.append(f"--test_file {args.test_file}: is predicted, not scored; "
                         f"--run FOLDER --validation_file {args.test_file} scores it")
-    if task.kind == "regress" and all(float(label).is_integer() for label in labels):
+    are_numbers = not task.label_names and not kind.decodes
+    if are_numbers and all(float(label).is_integer() for label in labels):
         warnings.append(f"--train_file {args.train_file}: labels such as {labels[0]} are numbers "
                         "to predict; classes are whole numbers without a point, or words")
-    if task.kind == "classify":
+    if task.label_names:
         counts = collections.Counter(labels)
         rare = [task.label_names[label] for label, count in counts.items() if count == 1]
         if rare:

@@ -934,9 +934,10 @@ def check_probe(args):
                                "layers")
     for name in args.probe_tasks:
         data.check_task(name, "--probe_tasks")
-        kind = data.TASKS[name].kind
-        if kind != "classify":
-            raise common.UserError(f"--probe_tasks {name}: its kind is {kind}, must be classify")
+        task = data.TASKS[name]
+        if not task.label_names or data.KINDS[task.kind].by_token:
+            raise common.UserError(f"--probe_tasks {name}: its kind is {task.kind}, must be "
+                                   "classify")
     for name in ("run", "grid", "profile", "predict", "dev_samples", "batch_tokens"):
         if name in args.by_hand:
             raise common.UserError(f"--{name}: cannot go together with --probe")
@@ -1159,8 +1160,10 @@ def write_model(model, folder):
 def check(args, task):
     """UserError if a method or a flag is not for this kind of task."""
     import common
+    import data
     common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
-    if "reduction" in args.by_hand and task.kind not in ("tag", "generate"):
+    kind = data.KINDS[task.kind]
+    if "reduction" in args.by_hand and not (kind.by_token or kind.decodes):
         raise common.UserError(f"--reduction {args.reduction}: is for labels by position; "
                                f"{args.task} has one a row")
     if "probe_recipe" in args.by_hand:
