@@ -431,7 +431,8 @@ def check_methods(args, task, methods, why=""):
 # ------------------------------------------------------------------------  2  processes and signals
 
 def cli(main):
-    """Runs `main` and returns the exit status: 0, 2 for wrong input, 1 for a run that failed.
+    """Runs `main`; returns the exit status: 0, 2 for wrong input, 1 for a run that failed, 128 and
+    its number for a signal.
 
     An error usually reaches all processes, directly or because rank 0 has gone. So rank 0 prints it
     at once and the others wait ten seconds: if nobody has ended them by then, the error is theirs
@@ -494,7 +495,12 @@ class World:
         self.compile = args.compile
         self.evaluating = 0.0                          # seconds spent in `evaluate` so far
         if self.gpu:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            number = int(os.environ.get("LOCAL_RANK", 0))
+            there = torch.cuda.device_count()
+            if number >= there:
+                raise UserError(f"--nproc_per_node: must be at most the {plural(there, 'GPU')} of "
+                                "this machine")
+            self.device = torch.device("cuda", number)
             torch.cuda.set_device(self.device)
             has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         else:
@@ -664,14 +670,18 @@ class Progress:
 
 
 # A signal during a step lets the step end, saves, and stops. One outside a step, or a second one,
-# ends the run at once. way_on: how a stopped run goes on, in words.
-signals = {"caught": 0, "in_step": False, "way_on": ""}
+# ends the run at once. at: when it came. way_on: how a stopped run goes on, in words.
+signals = {"caught": 0, "at": 0.0, "in_step": False, "way_on": ""}
 
 
 def on_signal(number, frame):
-    at_once = signals["caught"] or not signals["in_step"]
+    # Slurm signals a process and its torchrun, which hands it on at once: that is one signal.
+    now = time.monotonic()
+    is_second = bool(signals["caught"]) and now - signals["at"] > 2
+    if not signals["caught"]:
+        signals["at"] = now
     signals["caught"] = number
-    if at_once:
+    if is_second or not signals["in_step"]:
         raise Stopped(number, f"stopped by a signal{signals['way_on']}")
 
 
@@ -998,7 +1008,9 @@ def load_tokenizer(args, world, task=None):
         raise UserError(f"{model_flag(args)}: its tokenizer has no pad token; must be one that "
                         "has")
 
-    limit = getattr(config, "max_position_embeddings", None) or 10**6
+    limit = getattr(config, "max_position_embeddings", None) or -1
+    if limit < 0:                                      # none: XLNet's config says -1
+        limit = 10**6
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         limit -= 2                                     # their positions start after the padding's
     limit = min(limit, tokenizer.model_max_length)
@@ -1321,8 +1333,9 @@ def write_scored(folder, scored, world):
     if world.rank > 0:
         return
     path = os.path.join(folder, "scored.npz")
-    there = read_scored(path)
-    save_file(path, lambda file: np.savez(file, **{**there, **scored}))
+    with locked(folder):
+        there = read_scored(path)
+        save_file(path, lambda file: np.savez(file, **{**there, **scored}))
 
 
 def read_scored(path):
@@ -1397,6 +1410,9 @@ def digests_of_files(args):
     digests = {}
     paths = {"train_file": args.train_file, "validation_file": args.validation_file,
              "local_file": data.local_files(args.local_file).get(args.task)}
+    for given in args.eval_tasks:
+        name = given.partition(":")[0]
+        paths[f"local_file {name}"] = data.local_files(args.local_file).get(name)
     for flag, path in paths.items():
         if path:
             with open(path, "rb") as file:
@@ -1502,7 +1518,11 @@ class Run:
         self.take_folder()
         self.world.barrier()
         self.results = self.find_results()
-        self.world.barrier()                           # all have looked: rank 0 may write there
+        # Once all have looked, rank 0 may write there.
+        finished = self.world.gather({self.world.rank: self.results is not None})
+        if any(finished) and not all(finished):
+            raise UserError(f"--output_dir {self.args.output_dir}: must be shared by all machines; "
+                            f"on some of them {self.folder} is finished, on others it is not")
         if self.results is not None:
             self.world.say(f"{self.folder}: finished before; --overwrite runs it again")
             self.add_search()
@@ -1561,10 +1581,13 @@ class Run:
         searched = {flag: [*values] for flag, values in before.items()}
         for flag, values in read_grid(self.args.searched).items():
             searched[flag] = [*dict.fromkeys([*searched.get(flag, []), *values])]
-        if searched != before:
-            self.results["searched"] = searched
-            if self.world.rank == 0:
-                save_file(self.results_path, json.dumps(self.results, indent=1))
+        if searched == before:
+            return
+        self.results["searched"] = searched
+        if self.world.rank == 0:
+            with locked(self.folder):
+                results = {**read_results(self.folder), "searched": searched}
+                save_file(self.results_path, json.dumps(results, indent=1))
 
     def refuse_another(self, saved):
         """saved: results or a checkpoint's state. Method, seed and flags must be this run's."""
@@ -1675,6 +1698,16 @@ class Run:
                 self.step += 1
                 progress.update(message=self.end_step(until))
                 signals["in_step"] = False
+                if signals["caught"] and self.step == self.total:        # it came while this saved
+                    raise Stopped(signals["caught"], f"stopped by a signal{signals['way_on']}")
+
+    @contextlib.contextmanager
+    def timed(self):
+        """Around work of training that is outside its steps: its time counts too."""
+        started = self.world.training_clock()
+        yield
+        self.world.synchronize()
+        self.seconds += self.world.training_clock() - started
 
     def seconds_so_far(self):
         """Of training, with those of the step that is under way, without evaluation."""
@@ -1706,6 +1739,7 @@ class Run:
         if save_now:
             self.save()
         if signalled:
+            self.world.barrier()                       # who leaves first ends all: rank 0 has saved
             number = signals["caught"] or signal.SIGTERM
             raise Stopped(number, f"stopped at step {self.step} of {self.total}, saved in "
                                   f"{self.folder}{signals['way_on']}")
@@ -2106,16 +2140,22 @@ def use_runs(args, runs, setup, world, started, load, score):
 def add_scores(folder, scores):
     """Adds scores to results.json of a finished run, after what another --run may have added."""
     path = os.path.join(folder, "results.json")
-    with writing(path):
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX)         # another --run waits for its turn
-            results = read_results(folder)
-            results["metrics"].update(scores)
-            results["metrics"].update(averages(results["metrics"]))
-            replace_file(path, json.dumps(results, indent=1))
-        finally:
-            os.close(opened)
+    with writing(path), locked(folder):
+        results = read_results(folder)
+        results["metrics"].update(scores)
+        results["metrics"].update(averages(results["metrics"]))
+        replace_file(path, json.dumps(results, indent=1))
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Inside, the files of a finished run are this process's: another --run waits for its turn."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def use_models(args, runs, setup, world, started):
@@ -2758,6 +2798,11 @@ def affinities(x, perplexity):
         high = np.where(too_wide, high, sharpness)
         sharpness = np.where(np.isinf(high), 2 * sharpness, (low + high) / 2)
     return p
+
+
+def perplexity_for(n):
+    """The usual 30, or less: t-SNE needs more than thrice as many points."""
+    return min(30, (n - 1) // 3)
 
 
 def tsne(x, perplexity=30.0, steps=1000):
@@ -3685,15 +3730,15 @@ def first_keys(keys, length):
 
 
 def relative_costs(table, task, column):
-    """Seconds a step over the baseline's, of the seeds that both ran on the same device."""
+    """Seconds of training over the baseline's, of the seeds that both ran on the same device."""
     base = {run.seed: run for run in table.runs_of(task, table.baseline)}
     ratios = []
     for run in table.runs_of(task, column):
         other = base.get(run.seed)
         if other is None or other.line.get("device") != run.line.get("device"):
             continue
-        if run.seconds_a_step and other.seconds_a_step:
-            ratios.append(run.seconds_a_step / other.seconds_a_step)
+        if run.line.get("seconds") and other.line.get("seconds"):
+            ratios.append(run.line["seconds"] / other.line["seconds"])
     return ratios
 
 
@@ -4087,7 +4132,7 @@ def round_numbers(low, high):
         return [low]
     most = (high - low) / 3
     power = 10.0 ** math.floor(math.log10(most))
-    step = max(power * factor for factor in (1, 2, 5) if power * factor <= most)
+    step = max(power * factor for factor in (1, 2, 5) if power * factor <= most * (1 + 1e-9))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
@@ -4538,8 +4583,13 @@ def save_made(model, tokenizer, folder):
     Another run may make the same at the same time: the first to end is the one that counts.
     """
     unfinished = f"{folder}.{os.getpid()}.tmp"
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    try:
+        with writing(folder):
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     try:
         os.replace(unfinished, folder)
     except OSError:                                    # there is one

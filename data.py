@@ -872,7 +872,7 @@ def parse_csv(file, kind):
     lines = []
     try:
         for cells in csv.reader(file, delimiter="\t" if kind == "tsv" else ",", strict=True):
-            if len(cells) > 1 or "".join(cells).strip():
+            if len(cells) > 1 or cells == [""] or "".join(cells).strip():
                 lines.append(cells)
     except csv.Error as error:
         raise csv.Error(f"row {len(lines)}: {error}; a cell that begins with a quotation mark "
@@ -1029,7 +1029,8 @@ def label_type(cell):
 
 
 def class_index(table, task):
-    """How a table's labels are read: {name, or id: index of task.label_names; "-1": -1, hidden}.
+    """How a table's labels are read: {name, or id: index of task.label_names; "-1": -1, hidden,
+    unless a class is called so}.
 
     The ids are the table's own, whose order may not be ours. The user's own files have none: there
     a number is a name.
@@ -1060,6 +1061,9 @@ def read_classify(table, task, where):
     It is -1 where the label is hidden.
     """
     texts = read_texts(table, task, where)
+    if task.label not in column_names(table):          # hidden, also where a class is called -1
+        hidden = [-1] * len(texts[task.columns[0]])
+        return make_rows(texts, hidden, "int64", ids_of(table, where))
     names = task.label_names
     index = class_index(table, task)
     labels = []
@@ -1639,6 +1643,7 @@ class Batches:
         return [rows[i * self.micro:(i + 1) * self.micro] for i in range(count)]
 
     def state_dict(self):
+        """Rank 0's counts; after a resumption they stand for those of all."""
         return {"real": self.real, "computed": self.computed}
 
     def load_state_dict(self, state):
@@ -1714,10 +1719,13 @@ def ranks(x):
 
 def pearson(predictions, labels):
     """The correlation; 0 if one of them does not vary. Of two classes it is Matthews'."""
-    p = np.asarray(predictions, float) - np.mean(predictions)
-    y = np.asarray(labels, float) - np.mean(labels)
-    norm = np.sqrt((p @ p) * (y @ y))
-    return float(p @ y / norm) if norm > 0 else 0.0
+    p = np.asarray(predictions, float)
+    y = np.asarray(labels, float)
+    if not (np.ptp(p) > 0 and np.ptp(y) > 0):          # nor if one is nan
+        return 0.0
+    p = p - p.mean()
+    y = y - y.mean()
+    return float(p @ y / np.sqrt((p @ p) * (y @ y)))
 
 
 def spearman(predictions, labels):
@@ -2444,7 +2452,7 @@ KINDS = {
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
         read=read_span, hidden=none_given, tokenise=tokenise_span, forward=logits_of,
         collect=collect_spans, score=score_spans, text=span_text, write=write_spans,
-        answer="a part of the text", by_token=True, passages=True),
+        answer="a part of the text", by_token=True, passages=True),     # G-Tuning has its forward
     "retrieve": Kind(
         auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,
         tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve, text=vector_text,

@@ -50,8 +50,8 @@ Choices, where the paper is silent (its authors released no code):
     steps on f, so both methods take equally many; those on D come on top.
  9. With unequal numbers of x_t and x_u each mean in Eq. 3 is over its own; z needs pairs, and takes
     the first of both, as many as the smaller number.
-10. Tags: the output layer reads each token's state, as long as f(x), and D the mean of them, by the
-    paper's "for the structure prediction task, we use the average of all the outputs of all
+10. Tags: the output layer reads each token's state, like f(x) at sqrt(H), and D the mean of them,
+    by the paper's "for the structure prediction task, we use the average of all the outputs of all
     tokens as input", whatever --pooling. Answers: the same with two outputs, whose softmax goes
     over the tokens: the start and the end. Question and context are one text, whatever
     --pair_mode; a sample of M is then as many sentences in a row as make it as long as they are,
@@ -162,7 +162,7 @@ class Layer(torch.nn.Module):
         asking = normed
         attended = self.value(normed)                                    # (B, n, H)
         if token is not None:
-            rows = torch.arange(len(x))
+            rows = torch.arange(len(x), device=x.device)
             x = x[rows, token][:, None]                                  # (B, 1, H)
             asking = normed[rows, token][:, None]                        # (B, 1, H)
         if normed.shape[1] > 1:                        # a single token attends to itself alone
@@ -529,8 +529,11 @@ class Texts:
         return self.cached[key]
 
     def sets_with_states(self, f, sets):
-        """The same for sets {name: (task, split)}."""
-        return {name: (task, self.with_states(f, split)) for name, (task, split) in sets.items()}
+        """The same for sets {name: (task, split)} that are scored: its time is not training's."""
+        started = time.monotonic()
+        found = {name: (task, self.with_states(f, split)) for name, (task, split) in sets.items()}
+        self.world.evaluating += time.monotonic() - started
+        return found
 
 
 def draw_general(args, setup, wanted, world):
@@ -590,6 +593,7 @@ def logits_of_teacher(args, setup, split, pair, world):
     """
     import common
     import data
+    import numpy as np
     teacher = load_teacher(args, setup, pair).to(world.device)
     if isinstance(teacher, GTuning):
         forward = teacher.logits
@@ -603,9 +607,9 @@ def logits_of_teacher(args, setup, split, pair, world):
     found = {}
     with torch.no_grad(), world.autocast():
         for rows, _, inputs in common.eval_inputs(split, world, "teacher"):
-            for row, logits in zip(rows, forward(**inputs).float().cpu()):
-                found[row] = logits
-    return torch.stack(world.gather(found))
+            logits = forward(**inputs).float().cpu().numpy()
+            found.update(zip(rows, logits))            # a tensor's row is sent as the whole tensor
+    return torch.from_numpy(np.stack(world.gather(found)))
 
 
 def load_teacher(args, setup, pair):
@@ -757,8 +761,12 @@ class Algorithm1:
         # end same
         return loss, stats
 
+    def vectors_of_both(self):
+        """f(x) of all sentences of B, and of M, while f stands still: (sentences, H) each."""
+        return self.all_vectors(self.B, "f(x) of B"), self.all_vectors(self.M, "f(x) of M")
+
     def all_vectors(self, batches, name):
-        """f(x) of all sentences of B or of M, while f stands still: (sentences, H).
+        """f(x) of all sentences of B or of M: (sentences, H).
 
         Each process computes its share of them.
         """
@@ -1125,7 +1133,7 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     if world.rank > 0:
         return
 
-    perplexity = min(30, (sum(sizes) - 1) // 3)        # t-SNE needs more than thrice as many
+    perplexity = common.perplexity_for(sum(sizes))
     clouds_drawn = {run: clouds[run] for run in [BEFORE, *results_drawn]}
     maps = draw_maps(args.projection, perplexity, clouds_drawn, results_drawn, names)
     legend = [common.legend_of("in", MARKS["in"], f"in domain: {sets[0]}"),
@@ -1304,6 +1312,8 @@ def step_on_f(algorithm, method):
 def check_flags(args):
     """UserError if flags do not go together. Sets those that follow from --embed."""
     from common import UserError
+    if args.embed and args.profile:
+        raise UserError("--embed: cannot go together with --profile, which trains nothing")
     if "projection" in args.by_hand and not args.embed:
         raise UserError("--projection: needs --embed")
     if len(args.batching) > 1:
@@ -1369,8 +1379,8 @@ def main(argv=None):
 
                 # "for _ to N/2 do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
                 if run.step < end_2:
-                    f_B = algorithm.all_vectors(algorithm.B, "f(x) of B")
-                    f_M = algorithm.all_vectors(algorithm.M, "f(x) of M")
+                    with run.timed():
+                        f_B, f_M = algorithm.vectors_of_both()
                 for step, _ in run.steps(end_2, first=end_1, phase="phase 2 of 3, D"):
                     k = step - end_1
                     f_t = f_B[algorithm.mine(algorithm.B, k)]

@@ -763,8 +763,9 @@ def first_token_states(encoder, split, world, name):
     with torch.inference_mode(), world.autocast():
         for rows, _, inputs in common.eval_inputs(split, world, name):
             first = inputs["attention_mask"].argmax(1)                   # (B,)
+            row = torch.arange(len(rows), device=first.device)           # (B,)
             hidden = encoder(**inputs).last_hidden_state                 # (B, n, H)
-            states[torch.from_numpy(rows)] = hidden[torch.arange(len(rows)), first].float().cpu()
+            states[torch.from_numpy(rows)] = hidden[row, first].float().cpu()
     return states
 
 
@@ -925,6 +926,12 @@ def probe_task(name, encoders, args, world):
             yield line
 
 
+# The flags that a probe reads.
+OF_PROBES = ("probe probe_tasks probe_recipe seeds output_dir train_samples max_length local_file "
+             "precision threads detect_anomaly lr epochs max_steps batch_size warmup weight_decay "
+             "betas adam_eps").split()
+
+
 def check_probe(args):
     """UserError if --probe goes with other flags, or its tasks are not of classes."""
     import common
@@ -938,8 +945,8 @@ def check_probe(args):
         if not task.label_names or data.KINDS[task.kind].by_token:
             raise common.UserError(f"--probe_tasks {name}: its kind is {task.kind}, must be "
                                    "classify")
-    for name in ("run", "grid", "profile", "predict", "dev_samples", "batch_tokens"):
-        if name in args.by_hand:
+    for name in args.by_hand:
+        if name not in OF_PROBES:
             raise common.UserError(f"--{name}: cannot go together with --probe")
 
 

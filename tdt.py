@@ -65,9 +65,10 @@ Choices, where the paper is silent or the authors' release does otherwise:
     was searched for SST-2 alone, which chose 1: 86.6 held-out, at 0.5 83.8. The toy task has 0.5.
     A large alpha is no safe default: on the validation set of SST-2 L_C is what costs accuracy
     (README, Results).
-12. Figures 5 and 6 (--perturb, --drop): a share of each sentence's words, rounded, is replaced by
-    [MASK] or, in curves of their own, by other words of the sentence; the paper does both at
-    random, position by position. Special tokens stay. Figure 6 goes by the order of c itself.
+12. Figures 5 and 6 (--perturb, --drop): a share of each row's words, rounded, is replaced by [MASK]
+    or, in curves of their own, by words drawn from the same row; the paper does both at random,
+    position by position. A word here is a token that is not special. Figure 6 goes by the order of
+    c itself.
 """
 import contextlib
 import copy
@@ -493,6 +494,8 @@ def read_analyses(args):
         raise common.UserError("--rates: needs --drop or --perturb")
     if "draws" in args.by_hand and not args.perturb:
         raise common.UserError("--draws: needs --perturb")
+    if args.profile and asked.any:
+        raise common.UserError("--profile: must go without analyses; it trains nothing")
     if args.grid and asked.any:
         raise common.UserError("--grid: must go without analyses; afterwards --run FOLDER makes "
                                "them")
@@ -1071,12 +1074,13 @@ def clouds_of(module, split, cls_token, world, name, given=None):
         with torch.inference_mode():
             for k, (rows, _, inputs) in enumerate(common.eval_inputs(split, world, name)):
                 at = (inputs["input_ids"] == cls_token).int().argmax(1)  # (B,)
+                row = torch.arange(len(rows), device=at.device)          # (B,)
                 perturbable = inputs.pop("perturbable", None)
                 given_c = given[k] if given else None
                 logits, c, _, _ = module.passes(3, perturbable, given_c, **inputs)
                 c_of_batches.append(c)
                 states = torch.stack(last_states.pop().chunk(3))         # (3, B, n, H)
-                states = states[:, torch.arange(len(rows)), at]          # (3, B, H)
+                states = states[:, row, at]                              # (3, B, H)
                 states = states.float().cpu().numpy()
                 logits = torch.stack(logits).float().cpu().numpy()       # (3, B, C)
                 for i, row in enumerate(rows):
@@ -1176,7 +1180,7 @@ def show_clouds(modules, folders, chosen_by, args, evaluation):
     numbers = {}
     for method, clouds in clouds_of_all.items():
         numbers[method] = cloud_numbers(clouds, split.labels, metric)
-    perplexity = min(30, (3 * len(split) - 1) // 3)    # t-SNE needs more than thrice as many points
+    perplexity = common.perplexity_for(3 * len(split))
     maps = maps_of(clouds_of_all, perplexity, args) if world.rank == 0 else {}
 
     title = f"{folder}: H, H+ and H- of {len(split)} rows of {evaluation.name}"
@@ -1193,7 +1197,10 @@ def show_clouds(modules, folders, chosen_by, args, evaluation):
 
 
 def means_over_seeds(found):
-    """{method: {what: mean}} of each seed's {method: {what: value}}; of methods that all have."""
+    """{method: {what: mean over the seeds}}, of the methods that every seed has.
+
+    found: each seed's {method: {what: value}}.
+    """
     means = {}
     for method, numbers in found[0].items():
         if all(method in others for others in found):
@@ -1268,6 +1275,20 @@ def check_tokenizer(args, tokenizer, methods, asked):
                                "which knows where its tokens lie")
 
 
+def check_texts(args, asked):
+    """UserError if a text to explain has not as many sentences as a row of the task."""
+    import common
+    import data
+    columns = args.text_columns                        # of one's own files
+    if args.task in data.TASKS:
+        columns = data.TASKS[args.task].columns
+    for text in asked.texts:
+        if columns and len(parts_of(text)) != len(columns):
+            wanted = "two sentences with ||| between them" if len(columns) == 2 else "one text"
+            raise common.UserError(f"--explain: {text!r} must be {wanted}, as a row of "
+                                   f"{args.task} is")
+
+
 def use_finished(args, asked, world, started):
     """--run: scores, predictions and analyses of finished runs. To explain a text needs no data."""
     import common
@@ -1282,6 +1303,7 @@ def use_finished(args, asked, world, started):
         tokenizer = common.load_tokenizer(args, world)
     methods = {method for folders in asked.runs.values() for method in folders}
     check_tokenizer(args, tokenizer, methods, asked)
+    check_texts(args, asked)
     results = [*asked.finished.values()]
     if to_score:
         results = common.use_models(args, asked.finished, setup, world, started)
@@ -1346,7 +1368,7 @@ def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
     world = evaluation.world
     task_and_set = f"{args.task} {evaluation.name}"
     means = means_over_seeds(mapped) if len(mapped) > 1 else {}
-    if means:                                          # no method may have all of the seeds
+    if means:                                          # empty if no method has all of the seeds
         title = f"{task_and_set}: means over {len(mapped)} seeds"
         common.print_numbers(means, title, world)
 
@@ -1428,8 +1450,8 @@ def flags():
                    help="Figure 3: a map of H, H+ and H- of N rows (300), and numbers beside it "
                         "(none)")
     g.add_argument("--perturb", action="store_true",
-                   help="Figure 5: accuracy when random tokens become [MASK] or one of "
-                        "the same row")
+                   help="Figure 5: accuracy when random words become [MASK] or one of "
+                        "the same row; a word is a token that is not special")
     g.add_argument("--drop", action="store_true",
                    help="Figure 6: accuracy without the words of highest or lowest confidence; "
                         "beside it the same by an untrained confidence layer")
@@ -1443,11 +1465,13 @@ def flags():
 
 def is_large(model):
     """Whether a model is of the paper's "large" size, by its name or by its config.json."""
+    if not model:
+        return False
     try:
-        with open(os.path.join(model or "", "config.json"), encoding="utf-8") as file:
+        with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
             return json.load(file).get("hidden_size", 0) >= 1024
     except (OSError, ValueError, AttributeError, TypeError):   # common.load_tokenizer tells why
-        return "large" in (model or "")
+        return "large" in model
 
 
 def recipe(args):
@@ -1581,6 +1605,7 @@ def main(argv=None):
         setup = common.prepare(
             args, world, check, perturb=perturb or "cutoff" in args.method)      # see setup_for
         check_tokenizer(args, setup.tokenizer, args.method, asked)
+        check_texts(args, asked)
 
         def build(method, seed):
             model = common.load_model(args, setup, seed, world)

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import fcntl
 import functools
 import glob
@@ -544,6 +545,18 @@ def test_a_csv_as_programs_and_people_write_it_simply_works(text, tmp_path):
     assert rows.task.label_names == ["no", "yes"]
     assert rows.train["text"][:] == ["a", "b"]
     assert rows.train["label"][:] == [1, 0]
+
+
+def test_an_empty_text_in_quotation_marks_is_a_row(tmp_path):
+    path = write(tmp_path / "t.csv", 'text\nfirst\n""\n\nthird\n')
+    assert data.read_file(path, "--test_file") == {"text": ["first", "", "third"]}
+
+
+def test_rows_without_labels_are_not_of_a_class_called_minus_1():
+    task = data.Task("custom", text="text", labels=("-1", "1"))
+    assert data.read_classify({"text": ["a", "b"]}, task, "here")["label"][:] == [-1, -1]
+    given = {"text": ["a", "b"], "label": ["1", "-1"]}
+    assert data.read_classify(given, task, "here")["label"][:] == [1, 0]
 
 
 MALFORMED = [
@@ -1551,6 +1564,8 @@ TRUE = np.array([1, 0, 0, 0, 1, 1])
     ("mcc", PREDICTED, TRUE, (2 * 2 - 1 * 1) / math.sqrt(3 * 3 * 3 * 3)),
     ("mcc", np.ones(4), np.array([0, 1, 0, 1]), 0.0),
     ("pearson", [1.0, 2.0, 3.0], [1.0, 2.0, 6.0], 5 / math.sqrt(2 * 14)),
+    ("pearson", [0.1] * 3, [0.7] * 3, 0.0),
+    ("pearson", [0.1, math.nan], [0.7, 0.8], 0.0),
     ("spearman", [1.0, 2.0, 3.0], [1.0, 2.0, 6.0], 1.0),
     ("spearman", [3.0, 1.0, 3.0], [2.0, 1.0, 3.0], 1.5 / math.sqrt(1.5 * 2)),
 ])
@@ -1994,6 +2009,45 @@ def test_a_signal_is_not_taken_for_a_model_that_cannot_be_loaded(tiny_folder, tm
     assert "--resume goes on" in stop.value.message
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    """As where Slurm signals a process, and its torchrun hands the same on."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(common, "signals", {"caught": 0, "at": 0.0, "in_step": True, "way_on": ""})
+    common.on_signal(signal.SIGTERM, None)
+    now = 100.1
+    common.on_signal(signal.SIGTERM, None)
+    now = 103.0
+    with pytest.raises(Stopped):
+        common.on_signal(signal.SIGTERM, None)
+
+
+def test_a_signal_while_the_last_step_is_saved_stops_before_the_end_is_evaluated(
+        tiny_folder, tmp_path, cache, monkeypatch):
+    save = common.Run.save
+
+    def save_meanwhile(run):
+        save(run)
+        if run.step == run.total:
+            common.on_signal(signal.SIGINT, None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "save", save_meanwhile)
+        with pytest.raises(Stopped):
+            run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2)
+    assert not os.path.exists(tmp_path / "toy/std-0/results.json")
+    result, = run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2, "--resume")
+    assert result["steps"] == 2
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="--nproc_per_node: must be at most the 2 GPUs of this"):
+        common.World(parse("r3f"))
+
+
 def test_signal_handlers_are_restored_when_a_run_ends(tiny_folder, tmp_path, cache):
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
@@ -2045,6 +2099,17 @@ def test_a_tokenizer_with_more_words_than_embeddings_is_refused(tiny_folder, tmp
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=r"its tokenizer has \d+ words, the model embeddings for"):
         run("r3f", folder, tmp_path / "out")
+
+
+def test_a_model_without_a_limit_takes_what_its_tokenizer_does(tiny_folder, tmp_path, cache):
+    """XLNet's config says that it has -1 positions."""
+    folder = str(shutil.copytree(tiny_folder, tmp_path / "xlnet"))
+    name, settings = ARCHITECTURES["xlnet"]
+    settings = {**settings, "vocab_size": len(data.toy_vocabulary())}
+    config = getattr(transformers, name)(**settings)
+    transformers.XLNetForSequenceClassification(config).save_pretrained(folder)
+    result, = run("r3f", folder, tmp_path, "--method", "r3f", "--max_steps", 1)
+    assert result["args"]["max_length"] == 64
 
 
 def test_a_model_folder_without_a_tokenizer_is_refused(tiny_folder, tmp_path, cache):
@@ -2318,6 +2383,16 @@ def test_plain_fine_tuning_by_one_recipe_is_one_run_for_all_scripts(tiny_folder,
         assert second == first and "finished before" in capsys.readouterr().out
 
 
+def test_a_further_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, cache):
+    path = write(tmp_path / "imdb.csv", "text,label\ngood plot,pos\nbad plot,neg\n")
+    flags = ["--method", "std", "--eval_tasks", "imdb", "--local_file", f"imdb={path}"]
+    run("r3f", tiny_folder, tmp_path, *flags)
+    run("r3f", tiny_folder, tmp_path, *flags)          # finished before
+    write(tmp_path / "imdb.csv", "text,label\ngood plot,pos\nbad plot,pos\n")
+    with pytest.raises(UserError, match="holds a run with other rows in --local_file imdb;"):
+        run("r3f", tiny_folder, tmp_path, *flags)
+
+
 def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, cache):
     """Also of an unfinished one: a checkpoint holds the same flags."""
     path = tmp_path / "rows.csv"
@@ -2344,16 +2419,29 @@ def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp
     """Else a slow process would take the log of this very run for an unfinished one."""
     order = []
     monkeypatch.setattr(common.Run, "find_results", lambda self: order.append("looked"))
-    world = types.SimpleNamespace(rank=0, precision="fp32", barrier=lambda: order.append("barrier"))
+
+    def gather(found):
+        order.append("told")
+        return [*found.values()]
+
+    world = types.SimpleNamespace(rank=0, precision="fp32", gather=gather,
+                                  barrier=lambda: order.append("barrier"))
     args = parse("r3f", "--model", tiny_folder, "--output_dir", tmp_path)
     common.Run(args, "r3f", 0, world).take()
-    assert order == ["barrier", "looked", "barrier"]
+    assert order == ["barrier", "looked", "told"]
 
 
-def test_machines_that_do_not_share_their_folder_are_refused(tiny_folder, tmp_path, cache,
-                                                             monkeypatch):
-    monkeypatch.setattr(common.World, "gather", lambda self, found: [*found.values(), 3])
-    with pytest.raises(UserError, match="--output_dir .* some would go on at step 0, others at 3"):
+@pytest.mark.parametrize("of_another, message", [
+    (3, "some would go on at step 0, others at 3"),
+    (True, "on some of them .*std-0 is finished, on others it is not")])
+def test_machines_that_do_not_share_their_folder_are_refused(of_another, message, tiny_folder,
+                                                             tmp_path, cache, monkeypatch):
+    def gather(world, found):
+        value, = found.values()
+        return [value, of_another] if type(value) is type(of_another) else [value]
+
+    monkeypatch.setattr(common.World, "gather", gather)
+    with pytest.raises(UserError, match=f"--output_dir .* {message}"):
         run("r3f", tiny_folder, tmp_path, "--method", "std")
 
 
@@ -2982,6 +3070,22 @@ def test_two_commands_that_score_one_run_at_the_same_time_lose_nothing(tiny_fold
     assert [*result["metrics"]] == ["validation", "toy-food", "test", "toy-food/test"]
     assert load(f"{folder}/results.json") == result
 
+    read_scored = common.read_scored
+    turns = []
+
+    def read_in_turn(path):
+        opened = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):           # nobody else has the files meanwhile
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(opened)
+        turns.append(path)
+        return read_scored(path)
+
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    monkeypatch.setattr(common, "read_scored", read_in_turn)
+    r3f.main(["--run", folder, "--eval_tasks", "toy-food"])
+    assert len(turns) == 1
+
 
 def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_path, cache):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "r3f", "--max_steps", 2)
@@ -3549,6 +3653,21 @@ def test_over_tasks(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "3 shared seeds can show nothing: the exact test's smallest p is 0.25" in out
     assert "6 tasks can show nothing: with 2 methods compared" in " ".join(out.split())
+
+
+def test_an_axis_has_round_numbers():
+    assert common.round_numbers(0, 1) == [0, 0.2, 0.4, 0.6000000000000001, 0.8, 1]
+    for least in (0.1, 100.0):                         # of a third of the range; rounded below it
+        assert len(common.round_numbers(0, 3 * math.nextafter(least, 0))) in range(3, 9)
+
+
+def test_costs_are_of_the_whole_training(tmp_path):
+    """Whatever a method counts as a step."""
+    folder = write_runs(tmp_path / "runs", 2, ["rte"])
+    for seed in range(2):
+        write_run(folder, {**results_of("rte", "slow", seed, 60), "steps": 300})
+    table, = common.main_report([str(folder)])
+    assert common.relative_costs(table, "rte", "slow") == [2.5, 2.5]
 
 
 def test_few_seeds_are_said(tmp_path, capsys):
@@ -6708,7 +6827,7 @@ def test_words_that_always_stay_are_none_of_the_figures(tiny_folder, cache):
     assert words == ["good", "plot", "bad"]
 
 
-def test_a_folder_is_large_by_its_width_and_not_by_its_name(tmp_path):
+def test_a_folder_is_large_by_its_width_and_not_by_its_name(tmp_path, monkeypatch):
     """Also where the model comes from --init_from."""
     for name, width in (("wide", 1024), ("large", 768)):
         os.makedirs(tmp_path / name / "model")
@@ -6719,6 +6838,8 @@ def test_a_folder_is_large_by_its_width_and_not_by_its_name(tmp_path):
     assert length_of(*task, "--init_from", str(tmp_path / "wide"))[0] == 32
     assert length_of(*task, "--model", str(tmp_path / "large/model"))[0] == 64
     assert length_of(*task, "--init_from", str(tmp_path / "large"))[0] == 64
+    monkeypatch.chdir(tmp_path / "wide/model")
+    assert length_of(*task)[0] == 64                   # nor is a config that happens to lie here
 
 
 def test_a_recipe_has_a_name_and_its_warmup_keeps_its_share():
@@ -7138,14 +7259,14 @@ def test_long_analyses_show_how_far_they_are(toy, capsys, monkeypatch):
 
 def test_texts_are_explained_from_a_folder_alone(toy, copied, capsys, tmp_path):
     (tmp_path / "texts").write_text("really boring plot .\n\ngreat cast", encoding="utf-8")
-    tdt.main(["--run", str(copied), "--explain", "great plot ||| dull ending",
+    tdt.main(["--run", str(copied), "--explain", "great plot dull ending",
               "--explain_file", str(tmp_path / "texts")])
     text = capsys.readouterr().out
     items = load(copied / "explain.json")
     words = [[word for word, _, _ in item["words"]] for item in items]
     assert words == [["great", "plot", "dull", "ending"], ["really", "boring", "plot", "."],
                      ["great", "cast"]]
-    assert [sentence for _, _, sentence in items[0]["words"]] == [0, 0, 1, 1]
+    assert [sentence for _, _, sentence in items[0]["words"]] == [0, 0, 0, 0]
     assert f"great {items[0]['words'][0][1]:.2f}" in text and "\x1b" not in text
 
     loader = transformers.AutoModelForSequenceClassification
@@ -7315,6 +7436,9 @@ BAD = [
     (["--drop", "--dev_samples", "9", "--grid", "lr=1,2"], "--grid: must go without analyses"),
     (["--run", "TDT", "--validation_file", "nowhere.csv", "--explain", "great cast"],
      "--validation_file nowhere.csv: no such file"),
+    (["--profile", "1", "--perturb"], "--profile: must go without analyses"),
+    (["--run", "TDT", "--explain", "a ||| b"],
+     "--explain: 'a ||| b' must be one text, as a row of custom is"),
     (["--explain", " "], "--explain: must have a text"),
     (["--explain", "a ||| b ||| c"], "--explain: must have a text"),
     (["--explain", "a |||"], "--explain: must have a text"),
@@ -8653,6 +8777,30 @@ def test_figure_2_is_not_drawn_while_flags_are_chosen(tiny_folder, small, tmp_pa
 
 # --------------------------------------------------------------------------------------- the script
 
+def test_seconds_are_those_of_training(tiny_folder, small, tmp_path, cache, monkeypatch):
+    """Of D's vectors too; of the states of a set that is scored not."""
+    monotonic = time.monotonic
+    all_vectors = gtuning.Algorithm1.all_vectors
+    with_states = gtuning.Texts.with_states
+    late = 0
+
+    def vectors_late(algorithm, *args):
+        nonlocal late
+        late += 1000
+        return all_vectors(algorithm, *args)
+
+    def states_late(texts, f, split):
+        nonlocal late
+        late += 10**6
+        return with_states(texts, f, split)
+
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + late)
+    monkeypatch.setattr(gtuning.Algorithm1, "all_vectors", vectors_late)
+    monkeypatch.setattr(gtuning.Texts, "with_states", states_late)
+    result, = tune(tiny_folder, tmp_path, *small, "--method", "gtuning")
+    assert late > 10**6 and 2000 <= result["train_seconds"] < 3000
+
+
 def test_profile_times_the_steps_from_states_and_from_texts(tiny_folder, small, tmp_path, cache,
                                                             capsys):
     both = ["--method", "adapter", "gtuning"]
@@ -8701,6 +8849,7 @@ WRONG = """
 --unlabeled latin.csv       | --unlabeled latin.csv: must be text in UTF-8
 --unlabeled other.csv       | --unlabeled other.csv: no column 'text' among ['review', 'label']
 --train_file good.csv --validation_file good.csv --embed | --embed: needs --eval_tasks
+--embed --eval_tasks toy-food --profile 1 | --embed: cannot go together with --profile
 --train_file good.csv --validation_file good.csv --projection pca | --projection: needs --embed
 """
 
@@ -9404,8 +9553,15 @@ def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, cache, monkeypatc
     logits_of_teacher = gtuning.logits_of_teacher
 
     def note(args, setup, split, pair, world):
+        def gather_meanwhile(found):
+            seen["bytes"] = len(pickle.dumps(found)) / len(found)
+            return gather(found)
+
         seen["rows"] = split.rows
+        gather = world.gather
+        world.gather = gather_meanwhile
         seen["logits"] = logits_of_teacher(args, setup, split, pair, world)
+        world.gather = gather
         return seen["logits"]
 
     monkeypatch.setattr(gtuning, "logits_of_teacher", note)
@@ -9421,6 +9577,7 @@ def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, cache, monkeypatc
     inputs = tokenizer(*texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         assert torch.allclose(model(**inputs).logits, seen["logits"], atol=1e-5)
+    assert seen["bytes"] < 100                         # of each row, to the other processes
     if len(texts) == 1:                                # the pairs of the general text are all alike
         assert seen["logits"].std(0).max() > 1e-4
 
@@ -9972,8 +10129,10 @@ def predicted(path):
 
 def test_of_several_processes_the_first_speaks_once(runs_of_two):
     status, told = runs_of_two.future.result()
-    # "refused" has no table; "search" has three: of a combination, of the chosen one, of all seeds.
-    assert told.count("in percent") == len(RUNS_OF_TWO) - 1 + 2, told
+    # "refused" has no table; "search" has two: of the chosen combination, and of all seeds.
+    assert told.count("in percent") == len(RUNS_OF_TWO) - 1 + 1, told
+    scores = re.findall(r" has [\d.]+ on the held-out rows\n", told)
+    assert len(scores) == told.count("trying"), told
     line = "--text_columns no: no such column"
     assert status != 0 and told.count(line) == 1, told
     assert re.search(rf"^\w+\.py: {line}", told, re.M), told           # no rank is named
@@ -10302,6 +10461,17 @@ def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path
     assert transformers.AutoConfig.from_pretrained(folder).model_type == "bert"
 
 
+def test_a_model_that_cannot_be_saved_leaves_nothing(tiny_folder, tmp_path):
+    model = transformers.AutoModel.from_pretrained(tiny_folder)
+
+    def fail(path):
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    with pytest.raises(common.RunError, match="cannot write .*made: No space left on device"):
+        common.save_made(model, types.SimpleNamespace(save_pretrained=fail), str(tmp_path / "made"))
+    assert os.listdir(tmp_path) == []
+
+
 # --------------------------------------------------------------------------------- probes of runs
 
 def probe(out, *words):
@@ -10435,8 +10605,9 @@ def test_probes_of_nothing_are_refused(words, message, tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    ["--batch_tokens", 500], ["--run", "a"], ["--grid", "lr=1,2", "--dev_samples", 9],
-    ["--dev_samples", 9], ["--profile", 3], ["--predict", "test"]])
+    ["--batch_tokens", 500], ["--run", "a"], ["--dev_samples", 9, "--grid", "lr=1,2"],
+    ["--dev_samples", 9], ["--profile", 3], ["--predict", "test"], ["--method", "r4f"],
+    ["--main_metric", "accuracy"], ["--grad_clip", 1]])
 def test_what_a_probe_cannot_do_is_refused(words, newcomers_runs, tmp_path):
     newcomers_runs[1].result()
     folder = newcomers_runs[0] / "toy-model/toy/std-0"
