@@ -8797,7 +8797,7 @@ def test_seconds_are_those_of_training(tiny_folder, small, tmp_path, cache, monk
     monkeypatch.setattr(time, "monotonic", lambda: monotonic() + late)
     monkeypatch.setattr(gtuning.Algorithm1, "all_vectors", vectors_late)
     monkeypatch.setattr(gtuning.Texts, "with_states", states_late)
-    result, = tune(tiny_folder, tmp_path, *small, "--method", "gtuning")
+    result, = tune(tiny_folder, tmp_path, *small, "--method", "gtuning", "--eval_every", 1)
     assert late > 10**6 and 2000 <= result["train_seconds"] < 3000
 
 
