@@ -677,12 +677,14 @@ signals = {"caught": 0, "at": 0.0, "in_step": False, "way_on": ""}
 def on_signal(number, frame):
     # Slurm signals a process and its torchrun, which hands it on at once: that is one signal.
     now = time.monotonic()
-    is_second = bool(signals["caught"]) and now - signals["at"] > 2
-    if not signals["caught"]:
+    is_first = not signals["caught"]
+    if is_first:
         signals["at"] = now
     signals["caught"] = number
-    if is_second or not signals["in_step"]:
+    if not signals["in_step"] or now - signals["at"] > 2:
         raise Stopped(number, f"stopped by a signal{signals['way_on']}")
+    if is_first and process_rank() == 0:               # a handler may not print
+        os.write(2, b"a signal: stops after this step, and what is evaluated in it\n")
 
 
 @contextlib.contextmanager

@@ -2009,7 +2009,7 @@ def test_a_signal_is_not_taken_for_a_model_that_cannot_be_loaded(tiny_folder, tm
     assert "--resume goes on" in stop.value.message
 
 
-def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capfd):
     """As where Slurm signals a process, and its torchrun hands the same on."""
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -2017,6 +2017,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
     common.on_signal(signal.SIGTERM, None)
     now = 100.1
     common.on_signal(signal.SIGTERM, None)
+    assert "a signal: stops after this step" in capfd.readouterr().err
     now = 103.0
     with pytest.raises(Stopped):
         common.on_signal(signal.SIGTERM, None)
