@@ -83,6 +83,7 @@ from dataclasses import dataclass, replace
 if __name__ == "__main__":                             # Ctrl-C while torch is loaded, for seconds
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # no warning that all weights are used
 # end same
 
 import torch
