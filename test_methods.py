@@ -3887,6 +3887,7 @@ README_TABLES = {
         "without L_C, `--alpha 0`": in_part("alpha=0.0 beta=1.0 gamma=0.01"),
     },
     "TDT on pairs": {
+        "RTE, accuracy": [cell("rte-1000 std", RTE), cell("rte-1000 tdt", RTE)],
         "QQP, accuracy": [cell("qqp std", QQP, 5), cell("qqp tdt", QQP, 5)],
         "STS-B, Spearman, 160 steps": [cell("stsb std", SPEARMAN, 5),
                                        cell("stsb tdt gamma=0.01", SPEARMAN, 5)],
