@@ -3869,7 +3869,11 @@ README_TABLES = {
                                       cell("steps std epochs=10.0", COLA), None],
         "`std`, 640 steps over 320": [
             cell("640 std epochs=20.0", SST2, baseline="std epochs=10.0"), None, None],
+        "`std`, 1,056 steps over 320": [
+            cell("640 std epochs=33.0", SST2, baseline="std epochs=10.0"), None, None],
         "FreeLB, 320 steps, over `std`, 640": [cell("640 freelb epochs=10.0", SST2), None, None],
+        "FreeLB, 320 steps, over `std`, 1,056": [
+            cell("640 freelb epochs=10.0", SST2, baseline="std epochs=33.0"), None, None],
         "TDT over `std`, 320 steps": [cell("320 tdt", SST2), None, None],
         "the same without L_R, seeds 8 to 15": [None, cell("320-beta0 tdt", COLA),
                                                 cell("320-beta0 tdt", OUT_OF_DOMAIN)],
