@@ -3858,7 +3858,7 @@ README_TABLES = {
                   "1000-bf16 smart"],
         "FreeLB": ["1000-bf16 freelb", "mrpc-rivals freelb", "", ""],
         "TDT": ["1000 tdt", "mrpc tdt", "1000 tdt", ""],
-        "TDT, released": ["sst2-released tdt", "", "cola-released tdt", ""],
+        "TDT, released": ["sst2-released tdt", "mrpc-rivals tdt", "cola-released tdt", ""],
         "TDT-hard": ["1000-bf16 tdt-hard", "", "1000-bf16 tdt-hard", "1000-bf16 tdt-hard"],
         "token cutoff": ["1000-fp32 cutoff", "", "1000-fp32 cutoff", "1000-fp32 cutoff"],
         "NoisyTune": ["1000-fp32 std weight_noise=0.2", "", "1000-fp32 std weight_noise=0.2",
