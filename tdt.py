@@ -1286,8 +1286,8 @@ def check_texts(args, asked):
     for text in asked.texts:
         if columns and len(parts_of(text)) != len(columns):
             wanted = "two sentences with ||| between them" if len(columns) == 2 else "one text"
-            raise common.UserError(f"--explain: {text!r} must be {wanted}, as a row of "
-                                   f"{args.task} is")
+            raise common.UserError(f"--explain, --explain_file: {text!r} must be {wanted}, as a "
+                                   f"row of {args.task} is")
 
 
 def use_finished(args, asked, world, started):

@@ -7444,7 +7444,7 @@ BAD = [
      "--validation_file nowhere.csv: no such file"),
     (["--profile", "1", "--perturb"], "--profile: must go without analyses"),
     (["--run", "TDT", "--explain", "a ||| b"],
-     "--explain: 'a ||| b' must be one text, as a row of custom is"),
+     "--explain, --explain_file: 'a ||| b' must be one text, as a row of custom is"),
     (["--explain", " "], "--explain: must have a text"),
     (["--explain", "a ||| b ||| c"], "--explain: must have a text"),
     (["--explain", "a |||"], "--explain: must have a text"),
