@@ -521,11 +521,12 @@ def refuse_regression(model, method):
 # --------------------------------------------------------------------------------------  its rivals
 
 def mean_kl(logits_p, logits_q, labels):
-    """KL_S, averaged over the rows or, of labels by position, over those that are not -100."""
-    if labels.dim() == 2:
-        real = labels != -100
-        logits_p, logits_q = logits_p[real], logits_q[real]
-    return symmetric_kl(logits_p, logits_q).mean()
+    """KL_S, averaged over the rows or, of labels by position, over those that are not -100. If none
+    is left, it is 0."""
+    if labels.dim() == 1:
+        return symmetric_kl(logits_p, logits_q).mean()
+    real = labels != -100
+    return symmetric_kl(logits_p[real], logits_q[real]).sum() / real.sum().clamp(min=1)
 
 
 # same: real

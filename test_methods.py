@@ -5286,6 +5286,13 @@ def test_rivals_take_labels_by_position(method, settings, kind):
         assert abs(run(wider)[0] / loss - 1) < 1e-5
 
 
+@pytest.mark.parametrize("method", [r3f.R3F, r3f.RDrop, r3f.SMART, r3f.FreeLB])
+def test_rows_without_any_label_have_no_loss(method):
+    labels, inputs = batch_to_tag()
+    loss, stats = method(tiny_tagger())(torch.full_like(labels, -100), **inputs)
+    assert loss == stats["ce"] == stats["kl"] == 0
+
+
 # -------------------------------------------------------------------- the rivals: formulas
 
 def test_r_drop_is_its_formula_in_numpy():
