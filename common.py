@@ -1273,12 +1273,9 @@ def predict(forward, module, split, setup, world, name):
 
 
 def write_predictions(folder, name, kept, split, setup, world):
-    """predictions-NAME of a split, from rank 0, which says so. RunError if it cannot be written."""
-    if world.rank > 0:
-        return
-    with writing(folder):
-        path = setup.kind.write(folder, name, setup.task, kept, split)
-    world.say(f"wrote {path}")
+    """predictions-NAME of a split, a file."""
+    ending, text = setup.kind.file(name, setup.task, kept, split)
+    write_file(os.path.join(folder, f"predictions-{name}.{ending}"), text, world)
 
 
 def write_unscored(folder, forward, module, setup, world):

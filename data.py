@@ -14,11 +14,11 @@ A further task is one row of TASKS. A further kind of task is one group of funct
 KINDS, which stands at the end of section 5. Nothing here knows how a model is trained.
 """
 import collections
-import contextlib
 import csv
 import difflib
 import functools
 import gzip
+import io
 import json
 import math
 import os
@@ -72,7 +72,7 @@ class Kind:
     comparable    (task, trained): UserError if a model trained for one cannot do the other; left
                   out: a model of any task of the kind can
     forward       (model, task) -> forward(**inputs), the outputs of a batch
-    write         (folder, name, task, kept, split) -> path of the file of predictions
+    file          (name, task, kept, split) -> (ending, text) of the file of a set's predictions
     decodes       the model must have a decoder; what it writes is kept for all sets that are scored
     by_token      a model answers with a vector for each token of a text, not with one for the text
     passages      the texts are of several sentences
@@ -91,7 +91,7 @@ class Kind:
     settings: Callable = nothing
     comparable: Callable = nothing
     forward: Callable | None = None
-    write: Callable | None = None
+    file: Callable | None = None
     decodes: bool = False
     by_token: bool = False
     passages: bool = False
@@ -1906,13 +1906,13 @@ def is_submission(task, name):
     return task.path == GLUE and name in task.test.split()
 
 
-def write_classes(folder, name, task, kept, split):
+def file_of_classes(name, task, kept, split):
     """For GLUE its submission format, an index and a label; for others also all probabilities."""
     labels = [class_text(task, logits) for logits in kept]
     if is_submission(task, name):
         if not task.names:
             labels = [str(task.label_names.index(label)) for label in labels]
-        return write_table(folder, name, ["prediction"], [labels])
+        return as_tsv(["prediction"], [labels])
 
     logits = np.stack(kept)
     logits = logits - logits.max(1, keepdims=True)
@@ -1922,60 +1922,42 @@ def write_classes(folder, name, task, kept, split):
     for label, column in zip(task.label_names, probabilities.T):
         header.append(f"p({label})")
         columns.append([f"{value:.4f}" for value in column])
-    return write_table(folder, name, header, columns, split.column("id"))
+    return as_tsv(header, columns, split.column("id"))
 
 
-def write_numbers(folder, name, task, kept, split):
+def file_of_numbers(name, task, kept, split):
     if is_submission(task, name):                      # of STS-B, from 0 to 5
         values = [f"{min(max(float(output[0]), 0.0), 5.0):.3f}" for output in kept]
-        return write_table(folder, name, ["prediction"], [values])
+        return as_tsv(["prediction"], [values])
     values = [number_text(task, output) for output in kept]
-    return write_table(folder, name, ["prediction"], [values], split.column("id"))
+    return as_tsv(["prediction"], [values], split.column("id"))
 
 
-def write_texts(folder, name, task, kept, split):
+def file_of_texts(name, task, kept, split):
     """A json object a line: the row's own id, or its index; what was written; what was wanted."""
     ids = split.column("id") or range(len(kept))
     lines = []
     for row, text, reference in zip(ids, kept, split.column("label")):
         lines.append({"id": row, "prediction": text, "reference": reference or None})
-    return write_lines(folder, name, lines)
+    return as_jsonl(lines)
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """A text file to write to, which takes the place of the old one when all is written."""
-    unfinished = path + ".tmp"
-    try:
-        with open(unfinished, "w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(unfinished, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(unfinished)
+def as_jsonl(lines):
+    """The ending and the text of a file of these dicts, one a line."""
+    return "jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def write_lines(folder, name, lines):
-    """A jsonl file of these dicts. Returns its path."""
-    path = os.path.join(folder, f"predictions-{name}.jsonl")
-    with whole_file(path) as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return path
-
-
-def write_table(folder, name, header, columns, ids=None):
-    """A tsv: the row's index, its own id where it has one, and the columns. Returns its path."""
-    path = os.path.join(folder, f"predictions-{name}.tsv")
+def as_tsv(header, columns, ids=None):
+    """The ending and the text of a table: each row's index, its id if it has one, the columns."""
     if ids:
         header = ["id", *header]
         columns = [ids, *columns]
-    with whole_file(path) as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(["index", *header])
-        for index, cells in enumerate(zip(*columns)):
-            writer.writerow([index, *cells])
-    return path
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(["index", *header])
+    for index, cells in enumerate(zip(*columns)):
+        writer.writerow([index, *cells])
+    return "tsv", text.getvalue()
 
 
 # Tags: a label for each word of a sentence.
@@ -2145,14 +2127,14 @@ def tags_text(task, tags):
     return " ".join(task.label_names[tag] for tag in sorted(set(tags)))
 
 
-def write_tags(folder, name, task, kept, split):
+def file_of_tags(name, task, kept, split):
     """A json object a line: a sentence's words and tags, null where a word has no piece."""
     sentences = split.column(task.columns[0])
     lines = []
     for row, tags in sorted(predicted_tags(kept, split).items()):
         named = [task.label_names[tag] if tag >= 0 else None for tag in tags]
         lines.append({"tokens": sentences[row], "tags": named})
-    return write_lines(folder, name, lines)
+    return as_jsonl(lines)
 
 
 # Spans: the answer to a question is a part of a context.
@@ -2382,14 +2364,11 @@ def span_text(task, best):
     return f"{places[0][0]} to {places[1][0]}"
 
 
-def write_spans(folder, name, task, kept, split):
+def file_of_spans(name, task, kept, split):
     """{id: answer}, as SQuAD's scripts read it."""
-    path = os.path.join(folder, f"predictions-{name}.json")
     ids = split.column("id")
     found = {ids[row]: text for row, text in best_answers(kept, split).items()}
-    with whole_file(path) as file:
-        json.dump(found, file, ensure_ascii=False, indent=1)
-    return path
+    return "json", json.dumps(found, ensure_ascii=False, indent=1)
 
 
 # Retrieval: of all candidates the translation of each sentence, without training.
@@ -2432,26 +2411,26 @@ KINDS = {
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
         forward=logits_of, collect=collect_rows, score=score_predictions, text=class_text,
-        write=write_classes, answer="a class", predictions=predicted_classes),
+        file=file_of_classes, answer="a class", predictions=predicted_classes),
     "regress": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_regress, hidden=math.isnan, tokenise=tokenise_texts, forward=logits_of,
-        collect=collect_rows, score=score_predictions, text=number_text, write=write_numbers,
+        collect=collect_rows, score=score_predictions, text=number_text, file=file_of_numbers,
         answer="a number (regression)", predictions=predicted_numbers),
     "generate": Kind(
         auto_class="AutoModelForSeq2SeqLM", read=read_generate, hidden=none_given,
         tokenise=tokenise_generate, forward=decoded, collect=collect_texts, score=score_texts,
-        text=same_text, write=write_texts, answer="a text", eval_size=size_for_beams,
+        text=same_text, file=file_of_texts, answer="a text", eval_size=size_for_beams,
         decodes=True),
     "tag": Kind(
         auto_class="AutoModelForTokenClassification", settings=head_settings,
         read=read_tags, hidden=hidden_tags, comparable=same_tags, tokenise=tokenise_tags,
         forward=logits_of, collect=collect_tags, score=score_tags, text=tags_text,
-        write=write_tags, answer="a tag for each word", by_token=True),
+        file=file_of_tags, answer="a tag for each word", by_token=True),
     "span": Kind(
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
         read=read_span, hidden=none_given, tokenise=tokenise_span, forward=logits_of,
-        collect=collect_spans, score=score_spans, text=span_text, write=write_spans,
+        collect=collect_spans, score=score_spans, text=span_text, file=file_of_spans,
         answer="a part of the text", by_token=True, passages=True),     # G-Tuning has its forward
     "retrieve": Kind(
         auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,

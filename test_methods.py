@@ -1596,12 +1596,12 @@ def test_numbers_are_scored_by_their_correlations():
     assert scores["pearson"] == pytest.approx(5 / math.sqrt(2 * 14))
 
 
-def written(task, outputs, folder, names=None, name="test"):
+def written(task, outputs, names=None, name="test"):
     """The text of the predictions of a set of a task."""
     split = split_of([1] * len(outputs), names=names)
-    path = data.KINDS[task.kind].write(str(folder), name, task, np.array(outputs), split)
-    assert path == str(folder / f"predictions-{name}.tsv")
-    return open(path, encoding="utf-8").read()
+    ending, text = data.KINDS[task.kind].file(name, task, np.array(outputs), split)
+    assert ending == "tsv"
+    return text
 
 
 @pytest.mark.parametrize("name, outputs, text", [
@@ -1610,53 +1610,58 @@ def written(task, outputs, folder, names=None, name="test"):
     ("stsb", [[-0.5], [2.34567], [5.1]], "index\tprediction\n0\t0.000\n1\t2.346\n2\t5.000\n"),
 ])
 @pytest.mark.parametrize("names", [None, ["x", "y", "z"]], ids=["no ids", "ids"])
-def test_predictions_for_glue_are_its_submission_format(name, outputs, text, names, tmp_path):
-    assert written(data.TASKS[name], outputs, tmp_path, names) == text
+def test_predictions_for_glue_are_its_submission_format(name, outputs, text, names):
+    assert written(data.TASKS[name], outputs, names) == text
 
 
-def test_of_other_rows_a_model_of_glue_predicts_more(tmp_path):
+def test_of_other_rows_a_model_of_glue_predicts_more():
     """Ids, label names and probabilities; numbers as they are."""
-    text = written(data.TASKS["sst2"], [[0.0, 0.0]], tmp_path, ["x"], name="mine")
+    text = written(data.TASKS["sst2"], [[0.0, 0.0]], ["x"], name="mine")
     assert text == ("index\tid\tprediction\tp(negative)\tp(positive)\n"
                     "0\tx\tnegative\t0.5000\t0.5000\n")
-    text = written(data.TASKS["stsb"], [[5.25]], tmp_path, ["x"], name="mine")
+    text = written(data.TASKS["stsb"], [[5.25]], ["x"], name="mine")
     assert text == "index\tid\tprediction\n0\tx\t5.25\n"
 
 
-def test_own_predictions_have_probabilities_and_the_ids_of_the_file(tmp_path):
+def test_own_predictions_have_probabilities_and_the_ids_of_the_file():
     task = data.Task("custom", text="text", labels=("no", "very good"))
     outputs = [[0.0, 0.0], [math.log(3), 0.0], [0.0, 1000.0]]
-    assert written(task, outputs, tmp_path) == (
+    assert written(task, outputs) == (
         "index\tprediction\tp(no)\tp(very good)\n"
         "0\tno\t0.5000\t0.5000\n"
         "1\tno\t0.7500\t0.2500\n"
         "2\tvery good\t0.0000\t1.0000\n")
-    assert written(task, outputs[1:], tmp_path, ["a7", "b8"]) == (
+    assert written(task, outputs[1:], ["a7", "b8"]) == (
         "index\tid\tprediction\tp(no)\tp(very good)\n"
         "0\ta7\tno\t0.7500\t0.2500\n"
         "1\tb8\tvery good\t0.0000\t1.0000\n")
 
 
-def test_predictions_that_cannot_be_written_leave_those_that_are_there(tmp_path):
+def test_predictions_that_cannot_be_written_leave_those_that_are_there(tmp_path, monkeypatch):
     path = tmp_path / "predictions-test.tsv"
     write(path, "before")
+    split = split_of([1])
+    setup = argparse.Namespace(task=data.TASKS["stsb"], kind=data.KINDS["regress"])
+    world = argparse.Namespace(rank=0, say=print)
 
-    def columns():
-        yield "a"
+    def full(file):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError):
-        data.write_table(str(tmp_path), "test", ["prediction"], [columns()])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(common.RunError, match=f"cannot write {path}: No space left"):
+            common.write_predictions(str(tmp_path), "test", [[1.0]], split, setup, world)
     assert os.listdir(tmp_path) == [path.name] and path.read_text() == "before"
-    data.write_table(str(tmp_path), "test", ["prediction"], [["a"]])
-    assert os.listdir(tmp_path) == [path.name] and path.read_text() == "index\tprediction\n0\ta\n"
+    common.write_predictions(str(tmp_path), "test", [[1.0]], split, setup, world)
+    assert os.listdir(tmp_path) == [path.name]
+    assert path.read_text() == "index\tprediction\n0\t1.000\n"
 
 
-def test_own_predicted_numbers_have_the_ids_of_the_file(tmp_path):
+def test_own_predicted_numbers_have_the_ids_of_the_file():
     task = data.Task("custom", text="text", kind="regress", metrics="pearson spearman")
-    assert written(task, [[7.5]], tmp_path) == "index\tprediction\n0\t7.5\n"
-    assert written(task, [[7.5]], tmp_path, ["a7"]) == "index\tid\tprediction\n0\ta7\t7.5\n"
-    assert written(task, [[4.7e-5]], tmp_path) == "index\tprediction\n0\t4.7e-05\n"
+    assert written(task, [[7.5]]) == "index\tprediction\n0\t7.5\n"
+    assert written(task, [[7.5]], ["a7"]) == "index\tid\tprediction\n0\ta7\t7.5\n"
+    assert written(task, [[4.7e-5]]) == "index\tprediction\n0\t4.7e-05\n"
 
 
 def test_ids_go_from_the_file_to_the_predictions(tokenizer, tmp_path):
@@ -1664,8 +1669,8 @@ def test_ids_go_from_the_file_to_the_predictions(tokenizer, tmp_path):
     test = write(tmp_path / "test.csv", "id,text\n07,good plot\n08,bad plot\n")
     rows = data.load(own(train, test_file=test))
     split = data.encode(rows.unscored["test"], rows.task, tokenizer, 32)
-    path = data.KINDS["classify"].write(str(tmp_path), "test", rows.task, np.zeros((2, 2)), split)
-    cells = [line.split("\t") for line in open(path, encoding="utf-8").read().splitlines()]
+    _, text = data.KINDS["classify"].file("test", rows.task, np.zeros((2, 2)), split)
+    cells = [line.split("\t") for line in text.splitlines()]
     assert cells[0] == ["index", "id", "prediction", "p(no)", "p(yes)"]
     assert [line[1] for line in cells[1:]] == ["07", "08"]
 
@@ -5995,19 +6000,19 @@ def test_beams_times_batch_fit():
         assert size["tokens"] * task.decoding.beams <= 32768
 
 
-def test_predictions_are_a_json_object_a_line(tmp_path):
+def test_predictions_are_a_json_object_a_line():
     rows = datasets.Dataset.from_dict({"label": ["wanted\ntwo", ""], "id": ["x", "y"]})
     split = argparse.Namespace(
         column=lambda name: list(rows[name]) if name in rows.column_names else None)
     task = data.TASKS["xsum"]
-    path = data.write_texts(str(tmp_path), "test", task, ["written \u00e9\ntwo", "b"], split)
-    assert path == f"{tmp_path}/predictions-test.jsonl"
-    assert predictions_of(path) == [
+    ending, text = data.file_of_texts("test", task, ["written \u00e9\ntwo", "b"], split)
+    assert ending == "jsonl" and text.count("\u00e9") == 1
+    assert [json.loads(line) for line in text.splitlines()] == [
         {"id": "x", "prediction": "written \u00e9\ntwo", "reference": "wanted\ntwo"},
         {"id": "y", "prediction": "b", "reference": None}]
     rows = rows.remove_columns("id")
-    data.write_texts(str(tmp_path), "test", task, ["a", "b"], split)
-    assert [line["id"] for line in predictions_of(path)] == [0, 1]
+    _, text = data.file_of_texts("test", task, ["a", "b"], split)
+    assert [json.loads(line)["id"] for line in text.splitlines()] == [0, 1]
 
 
 # --------------------------------------------------------------------------------------- whole runs
