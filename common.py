@@ -15,6 +15,7 @@
 """
 import argparse
 import contextlib
+import csv
 import datetime
 import difflib
 import errno
@@ -23,6 +24,7 @@ import functools
 import glob
 import hashlib
 import html
+import io
 import itertools
 import json
 import math
@@ -4024,45 +4026,52 @@ def text_report(table):
     return lines
 
 
+TSV_HEADER = [
+    "table", "task", "set", "metric", "method", "seeds", "mean", "std", "median", "max", "pairs",
+    "difference", "difference_std", "low", "high", "wins", "losses", "p", "p_holm",
+    "low_over_rows", "high_over_rows", "cost"]
+
+
 def tsv_report(tables):
     """report.tsv: a line for each table, task, set, metric and method, and for those over tasks."""
-    header = ["table", "task", "set", "metric", "method", "seeds", "mean", "std", "median", "max",
-              "pairs", "difference", "difference_std", "low", "high", "wins", "losses", "p",
-              "p_holm", "low_over_rows", "high_over_rows", "cost"]
-    lines = ["\t".join(header)]
+    lines = []
     for table in tables:
         for key, row in table.rows.items():
             for column in sorted(row, key=table.columns.index):
                 cells = [table.title, *key, column, *score_cells(row[column].values())]
-                cells += difference_numbers(table.differences[key].get(column), "")
-                cells += numbers_over_rows(table, key, column)
+                line = dict(zip(TSV_HEADER, cells))
+                if column in table.differences[key]:
+                    line.update(difference_numbers(table.differences[key][column]))
+                if column in table.over_rows.get(key, {}):
+                    over_rows = table.over_rows[key][column]
+                    line["low_over_rows"] = f"{over_rows.low:.4f}"
+                    line["high_over_rows"] = f"{over_rows.high:.4f}"
                 costs = relative_costs(table, key[0], column)
-                cells.append(f"{np.median(costs):.4f}" if costs else "")
-                lines.append("\t".join(cells))
+                if costs:
+                    line["cost"] = f"{np.median(costs):.4f}"
+                lines.append(line)
         for (group, column), total in table.over_tasks.items():
-            difference = total.difference
-            cells = [table.title, "", f"over {difference.n} {group}", "", column, *[""] * 5]
-            cells += difference_numbers(difference, f"{total.p:.6g}")
-            lines.append("\t".join([*cells, *[""] * 3]))
-    return "\n".join(lines) + "\n"
+            lines.append({
+                "table": table.title, "set": f"over {total.difference.n} {group}",
+                "method": column, **difference_numbers(total.difference),
+                "p_holm": f"{total.p:.6g}"})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, TSV_HEADER, delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
 
 
-def difference_numbers(difference, p_holm):
-    """The cells of a line of report.tsv from `pairs` on; empty where there is none."""
-    if difference is None:
-        return [""] * 9
-    numbers = [difference.mean, difference.std, difference.low, difference.high]
-    cells = ["" if math.isnan(number) else f"{number:.4f}" for number in numbers]
-    return [f"{difference.n}", *cells, f"{difference.wins}", f"{difference.losses}",
-            f"{difference.p:.6g}", p_holm]
-
-
-def numbers_over_rows(table, key, column):
-    """The cells of a line of report.tsv for the interval over seeds and rows."""
-    found = table.over_rows.get(key, {}).get(column)
-    if found is None:
-        return ["", ""]
-    return [f"{found.low:.4f}", f"{found.high:.4f}"]
+def difference_numbers(difference):
+    """A Difference in a line of report.tsv: {column: its cell}."""
+    cells = {"pairs": f"{difference.n}", "wins": f"{difference.wins}",
+             "losses": f"{difference.losses}", "p": f"{difference.p:.6g}"}
+    numbers = {"difference": difference.mean, "difference_std": difference.std,
+               "low": difference.low, "high": difference.high}
+    for name, number in numbers.items():
+        if not math.isnan(number):
+            cells[name] = f"{number:.4f}"
+    return cells
 
 
 # -------------------------------------------------------------------------  9  the report: the page
