@@ -719,27 +719,25 @@ def own_files(args):
     if not (args.train_file and args.validation_file):
         raise UserError("--train_file and --validation_file: both are needed to train on your own "
                         "data; of a single file keep some rows apart for the second")
-    tables = {
-        args.train_file: read_file(args.train_file, "--train_file"),
-        args.validation_file: read_file(args.validation_file, "--validation_file"),
-    }
+    paths = {"train": args.train_file, "validation": args.validation_file}
+    tables = {split: read_file(path, f"--{split}_file") for split, path in paths.items()}
 
     columns = args.text_columns or usual_columns(
-        tables[args.train_file], f"--train_file {args.train_file}")
+        tables["train"], f"--train_file {args.train_file}")
     args.text_columns = columns                        # results.json has them for --run
-    for path, table in tables.items():
+    for split, table in tables.items():
         for column in columns:
-            check_column(column, "--text_columns", table, path)
+            check_column(column, "--text_columns", table, paths[split])
         if args.target_column:
-            check_column(args.target_column, "--target_column", table, path)
+            check_column(args.target_column, "--target_column", table, paths[split])
         else:
-            check_column(args.label_column, "--label_column", table, path)
+            check_column(args.label_column, "--label_column", table, paths[split])
 
     task = own_task(args, columns, tables)
     splits = {}
-    for split, path in (("train", args.train_file), ("validation", args.validation_file)):
-        where = f"--{split}_file {path}"
-        splits[split] = KINDS[task.kind].read(tables[path], task, where)
+    for split, table in tables.items():
+        where = f"--{split}_file {paths[split]}"
+        splits[split] = KINDS[task.kind].read(table, task, where)
         refuse_hidden(task, splits[split], where)
     return task, splits
 
@@ -762,20 +760,19 @@ def check_column(name, flag, table, path):
 
 
 def own_task(args, columns, tables):
-    """The Task of one's own files. Its labels decide the kind.
+    """The Task of one's own files, {"train": a table, "validation": a table}.
 
-    Words and whole numbers are classes, numbers with a point are to be predicted. A --target_column
-    holds texts to write.
+    Its labels decide the kind: words and whole numbers are classes, numbers with a point are to be
+    predicted. A --target_column holds texts to write.
     """
     if args.target_column:
         return own_summary_task(args, columns)
 
     settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
-    labels = {}
-    for path, table in tables.items():
-        flag = "--train_file" if path == args.train_file else "--validation_file"
-        labels[path] = own_labels(table, Task(**settings), f"{flag} {path}")
-    train, validation = labels[args.train_file], labels[args.validation_file]
+    task = Task(**settings)
+    train = own_labels(tables["train"], task, f"--train_file {args.train_file}")
+    validation = own_labels(
+        tables["validation"], task, f"--validation_file {args.validation_file}")
 
     whole = all(re.fullmatch(r"[-+]?\d+", label) for label in train + validation)
     if not whole and all(is_float(label) for label in train + validation):
