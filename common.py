@@ -1409,11 +1409,10 @@ def flags_that_count(args, method_flags):
 def digests_of_files(args):
     """What tells the contents of one's own rows from those that another run of the path had."""
     digests = {}
-    paths = {"train_file": args.train_file, "validation_file": args.validation_file,
-             "local_file": data.local_files(args.local_file).get(args.task)}
-    for given in args.eval_tasks:
-        name = given.partition(":")[0]
-        paths[f"local_file {name}"] = data.local_files(args.local_file).get(name)
+    paths = {"train_file": args.train_file, "validation_file": args.validation_file}
+    for name, path in data.local_files(args.local_file).items():
+        key = "local_file" if name == args.task else f"local_file {name}"
+        paths[key] = path
     for flag, path in paths.items():
         if path:
             with open(path, "rb") as file:

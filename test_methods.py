@@ -2415,10 +2415,19 @@ def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, ca
 def test_a_local_file_whose_rows_have_changed_is_another_run(tmp_path, cache):
     rows = [{"sentence": "a good plot", "label": i % 2} for i in range(20)]
     path = write_rows(tmp_path / "ood.jsonl", rows)
-    args = parse("r3f", "--task", "cola-ood", "--local_file", f"cola-ood={path}", "bustm=nowhere")
+    args = parse("r3f", "--task", "cola-ood", "--local_file", f"cola-ood={path}")
     before = common.digests_of_files(args)
     write_rows(tmp_path / "ood.jsonl", rows[::-1])
     assert [*before] == ["local_file_digest"] and common.digests_of_files(args) != before
+
+
+def test_so_is_a_local_file_of_a_task_of_a_group(tmp_path):
+    path = write_rows(tmp_path / "de.jsonl", [{"premise": "a", "hypothesis": "b", "label": 0}])
+    args = parse("r3f", "--task", "mnli", "--eval_tasks", "xnli", "--local_file", f"xnli-de={path}")
+    before = common.digests_of_files(args)
+    write_rows(tmp_path / "de.jsonl", [{"premise": "a", "hypothesis": "c", "label": 0}])
+    assert [*before] == ["local_file xnli-de_digest"]
+    assert common.digests_of_files(args) != before
 
 
 def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp_path, monkeypatch):
