@@ -797,6 +797,17 @@ class Setup:
         """All sets that are scored at the end; the first has the main metric."""
         return {**self.validation, **self.further, **self.held_out}
 
+    @property
+    def sets(self):
+        """All rows there are, by the names that messages have for them: {name: (task, Split)}."""
+        found = {}
+        if self.train is not None:
+            found["train"] = self.task, self.train
+        found.update(self.scored)
+        for name, split in self.unscored.items():
+            found[f"{name} (to predict)"] = self.task, split
+        return found
+
 
 def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
     """Reads, checks (also by check(task)) and encodes all rows, before a model is loaded: a Setup.
@@ -812,7 +823,6 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
         world.say(f"warning: {line}")
     if check:
         check(rows.task)
-    warn_of_texts(args, rows, world)
     kind = data.KINDS[rows.task.kind]
     if args.batch_tokens and not kind.decodes:
         raise UserError(f"--batch_tokens {args.batch_tokens}: is for texts that are written; "
@@ -838,6 +848,7 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
                    for name, (its_task, part) in rows.further.items()}
         unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
     setup = Setup(task, tokenizer, train, validation, further, unscored, {}, args.eval_samples)
+    warn_of_texts(args, setup, world)
     per_epoch = None
     if train is not None:
         hold_out(args, setup)
@@ -847,25 +858,20 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
     return setup
 
 
-def warn_of_texts(args, rows, world):
+def warn_of_texts(args, setup, world):
     """A line for each set with empty texts, and with texts to write that have no word for ROUGE."""
     if args.choosing or world.rank > 0:
         return
-    scored = {name: (rows.task, part) for name, part in rows.validation.items()}
-    scored.update(rows.further)
-    others = {name: (rows.task, part) for name, part in rows.unscored.items()}
-    if rows.train is not None:
-        others["train"] = rows.task, rows.train
-    for name, (task, part) in {**others, **scored}.items():
-        count = data.count_empty_texts(task, part)
+    for name, (task, split) in setup.sets.items():
+        count = data.count_empty_texts(task, split.rows)
         if count:
-            world.say(f"warning: {name}: {count} of {len(part)} rows have an empty text")
-    for name, (task, part) in scored.items():
+            world.say(f"warning: {name}: {count} of {len(split.rows)} rows have an empty text")
+    for name, (task, split) in setup.scored.items():
         if data.KINDS[task.kind].decodes:
-            count = sum(not data.words_of(text) for text in part["label"][:])
+            count = sum(not data.words_of(text) for text in split.column("label"))
             if count:
-                world.say(f"warning: {name}: in {count} of {len(part)} rows the {task.label} has "
-                          "no word for ROUGE, which knows a-z and 0-9 alone")
+                world.say(f"warning: {name}: in {count} of {len(split.rows)} rows the {task.label} "
+                          "has no word for ROUGE, which knows a-z and 0-9 alone")
 
 
 def with_main_metric(task, name):
@@ -944,12 +950,7 @@ def tell_flags(args, world):
 
 def tell_rows(args, setup, world, per_epoch):
     """The labels, how many rows each set has, the steps, and how many rows are too long."""
-    sets = dict(setup.scored)
-    if setup.train is not None:
-        sets = {"train": (setup.task, setup.train), **sets}
-    for name, split in setup.unscored.items():
-        sets[f"{name} (to predict)"] = setup.task, split
-    sizes = {name: str(len(split.whole_rows)) for name, (_, split) in sets.items()}
+    sizes = {name: str(len(split.whole_rows)) for name, (_, split) in setup.sets.items()}
     if args.train_samples and setup.train is not None:
         sizes["train"] = f"{args.train_samples} of {len(setup.train.whole_rows)}"
     rows = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -963,7 +964,7 @@ def tell_rows(args, setup, world, per_epoch):
     lengths = f"{args.max_length} tokens"
     if args.max_target_length:
         lengths += f", of a text to write {args.max_target_length}"
-    cut = [f"{name} {split.cut}" for name, (_, split) in sets.items() if split.cut]
+    cut = [f"{name} {split.cut}" for name, (_, split) in setup.sets.items() if split.cut]
 
     world.say(f"  labels      {labels or setup.kind.answer}")
     world.say(f"  rows        {rows}")

@@ -1973,9 +1973,11 @@ def test_empty_texts_are_counted(tiny_folder, tmp_path, cache, capsys):
 
 def test_texts_to_write_without_a_word_for_rouge_are_counted(capsys):
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": ["Ein Wort", "\u7535\u5f71"]})
-    loaded = data.Rows(data.TASKS["toy-sum"], None, {"validation": rows}, {}, [], {"test": rows})
+    task = data.TASKS["toy-sum"]
+    split = types.SimpleNamespace(rows=rows, column=lambda name: rows[name][:])
+    setup = common.Setup(task, None, None, {"validation": (task, split)}, {}, {"test": split}, {})
     world = types.SimpleNamespace(rank=0, say=print)
-    common.warn_of_texts(types.SimpleNamespace(choosing=False), loaded, world)
+    common.warn_of_texts(types.SimpleNamespace(choosing=False), setup, world)
     assert capsys.readouterr().out == ("warning: validation: in 1 of 2 rows the summary has no "
                                        "word for ROUGE, which knows a-z and 0-9 alone\n")
 
