@@ -2629,6 +2629,20 @@ body {{ font: 17px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem aut
   color: var(--ink); background: var(--paper) }}
 h1 {{ font-size: 1.3rem }}
 small, figcaption {{ color: var(--faint) }}
+.wide {{ overflow-x: auto; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; padding: .3rem .8rem }}
+table {{ border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums;
+  width: 100% }}
+th, td {{ padding: .1rem .5rem; text-align: right; white-space: nowrap }}
+th:first-child, td:first-child {{ text-align: left; padding-left: 0 }}
+td:first-child {{ position: sticky; left: 0; background: var(--card) }}
+thead th {{ color: var(--faint); font-weight: 500; border-bottom: 1px solid var(--line) }}
+figure {{ margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: .8rem }}
+figcaption {{ font-size: .8rem }}
+figure svg {{ display: block; width: 100% }}
+.figures {{ display: grid; gap: 1rem; margin-top: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }}
 {style}
 </style></head>
 <body><h1>{title}</h1>
@@ -2989,21 +3003,12 @@ def map_svg(clouds, marks, filled=None, outlined=False, reach=None):
 
 
 MAPS_STYLE = """
-.panels { display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)) }
-figure { margin: 0; max-width: 36rem }
-figure svg { display: block; width: 100%; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px }
-figcaption { font-size: .85rem }
+.figures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)) }
+figure { max-width: 36rem }
 .legend span { display: inline-block; margin-right: 1.5rem }
 .legend svg { width: 1em; height: 1em; vertical-align: -.1em }
 path.contour { fill: none; stroke-width: 1.5 }
 path.densest { stroke: var(--ink); stroke-width: .6 }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { padding: .1rem .6rem; text-align: right }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-thead th { border-bottom: 1px solid var(--line) }
 """
 
 
@@ -3028,7 +3033,7 @@ def maps_body(maps, legend, words, numbers):
     """
     figures = [figure(drawn, caption) for caption, drawn in maps.items()]
     return f"""<p class="legend">{"".join(legend)}</p>
-<div class="panels">{"".join(figures)}</div>
+<div class="figures">{"".join(figures)}</div>
 <p><small>{html.escape(words)}</small></p>
 {html_table(*number_rows(numbers))}
 """
@@ -4086,23 +4091,9 @@ REPORT_STYLE = """
 .c0 { --c: var(--c0) } .c1 { --c: var(--c1) } .c2 { --c: var(--c2) } .c3 { --c: var(--c3) }
 .c4 { --c: var(--c4) } .c5 { --c: var(--c5) } .c6 { --c: var(--c6) } .c7 { --c: var(--c7) }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 0 } h3 { font-size: 1rem; margin: 1.8rem 0 .5rem }
-.wide { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; padding: .3rem .8rem }
-table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums;
-  width: 100% }
 ul { font-size: .9rem; padding-left: 1.2rem }
-th, td { padding: .1rem .5rem; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-td:first-child { position: sticky; left: 0; background: var(--card) }
-thead th { color: var(--faint); font-weight: 500; border-bottom: 1px solid var(--line) }
 th.key { text-align: left; padding: .7rem 0 .1rem }
 td svg { display: block; width: 6rem }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: .8rem }
-figcaption { font-size: .8rem }
-figure svg { display: block; width: 100% }
-.figures { display: grid; gap: 1rem; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
 svg text { font-size: 13px; fill: var(--faint) }
 svg .name { fill: var(--ink) }
 .grid { stroke: var(--line) } .zero { stroke: var(--faint) }
