@@ -2141,11 +2141,11 @@ def use_runs(args, runs, setup, world, started, load, score):
 def add_scores(folder, scores):
     """Adds scores to results.json of a finished run, after what another --run may have added."""
     path = os.path.join(folder, "results.json")
-    with writing(path), locked(folder):
+    with locked(folder):
         results = read_results(folder)
         results["metrics"].update(scores)
         results["metrics"].update(averages(results["metrics"]))
-        replace_file(path, json.dumps(results, indent=1))
+        save_file(path, json.dumps(results, indent=1))
 
 
 @contextlib.contextmanager
