@@ -1397,7 +1397,7 @@ class Split:
     @property
     def cut(self):
         """How many rows were truncated."""
-        return int(self.fields["note_cut"].values.sum()) if "note_cut" in self.fields else 0
+        return int(self.fields["note_cut"].values.sum())
 
     @property
     def whole_rows(self):
