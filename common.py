@@ -4315,7 +4315,7 @@ def seconds_figures(table):
             if known:
                 groups[column] = known
         device, *others = table.devices_of(task)
-        if groups and not others:
+        if groups and device and not others:           # of old runs no machine is known
             figures.append(dots_figure(table, groups, f"{task}, seconds on {device}"))
     return figures
 

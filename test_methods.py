@@ -4266,6 +4266,15 @@ def test_different_machines(tmp_path, capsys):
     assert "Training to the best state" not in page
 
 
+def test_seconds_on_an_unknown_machine_have_no_figure(tmp_path, capsys):
+    for seed in range(2):
+        results = {**results_of("rte", "std", seed, STD[seed]), "versions": {}}
+        write_run(tmp_path / "runs", results)
+    printed(capsys, tmp_path / "runs")
+    page = (tmp_path / "runs/report.html").read_text()
+    assert "seconds on" not in page and "Learning curves" in page
+
+
 # ------------------------------------------------------------------------------------ the probes
 
 
