@@ -3743,7 +3743,7 @@ def relative_costs(table, task, column):
         other = base.get(run.seed)
         if other is None or other.line.get("device") != run.line.get("device"):
             continue
-        if run.line.get("seconds") and other.line.get("seconds"):
+        if run.line.get("device") and run.line.get("seconds") and other.line.get("seconds"):
             ratios.append(run.line["seconds"] / other.line["seconds"])
     return ratios
 
@@ -3829,8 +3829,7 @@ def remarks_on_choice(table):
     """How the states and the flags that are scored were chosen, and on which machines."""
     said = []
     chosen = [run.task for run in table.runs
-              if run.line.get("best") and run.flags.get("keep") != "last"
-              and not run.flags.get("dev_samples")]
+              if run.line.get("best") and not run.flags.get("dev_samples")]
     if chosen:
         tasks = ", ".join(dict.fromkeys(chosen))
         said.append(f"The best state was chosen on the set that is scored ({tasks}): its scores "

@@ -848,11 +848,15 @@ class Algorithm1:
 
 
 def keep_state(run, args, f, metrics):
-    """Gives f the state that counts: the best one, or this last one (choice 13)."""
+    """Gives f the state that counts: the best one, or this last one (choice 13).
+
+    metrics: of the last one.
+    """
+    run.keep_best(metrics, f.trained)
     if args.keep == "last":
         run.best = None
-    run.keep_best(metrics, f.trained)
-    f.trained.load_state_dict(run.best_weights)
+    else:
+        f.trained.load_state_dict(run.best_weights)
 
 
 def build_f(args, setup, seed, world, pair):
@@ -1403,7 +1407,7 @@ def main(argv=None):
                 keep_state(run, args, f, evaluate(f, setup.choose_by))
                 metrics = evaluate(f, setup.scored, run.folder)
                 run.finish(metrics, algorithm.x_t, setup.tokenizer, f.save_pretrained)
-                if run.best["step"] <= end_1 < end_3:
+                if run.best and run.best["step"] <= end_1 < end_3:
                     world.say(f"{run.name}: the best state is of phase 1, before D")
             if setup.unscored or args.embed:
                 f = load_f(run.folder, run.results, args, setup, world)

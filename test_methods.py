@@ -3686,6 +3686,11 @@ def test_costs_are_of_the_whole_training(tmp_path):
     table, = common.main_report([str(folder)])
     assert common.relative_costs(table, "rte", "slow") == [2.5, 2.5]
 
+    # Two machines that are not known may be two.
+    for run in table.runs:
+        run.line["device"] = None
+    assert common.relative_costs(table, "rte", "slow") == []
+
 
 def test_few_seeds_are_said(tmp_path, capsys):
     """Five of five won shows nothing, six of six do."""
@@ -4155,12 +4160,11 @@ def test_a_state_that_was_chosen_on_the_scored_set_is_told(tmp_path, capsys):
     """Whatever chose it: --eval_every, or gtuning.py's look at the end of each epoch."""
     told = {}
     for name, best, flags in (("last", None, {}), ("best", {"step": 5}, {}),
-                              ("kept", {"step": 5}, {"keep": "last"}),
                               ("held", {"step": 5}, {"dev_samples": 9})):
         write_run(tmp_path / name, {**results_of("rte", "std", 0, 60, **flags), "best": best})
         out, _ = printed(capsys, tmp_path / name)
         told[name] = "The best state was chosen on the set that is scored (rte)" in out
-    assert told == {"last": False, "best": True, "kept": False, "held": False}
+    assert told == {"last": False, "best": True, "held": False}
 
 
 def test_one_run_twice(tmp_path):
@@ -9535,9 +9539,10 @@ def test_the_best_state_counts_or_the_last(tagged, tagger, tmp_path, cache):
         seen = [line["metrics"]["validation"]["f1"] for line in map(json.loads, lines)
                 if "metrics" in line]
         wanted = max(seen) if keep == "best" else seen[-1]
-        assert result["metrics"]["validation"]["f1"] == result["best"]["value"] == wanted
-    assert found["last"]["best"]["step"] == 5
-    assert found["best"]["best"]["value"] > found["last"]["best"]["value"]
+        assert result["metrics"]["validation"]["f1"] == wanted
+    assert found["last"]["best"] is None
+    assert found["best"]["best"]["value"] > found["last"]["metrics"]["validation"]["f1"]
+    assert found["best"]["best"]["step"] < 5
 
 
 # --------------------------------------------------------------------------------------- Self-Teach
