@@ -928,11 +928,12 @@ def tell_flags(args, world):
                 words.append(f"{name} {shown(value)}")
         return ", ".join(words) or "nothing"
 
-    not_said = ["choosing", "grid", "searched"]
+    searched = [*read_grid(args.searched)]
+    not_said = ["choosing", "grid", "searched", *searched]
     if args.init_from:
         not_said.append("model")
     by_hand = [name for name in args.by_hand if name not in not_said]
-    by_recipe = [name for name in args.recipe if name not in [*args.by_hand, *not_said]]
+    by_recipe = [name for name in args.recipe if name not in {*args.by_hand, *not_said}]
     of_training = ["lr", "epochs", "max_steps", "batch_size", "batch_tokens", "warmup",
                    "weight_decay", "betas", "adam_eps", "grad_clip"]
     told = {*args.recipe, *args.by_hand}
@@ -940,6 +941,8 @@ def tell_flags(args, world):
 
     world.say(f"  recipe      {args.recipe_name}" + (f": {listed(by_recipe)}" if by_recipe else ""))
     world.say(f"  set by you  {listed(by_hand)}")
+    if searched:
+        world.say(f"  searched    {listed(searched)}")
     if usual and not args.run:                         # with --run the flags are those of the runs
         world.say(f"  defaults    {listed(usual)}")
     if args.no_effect:
@@ -964,7 +967,8 @@ def tell_rows(args, setup, world, per_epoch):
     lengths = f"{args.max_length} tokens"
     if args.max_target_length:
         lengths += f", of a text to write {args.max_target_length}"
-    cut = [f"{name} {split.cut}" for name, (_, split) in setup.sets.items() if split.cut]
+    cut = [f"{name} {split.cut} of {len(split)}"
+           for name, (_, split) in setup.sets.items() if split.cut]
 
     world.say(f"  labels      {labels or setup.kind.answer}")
     world.say(f"  rows        {rows}")
@@ -1318,7 +1322,8 @@ def evaluate(forward, module, sets, setup, world, folder=None):
             scored[f"{name}:labels"] = split.labels
         texts = {setup.kind.text(setup.task, output) for output in kept}
         if len(texts) == 1 and len(kept) > 1:
-            world.say(f"warning: {name}: all {len(kept)} rows are predicted as {texts.pop()!r}")
+            world.say(f"warning: {folder}: all {len(kept)} rows of {name} are predicted as "
+                      f"{texts.pop()!r}")
 
     if scored:
         write_scored(folder, scored, world)
@@ -2268,7 +2273,7 @@ def search(main, flags, recipe, methods, argv):
         searched = [f"{flag}={','.join(values)}" for flag, values in its_grid.items()]
         # The last --grid holds, and it is empty: this call trains, it does not search.
         results += main([*argv, "--grid", "--method", method, "--searched", *searched, *chosen])
-    if process_rank() == 0:
+    if process_rank() == 0 and len(grids) > 1:         # of one method it is printed already
         print_table(print, results, args, started)
     return results
 
@@ -2548,11 +2553,11 @@ def reserve_states(path, size, parts, sentences, tokens, world):
         if os.path.exists(done) and os.path.getsize(path) == size:
             return
         free = shutil.disk_usage(folder).free
-        world.say(f"feature cache: {sentences} sentences, {tokens} tokens, {size / 1e9:.3f} GB in "
+        world.say(f"feature cache: {sentences} sentences, {tokens} tokens, {size / 1e6:.1f} MB in "
                   f"{path}")
         if size > 0.98 * free:
-            raise UserError(f"--cache_dir {folder}: {free / 1e9:.3f} GB are free, the feature "
-                            f"cache needs {size / 1e9:.3f}; use another folder, or --no_cache")
+            raise UserError(f"--cache_dir {folder}: {free / 1e6:.1f} MB are free, the feature "
+                            f"cache needs {size / 1e6:.1f}; use another folder, or --no_cache")
         os.posix_fallocate(file.fileno(), 0, size)
         replace_file(done, lambda file: file.write(bytes(parts)))
 
@@ -3555,6 +3560,26 @@ def refuse_incomparable(runs, by, differ):
         refuse_flags(run, other, names, f"the methods on {run.task}")
 
 
+def comparable_runs(runs, by, differ, left_out):
+    """The runs of those tasks whose runs may be compared; the others' reasons go to `left_out`.
+
+    UserError if there is no such task.
+    """
+    found = []
+    refused = []
+    for task in dict.fromkeys(run.task for run in runs):
+        of_task = [run for run in runs if run.task == task]
+        try:
+            refuse_incomparable(of_task, by, differ)
+            found += of_task
+        except UserError as error:
+            refused.append(str(error))
+    if not found:
+        raise UserError(refused[0])
+    left_out += refused
+    return found
+
+
 def refuse_flags(run, other, names, whose):
     unlike = [name for name in sorted(names) if run.flags.get(name) != other.flags.get(name)]
     if not unlike:
@@ -3758,7 +3783,7 @@ def remark_on_intervals(table):
     """What the intervals hold, and what is not in them."""
     if not table.baseline:
         return ("There is no run of the baseline here, so nothing is compared to it; another one "
-                "is named by --baseline.")
+                f"is named by --baseline: {', '.join(map(shlex.quote, table.columns))}.")
     over_seeds = ("The intervals and tests are over seeds: what another choice of rows to score "
                   "would change is not in them")
     if not table.over_rows:
@@ -3825,15 +3850,26 @@ def remarks_on_tasks(table):
     return said
 
 
+def remarks_on_states(table):
+    """Which methods' scores are those of the best state on the set that is scored."""
+    tasks_of = {}                                      # {methods, in words: their tasks}
+    for task in table.tasks:
+        columns = [column for column in table.columns if table.runs_of(task, column)]
+        chosen = []
+        for column in columns:
+            runs = table.runs_of(task, column)
+            if any(run.line.get("best") and not run.flags.get("dev_samples") for run in runs):
+                chosen.append(column)
+        whose = "all methods alike" if chosen == columns else f"{', '.join(chosen)} alone"
+        if chosen:
+            tasks_of.setdefault(whose, []).append(task)
+    return [f"The best state was chosen on the set that is scored ({', '.join(tasks)}): its scores "
+            f"are too high, for {whose}." for whose, tasks in tasks_of.items()]
+
+
 def remarks_on_choice(table):
     """How the states and the flags that are scored were chosen, and on which machines."""
-    said = []
-    chosen = [run.task for run in table.runs
-              if run.line.get("best") and not run.flags.get("dev_samples")]
-    if chosen:
-        tasks = ", ".join(dict.fromkeys(chosen))
-        said.append(f"The best state was chosen on the set that is scored ({tasks}): its scores "
-                    "are too high, for all methods alike.")
+    said = remarks_on_states(table)
     searched = {}
     for run in table.runs:
         if run.line.get("searched"):
@@ -4471,7 +4507,7 @@ def main_report(argv=None):
 
     tables = []
     for title, runs in found:
-        refuse_incomparable(runs, args.by, args.differ)
+        runs = comparable_runs(runs, args.by, args.differ, left_out)
         baseline = args.baseline or usual_baseline(runs)
         tables.append(build_table(title, runs, baseline, args.rows))
     if args.rows and not any(table.over_rows for table in tables):

@@ -2660,6 +2660,8 @@ def main(argv=None):
     import argparse
     import datasets
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     parser = argparse.ArgumentParser(description="Says what a task is.", allow_abbrev=False)
     parser.add_argument("task", help=f"one of {task_names()}")
     parser.add_argument("--model", help="a tokenizer, to count tokens; else words are counted")
@@ -2681,6 +2683,7 @@ def main(argv=None):
     splits = [task.train, *task.validation.split(), *task.test.split(), *(task.slices or {})]
     if args.task in local_files(args.local_file):
         splits = ["file"]                              # which is all splits
+    found = 0
     for split in dict.fromkeys(splits):
         try:
             rows = read(args.task, split, args)
@@ -2689,7 +2692,10 @@ def main(argv=None):
                 raise
             print(f"  {split}: {error}")
             continue
+        found += 1
         describe(task, split, rows, tokenizer)
+    if not found:
+        raise UserError(f"{args.task}: none of its splits can be read")
 
 
 if __name__ == "__main__":

@@ -1114,8 +1114,8 @@ def figure_2_numbers(clouds):
 def write_figure_2(args, setup, clouds_of_folders, world):
     """embed.html and embed.json in the folder of the task, and the numbers as a table.
 
-    clouds_of_folders {folder of a finished run: its two clouds, (n, H) each}. Only the runs of the
-    first seed are drawn.
+    Of --projection pca they are embed-pca. clouds_of_folders {folder of a finished run: its two
+    clouds, (n, H) each}. Only the runs of the first seed are drawn.
     """
     import common
     first_folder = next(iter(clouds_of_folders))
@@ -1150,9 +1150,10 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     by = f"t-SNE, perplexity {perplexity}" if args.projection == "tsne" else "principal axes"
     world.say(f"the maps are by {by}")
     task_folder = os.path.dirname(os.path.abspath(first_folder))
-    common.write_file(os.path.join(task_folder, "embed.html"), page, world)
+    name = "embed" if args.projection == "tsne" else f"embed-{args.projection}"
+    common.write_file(os.path.join(task_folder, f"{name}.html"), page, world)
     content = {"sets": dict(zip(names, sizes)), "values": numbers, "maps": [*maps]}
-    common.write_json(os.path.join(task_folder, "embed.json"), content, world)
+    common.write_json(os.path.join(task_folder, f"{name}.json"), content, world)
 
 
 def words_of_figure_2(projection, perplexity, sizes):

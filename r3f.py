@@ -928,10 +928,10 @@ def probe_task(name, encoders, args, world):
             yield line
 
 
-# The flags that a probe reads.
+# The flags that a probe reads, and those that it reads where its layer is trained in steps.
 OF_PROBES = ("probe probe_tasks probe_recipe seeds output_dir train_samples max_length local_file "
-             "precision threads detect_anomaly lr epochs max_steps batch_size warmup weight_decay "
-             "betas adam_eps").split()
+             "precision threads detect_anomaly").split()
+OF_PAPERS_LAYER = "lr epochs max_steps batch_size warmup weight_decay betas adam_eps".split()
 
 
 def check_probe(args):
@@ -948,8 +948,11 @@ def check_probe(args):
             raise common.UserError(f"--probe_tasks {name}: its kind is {task.kind}, must be "
                                    "classify")
     for name in args.by_hand:
-        if name not in OF_PROBES:
+        if name not in [*OF_PROBES, *OF_PAPERS_LAYER]:
             raise common.UserError(f"--{name}: cannot go together with --probe")
+        if name in OF_PAPERS_LAYER and args.probe_recipe == "converged":
+            raise common.UserError(f"--{name}: cannot go together with --probe_recipe converged, "
+                                   "whose layer has no steps")
 
 
 def probe(args, argv):

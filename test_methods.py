@@ -2190,7 +2190,7 @@ def test_a_model_that_sees_one_class_alone_gets_a_warning(tiny_folder, tmp_path,
     path = write_rows(tmp_path / "rows.jsonl", rows)
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_file", path,
         "--validation_file", path)
-    assert "warning: validation: all 32 rows are predicted as '" in capsys.readouterr().out
+    assert "custom/std-0: all 32 rows of validation are predicted as '" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------- 5  a run
@@ -3033,10 +3033,10 @@ def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path, cache, capsys):
     one, other = (np.load(path / "embed.npz") for path in (wanted / "adapter-0", folder))
     for name in ("in_domain", "out_of_domain"):
         assert np.allclose(one[name], other[name], atol=1e-6)
-    values = [json.load(open(path / "embed.json"))["values"] for path in (wanted, folder.parent)]
+    values = [load(path / "embed-pca.json")["values"] for path in (wanted, folder.parent)]
     for name in values[0]:
         assert values[0][name] == pytest.approx(values[1][name], abs=1e-5)
-    assert (folder.parent / "embed.html").exists()
+    assert (folder.parent / "embed-pca.html").exists()
 
 
 def test_results_tell_the_precision_that_was_used(tiny_folder, tmp_path, cache, capsys):
@@ -3285,6 +3285,7 @@ r3f | --output_dir= | --output_dir: must not be empty
 r3f | --max_target_length 9 | --max_target_length 9: is for texts that are written; toy has labels
 r3f | --reduction sentence | --reduction sentence: is for labels by position; toy has one a row
 r3f | --probe_recipe converged | --probe_recipe converged: needs --probe
+r3f | --probe run --probe_tasks rte --probe_recipe converged --lr 1e-3 | --lr: cannot go together
 gtuning | --cache_dir AFILE/x | --cache_dir AFILE/x: cannot be made: Not a directory; use another
 """.strip().splitlines()
 
@@ -4115,7 +4116,7 @@ def test_each_file_of_lines_is_a_table(tmp_path, capsys):
 # --------------------------------------------------------------------------- what is refused, wrong
 
 
-def test_unlike_flags_are_refused(tmp_path):
+def test_unlike_flags_are_refused(tmp_path, capsys):
     folder = write_runs(tmp_path / "runs", 2, ["rte"])
     write_run(folder, results_of("rte", "std", 2, 60, lr=1e-5))
     said = refused_report(folder)
@@ -4131,6 +4132,13 @@ def test_unlike_flags_are_refused(tmp_path):
     said = refused_report(other)
     assert "(nor --lr)" in said and said.endswith("allow it by --differ batch_size lr")
     assert "--differ size: must be a flag" in refused_report(other, "--differ", "size")
+
+    # The tasks whose runs may be compared are reported.
+    write_run(other, results_of("mrpc", "std", 0, 60))
+    table, = common.main_report([str(other)])
+    assert table.tasks == ["mrpc"]
+    _, left_out = printed(capsys, other)
+    assert left_out.startswith("left out: --batch_size is not the same for the methods on rte: ")
 
     # Another task may have a recipe of its own; what is only looked at or logged does not count.
     fine = write_runs(tmp_path / "fine", 2, ["rte"])
@@ -4166,6 +4174,11 @@ def test_a_state_that_was_chosen_on_the_scored_set_is_told(tmp_path, capsys):
         out, _ = printed(capsys, tmp_path / name)
         told[name] = "The best state was chosen on the set that is scored (rte)" in out
     assert told == {"last": False, "best": True, "held": False}
+    out, _ = printed(capsys, tmp_path / "best")
+    assert "its scores are too high, for all methods alike." in " ".join(out.split())
+    write_run(tmp_path / "best", {**results_of("rte", "more", 0, 60), "best": None})
+    out, _ = printed(capsys, tmp_path / "best")
+    assert "its scores are too high, for std alone." in " ".join(out.split())
 
 
 def test_one_run_twice(tmp_path):
@@ -8571,7 +8584,7 @@ def test_a_kill_while_the_cache_is_built_costs_what_was_not_marked(still_folder,
         tune(still_folder, tmp_path / "a", *small, "--cache_dir", here)
     assert sum(encoded) == 64 + 64 + 400
     told = capsys.readouterr().out
-    assert told.count("feature cache: 64 sentences") == 2 and f"GB in {here}" in told
+    assert told.count("feature cache: 64 sentences") == 2 and f"MB in {here}" in told
 
     encoded.clear()
     cached, = tune(still_folder, tmp_path / "a", *small, "--cache_dir", here, "--resume")
@@ -8603,8 +8616,8 @@ def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small
     full = argparse.Namespace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     monkeypatch.setattr(gtuning.GTuning, "encode", lambda *a, **k: pytest.fail("it encodes"))
-    with pytest.raises(UserError, match="--cache_dir .* 0.000 GB are free, the feature cache "
-                                        "needs 0.00.*--no_cache"):
+    with pytest.raises(UserError, match="--cache_dir .* 0.0 MB are free, the feature cache "
+                                        "needs [0-9.]+; .*--no_cache"):
         tune(still_folder, tmp_path, *small, "--cache_dir", tmp_path / "states")
 
 
@@ -8792,8 +8805,9 @@ def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(
     tune(tiny_folder, tmp_path, *flags, "--projection", "pca")
     again = capsys.readouterr().out
     assert line[0] in again and "finished before" in again
-    assert load(tmp_path / "custom/embed.json")["values"] == written["values"]
-    assert "principal axes" in (tmp_path / "custom/embed.html").read_text()
+    assert load(tmp_path / "custom/embed-pca.json")["values"] == written["values"]
+    assert "principal axes" in (tmp_path / "custom/embed-pca.html").read_text()
+    assert (tmp_path / "custom/embed.html").read_text() == page
 
 
 def test_figure_2_of_few_sentences_and_before_training(tiny_folder, quick_maps, tmp_path, cache,
