@@ -692,10 +692,12 @@ def show_confidences(folder, c, evaluation):
     shares = {}
     for i, count in enumerate(counts):
         shares[5 * i + 2.5] = [100 * count / len(words)]                 # at the middle of a bin
-    caption = (f"Percent of the {len(words)} words of {evaluation.name} that have a confidence of "
-               "so many percent, in steps of 5")
+    caption = (f"How sure the model is that a token of {evaluation.name} matters (the c of Eq. 2): "
+               f"upwards the percent of the {len(words)} tokens, to the right their confidence in "
+               f"percent, in steps of 5. Mean {100 * mean:.1f}, standard deviation "
+               f"{100 * std:.1f}")
     title = f"Confidences of {folder}"
-    write_curves_page(f"{path}.html", title, {caption: {"words": shares}}, world)
+    write_curves_page(f"{path}.html", title, {caption: {"tokens": shares}}, world)
 
 
 # --------------------------------------------------------------------------  analyses: explanations

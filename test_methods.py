@@ -1774,6 +1774,8 @@ def test_a_task_of_the_hub_is_described_with_the_splits_that_are_there(monkeypat
     assert "    1: text 0 | text 0\n" in told
     assert "  validation: --task afqmc: cannot load split validation of clue/clue afqmc" in told
     assert "    -1: text 0 | text 0\n" in told
+    hub_of(monkeypatch)
+    assert refusal(data.main, ["afqmc"]) == "afqmc: none of its splits can be read"
 
 
 def test_a_local_file_is_described_and_a_wrong_one_refused(tmp_path, capsys):
@@ -7303,7 +7305,7 @@ def test_confidences_are_counted_and_named(toy, capsys):
     assert "plot" in found["mean_by_token"]
     assert (run_of(folder, "tdt-hard") / "confidences.json").exists()
     page = (run_of(folder) / "confidences.html").read_text()
-    assert f"Percent of the {found['tokens']} words of validation" in page
+    assert f"the percent of the {found['tokens']} tokens" in page
     assert page.count("<polyline") == 1 and "<h1>Confidences of " in page
     assert not (run_of(folder, "cutoff") / "confidences.json").exists()
     assert "highest, of tokens seen 5 times" in capsys.readouterr().out
@@ -10191,8 +10193,8 @@ def predicted(path):
 
 def test_of_several_processes_the_first_speaks_once(runs_of_two):
     status, told = runs_of_two.future.result()
-    # "refused" has no table; "search" has two: of the chosen combination, and of all seeds.
-    assert told.count("in percent") == len(RUNS_OF_TWO) - 1 + 1, told
+    # "refused" has no table; "search", of one method, has one.
+    assert told.count("in percent") == len(RUNS_OF_TWO) - 1, told
     assert told.count("toy, std: lr=1e30 has no finite loss\n") == 1, told
     assert len(re.findall(r"toy, std: lr=1e-3 has [\d.]+ on the held-out rows\n", told)) == 1, told
     line = "--text_columns no: no such column"
