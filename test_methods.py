@@ -1902,6 +1902,9 @@ def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, cache, capsys):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_samples", 100)
     told = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert len(told) <= 10 and "train 100 of 320" in " ".join(told)
+    assert "cut rows: none" in " ".join(told)
+    run("r3f", tiny_folder, tmp_path / "cut", "--method", "std", "--max_length", 5)
+    assert re.search(r"max_length  5 tokens; cut rows: train \d+ of 320, ", capsys.readouterr().out)
     line = next(line for line in told if "recipe" in line)
     assert "toy" in line and "lr 0.0005" in line and "epochs" not in line
     by_hand = next(line for line in told if "set by you" in line)
@@ -2723,7 +2726,9 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     assert "toy, r3f: trying lr=1e-3,lam=5\n" in told
     assert f"toy, r3f: lr=1e-3,lam=5 has {scores[1]:.2f} on the held-out rows\n" in told
     assert told.count("models, logs and results are in") == 3      # of each method, and of all
-    assert told.count("  set by you ") == 2            # once a method, with what was chosen
+    by_hand = [line for line in told.split("\n") if line.startswith("  set by you ")]
+    assert len(by_hand) == 2 and not any(" lr " in line for line in by_hand)     # once a method
+    assert told.count("\n  searched    lr 0.001") == 2
 
 
 def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(searched, tiny_folder,
