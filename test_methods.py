@@ -1915,11 +1915,11 @@ def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, cache, capsys):
 
 
 def test_the_flags_of_a_method_are_told(tiny_folder, tmp_path, cache, capsys):
-    run("tdt", tiny_folder, tmp_path, "--method", "tdt", "--gamma", 0.02, "--max_steps", 1)
+    run("tdt", tiny_folder, tmp_path, "--method", "tdt", "--mu0", "zero", "--max_steps", 1)
     told = capsys.readouterr().out
     line, = [line for line in told.splitlines() if line.startswith("  defaults ")]
-    assert "margin 0.0" in line and "c_lr 0.01" in line and "mu0 mean" in line
-    assert "gamma" not in line and "alpha" not in line                        # by hand, by recipe
+    assert "margin 0.0" in line and "c_lr 0.01" in line and "gamma 0.0" in line
+    assert "mu0" not in line and "alpha" not in line                          # by hand, by recipe
     assert "tau" not in line and "cutoff_rate" not in line                    # of other methods
 
 
