@@ -3861,6 +3861,11 @@ def in_part(setting):
     return [cell(where, SST2), cell(where, SST2, baseline=WHOLE_TDT)]
 
 
+def of_parts(column, key, rate="0.0005"):
+    """What G-Tuning or its adapter have over the adapter of this rate."""
+    return cell(f"gtuning-parts {column}", key, baseline=f"adapter lr={rate}")
+
+
 WHOLE_TDT = "tdt alpha=2.0 beta=1.0 gamma=0.01"
 README_TABLES = {
     "tried twice": {
@@ -3931,6 +3936,15 @@ README_TABLES = {
         "STS-B, Spearman, 320 steps": [cell("stsb-10 std", SPEARMAN, 5),
                                        cell("stsb-10 tdt", SPEARMAN, 5)],
     },
+    "G-Tuning, taken apart": {
+        "the adapter, 1e-4": [
+            of_parts("adapter lr=0.0001", SST2), of_parts("adapter lr=0.0001", IMDB), None],
+        "G-Tuning, 1e-4, beta 0.5": [
+            of_parts("gtuning lr=0.0001 beta=0.5", SST2),
+            of_parts("gtuning lr=0.0001 beta=0.5", IMDB),
+            of_parts("gtuning lr=0.0001 beta=0.5", SST2, "0.0001")],
+        "G-Tuning, 5e-4, beta 0.1": [of_parts("gtuning lr=0.0005 beta=0.1", SST2), None, None],
+    },
     "frozen encoder": {
         name: [cell("gtuning adapter", key), cell("gtuning gtuning", key)]
         for name, key in {"SST-2": SST2, "IMDB": IMDB, "STS-B": STSB, "SICK-R": SICK_R,
@@ -3963,7 +3977,8 @@ README_TABLES = {
 # How the report is called, where it is not by the file alone.
 REPORT_FLAGS = {"steps": ["--baseline", "std epochs=5.0"],
                 "640": ["--baseline", "std epochs=20.0"],
-                "640-again": ["--baseline", "std epochs=33.0"]}
+                "640-again": ["--baseline", "std epochs=33.0"],
+                "gtuning-parts": ["--baseline", "adapter lr=0.0005"]}
 # Columns of kept lines that repeat a setting of toy.jsonl.
 REPEATED = {"toy-noise": {"r3f eps=1e-05 share_dropout=False"},
             "toy-tdt": {"tdt alpha=0.5 beta=0.5 variant=paper"}}
