@@ -1508,6 +1508,7 @@ class Run:
         self.parts = {}                                # all that training changes
         self.batches = None                            # those of the phase under way
         self.shift = 0                                 # steps before it that took none of these
+        self.first = 0                                 # the step at which that phase began
         self.seconds = 0.0                             # of training, without evaluation
         self.started = None                            # when the step under way began
         self.saved = 0.0                               # when the last checkpoint was
@@ -1684,10 +1685,11 @@ class Run:
         earlier steps of the run that took none of these batches; the batch is batches[step -
         shift]. first: the step at which the phase began, where its progress bar starts.
         """
-        if self.step >= until:
-            return
         self.batches = batches
         self.shift = shift
+        self.first = first
+        if self.step >= until:
+            return
         name = f"{self.name} {phase}".strip()
         with Progress(self.world, name, until - first, self.step - first) as progress:
             while self.step < until:
@@ -1796,8 +1798,9 @@ class Run:
         return self.args.batch_size or len(self.batches.split) / self.batches.per_epoch
 
     def write_line(self, step, terms):
-        """One line of log.jsonl."""
-        line = {"step": step, "epoch": round(step / self.per_epoch, 4), **terms}
+        """One line of log.jsonl. Its epoch counts the batches; a phase without any adds none."""
+        taken = step - self.shift if self.batches is not None else self.first
+        line = {"step": step, "epoch": round(taken / self.per_epoch, 4), **terms}
         if self.world.rank == 0:
             with self.writing(self.log_path):
                 print(json.dumps(line), file=self.log_file, flush=True)

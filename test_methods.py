@@ -8535,8 +8535,10 @@ def test_n_is_the_number_of_steps_on_f_and_an_odd_one_gives_a_round_more(tiny_fo
     result, = tune(tiny_folder, tmp_path, *small, "--max_steps", 5, "--T", 2, "--log_every", 1)
     told = capsys.readouterr().out
     assert "N = 5 steps on f, 2 in phase 1 and 3 in phase 3; on D 2 in phase 2, T = 2 for" in told
-    phases = [line["phase"] for line in log_of(tmp_path / "custom/gtuning-0")]
-    assert phases == [1, 1, 2, 2, 3, 3, 3] and result["steps"] == 7
+    log = log_of(tmp_path / "custom/gtuning-0")
+    assert [line["phase"] for line in log] == [1, 1, 2, 2, 3, 3, 3] and result["steps"] == 7
+    an_epoch = 1 / log[0]["epoch"]                     # of the batches of f, of which D takes none
+    assert [line["epoch"] * an_epoch for line in log] == pytest.approx([1, 2, 2, 2, 3, 4, 5])
 
 
 def test_the_bar_says_the_phase_and_counts_its_steps(tiny_folder, small, tmp_path, cache,
