@@ -283,6 +283,8 @@ def add_running_flags(g):
                    help="time N steps of each --method, and stop")
     g.add_argument("--grid", nargs="*", default=[], metavar="FLAG=A,B",
                    help="try all combinations, choose by the held-out rows, then run all --seeds")
+    g.add_argument("--grid_seeds", type=number(int, 1), default=1, metavar="N",
+                   help="how many of the --seeds try each combination; their mean decides")
     g.add_argument("--threads", type=number(int, 0, 4096), default=0, metavar="N",
                    help="CPU threads; 0: as many as torch takes")
     g.add_argument("--detect_anomaly", action="store_true",
@@ -390,6 +392,11 @@ def check_flags(args):
                         "--profile)")
     if args.grid and args.profile:
         raise UserError("--profile: cannot go together with --grid")
+    if "grid_seeds" in args.by_hand and not (args.grid or args.searched or args.choosing):
+        raise UserError("--grid_seeds: needs --grid")
+    if args.grid_seeds > len(args.seeds):
+        raise UserError(f"--grid_seeds {args.grid_seeds}: must be at most the number of --seeds, "
+                        f"{len(args.seeds)}")
     columns = args.text_columns or []
     if len(columns) > 2:
         raise UserError(f"--text_columns {shown(columns)}: must be one or two names")
@@ -1386,7 +1393,8 @@ def averages(scores):
 # Flags that may differ between two halves of one run.
 NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
-    "detect_anomaly", "threads", "grid", "searched", "name", "run", "test_file", "log_every"}
+    "detect_anomaly", "threads", "grid", "grid_seeds", "searched", "name", "run", "test_file",
+    "log_every"}
 
 # Flags that --grid cannot vary: they say what the rows are and how these are scored, which must be
 # the same for all runs that are compared.
@@ -2250,10 +2258,11 @@ def write_json(path, value, world):
 def search(main, flags, recipe, methods, argv):
     """--grid: tries all combinations for each method, then trains the chosen one with all seeds.
 
-    Each combination is a run of the first seed that scores the held-out rows alone; the best main
-    metric decides. These runs lie in OUTPUT_DIR/grid, are found again like all finished runs, and
-    the search is told in OUTPUT_DIR/TASK/search-METHOD.json. A combination whose loss is not finite
-    is the worst. Returns the results of all seeds.
+    Each combination is a run of the first seed, or of the first --grid_seeds, that scores the
+    held-out rows alone; the best main metric, or mean of it, decides. These runs lie in
+    OUTPUT_DIR/grid, are found again like all finished runs, and the search is told in
+    OUTPUT_DIR/TASK/search-METHOD.json. A combination whose loss is not finite is the worst. Returns
+    the results of all seeds.
     """
     started = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -2282,7 +2291,7 @@ def search(main, flags, recipe, methods, argv):
 
 
 def best_cell(main, argv, method, args, cells):
-    """The combination with the best score, by a run of each; the only one without a run."""
+    """The combination with the best score, by runs of each; the only one without a run."""
     if len(cells) == 1:
         return cells[0]
     scores = []
@@ -2305,17 +2314,18 @@ def best_cell(main, argv, method, args, cells):
 
 
 def score_of_cell(main, argv):
-    """The main metric of a run of the search; -inf if its loss is not finite."""
+    """The main metric of a combination's runs, their mean; -inf if a loss is not finite."""
     try:
-        result, = main(argv)
+        results = main(argv)
     except NotFinite as error:
         if process_rank() == 0:
             print(error)
         return -math.inf
-    if result["best"]:
-        return result["best"]["value"]
-    _, _, value = first_score(result["metrics"])
-    return value
+    scores = []
+    for result in results:
+        _, _, value = first_score(result["metrics"])
+        scores.append(result["best"]["value"] if result["best"] else value)
+    return sum(scores) / len(scores)
 
 
 def read_grid(words):
@@ -2377,13 +2387,14 @@ def name_of(cell):
 
 
 def cell_flags(argv, method, args, cell):
-    """The flags of one run of the search: those given, then those that override them.
+    """The flags of a combination's runs: those given, then those that override them.
 
-    An empty --grid is among them: such a run does not search.
+    An empty --grid is among them: such runs do not search.
     """
     folder = os.path.join(args.output_dir, "grid", name_of(cell))
-    return [*argv, "--grid", "--method", method, "--seeds", str(args.seeds[0]), "--choosing",
-            "--output_dir", folder, *cell]
+    seeds = map(str, args.seeds[:args.grid_seeds])
+    return [*argv, "--grid", "--method", method, "--seeds", *seeds, "--choosing", "--output_dir",
+            folder, *cell]
 
 
 def write_search(args, method, cells, scores, chosen):
@@ -2394,7 +2405,8 @@ def write_search(args, method, cells, scores, chosen):
     tried = []
     for cell, score in zip(cells, scores):
         tried.append({"flags": cell, "score": score if score > -math.inf else "not finite"})
-    search = {"method": method, "held_out_rows": args.dev_samples, "tried": tried, "chosen": chosen}
+    search = {"method": method, "held_out_rows": args.dev_samples,
+              "seeds": args.seeds[:args.grid_seeds], "tried": tried, "chosen": chosen}
     save_file(os.path.join(folder, f"search-{method}.json"), json.dumps(search, indent=1))
     equal = ", the first of equals" if scores.count(max(scores)) > 1 else ""
     words = "".join(f"; {words}" for words in edges_of(cells, chosen))

@@ -1948,7 +1948,7 @@ def test_a_full_disk_in_a_search_is_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(common, "replace_file", full)
-    args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9)
+    args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9, seeds=[0], grid_seeds=1)
     with pytest.raises(common.RunError, match="search-std.json: No space left"):
         common.write_search(args, "std", [["--lr=1"]], [0.5], ["--lr=1"])
 
@@ -2731,6 +2731,29 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     assert told.count("\n  searched    lr 0.001") == 2
 
 
+def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, cache, monkeypatch):
+    """And combinations that one seed has tried are not tried by it again."""
+    before, _, _ = searched
+    out = tmp_path / "out"
+    shutil.copytree(before / "grid", out / "grid")
+    begun = []
+    begin = common.Run.begin
+    monkeypatch.setattr(common.Run, "begin", lambda run, *args, **kwargs: (
+        begun.append(run.folder), begin(run, *args, **kwargs))[1])
+    run("r3f", tiny_folder, out, "--method", "std", "--grid", "lr=1e-3,1e-5", "--grid_seeds", 2,
+        "--dev_samples", 40, "--seeds", 3, 4, "--max_steps", 4)
+    found = json.load(open(out / "toy/search-std.json"))
+    assert found["seeds"] == [3, 4]
+    for cell in found["tried"]:
+        folder = out / "grid" / cell["flags"][0].removeprefix("--") / "toy"
+        each = [json.load(open(folder / f"std-{seed}/results.json")) for seed in (3, 4)]
+        scores = [results["metrics"]["held-out"]["accuracy"] for results in each]
+        assert cell["score"] == pytest.approx(sum(scores) / 2)
+    names = [(path.parts[-3] if "grid" in path.parts else "", path.name)
+             for path in map(pathlib.Path, begun)]
+    assert names == [("lr=1e-3", "std-4"), ("lr=1e-5", "std-4"), ("", "std-3"), ("", "std-4")]
+
+
 def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(searched, tiny_folder,
                                                                      tmp_path, monkeypatch):
     """And no finished cell or seed is run again."""
@@ -3291,6 +3314,8 @@ r3f | --model= | --model: must not be empty
 r3f | --output_dir= | --output_dir: must not be empty
 r3f | --max_target_length 9 | --max_target_length 9: is for texts that are written; toy has labels
 r3f | --reduction sentence | --reduction sentence: is for labels by position; toy has one a row
+r3f | --grid_seeds 2 | --grid_seeds: needs --grid
+r3f | --grid lr=1,2 --dev_samples 20 --grid_seeds 9 | --grid_seeds 9: must be at most the number
 r3f | --probe_recipe converged | --probe_recipe converged: needs --probe
 r3f | --probe run --probe_tasks rte --probe_recipe converged --lr 1e-3 | --lr: cannot go together
 gtuning | --cache_dir AFILE/x | --cache_dir AFILE/x: cannot be made: Not a directory; use another
