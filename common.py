@@ -392,7 +392,7 @@ def check_flags(args):
                         "--profile)")
     if args.grid and args.profile:
         raise UserError("--profile: cannot go together with --grid")
-    if "grid_seeds" in args.by_hand and not (args.grid or args.searched or args.choosing):
+    if "grid_seeds" in args.by_hand and "grid" not in args.by_hand:
         raise UserError("--grid_seeds: needs --grid")
     if args.grid_seeds > len(args.seeds):
         raise UserError(f"--grid_seeds {args.grid_seeds}: must be at most the number of --seeds, "
@@ -974,7 +974,7 @@ def tell_rows(args, setup, world, per_epoch):
     lengths = f"{args.max_length} tokens"
     if args.max_target_length:
         lengths += f", of a text to write {args.max_target_length}"
-    cut = [f"{name} {split.cut} of {len(split)}"
+    cut = [f"{name} {split.cut} of {len(split.whole_rows)}"
            for name, (_, split) in setup.sets.items() if split.cut]
 
     world.say(f"  labels      {labels or setup.kind.answer}")
@@ -1618,6 +1618,8 @@ class Run:
             digest = f"{name}_digest"
             if digest in saved["args"] and digest in self.identity:
                 continue                               # a file: what is in it counts, not its path
+            if name.endswith("_digest") and (was is None or now is None):
+                continue                               # of an older run, or told by its path
             if name in ("model", "init_from") and was and now:
                 was = os.path.normpath(was)
                 now = os.path.normpath(now)
@@ -1807,7 +1809,9 @@ class Run:
 
     def write_line(self, step, terms):
         """One line of log.jsonl. Its epoch counts the batches; a phase without any adds none."""
-        taken = step - self.shift if self.batches is not None else self.first
+        taken = self.first
+        if self.batches is not None:
+            taken = step - self.shift
         line = {"step": step, "epoch": round(taken / self.per_epoch, 4), **terms}
         if self.world.rank == 0:
             with self.writing(self.log_path):
@@ -2258,11 +2262,10 @@ def write_json(path, value, world):
 def search(main, flags, recipe, methods, argv):
     """--grid: tries all combinations for each method, then trains the chosen one with all seeds.
 
-    Each combination is a run of the first seed, or of the first --grid_seeds, that scores the
-    held-out rows alone; the best main metric, or mean of it, decides. These runs lie in
-    OUTPUT_DIR/grid, are found again like all finished runs, and the search is told in
-    OUTPUT_DIR/TASK/search-METHOD.json. A combination whose loss is not finite is the worst. Returns
-    the results of all seeds.
+    Each combination is run with the first --grid_seeds of the seeds, and scores the held-out rows
+    alone; the best mean of the main metric decides. These runs lie in OUTPUT_DIR/grid, are found
+    again like all finished runs, and the search is told in OUTPUT_DIR/TASK/search-METHOD.json. A
+    combination with a loss that is not finite is the worst. Returns the results of all seeds.
     """
     started = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -2285,8 +2288,11 @@ def search(main, flags, recipe, methods, argv):
         searched = [f"{flag}={','.join(values)}" for flag, values in its_grid.items()]
         # The last --grid holds, and it is empty: this call trains, it does not search.
         results += main([*argv, "--grid", "--method", method, "--searched", *searched, *chosen])
-    if process_rank() == 0 and len(grids) > 1:         # of one method it is printed already
-        print_table(print, results, args, started)
+    if process_rank() == 0:
+        if len(grids) > 1:                             # of one method it is printed already
+            print_table(print, results, args, started)
+        else:
+            print(f"{time.monotonic() - started:.0f} s with the search")
     return results
 
 
@@ -2303,6 +2309,8 @@ def best_cell(main, argv, method, args, cells):
         scores.append(score)
         if process_rank() == 0:
             told = f"{100 * score:.2f} on the held-out rows"
+            if args.grid_seeds > 1:
+                told += f", the mean of {args.grid_seeds} seeds"
             if score == -math.inf:
                 told = "no finite loss"
             print(f"{args.task}, {method}: {name_of(cell)} has {told}")
@@ -2323,8 +2331,11 @@ def score_of_cell(main, argv):
         return -math.inf
     scores = []
     for result in results:
-        _, _, value = first_score(result["metrics"])
-        scores.append(result["best"]["value"] if result["best"] else value)
+        if result["best"]:
+            value = result["best"]["value"]
+        else:
+            _, _, value = first_score(result["metrics"])
+        scores.append(value)
     return sum(scores) / len(scores)
 
 
@@ -2475,7 +2486,7 @@ class CachedSplit(data.Split):
         except (OSError, RuntimeError) as error:       # torch's own of a file is a RuntimeError
             why = getattr(error, "strerror", None) or first_line(error)
             raise UserError(
-                f"--cache_dir {folder}: the feature cache ({bytes_needed / 1e9:.3f} GB) cannot be "
+                f"--cache_dir {folder}: the feature cache ({bytes_needed / 1e6:.1f} MB) cannot be "
                 f"written: {why}; use another folder, or --no_cache") from error
         self = cls(split, sentences, sizes, starts, states.view(total, width))
         self.fill(path, parts, marks, encode, world)
@@ -3525,7 +3536,8 @@ def keep_lines(path, runs, by, differ):
     there = read_kept(path, by, left_out) if os.path.exists(path) else []
     if left_out:
         raise UserError(f"--keep {left_out[0]}")
-    refuse_incomparable([*there, *runs], by, differ)
+    for of_task in by_task([*there, *runs]).values():
+        refuse_incomparable(of_task, by, differ)
     lines = {(run.task, run.label, run.seed): run for run in [*there, *runs]}
     runs = in_order(lines.values())
     text = ""
@@ -3575,23 +3587,23 @@ def refuse_incomparable(runs, by, differ):
         refuse_flags(run, other, names, f"the methods on {run.task}")
 
 
-def comparable_runs(runs, by, differ, left_out):
-    """The runs of those tasks whose runs may be compared; the others' reasons go to `left_out`.
+def by_task(runs):
+    """{task: its runs}."""
+    found = {}
+    for run in runs:
+        found.setdefault(run.task, []).append(run)
+    return found
 
-    UserError if there is no such task.
-    """
+
+def comparable_runs(runs, by, differ, refused):
+    """The runs of those tasks whose runs may be compared. `refused` gets the others' reasons."""
     found = []
-    refused = []
-    for task in dict.fromkeys(run.task for run in runs):
-        of_task = [run for run in runs if run.task == task]
+    for of_task in by_task(runs).values():
         try:
             refuse_incomparable(of_task, by, differ)
             found += of_task
         except UserError as error:
             refused.append(str(error))
-    if not found:
-        raise UserError(refused[0])
-    left_out += refused
     return found
 
 
@@ -3875,9 +3887,10 @@ def remarks_on_states(table):
             runs = table.runs_of(task, column)
             if any(run.line.get("best") and not run.flags.get("dev_samples") for run in runs):
                 chosen.append(column)
-        whose = "all methods alike" if chosen == columns else f"{', '.join(chosen)} alone"
-        if chosen:
-            tasks_of.setdefault(whose, []).append(task)
+        if chosen == columns:
+            tasks_of.setdefault("all methods alike", []).append(task)
+        elif chosen:
+            tasks_of.setdefault(f"{', '.join(chosen)} alone", []).append(task)
     return [f"The best state was chosen on the set that is scored ({', '.join(tasks)}): its scores "
             f"are too high, for {whose}." for whose, tasks in tasks_of.items()]
 
@@ -4521,10 +4534,15 @@ def main_report(argv=None):
                                 "dashes")
 
     tables = []
+    refused = []
     for title, runs in found:
-        runs = comparable_runs(runs, args.by, args.differ, left_out)
-        baseline = args.baseline or usual_baseline(runs)
-        tables.append(build_table(title, runs, baseline, args.rows))
+        runs = comparable_runs(runs, args.by, args.differ, refused)
+        if runs:
+            baseline = args.baseline or usual_baseline(runs)
+            tables.append(build_table(title, runs, baseline, args.rows))
+    if not tables:
+        raise UserError(refused[0])
+    left_out += refused
     if args.rows and not any(table.over_rows for table in tables):
         raise UserError("--rows: must be of folders with runs of a method and of the baseline on "
                         "the same rows; kept lines hold no predictions")

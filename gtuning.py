@@ -847,16 +847,16 @@ class Algorithm1:
         return vectors(self.f, batches.split, rows, self.world).chunk(len(steps))
 
 
-def keep_state(run, args, f, metrics):
+def keep_state(run, args, f, look):
     """Gives f the state that counts: the best one, or this last one (choice 13).
 
-    metrics: of the last one.
+    look() -> the scores of the last one.
     """
-    run.keep_best(metrics, f.trained)
     if args.keep == "last":
         run.best = None
-    else:
-        f.trained.load_state_dict(run.best_weights)
+        return
+    run.keep_best(look(), f.trained)
+    f.trained.load_state_dict(run.best_weights)
 
 
 def build_f(args, setup, seed, world, pair):
@@ -1237,7 +1237,7 @@ def flags():
     g.add_argument("--embed", action="store_true",
                    help="Figure 2: f(x) in domain and out (the first of --eval_tasks)")
     g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
-                   help="the map of --embed: by t-SNE, or by two principal axes")
+                   help="the map of --embed: by t-SNE, or by two principal axes (embed-pca.html)")
     g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
                    help="tatoeba, bucc: retrieve by the vectors of that block of g (f's)")
     return p
@@ -1405,7 +1405,7 @@ def main(argv=None):
                     if run.is_due(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
 
-                keep_state(run, args, f, evaluate(f, setup.choose_by))
+                keep_state(run, args, f, lambda: evaluate(f, setup.choose_by))
                 metrics = evaluate(f, setup.scored, run.folder)
                 run.finish(metrics, algorithm.x_t, setup.tokenizer, f.save_pretrained)
                 if run.best and run.best["step"] <= end_1 < end_3:

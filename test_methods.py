@@ -2414,6 +2414,16 @@ def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, ca
     flags = ["--method", "std", "--train_file", path, "--validation_file", path, "--max_steps", 2]
     first = run("r3f", tiny_folder, tmp_path, *flags)
     assert run("r3f", tiny_folder, tmp_path, *flags) == first
+
+    # A run from before a file was digested is told by the path.
+    saved = tmp_path / "custom/std-0/results.json"
+    results = json.load(open(saved))
+    older = copy.deepcopy(results)
+    del older["args"]["validation_file_digest"]
+    write(saved, json.dumps(older))
+    assert run("r3f", tiny_folder, tmp_path, *flags) == [older]
+    write(saved, json.dumps(results))
+
     write(path, rows.replace("yes", "good").replace("no", "bad"))
     with pytest.raises(UserError, match="with other rows in --train_file, .*; use --overwrite"):
         run("r3f", tiny_folder, tmp_path, *flags)
@@ -2738,8 +2748,12 @@ def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, cach
     shutil.copytree(before / "grid", out / "grid")
     begun = []
     begin = common.Run.begin
-    monkeypatch.setattr(common.Run, "begin", lambda run, *args, **kwargs: (
-        begun.append(run.folder), begin(run, *args, **kwargs))[1])
+
+    def count(run, *args, **kwargs):
+        begun.append(run.folder)
+        begin(run, *args, **kwargs)
+
+    monkeypatch.setattr(common.Run, "begin", count)
     run("r3f", tiny_folder, out, "--method", "std", "--grid", "lr=1e-3,1e-5", "--grid_seeds", 2,
         "--dev_samples", 40, "--seeds", 3, 4, "--max_steps", 4)
     found = json.load(open(out / "toy/search-std.json"))
@@ -2752,6 +2766,12 @@ def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, cach
     names = [(path.parts[-3] if "grid" in path.parts else "", path.name)
              for path in map(pathlib.Path, begun)]
     assert names == [("lr=1e-3", "std-4"), ("lr=1e-5", "std-4"), ("", "std-3"), ("", "std-4")]
+
+
+def test_several_seeds_choose_though_a_method_has_nothing_to_choose(tiny_folder, tmp_path, cache):
+    results = run("r3f", tiny_folder, tmp_path, "--method", "r3f", "std", "--grid", "lam=1,5",
+                  "--grid_seeds", 2, "--dev_samples", 40, "--seeds", 3, 4, "--max_steps", 1)
+    assert [result["method"] for result in results] == ["r3f", "r3f", "std", "std"]
 
 
 def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(searched, tiny_folder,
@@ -3963,12 +3983,13 @@ README_TABLES = {
     },
     "G-Tuning, taken apart": {
         "the adapter, 1e-4": [
-            of_parts("adapter lr=0.0001", SST2), of_parts("adapter lr=0.0001", IMDB), None],
+            of_parts("adapter lr=0.0001", SST2), of_parts("adapter lr=0.0001", IMDB), None, None],
         "G-Tuning, 1e-4, beta 0.5": [
             of_parts("gtuning lr=0.0001 beta=0.5", SST2),
             of_parts("gtuning lr=0.0001 beta=0.5", IMDB),
-            of_parts("gtuning lr=0.0001 beta=0.5", SST2, "0.0001")],
-        "G-Tuning, 5e-4, beta 0.1": [of_parts("gtuning lr=0.0005 beta=0.1", SST2), None, None],
+            of_parts("gtuning lr=0.0001 beta=0.5", SST2, "0.0001"),
+            of_parts("gtuning lr=0.0001 beta=0.5", IMDB, "0.0001")],
+        "G-Tuning, 5e-4, beta 0.1": [of_parts("gtuning lr=0.0005 beta=0.1", SST2), *[None] * 3],
     },
     "frozen encoder": {
         name: [cell("gtuning adapter", key), cell("gtuning gtuning", key)]
@@ -4186,6 +4207,23 @@ def test_unlike_flags_are_refused(tmp_path, capsys):
     assert table.tasks == ["mrpc"]
     _, left_out = printed(capsys, other)
     assert left_out.startswith("left out: --batch_size is not the same for the methods on rte: ")
+
+    # So they are kept, and what one task's lines may differ in is not for the others.
+    kept = tmp_path / "kept.jsonl"
+    common.main_report([str(write_runs(tmp_path / "both", 2, ["rte"])), "--keep", str(kept)])
+    write_run(tmp_path / "mixed", results_of("mrpc", "std", 0, 60))
+    write_run(tmp_path / "mixed", results_of("mrpc", "more", 0, 60, lr=1e-5))
+    lines = kept.read_text().splitlines()
+    write(kept, "\n".join([json.dumps({**json.loads(line), "differ": ["lr"]}) for line in lines]))
+    runs = common.read_places([common.find_files(str(tmp_path / "mixed"))], [], [])[0][1]
+    assert "--lr is not the same" in refusal(common.keep_lines, str(kept), runs, [], [])
+
+    # Of several tables those that there are.
+    line = json.loads(lines[0])
+    unlike = [{**line, "seed": seed, "flags": {**line["flags"], "lr": seed}} for seed in (1, 2)]
+    broken = write(tmp_path / "broken.jsonl", "\n".join(map(json.dumps, unlike)))
+    table, = common.main_report([str(broken), str(kept)])
+    assert table.title == "kept"
 
     # Another task may have a recipe of its own; what is only looked at or logged does not count.
     fine = write_runs(tmp_path / "fine", 2, ["rte"])
