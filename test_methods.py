@@ -3990,6 +3990,7 @@ README_TABLES = {
             of_parts("gtuning lr=0.0001 beta=0.5", SST2, "0.0001"),
             of_parts("gtuning lr=0.0001 beta=0.5", IMDB, "0.0001")],
         "G-Tuning, 5e-4, beta 0.1": [of_parts("gtuning lr=0.0005 beta=0.1", SST2), *[None] * 3],
+        "G-Tuning, 5e-4, beta 0.5": [of_parts("gtuning lr=0.0005 beta=0.5", SST2), *[None] * 3],
     },
     "frozen encoder": {
         name: [cell("gtuning adapter", key), cell("gtuning gtuning", key)]
