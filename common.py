@@ -4540,7 +4540,7 @@ def main_report(argv=None):
         if runs:
             baseline = args.baseline or usual_baseline(runs)
             tables.append(build_table(title, runs, baseline, args.rows))
-    if not tables:
+    if refused and not tables:
         raise UserError(refused[0])
     left_out += refused
     if args.rows and not any(table.over_rows for table in tables):
