@@ -765,9 +765,9 @@ def first_token_states(encoder, split, world, name):
     with torch.inference_mode(), world.autocast():
         for rows, _, inputs in common.eval_inputs(split, world, name):
             first = inputs["attention_mask"].argmax(1)                   # (B,)
-            row = torch.arange(len(rows), device=first.device)           # (B,)
+            every_row = torch.arange(len(rows), device=first.device)     # (B,)
             hidden = encoder(**inputs).last_hidden_state                 # (B, n, H)
-            states[torch.from_numpy(rows)] = hidden[row, first].float().cpu()
+            states[torch.from_numpy(rows)] = hidden[every_row, first].float().cpu()
     return states
 
 

@@ -1079,13 +1079,13 @@ def clouds_of(module, split, cls_token, world, name, given=None):
         with torch.inference_mode():
             for k, (rows, _, inputs) in enumerate(common.eval_inputs(split, world, name)):
                 at = (inputs["input_ids"] == cls_token).int().argmax(1)  # (B,)
-                row = torch.arange(len(rows), device=at.device)          # (B,)
+                every_row = torch.arange(len(rows), device=at.device)    # (B,)
                 perturbable = inputs.pop("perturbable", None)
                 given_c = given[k] if given else None
                 logits, c, _, _ = module.passes(3, perturbable, given_c, **inputs)
                 c_of_batches.append(c)
                 states = torch.stack(last_states.pop().chunk(3))         # (3, B, n, H)
-                states = states[:, row, at]                              # (3, B, H)
+                states = states[:, every_row, at]                        # (3, B, H)
                 states = states.float().cpu().numpy()
                 logits = torch.stack(logits).float().cpu().numpy()       # (3, B, C)
                 for i, row in enumerate(rows):
