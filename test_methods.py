@@ -1914,6 +1914,17 @@ def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, cache, capsys):
     assert "label_smoothing 0.0" in defaults and "lam" not in defaults
 
 
+def test_cut_rows_are_told_of_whole_rows(capsys):
+    """Of a row that was split into five its parts do not count."""
+    split = types.SimpleNamespace(cut=1, whole_rows=[0, 1])
+    setup = types.SimpleNamespace(sets={"validation": (None, split)}, train=None,
+                                  task=types.SimpleNamespace(label_names=["a", "b"]))
+    args = settings(max_length=9, max_target_length=None)
+    common.tell_rows(args, setup, types.SimpleNamespace(say=print), None)
+    told = capsys.readouterr().out
+    assert "rows        validation 2\n" in told and "cut rows: validation 1 of 2\n" in told
+
+
 def test_the_flags_of_a_method_are_told(tiny_folder, tmp_path, cache, capsys):
     run("tdt", tiny_folder, tmp_path, "--method", "tdt", "--mu0", "zero", "--max_steps", 1)
     told = capsys.readouterr().out
@@ -2741,7 +2752,8 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     assert told.count("\n  searched    lr 0.001") == 2
 
 
-def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, cache, monkeypatch):
+def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, cache, monkeypatch,
+                                           capsys):
     """And combinations that one seed has tried are not tried by it again."""
     before, _, _ = searched
     out = tmp_path / "out"
@@ -2758,6 +2770,9 @@ def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, cach
         "--dev_samples", 40, "--seeds", 3, 4, "--max_steps", 4)
     found = json.load(open(out / "toy/search-std.json"))
     assert found["seeds"] == [3, 4]
+    told = capsys.readouterr().out
+    assert told.count(" on the held-out rows, the mean of 2 seeds\n") == 2
+    assert re.search(r"^\d+ s with the search$", told, re.M)
     for cell in found["tried"]:
         folder = out / "grid" / cell["flags"][0].removeprefix("--") / "toy"
         each = [json.load(open(folder / f"std-{seed}/results.json")) for seed in (3, 4)]
