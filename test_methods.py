@@ -3915,10 +3915,10 @@ def twice(key, first, again, method, base="std"):
             for file in (first, again) for column in (base, method)]
 
 
-def in_part(setting):
-    """A row of what TDT is without a part: over std, and over the whole of it."""
-    where = f"tdt-parts tdt {setting}"
-    return [cell(where, SST2), cell(where, SST2, baseline=WHOLE_TDT)]
+def in_part(file, key, setting, whole):
+    """What TDT is without a part: over std, and over the whole of it, on SST-2 or CoLA."""
+    where = f"{file} tdt {setting}"
+    return [cell(where, key), cell(where, key, baseline=whole)]
 
 
 def of_parts(column, key, rate="0.0005"):
@@ -3927,6 +3927,7 @@ def of_parts(column, key, rate="0.0005"):
 
 
 WHOLE_TDT = "tdt alpha=2.0 beta=1.0 gamma=0.01"
+WHOLE_ON_COLA = "tdt alpha=0.5 beta=1.0"
 README_TABLES = {
     "tried twice": {
         "FreeLB, SST-2, 160 steps": twice(SST2, "1000-bf16", "freelb-again", "freelb"),
@@ -3963,17 +3964,15 @@ README_TABLES = {
     }),
     "longer training": {
         "`std`, 320 steps over 160": [cell("steps std epochs=10.0", SST2),
-                                      cell("steps std epochs=10.0", COLA), None],
+                                      cell("steps std epochs=10.0", COLA)],
         "`std`, 640 steps over 320": [
-            cell("640 std epochs=20.0", SST2, baseline="std epochs=10.0"), None, None],
+            cell("640 std epochs=20.0", SST2, baseline="std epochs=10.0"), None],
         "`std`, 1,056 steps over 320": [
-            cell("640 std epochs=33.0", SST2, baseline="std epochs=10.0"), None, None],
+            cell("640 std epochs=33.0", SST2, baseline="std epochs=10.0"), None],
         "the same, seeds 8 to 15": [
-            cell("640-again std epochs=33.0", SST2, baseline="std epochs=10.0"), None, None],
-        "FreeLB, 320 steps, over `std`, 640": [cell("640 freelb epochs=10.0", SST2), None, None],
-        "TDT over `std`, 320 steps": [cell("320 tdt", SST2), None, None],
-        "the same without L_R, seeds 8 to 15": [None, cell("320-beta0 tdt", COLA),
-                                                cell("320-beta0 tdt", OUT_OF_DOMAIN)],
+            cell("640-again std epochs=33.0", SST2, baseline="std epochs=10.0"), None],
+        "FreeLB, 320 steps, over `std`, 640": [cell("640 freelb epochs=10.0", SST2), None],
+        "TDT over `std`, 320 steps": [cell("320 tdt", SST2), None],
     },
     "all rows": by_column([COLA, IN_DOMAIN, OUT_OF_DOMAIN, MRPC, RTE, SST2], [6, 6, 6, 6, 5, 5], {
         "`std`, its scores": [*["cola-full std"] * 3, "mrpc-full std", "rte-full std",
@@ -3982,10 +3981,16 @@ README_TABLES = {
         "TDT": [*["cola-full-tdt tdt"] * 3, "mrpc-full tdt", "rte-full tdt", "sst2-full tdt"],
     }),
     "TDT, taken apart": {
-        "TDT": [cell(f"tdt-parts {WHOLE_TDT}", SST2), None],
-        "without ‖C‖, `--gamma 0`": in_part("alpha=2.0 beta=1.0 gamma=0.0"),
-        "without L_R, `--beta 0`": in_part("alpha=2.0 beta=0.0 gamma=0.01"),
-        "without L_C, `--alpha 0`": in_part("alpha=0.0 beta=1.0 gamma=0.01"),
+        "TDT": [cell(f"tdt-parts {WHOLE_TDT}", SST2), None,
+                cell(f"cola-parts {WHOLE_ON_COLA}", COLA), None],
+        "without ‖C‖, `--gamma 0`": [
+            *in_part("tdt-parts", SST2, "alpha=2.0 beta=1.0 gamma=0.0", WHOLE_TDT), None, None],
+        "without L_R, `--beta 0`": [
+            *in_part("tdt-parts", SST2, "alpha=2.0 beta=0.0 gamma=0.01", WHOLE_TDT),
+            *in_part("cola-parts", COLA, "alpha=0.5 beta=0.0", WHOLE_ON_COLA)],
+        "without L_C, `--alpha 0`": [
+            *in_part("tdt-parts", SST2, "alpha=0.0 beta=1.0 gamma=0.01", WHOLE_TDT),
+            *in_part("cola-parts", COLA, "alpha=0.0 beta=1.0", WHOLE_ON_COLA)],
     },
     "TDT on pairs": {
         "RTE, accuracy": [cell("rte-1000 std", RTE), cell("rte-1000 tdt", RTE)],
