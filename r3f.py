@@ -36,10 +36,10 @@ Choices, where the paper is silent or the authors' release does otherwise:
     forward and 2 backward passes. stop_grad="noised" holds the noised prediction constant, which
     is the 2 FP + 1 BP that Table 1 counts.
  4. KL_S is summed over the classes and averaged over the examples; softmax in fp32 also under
-    autocast. There an eps of 1e-5 is below the rounding of bf16, which makes a KL of its own.
+    autocast. In bf16 an eps of 1e-5 is lost in rounding, and the rounding makes a KL of its own.
  5. R4F normalises every Linear of the head, as the paper says; the release only the last. A head
-    with other weights (ModernBERT's has a LayerNorm) would not be 1-Lipschitz: an error. Nor has
-    generation a g with weights of its own (section 3.2): an error too.
+    with other weights (ModernBERT's has a LayerNorm) would not be 1-Lipschitz: an error. In
+    generation g has no weights of its own (section 3.2): R4F is an error there.
  6. Regression: the KL is undefined (footnote 1), so it is an error, not a silent zero.
  7. Generation: z goes to the encoder's word embeddings alone, as in the release. R can be taken in
     three units. "token" (the default) is a mean over the real positions. "released" sums over each
@@ -79,7 +79,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrizations, parametrize
 
-# common and data are imported where they are used: the core needs torch alone.
+# common and data are imported where they are used: the core needs torch alone. What stands between
+# "same" and "end same" is the same in all three scripts; a test keeps it so.
 
 
 # --------------------------------------------------------------------------------------  the method
@@ -141,14 +142,14 @@ class R3F(torch.nn.Module):
         self.reduction = reduction
         self.has_dropout = has_dropout(model)
 
-    @parametrize.cached()                              # R4F: one power iteration, one W for all
+    @parametrize.cached()                              # R4F: all passes have one W / sigma(W)
     def forward(self, labels, kl_weight=1.0, **inputs):
         """labels (B,) or (B, m), inputs as the model takes them, input_ids (B, n)
         -> (loss, {"ce", "kl"}), means over the batch.
 
         Labels by position belong to the logits at the same position: of a causal language model
-        the caller shifts them. kl_weight: of their KL, where a batch comes in parts and R is not
-        by "token": this part's share of the rows over its share of the real labels.
+        the caller shifts them. kl_weight: for a part of a batch whose R is a mean over rows: this
+        part's share of the rows over its share of the real labels.
         """
         refuse_two_modes(self)
         inputs = with_decoder_inputs(self.model, labels, inputs)
@@ -265,8 +266,8 @@ def spectral_normalize(model):
     """R4F, Eq. 5: every Linear of the head (all outside `model.base_model`) gets W / sigma(W), in
     place. Returns model.
 
-    sigma(W) by power iteration, one a training pass (Miyato et al., 2018), frozen in eval mode: it
-    follows a head that moves with some delay, so the norm is 1 up to what the last steps moved.
+    sigma(W) by power iteration, one a training pass (Miyato et al., 2018), frozen in eval mode. It
+    lags behind a head that learns, so the norm is 1 but for what the last steps changed.
     With tanh between its layers the head is 1-Lipschitz (RoBERTa's). With GELU (ELECTRA's) its
     bound is 1.13, which is let through. BERT's pooler is part of f and stays as it is. A head with
     weights outside a Linear is a ValueError.
@@ -553,9 +554,10 @@ class RDrop(torch.nn.Module):
 
         L = 1/2 (CE(p_1, y) + CE(p_2, y)) + alpha 1/2 KL_S(p_1, p_2)
 
-    One stacked pass of 2B rows. alpha: the paper tries 0.1, 0.5, 1 on GLUE. stats "kl" is KL_S.
-    a. Halves as in the paper and in the release's README. Its BERT file adds the two CE, alpha 0.5;
-       its RoBERTa file has the CE of one sample only, alpha 0.7.
+    One stacked pass of 2B rows. stats "kl" is KL_S.
+    a. The mean of the two CE is that of the release's README. The paper adds them, as the release's
+       BERT file does (alpha 0.5), so its alpha of 0.1, 0.5 and 1 on GLUE is 0.05, 0.25 and 0.5
+       here. The RoBERTa file has the CE of one sample only, alpha 0.7.
     b. KL_S is averaged over the examples, as CE is; the release sums it over the batch.
     """
 
@@ -587,8 +589,9 @@ class SMART(torch.nn.Module):
         z_0 ~ N(0, sigma^2),    K times  z := clip(z + eta g / max|g|, eps),  g = grad_z KL_S
         th~ := beta th~ + (1 - beta) th  after each step,  beta = 0.99
 
-    K: steps. mu: bregman; 0 is off and makes no copy of the weights. K + 2 forward passes, one
-    more with mu. The ascent holds p(x) constant and leaves no gradient on the weights.
+    th: the weights. K: steps. mu: bregman; 0 is off and makes no copy of the weights. K + 2 forward
+    passes (R3F's Table 1 counts K + 1), one more with mu. The ascent holds p(x) constant and leaves
+    no gradient on the weights.
     a. The paper's step is eta g. With its eta of 1e-3 that is 5e-9 beside a |z| of 3e-5 (a random
        BERT): nothing. Divided by the sentence's largest |g| each step reaches the
        bound eps, as meant. The release divides z + eta g by its largest entry, token by token, so
