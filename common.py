@@ -614,6 +614,10 @@ class World:
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
 
+    def taken_memory(self):
+        """MB that tensors on the GPU take now; 0 on a CPU."""
+        return torch.cuda.memory_allocated() / 2**20 if self.gpu else 0.0
+
     def peak_memory(self):
         """MB, of this process since its start (of a GPU: since the last reset)."""
         if self.gpu:
@@ -2721,14 +2725,17 @@ def profile_methods(args, world, setup, build):
 
     build(method, seed) -> a module whose forward gives the loss.
     """
+    def make(method, order):
+        module = build(method, args.seeds[0])
+        batches = build_batches(setup, args, args.seeds[0], world, order)
+        optimizer, schedule = build_optimizer(module, args, 10**6)
+        return batches, functools.partial(
+            ordinary_step, world.ddp(module), optimizer, schedule, args, world)
+
     rows = {}
     for order in args.batching:
         for method in args.method:
-            module = build(method, args.seeds[0])
-            batches = build_batches(setup, args, args.seeds[0], world, order)
-            optimizer, schedule = build_optimizer(module, args, 10**6)
-            rows[f"{method}, {order}"] = batches, functools.partial(
-                ordinary_step, world.ddp(module), optimizer, schedule, args, world)
+            rows[f"{method}, {order}"] = functools.partial(make, method, order)
     return profile_steps(args, world, rows)
 
 
@@ -2743,14 +2750,19 @@ def ordinary_step(module, optimizer, schedule, args, world, batch):
 
 
 def profile_steps(args, world, rows):
-    """Times `rows` {name: (batches, step)} in turn, and prints one table. Returns the seconds.
+    """Times `rows` {name: make} in turn, and prints one table. Returns the seconds.
 
-    Each takes N batches that are evenly spaced over the epoch's lengths, and of each batch the
-    median of three: seconds (3, N, rows).
+    make() -> (batches, step), all that the row needs of the GPU. Each takes N batches that are
+    evenly spaced over the epoch's lengths, and of each batch the median of three: seconds
+    (3, N, rows).
     """
+    made = {}
     chosen = {}
     counted = {}
-    for name, (batches, step) in rows.items():
+    for name, make in rows.items():
+        of_others = world.taken_memory()               # they stay, to be timed in turn
+        batches, step = make()
+        made[name] = batches, step
         by_length = sorted(range(batches.per_epoch),
                            key=lambda i: batches.split.lengths[batches.rows(i)].sum())
         spaced = np.linspace(0, batches.per_epoch - 1, args.profile + 2)[1:-1]
@@ -2765,13 +2777,13 @@ def profile_steps(args, world, rows):
                 batch = batches[i]
                 flops += count_flops(lambda: step(batch))
         rows_of_all = sum(len(batches.rows(i)) for i in chosen[name])
-        counted[name] = {"flops": flops / args.profile, "memory": world.peak_memory(),
+        counted[name] = {"flops": flops / args.profile, "memory": world.peak_memory() - of_others,
                          "rows": rows_of_all / args.profile, **batches.state_dict()}
 
     seconds = np.zeros((3, args.profile, len(rows)))
     for turn in range(3):
         for i in range(args.profile):
-            for row, (name, (batches, step)) in enumerate(rows.items()):
+            for row, (name, (batches, step)) in enumerate(made.items()):
                 batch = batches[chosen[name][i]]
                 seconds[turn, i, row] = time_call(world, lambda: step(batch))
     print_profile(args, world, counted, np.median(seconds, 0).mean(0))

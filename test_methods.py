@@ -3248,6 +3248,30 @@ def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, t
     assert real["length"] > real["padded"]
 
 
+def test_profile_tells_each_methods_own_memory(tiny_folder, tmp_path, cache, capsys, monkeypatch):
+    """On a GPU, here a pretended one: each module takes 100 MB, a step 20 MB more for a while."""
+    taken = []
+    load_model = common.load_model
+
+    def load(*args):
+        taken.append(100)
+        return load_model(*args)
+
+    monkeypatch.setattr(common, "load_model", load)
+    monkeypatch.setattr(common.World, "taken_memory", lambda world: sum(taken))
+    monkeypatch.setattr(common.World, "peak_memory", lambda world: sum(taken) + 20)
+    print_profile = common.print_profile
+    memory = {}
+
+    def read(args, world, counted, seconds):
+        memory.update({name: counts["memory"] for name, counts in counted.items()})
+        print_profile(args, world, counted, seconds)
+
+    monkeypatch.setattr(common, "print_profile", read)
+    run("r3f", tiny_folder, tmp_path / "out", "--profile", 1)
+    assert list(memory.values()) == [120, 120]
+
+
 def test_flops_are_those_of_the_matrix_products():
     a, b = torch.randn(8, 16, requires_grad=True), torch.randn(16, 4)
     assert common.count_flops(lambda: a @ b) == 2 * 8 * 16 * 4
