@@ -2,8 +2,8 @@
 
     python -m pytest -q
 
-No network: the toy language and tiny random models only. One thread: with small models several
-only wait for each other. In the order of the files: data.py, common.py, r3f.py, tdt.py, gtuning.py.
+No network: the toy language and tiny random models only. On the CPU, wherever there is a GPU too.
+One thread: with small models several only wait for each other. In the order of the files: data.py, common.py, r3f.py, tdt.py, gtuning.py.
 Last come the tests of processes of their own, which run beside all the others from the start.
 """
 import argparse
@@ -40,6 +40,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                # forked processes cannot have the GPU
 if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 4e9:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")         # files in much memory
 
