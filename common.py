@@ -469,7 +469,12 @@ def cli(main):
             raise
         tell_error(f"cannot write {error.filename or 'a file'}: {error.strerror}")
         return 1
-    except RuntimeError:
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":                   # torch's, of a GPU
+            wanted = ". ".join(str(error).split(". ")[:2])
+            tell_error(f"{wanted}. With a smaller --micro_batch_size a pass needs less; --resume "
+                       "goes on from a checkpoint")
+            return 1
         time.sleep(10 if rank else 0)                  # a process that waited for one that failed
         raise
 

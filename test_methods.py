@@ -10345,6 +10345,20 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, capsys)
         assert capsys.readouterr().err == line and waited.pop() == seconds
 
 
+def test_a_full_gpu_is_told_in_a_line(monkeypatch, capsys):
+    """At once by the process whose GPU it is: the others wait for it."""
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "
+                                     "total capacity of 23.65 GiB.")
+
+    monkeypatch.setattr(sys, "argv", ["r3f.py"])
+    monkeypatch.setenv("RANK", "3")
+    assert common.cli(main) == 1
+    told, = capsys.readouterr().err.splitlines()
+    assert told.startswith("r3f.py: rank 3: CUDA out of memory. Tried to allocate 2.00 GiB. With a "
+                           "smaller --micro_batch_size")
+
+
 # -------------------------------------------------------------------------------- kills and signals
 
 KILLED_RUNS = {
