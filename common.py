@@ -543,6 +543,12 @@ class World:
         dist.all_reduce(tensor)
         return tensor.numpy()
 
+    def add_up(self, tensor):
+        """A tensor's sum over the processes, in its place; a GPU's never leaves the GPUs."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def gather(self, found):
         """[value] in the order of the rows, on all processes, each of which found {row: value}."""
         parts = [found]

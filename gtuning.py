@@ -777,9 +777,9 @@ class Algorithm1:
         rows = np.arange(len(batches.split))[world.rank::world.size]
         with common.Progress(world, name, len(rows)) as progress:
             found = vectors(self.f, batches.split, rows, world, progress)
-        of_all = np.zeros((len(batches.split), found.shape[1]), np.float32)
-        of_all[rows] = found.cpu()
-        return torch.from_numpy(world.total(of_all)).to(world.device)
+        of_all = torch.zeros(len(batches.split), found.shape[1], device=world.device)
+        of_all[rows] = found
+        return world.add_up(of_all)
 
     def mine(self, batches, k):
         """Lines 8 and 15: the rows of step k on D that this process takes, of B or of M."""
