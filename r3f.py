@@ -328,8 +328,8 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
     [(B, m, V), (B, m, V)]. labels (B, m), -100 where there is none. reduction: see `R3F`.
 
     Over a whole vocabulary, softmax and its gradient would be the largest tensors of a step. So
-    they are computed for a few positions at a time, and the gradient of these positions is
-    written over their logits: nobody may read the logits after this call. In fp16 the gradient is
+    they are computed for some positions at a time (on a GPU, where many small steps are slow, for
+    more), and the gradient of these positions is written over their logits: nobody may read the logits after this call. In fp16 the gradient is
     rounded before a GradScaler can scale it; bf16 has no such limit.
     """
     rows = sum(map(len, both)) // 2                                 # B
@@ -350,7 +350,7 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
     ce = torch.zeros((), device=labels.device)
     kl = torch.zeros((), device=labels.device)
     counted = in_kl.nonzero().squeeze(1)
-    at_once = max(1, 2**20 // vocabulary)
+    at_once = max(1, (2**23 if labels.is_cuda else 2**20) // vocabulary)
     for positions in counted.split(at_once):
         with torch.enable_grad():
             logits, noised = [half[positions].float().requires_grad_() for half in halves]
