@@ -37,6 +37,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass, replace
 
@@ -643,6 +644,8 @@ class World:
 
 def compile_layers(module):
     """Compiles each layer of a ModuleList by itself: they share their code, so once for all."""
+    # On a GPU it would recommend, on each rank, what --precision has decided on.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     for part in module.modules():
         if type(part) is torch.nn.ModuleList:
             for layer in part:

@@ -5542,6 +5542,13 @@ def test_smarts_z_makes_fifty_times_the_kl_of_random_noise():
     assert worst > 50 * np.mean(random) > 0
 
 
+@pytest.mark.parametrize("precision, count", [("bf16", 1), ("fp32", 0)])
+def test_smart_in_bf16_is_warned_of(precision, count, tiny_folder, tmp_path, cache, capsys):
+    run("r3f", tiny_folder, tmp_path, "--method", "smart", "--max_steps", 1, "--precision",
+        precision)
+    assert capsys.readouterr().out.count("warning: smart: in bf16") == count
+
+
 def test_smarts_z_stays_within_eps_and_off_the_padding():
     model, (labels, inputs) = tiny(), batch()
     method = r3f.SMART(model, sigma=1.0, eps=0.02, eta=0.01)
