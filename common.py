@@ -37,6 +37,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass, replace
 
@@ -469,7 +470,12 @@ def cli(main):
             raise
         tell_error(f"cannot write {error.filename or 'a file'}: {error.strerror}")
         return 1
-    except RuntimeError:
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":                   # torch's, of a GPU
+            wanted = ". ".join(str(error).split(". ")[:2])
+            tell_error(f"{wanted}. With a smaller --micro_batch_size a pass needs less; --resume "
+                       "goes on from a checkpoint")
+            return 1
         time.sleep(10 if rank else 0)                  # a process that waited for one that failed
         raise
 
@@ -537,6 +543,12 @@ class World:
         tensor = torch.tensor(array)                   # a copy: the sum is made in place
         dist.all_reduce(tensor)
         return tensor.numpy()
+
+    def add_up(self, tensor):
+        """A tensor's sum over the processes, in its place; a GPU's never leaves the GPUs."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def gather(self, found):
         """[value] in the order of the rows, on all processes, each of which found {row: value}."""
@@ -614,6 +626,10 @@ class World:
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
 
+    def taken_memory(self):
+        """MB that tensors on the GPU take now; 0 on a CPU."""
+        return torch.cuda.memory_allocated() / 2**20 if self.gpu else 0.0
+
     def peak_memory(self):
         """MB, of this process since its start (of a GPU: since the last reset)."""
         if self.gpu:
@@ -628,6 +644,8 @@ class World:
 
 def compile_layers(module):
     """Compiles each layer of a ModuleList by itself: they share their code, so once for all."""
+    # On a GPU it would recommend, on each rank, what --precision has decided on.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     for part in module.modules():
         if type(part) is torch.nn.ModuleList:
             for layer in part:
@@ -2721,14 +2739,17 @@ def profile_methods(args, world, setup, build):
 
     build(method, seed) -> a module whose forward gives the loss.
     """
+    def make(method, order):
+        module = build(method, args.seeds[0])
+        batches = build_batches(setup, args, args.seeds[0], world, order)
+        optimizer, schedule = build_optimizer(module, args, 10**6)
+        return batches, functools.partial(
+            ordinary_step, world.ddp(module), optimizer, schedule, args, world)
+
     rows = {}
     for order in args.batching:
         for method in args.method:
-            module = build(method, args.seeds[0])
-            batches = build_batches(setup, args, args.seeds[0], world, order)
-            optimizer, schedule = build_optimizer(module, args, 10**6)
-            rows[f"{method}, {order}"] = batches, functools.partial(
-                ordinary_step, world.ddp(module), optimizer, schedule, args, world)
+            rows[f"{method}, {order}"] = functools.partial(make, method, order)
     return profile_steps(args, world, rows)
 
 
@@ -2743,14 +2764,19 @@ def ordinary_step(module, optimizer, schedule, args, world, batch):
 
 
 def profile_steps(args, world, rows):
-    """Times `rows` {name: (batches, step)} in turn, and prints one table. Returns the seconds.
+    """Times `rows` {name: make} in turn, and prints one table. Returns the seconds.
 
-    Each takes N batches that are evenly spaced over the epoch's lengths, and of each batch the
-    median of three: seconds (3, N, rows).
+    make() -> (batches, step), all that the row needs of the GPU. Each takes N batches that are
+    evenly spaced over the epoch's lengths, and of each batch the median of three: seconds
+    (3, N, rows).
     """
+    made = {}
     chosen = {}
     counted = {}
-    for name, (batches, step) in rows.items():
+    for name, make in rows.items():
+        of_others = world.taken_memory()               # they stay, to be timed in turn
+        batches, step = make()
+        made[name] = batches, step
         by_length = sorted(range(batches.per_epoch),
                            key=lambda i: batches.split.lengths[batches.rows(i)].sum())
         spaced = np.linspace(0, batches.per_epoch - 1, args.profile + 2)[1:-1]
@@ -2765,13 +2791,13 @@ def profile_steps(args, world, rows):
                 batch = batches[i]
                 flops += count_flops(lambda: step(batch))
         rows_of_all = sum(len(batches.rows(i)) for i in chosen[name])
-        counted[name] = {"flops": flops / args.profile, "memory": world.peak_memory(),
+        counted[name] = {"flops": flops / args.profile, "memory": world.peak_memory() - of_others,
                          "rows": rows_of_all / args.profile, **batches.state_dict()}
 
     seconds = np.zeros((3, args.profile, len(rows)))
     for turn in range(3):
         for i in range(args.profile):
-            for row, (name, (batches, step)) in enumerate(rows.items()):
+            for row, (name, (batches, step)) in enumerate(made.items()):
                 batch = batches[chosen[name][i]]
                 seconds[turn, i, row] = time_call(world, lambda: step(batch))
     print_profile(args, world, counted, np.median(seconds, 0).mean(0))

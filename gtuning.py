@@ -777,9 +777,9 @@ class Algorithm1:
         rows = np.arange(len(batches.split))[world.rank::world.size]
         with common.Progress(world, name, len(rows)) as progress:
             found = vectors(self.f, batches.split, rows, world, progress)
-        of_all = np.zeros((len(batches.split), found.shape[1]), np.float32)
-        of_all[rows] = found.cpu()
-        return torch.from_numpy(world.total(of_all)).to(world.device)
+        of_all = torch.zeros(len(batches.split), found.shape[1], device=world.device)
+        of_all[rows] = found
+        return world.add_up(of_all)
 
     def mine(self, batches, k):
         """Lines 8 and 15: the rows of step k on D that this process takes, of B or of M."""
@@ -1289,6 +1289,11 @@ def tell_phases(args, N, world):
 def profile(args, setup, texts, world):
     """--profile: times steps of every --method, from the states and from the texts themselves."""
     import common
+
+    def make(method, its_texts):
+        algorithm = Algorithm1(args, method, args.seeds[0], 10**6, setup, its_texts, world)
+        return algorithm.x_t, step_on_f(algorithm, method)
+
     encoded = copy.copy(texts)
     encoded.folder = None                              # every batch is encoded again
     sources = {"encoded": encoded}
@@ -1297,8 +1302,7 @@ def profile(args, setup, texts, world):
     rows = {}
     for source, its_texts in sources.items():
         for method in args.method:
-            algorithm = Algorithm1(args, method, args.seeds[0], 10**6, setup, its_texts, world)
-            rows[f"{method}, {source}"] = algorithm.x_t, step_on_f(algorithm, method)
+            rows[f"{method}, {source}"] = functools.partial(make, method, its_texts)
     return common.profile_steps(args, world, rows)
 
 

@@ -2,8 +2,8 @@
 
     python -m pytest -q
 
-No network: the toy language and tiny random models only. One thread: with small models several
-only wait for each other. In the order of the files: data.py, common.py, r3f.py, tdt.py, gtuning.py.
+No network: the toy language and tiny random models only. On the CPU, wherever there is a GPU too.
+One thread: with small models several only wait for each other. In the order of the files: data.py, common.py, r3f.py, tdt.py, gtuning.py.
 Last come the tests of processes of their own, which run beside all the others from the start.
 """
 import argparse
@@ -40,6 +40,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                # forked processes cannot have the GPU
 if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 4e9:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")         # files in much memory
 
@@ -3248,6 +3249,30 @@ def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, t
     assert real["length"] > real["padded"]
 
 
+def test_profile_tells_each_methods_own_memory(tiny_folder, tmp_path, cache, capsys, monkeypatch):
+    """On a GPU, here a pretended one: each module takes 100 MB, a step 20 MB more for a while."""
+    taken = []
+    load_model = common.load_model
+
+    def load(*args):
+        taken.append(100)
+        return load_model(*args)
+
+    monkeypatch.setattr(common, "load_model", load)
+    monkeypatch.setattr(common.World, "taken_memory", lambda world: sum(taken))
+    monkeypatch.setattr(common.World, "peak_memory", lambda world: sum(taken) + 20)
+    print_profile = common.print_profile
+    memory = {}
+
+    def read(args, world, counted, seconds):
+        memory.update({name: counts["memory"] for name, counts in counted.items()})
+        print_profile(args, world, counted, seconds)
+
+    monkeypatch.setattr(common, "print_profile", read)
+    run("r3f", tiny_folder, tmp_path / "out", "--profile", 1)
+    assert list(memory.values()) == [120, 120]
+
+
 def test_flops_are_those_of_the_matrix_products():
     a, b = torch.randn(8, 16, requires_grad=True), torch.randn(16, 4)
     assert common.count_flops(lambda: a @ b) == 2 * 8 * 16 * 4
@@ -5520,6 +5545,13 @@ def test_smarts_z_makes_fifty_times_the_kl_of_random_noise():
     random = [r3f.R3F(model)(labels, **inputs)[1]["kl"].item() for _ in range(20)]
     worst = r3f.SMART(model)(labels, **inputs)[1]["kl"].item()
     assert worst > 50 * np.mean(random) > 0
+
+
+@pytest.mark.parametrize("precision, count", [("bf16", 1), ("fp32", 0)])
+def test_smart_in_bf16_is_warned_of(precision, count, tiny_folder, tmp_path, cache, capsys):
+    run("r3f", tiny_folder, tmp_path, "--method", "smart", "--max_steps", 1, "--precision",
+        precision)
+    assert capsys.readouterr().out.count("warning: smart: in bf16") == count
 
 
 def test_smarts_z_stays_within_eps_and_off_the_padding():
@@ -10323,6 +10355,20 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, capsys)
         assert common.cli(r3f.main) == 2
         line = f"r3f.py: {who}--batch_size 7: must be divisible by the 2 processes\n"
         assert capsys.readouterr().err == line and waited.pop() == seconds
+
+
+def test_a_full_gpu_is_told_in_a_line(monkeypatch, capsys):
+    """At once by the process whose GPU it is: the others wait for it."""
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "
+                                     "total capacity of 23.65 GiB.")
+
+    monkeypatch.setattr(sys, "argv", ["r3f.py"])
+    monkeypatch.setenv("RANK", "3")
+    assert common.cli(main) == 1
+    told, = capsys.readouterr().err.splitlines()
+    assert told.startswith("r3f.py: rank 3: CUDA out of memory. Tried to allocate 2.00 GiB. With a "
+                           "smaller --micro_batch_size")
 
 
 # -------------------------------------------------------------------------------- kills and signals
