@@ -2,9 +2,10 @@
 
     python -m pytest -q
 
-No network: the toy language and tiny random models only. On the CPU, wherever there is a GPU too.
-One thread: with small models several only wait for each other. In the order of the files: data.py, common.py, r3f.py, tdt.py, gtuning.py.
-Last come the tests of processes of their own, which run beside all the others from the start.
+No network: the toy language and tiny random models only. On the CPU, also where there is a GPU. One
+thread: with small models several only wait for each other. In the order of the files: data.py,
+common.py, r3f.py, tdt.py, gtuning.py. Last come the tests of processes of their own, which run
+beside all the others from the start.
 """
 import argparse
 import collections
