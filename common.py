@@ -3292,7 +3292,7 @@ class Finished:
     where: str                     # its folder, or FILE:LINE of a kept line
     line: dict                     # see result_line
     flags: dict                    # all flags, defaults too
-    label: str                     # its method, and METHOD_FLAGS and --by that are not a default
+    method: str                    # with those of METHOD_FLAGS and --by that are not a default
     curves: dict                   # {(set, metric): {step: value}} of its log; empty of a kept line
 
     @property
@@ -3520,7 +3520,7 @@ def in_order(runs):
 
     def place_of(run):
         known = names.index(run.task) if run.task in names else len(names)
-        return known, run.task, run.label, run.seed
+        return known, run.task, run.method, run.seed
 
     return sorted(runs, key=place_of)
 
@@ -3538,7 +3538,7 @@ def keep_lines(path, runs, by, differ):
         raise UserError(f"--keep {left_out[0]}")
     for of_task in by_task([*there, *runs]).values():
         refuse_incomparable(of_task, by, differ)
-    lines = {(run.task, run.label, run.seed): run for run in [*there, *runs]}
+    lines = {(run.task, run.method, run.seed): run for run in [*there, *runs]}
     runs = in_order(lines.values())
     text = ""
     for run in runs:
@@ -3571,9 +3571,9 @@ def refuse_incomparable(runs, by, differ):
         free.update(run.line.get("by", []), run.line.get("differ", []))
     first = {}                                         # {(task, method): a run}
     for run in runs:
-        other = first.setdefault((run.task, run.label), run)
+        other = first.setdefault((run.task, run.method), run)
         names = set(run.flags) & set(other.flags) - free
-        refuse_flags(run, other, names, f"the runs of {run.label} on {run.task}")
+        refuse_flags(run, other, names, f"the runs of {run.method} on {run.task}")
 
     of_task = {}
     for run in first.values():
@@ -3647,14 +3647,14 @@ class Table:
     title: str
     runs: list                     # of Finished
     baseline: str                  # "" if it has no run
-    columns: list                  # methods, the baseline first
-    rows: dict                     # {(task, set, metric): {method: {seed: value}}}
+    methods: list                  # the baseline first
+    scores: dict                   # {(task, set, metric): {method: {seed: value}}}
     differences: dict              # {(task, set, metric): {method: Difference}}
     over_tasks: dict               # {("tasks" or "further sets", method): DifferenceOverTasks}
     over_rows: dict                # {(task, set, metric): {method: DifferenceOverRows}}
 
-    def runs_of(self, task, column):
-        return [run for run in self.runs if run.task == task and run.label == column]
+    def runs_of(self, task, method):
+        return [run for run in self.runs if run.task == task and run.method == method]
 
     def devices_of(self, task):
         return {run.line.get("device") for run in self.runs if run.task == task}
@@ -3670,42 +3670,46 @@ def build_table(title, runs, baseline, draws):
     runs: as of `in_order`. draws: of the bootstrap over rows; None: there is none.
     """
     seen = {}
-    rows = {}
+    scores = {}
     for run in runs:
-        again = seen.setdefault((run.task, run.label, run.seed), run)
+        again = seen.setdefault((run.task, run.method, run.seed), run)
         if again.line != run.line:
-            raise UserError(f"{run.task} {run.label}, seed {run.seed}: is in {again.where} and, "
+            raise UserError(f"{run.task} {run.method}, seed {run.seed}: is in {again.where} and, "
                             f"otherwise, in {run.where}; report them apart")
         for name, metrics in run.line["metrics"].items():
             for metric, value in metrics.items():
-                row = rows.setdefault((run.task, name, metric), {})
-                row.setdefault(run.label, {})[run.seed] = 100 * value
+                by_method = scores.setdefault((run.task, name, metric), {})
+                by_method.setdefault(run.method, {})[run.seed] = 100 * value
 
-    methods = {run.label for run in runs}
-    columns = sorted(methods, key=lambda method: (method != baseline, method))
+    methods = {run.method for run in runs}
+    methods = sorted(methods, key=lambda method: (method != baseline, method))
     if baseline not in methods:
         baseline = ""
     differences = {}
-    for key, row in rows.items():
+    for key, by_method in scores.items():
         differences[key] = {}
-        for column in columns[1:]:
-            paired = paired_differences(row, column, baseline)
+        for method in methods[1:]:
+            paired = paired_differences(by_method, method, baseline)
             if len(paired):
-                differences[key][column] = summarise_differences(paired)
+                differences[key][method] = summarise_differences(paired)
     runs = [*seen.values()]
-    return Table(title, runs, baseline, columns, rows, differences,
-                 over_tasks(differences), over_rows(runs, differences, baseline, draws))
+    return Table(title, runs, baseline, methods, scores, differences,
+                 compare_over_tasks(differences),
+                 compare_over_rows(runs, differences, baseline, draws))
 
 
-def paired_differences(row, column, baseline):
-    """A method's values less the baseline's, of the seeds that both have: (n,)."""
-    mine = row.get(column, {})
-    base = row.get(baseline, {})
+def paired_differences(by_method, method, baseline):
+    """A method's values less the baseline's, of the seeds that both have: (n,).
+
+    by_method {method: {seed: value}}.
+    """
+    mine = by_method.get(method, {})
+    base = by_method.get(baseline, {})
     seeds = sorted(set(mine) & set(base))
     return np.array([mine[seed] - base[seed] for seed in seeds])
 
 
-def over_tasks(differences):
+def compare_over_tasks(differences):
     """{("tasks" or "further sets", method): DifferenceOverTasks}, where there are two or more.
 
     A task counts by its main metric, a further set by its first one; each is a mean over seeds.
@@ -3718,13 +3722,13 @@ def over_tasks(differences):
     for group, keys in (("tasks", main_keys), ("further sets", further)):
         means = {}
         for key in keys:
-            for column, difference in differences[key].items():
-                means.setdefault(column, []).append(difference.mean)
-        totals = {column: summarise_differences(values)
-                  for column, values in means.items() if len(values) > 1}
+            for method, difference in differences[key].items():
+                means.setdefault(method, []).append(difference.mean)
+        totals = {method: summarise_differences(values)
+                  for method, values in means.items() if len(values) > 1}
         corrected = holm([total.p for total in totals.values()])
-        for (column, total), p in zip(totals.items(), corrected):
-            found[group, column] = DifferenceOverTasks(total, p, len(totals))
+        for (method, total), p in zip(totals.items(), corrected):
+            found[group, method] = DifferenceOverTasks(total, p, len(totals))
     return found
 
 
@@ -3744,12 +3748,12 @@ def read_predictions(runs):
             key = run.task, name
             labels.setdefault(key, scored[f"{name}:labels"])
             if np.array_equal(labels[key], scored[f"{name}:labels"]):
-                of_method = predictions.setdefault(key, {}).setdefault(run.label, {})
+                of_method = predictions.setdefault(key, {}).setdefault(run.method, {})
                 of_method[run.seed] = scored[f"{name}:predictions"]
     return predictions, labels
 
 
-def over_rows(runs, differences, baseline, draws):
+def compare_over_rows(runs, differences, baseline, draws):
     """{(task, set, its first metric): {method: DifferenceOverRows}}. Empty without draws."""
     if not draws:
         return {}
@@ -3758,10 +3762,10 @@ def over_rows(runs, differences, baseline, draws):
     for place, key in first_keys(differences, 2).items():
         by_method = predictions.get(place, {})
         base = by_method.get(baseline, {})
-        for column in differences[key]:
-            mine = by_method.get(column, {})
+        for method in differences[key]:
+            mine = by_method.get(method, {})
             if set(mine) & set(base):
-                found.setdefault(key, {})[column] = difference_over_rows(
+                found.setdefault(key, {})[method] = difference_over_rows(
                     data.METRICS[key[2]], labels[place], mine, base, draws)
     return found
 
@@ -3787,11 +3791,11 @@ def first_keys(keys, length):
     return first
 
 
-def relative_costs(table, task, column):
+def relative_costs(table, task, method):
     """Seconds of training over the baseline's, of the seeds that both ran on the same device."""
     base = {run.seed: run for run in table.runs_of(task, table.baseline)}
     ratios = []
-    for run in table.runs_of(task, column):
+    for run in table.runs_of(task, method):
         other = base.get(run.seed)
         if other is None or other.line.get("device") != run.line.get("device"):
             continue
@@ -3810,13 +3814,13 @@ def remark_on_intervals(table):
     """What the intervals hold, and what is not in them."""
     if not table.baseline:
         return ("There is no run of the baseline here, so nothing is compared to it; another one "
-                f"is named by --baseline: {', '.join(map(shlex.quote, table.columns))}.")
+                f"is named by --baseline: {', '.join(map(shlex.quote, table.methods))}.")
     over_seeds = ("The intervals and tests are over seeds: what another choice of rows to score "
                   "would change is not in them")
     if not table.over_rows:
         return f"{over_seeds} (see --rows)."
-    seeds = min(difference.seeds for methods in table.over_rows.values()
-                for difference in methods.values())
+    seeds = min(difference.seeds for by_method in table.over_rows.values()
+                for difference in by_method.values())
     caution = ""
     if seeds < 5:
         caution = f" With no more than {plural(seeds, 'seed')} those hardly vary in these."
@@ -3825,39 +3829,57 @@ def remark_on_intervals(table):
 
 def remarks_on_seeds(table):
     """On the seeds: where they are too few, how many tests there are, and which are not shared."""
-    few = {}                                           # {seeds: {method: tasks}}
-    apart = {}                                         # {method: tasks}
-    unlike = set()                                     # tasks
-    tests = 0
-    for key, row in table.rows.items():
-        task = key[0]
-        for column in row:
-            difference = table.differences[key].get(column)
-            if difference is not None and row[column].keys() != row[table.baseline].keys():
-                unlike.add(task)
-            if difference is None:
-                if table.baseline in row and column != table.baseline:
-                    apart.setdefault(column, set()).add(task)
-            elif difference.n < needed():
-                few.setdefault(difference.n, {}).setdefault(column, set()).add(task)
-            else:
-                tests += 1
+    return [*remarks_on_few_seeds(table), *remarks_on_many_tests(table),
+            *remarks_on_unlike_seeds(table)]
 
+
+def remarks_on_few_seeds(table):
+    """Which differences are of too few seeds to show anything."""
+    few = {}                                           # {seeds: {method: tasks}}
+    for (task, _, _), by_method in table.differences.items():
+        for method, difference in by_method.items():
+            if difference.n < needed():
+                few.setdefault(difference.n, {}).setdefault(method, set()).add(task)
     said = []
-    for n, methods in sorted(few.items()):
-        named = "; ".join(f"{column} on {', '.join(sorted(tasks))}"
-                          for column, tasks in methods.items())
+    for n, tasks_of in sorted(few.items()):
+        named = "; ".join(f"{method} on {', '.join(sorted(tasks))}"
+                          for method, tasks in tasks_of.items())
         said.append(f"{plural(n, 'shared seed')} can show nothing: the exact test's smallest p is "
                     f"{smallest_p(n):g}, and .05 takes {needed()} seeds ({named}).")
-    if tests > 1:
-        said.append(f"Each p over seeds stands for itself: of {tests} comparisons up to "
-                    f"{tests / 20:.1f} would be below .05 on average if no method made any "
-                    "difference.")
+    return said
+
+
+def remarks_on_many_tests(table):
+    """How many of the tests over seeds would find something if there were nothing to find."""
+    all_differences = [difference for by_method in table.differences.values()
+                       for difference in by_method.values()]
+    tests = sum(difference.n >= needed() for difference in all_differences)
+    if tests <= 1:
+        return []
+    return [f"Each p over seeds stands for itself: of {tests} comparisons up to {tests / 20:.1f} "
+            "would be below .05 on average if no method made any difference."]
+
+
+def remarks_on_unlike_seeds(table):
+    """Where a method and the baseline share some of their seeds alone, or none."""
+    unlike = set()                                     # tasks
+    apart = {}                                         # {method: tasks}
+    for key, by_method in table.scores.items():
+        task = key[0]
+        base = by_method.get(table.baseline, {})
+        for method, scores in by_method.items():
+            if not base or scores.keys() == base.keys():
+                continue
+            if method in table.differences[key]:
+                unlike.add(task)
+            else:
+                apart.setdefault(method, set()).add(task)
+    said = []
     if unlike:
         said.append(f"On {', '.join(sorted(unlike))} not all methods have the same seeds: the "
                     "means of their scores cannot be compared there, the differences can.")
-    for column, tasks in apart.items():
-        said.append(f"{column} has no seed in common with {table.baseline} on "
+    for method, tasks in apart.items():
+        said.append(f"{method} has no seed in common with {table.baseline} on "
                     f"{', '.join(sorted(tasks))}: there they are not compared.")
     return said
 
@@ -3881,13 +3903,13 @@ def remarks_on_states(table):
     """Which methods' scores are those of the best state on the set that is scored."""
     tasks_of = {}                                      # {methods, in words: their tasks}
     for task in table.tasks:
-        columns = [column for column in table.columns if table.runs_of(task, column)]
+        methods = [method for method in table.methods if table.runs_of(task, method)]
         chosen = []
-        for column in columns:
-            runs = table.runs_of(task, column)
+        for method in methods:
+            runs = table.runs_of(task, method)
             if any(run.line.get("best") and not run.flags.get("dev_samples") for run in runs):
-                chosen.append(column)
-        if chosen == columns:
+                chosen.append(method)
+        if chosen == methods:
             tasks_of.setdefault("all methods alike", []).append(task)
         elif chosen:
             tasks_of.setdefault(f"{', '.join(chosen)} alone", []).append(task)
@@ -3902,9 +3924,9 @@ def remarks_on_choice(table):
     for run in table.runs:
         if run.line.get("searched"):
             tried = math.prod(map(len, run.line["searched"].values()))
-            searched[run.label] = max(tried, searched.get(run.label, 0))
+            searched[run.method] = max(tried, searched.get(run.method, 0))
     if searched:
-        counts = ", ".join(f"{column} {searched.get(column, 'none')}" for column in table.columns)
+        counts = ", ".join(f"{method} {searched.get(method, 'none')}" for method in table.methods)
         said.append(f"Settings that were tried for each method before: {counts}.")
     if any(run.line.get("searched") or run.line.get("best") for run in table.runs
            if run.flags.get("dev_samples")):
@@ -3923,7 +3945,7 @@ def remarks_on_choice(table):
 
 def sizes_of(table):
     return ", ".join([plural(len(table.runs), "run"), plural(len(table.tasks), "task"),
-                      plural(len(table.columns), "method")])
+                      plural(len(table.methods), "method")])
 
 
 def short_p(p):
@@ -3957,19 +3979,19 @@ def score_cells(values):
 def score_rows(table):
     """Five rows for each task, set and metric, a column for each method."""
     rows = []
-    for key, row in table.rows.items():
-        cells = [score_cells(row.get(column, {}).values()) for column in table.columns]
+    for key, by_method in table.scores.items():
+        cells = [score_cells(by_method.get(method, {}).values()) for method in table.methods]
         for place, name in enumerate(["seeds", "mean", "std (n-1)", "median", "max"]):
             rows.append([*key, name, *[cell[place] for cell in cells]])
-    return ["task", "set", "metric", "", *table.columns], rows, 4
+    return ["task", "set", "metric", "", *table.methods], rows, 4
 
 
 def difference_rows(table):
     """One row for each task, set, metric and method."""
     rows = []
-    for key, methods in table.differences.items():
-        for column, difference in methods.items():
-            rows.append([*key, column, *difference_cells(difference), short_p(difference.p),
+    for key, differences in table.differences.items():
+        for method, difference in differences.items():
+            rows.append([*key, method, *difference_cells(difference), short_p(difference.p),
                          difference.verdict(difference.p), *spread_cells(difference)])
     header = ["task", "set", "metric", "method", "mean", "95 % interval", "p", "shows", "won-lost",
               "std", "seeds"]
@@ -3979,9 +4001,9 @@ def difference_rows(table):
 def over_rows_rows(table):
     """One row for each task, set and method, by the set's first metric."""
     rows = []
-    for key, methods in table.over_rows.items():
-        for column, difference in methods.items():
-            rows.append([*key, column, *difference_cells(difference), f"{difference.seeds}",
+    for key, differences in table.over_rows.items():
+        for method, difference in differences.items():
+            rows.append([*key, method, *difference_cells(difference), f"{difference.seeds}",
                          f"{difference.rows}"])
     header = ["task", "set", "metric", "method", "mean", "95 % interval", "seeds", "rows"]
     return header, rows, 4
@@ -3990,9 +4012,9 @@ def over_rows_rows(table):
 def over_tasks_rows(table):
     """One row for each method, over tasks and over further sets."""
     rows = []
-    for (group, column), total in table.over_tasks.items():
+    for (group, method), total in table.over_tasks.items():
         difference = total.difference
-        rows.append([group, column, *difference_cells(difference), short_p(difference.p),
+        rows.append([group, method, *difference_cells(difference), short_p(difference.p),
                      short_p(total.p), difference.verdict(total.p, total.methods),
                      *spread_cells(difference)])
     header = ["over", "method", "mean", "95 % interval", "p", "Holm's p", "shows", "won-lost",
@@ -4010,16 +4032,16 @@ def cost_rows(table):
     """Medians over seeds, one row for each task and method."""
     rows = []
     for task in table.tasks:
-        for column in table.columns:
-            runs = table.runs_of(task, column)
+        for method in table.methods:
+            runs = table.runs_of(task, method)
             if not runs:
                 continue
             rows.append([
-                task, column,
+                task, method,
                 median_cell([run.line.get("steps") for run in runs], 0),
                 median_cell([run.line.get("seconds") for run in runs], 1),
                 median_cell([run.seconds_a_step for run in runs], 3),
-                median_cell(relative_costs(table, task, column), 2),
+                median_cell(relative_costs(table, task, method), 2),
                 median_cell([run.seconds_to_best for run in runs], 1)])
     relative = f"paired cost to {table.baseline}" if table.baseline else "cost"
     return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], rows, 2
@@ -4104,24 +4126,24 @@ def tsv_report(tables):
     """report.tsv: a line for each table, task, set, metric and method, and for those over tasks."""
     lines = []
     for table in tables:
-        for key, row in table.rows.items():
-            for column in sorted(row, key=table.columns.index):
-                cells = [table.title, *key, column, *score_cells(row[column].values())]
+        for key, by_method in table.scores.items():
+            for method in sorted(by_method, key=table.methods.index):
+                cells = [table.title, *key, method, *score_cells(by_method[method].values())]
                 line = dict(zip(TSV_HEADER, cells))
-                if column in table.differences[key]:
-                    line.update(difference_numbers(table.differences[key][column]))
-                if column in table.over_rows.get(key, {}):
-                    over_rows = table.over_rows[key][column]
+                if method in table.differences[key]:
+                    line.update(difference_numbers(table.differences[key][method]))
+                if method in table.over_rows.get(key, {}):
+                    over_rows = table.over_rows[key][method]
                     line["low_over_rows"] = f"{over_rows.low:.4f}"
                     line["high_over_rows"] = f"{over_rows.high:.4f}"
-                costs = relative_costs(table, key[0], column)
+                costs = relative_costs(table, key[0], method)
                 if costs:
                     line["cost"] = f"{np.median(costs):.4f}"
                 lines.append(line)
-        for (group, column), total in table.over_tasks.items():
+        for (group, method), total in table.over_tasks.items():
             lines.append({
                 "table": table.title, "set": f"over {total.difference.n} {group}",
-                "method": column, **difference_numbers(total.difference),
+                "method": method, **difference_numbers(total.difference),
                 "p_holm": f"{total.p:.6g}"})
     text = io.StringIO()
     writer = csv.DictWriter(text, TSV_HEADER, delimiter="\t", lineterminator="\n")
@@ -4172,9 +4194,9 @@ svg .name { fill: var(--ink) }
 """
 
 
-def colour_of(table, column):
+def colour_of(table, method):
     """The css classes of a method: eight colours, and for those beyond them dashed lines."""
-    place = table.columns.index(column)
+    place = table.methods.index(method)
     dashed = " second" if place // 8 % 2 else ""
     return f"c{place % 8}{dashed}"
 
@@ -4313,12 +4335,12 @@ def html_table(header, rows, keys, drawings=None):
 def draw_intervals(table):
     """The drawings beside the differences, all on one axis."""
     found = []
-    for methods in table.differences.values():
-        found += methods.items()
+    for differences in table.differences.values():
+        found += differences.items()
     ends = np.abs([[difference.mean, difference.low, difference.high] for _, difference in found])
     reach = np.nanmax(ends) or 1                       # a difference of one seed has no interval
-    return [interval_svg(difference, reach, colour_of(table, column))
-            for column, difference in found]
+    return [interval_svg(difference, reach, colour_of(table, method))
+            for method, difference in found]
 
 
 def figure(picture, caption, colours=None):
@@ -4343,14 +4365,14 @@ def curve_figures(table):
         for what, curve in run.curves.items():
             if len(curve) > 1:
                 curves = found.setdefault((run.task, *what), {})
-                scores = curves.setdefault(run.label, {})
+                scores = curves.setdefault(run.method, {})
                 for step, value in curve.items():
                     scores.setdefault(step, []).append(100 * value)
 
     figures = []
     for key, curves in found.items():
-        curves = {column: curves[column] for column in table.columns if column in curves}
-        colours = {column: colour_of(table, column) for column in curves}
+        curves = {method: curves[method] for method in table.methods if method in curves}
+        colours = {method: colour_of(table, method) for method in curves}
         what = ", ".join(key)
         caption = f"{what}, over steps: median of the seeds, least to greatest."
         figures.append(figure(curve_svg(curves, colours, what), caption, colours))
@@ -4360,9 +4382,10 @@ def curve_figures(table):
 def score_figures(table):
     """A figure for each task: the spread of its main metric over seeds."""
     figures = []
-    for key in first_keys(table.rows, 1).values():
-        row = table.rows[key]
-        groups = {column: [*row[column].values()] for column in table.columns if column in row}
+    for key in first_keys(table.scores, 1).values():
+        by_method = table.scores[key]
+        groups = {method: [*by_method[method].values()]
+                  for method in table.methods if method in by_method}
         figures.append(dots_figure(table, groups, ", ".join(key)))
     return figures
 
@@ -4372,11 +4395,11 @@ def seconds_figures(table):
     figures = []
     for task in table.tasks:
         groups = {}
-        for column in table.columns:
-            seconds = [run.seconds_to_best for run in table.runs_of(task, column)]
+        for method in table.methods:
+            seconds = [run.seconds_to_best for run in table.runs_of(task, method)]
             known = [value for value in seconds if value is not None]
             if known:
-                groups[column] = known
+                groups[method] = known
         device, *others = table.devices_of(task)
         if groups and device and not others:           # of old runs no machine is known
             figures.append(dots_figure(table, groups, f"{task}, seconds on {device}"))
@@ -4456,7 +4479,7 @@ def html_probes(probes):
 
 
 def dots_figure(table, groups, what):
-    colours = {column: colour_of(table, column) for column in groups}
+    colours = {method: colour_of(table, method) for method in groups}
     caption = f"{what}: each dot a seed, the line their median."
     return figure(dots_svg(groups, colours, what), caption)
 
@@ -4515,7 +4538,7 @@ def report_flags():
 
 def usual_baseline(runs):
     """The method that others are compared to: plain fine-tuning, or the plain adapter."""
-    methods = {run.label for run in runs}
+    methods = {run.method for run in runs}
     return "adapter" if "adapter" in methods and "std" not in methods else "std"
 
 
@@ -4546,9 +4569,9 @@ def main_report(argv=None):
     if args.rows and not any(table.over_rows for table in tables):
         raise UserError("--rows: must be of folders with runs of a method and of the baseline on "
                         "the same rows; kept lines hold no predictions")
-    columns = {column for table in tables for column in table.columns}
-    if args.baseline and args.baseline not in columns:
-        raise UserError(f"--baseline {args.baseline}: must be one of {', '.join(sorted(columns))}")
+    methods = {method for table in tables for method in table.methods}
+    if args.baseline and args.baseline not in methods:
+        raise UserError(f"--baseline {args.baseline}: must be one of {', '.join(sorted(methods))}")
 
     probes = read_probes(places, left_out)
     left_out = [*dict.fromkeys(left_out)]

@@ -2395,7 +2395,7 @@ def test_the_report_that_is_named_at_the_end_can_be_made(tiny_folder, tmp_path, 
         *_, line = capsys.readouterr().out.splitlines()
         words = shlex.split(line.partition("what the differences show: python common.py ")[2])
         table, = common.main_report(words)
-        assert [*table.columns] == ["std", other] and len(table.runs) == 2
+        assert [*table.methods] == ["std", other] and len(table.runs) == 2
     assert words[2:] == ["--out", str(tmp_path / "out/custom")]
 
 
@@ -3688,9 +3688,9 @@ def test_numbers(tmp_path, capsys):
     write_runs(tmp_path / "runs", tasks=["rte"])
     table, = common.main_report([str(tmp_path / "runs")])
     text = capsys.readouterr().out
-    assert table.columns == ["std", "more"]
+    assert table.methods == ["std", "more"]
 
-    cells = common.score_cells(table.rows["rte", "validation", "accuracy"]["std"].values())
+    cells = common.score_cells(table.scores["rte", "validation", "accuracy"]["std"].values())
     assert cells == ["8", "61.62", "1.41", "61.50", "64.00"]
     difference = table.differences["rte", "validation", "accuracy"]["more"]
     assert (difference.n, difference.wins, difference.losses) == (8, 8, 0)
@@ -3842,7 +3842,7 @@ def test_flags_that_are_the_method(tmp_path, capsys):
         write_run(tmp_path / "runs" / "other", results)
     assert "--lam is not the same for the runs of more on rte" in refused_report(folder)
     table, = common.main_report([str(folder), "--by", "lam"])
-    assert table.columns == ["std", "more lam=1.0", "more lam=5.0", "std weight_noise=0.15"]
+    assert table.methods == ["std", "more lam=1.0", "more lam=5.0", "std weight_noise=0.15"]
 
 
 def test_without_std_the_adapter_is_the_baseline(tmp_path):
@@ -4067,7 +4067,7 @@ def in_kept_lines(wanted, folder):
     """What a Cell says: scores of the baseline, else a difference to it."""
     table = kept_table(wanted.file, folder, wanted.baseline)
     if wanted.column == table.baseline:
-        scores = [*table.rows[wanted.key][wanted.column].values()]
+        scores = [*table.scores[wanted.key][wanted.column].values()]
         return f"{np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f}"
     difference = table.differences[wanted.key][wanted.column]
     told = in_the_readme(difference)
@@ -4101,7 +4101,7 @@ def test_no_method_of_kept_lines_is_left_out_of_the_readmes_tables(tmp_path):
     del used["rivals"]                                 # a sentence tells the others, of three seeds
     for file, columns in used.items():
         table = kept_table(file, tmp_path)
-        not_used = set(table.columns) - columns - REPEATED.get(file, set())
+        not_used = set(table.methods) - columns - REPEATED.get(file, set())
         assert not_used <= {table.baseline}
 
 
@@ -4143,8 +4143,8 @@ def test_lines_know_the_flags_that_they_were_kept_with(tmp_path):
     assert "--lam is not the same" in refused_report(folder)
     before, = common.main_report([str(folder), *flags, "--keep", kept])
     after, = common.main_report([kept])
-    assert after.columns == before.columns == ["more lam=0.5", "more lam=1.0"]
-    assert after.rows == before.rows
+    assert after.methods == before.methods == ["more lam=0.5", "more lam=1.0"]
+    assert after.scores == before.scores
 
     # Nor do lines that are added take anything from runs with a flag of METHOD_FLAGS.
     for seed in range(2):
@@ -4155,14 +4155,14 @@ def test_lines_know_the_flags_that_they_were_kept_with(tmp_path):
     for name in ("plain", "noisy", "third"):
         common.main_report([str(tmp_path / name), "--keep", str(both)])
     assert len(both.read_text().splitlines()) == 6
-    assert common.main_report([str(both)])[0].columns == ["std", "r3f", "std weight_noise=0.15"]
+    assert common.main_report([str(both)])[0].methods == ["std", "r3f", "std weight_noise=0.15"]
 
     # Lines that are added with flags of their own take nothing from those that are there.
     for seed in range(2):
         write_run(tmp_path / "other", results_of("mrpc", "other", seed, 60, eps=1.0))
     common.main_report([str(tmp_path / "other"), "--by", "eps", "--keep", kept])
     again, = common.main_report([kept])
-    assert again.columns == [*before.columns, "other eps=1.0"]
+    assert again.methods == [*before.methods, "other eps=1.0"]
     lines = open(kept).read().splitlines()
     of_rte = [i for i, line in enumerate(lines) if json.loads(line)["task"] == "rte"]
     assert json.loads(lines[of_rte[0]])["by"][0] == "lam"
@@ -4194,7 +4194,7 @@ def test_each_file_of_lines_is_a_table(tmp_path, capsys):
     assert "--train_samples" in refused_report(full, "--keep", tmp_path / "kept" / "small.jsonl")
     tables = common.main_report([str(tmp_path / "kept")])
     assert [table.title for table in tables] == ["full", "small"]
-    assert tables[0].rows == common.main_report([str(full)])[0].rows
+    assert tables[0].scores == common.main_report([str(full)])[0].scores
     out, _ = printed(capsys, tmp_path / "kept" / "small.jsonl")
     assert out == printed(capsys, small)[0]
 
