@@ -1962,13 +1962,20 @@ def read_results(folder):
     try:
         with open(path, encoding="utf-8") as file:
             results = json.load(file)
-        complete = isinstance(results, dict) and isinstance(results.get("args"), dict)
-        if not (complete and isinstance(results.get("metrics"), dict) and "method" in results):
-            raise ValueError("keys are missing")
+        check_keys(results, task=str, method=str, seed=int, args=dict, metrics=dict)
     except ValueError as error:
         raise UserError(f"{path}: is damaged ({first_line(error)}); --overwrite runs it "
                         "again") from error
     return results
+
+
+def check_keys(found, **kinds):
+    """ValueError unless json's value is an object with these keys, each of its kind."""
+    if not isinstance(found, dict):
+        raise ValueError("is no object")
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"{name!r} is missing or wrong")
 
 
 # ------------------------------------------------------------------  5  a run: finished ones, --run
@@ -2116,10 +2123,8 @@ def results_of_finished(folder, methods):
         raise UserError(f"{wanted}: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{wanted}: {error}") from None
-    if results["method"] not in list(methods):
+    if results["method"] not in methods:
         raise UserError(f"{wanted}: its method is {results['method']}")
-    if not (isinstance(results.get("task"), str) and isinstance(results.get("seed"), int)):
-        raise UserError(f"{wanted}: its results.json has no task or no seed")
     if not os.path.isdir(os.path.join(folder, "model")):
         raise UserError(f"{wanted}: it has no model")
     return results
@@ -3243,7 +3248,7 @@ def result_line(results):
     if not isinstance(versions, dict):
         versions = {}
 
-    line = {"task": results.get("task"), "method": results["method"], "seed": results.get("seed"),
+    line = {"task": results["task"], "method": results["method"], "seed": results["seed"],
             "metrics": results["metrics"], "best": best, "steps": results.get("steps"),
             "seconds": results.get("train_seconds"), "device": versions.get("device"),
             "flags": flags, "commit": versions.get("commit")}
@@ -3254,12 +3259,7 @@ def result_line(results):
 
 def check_line(line):
     """ValueError unless a line has what a table needs."""
-    if not isinstance(line, dict):
-        raise ValueError("is no object")
-    kinds = {"task": str, "method": str, "seed": int, "metrics": dict, "flags": dict}
-    for name, kind in kinds.items():
-        if not isinstance(line.get(name), kind):
-            raise ValueError(f"{name!r} is missing or wrong")
+    check_keys(line, task=str, method=str, seed=int, metrics=dict, flags=dict)
     if not isinstance(line.get("device", ""), str | None):
         raise ValueError("'device' is wrong")
     searched = line.get("searched", {})

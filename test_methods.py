@@ -7577,9 +7577,11 @@ def folders(toy, tmp_path_factory):
 WANTED = "must be the folder of a finished run of std, tdt, tdt-hard, cutoff: "
 BAD = [
     (["--run", "R3F", "--drop"], f"--run R3F: {WANTED}its method is r3f"),
-    (["--run", "ODD", "--drop"], f"--run ODD: {WANTED}its method is"),
+    (["--run", "ODD", "--drop"],
+     f"--run ODD: {WANTED}ODD/results.json: is damaged ('method' is missing or wrong"),
     (["--run", "SHORT", "--drop"], f"--run SHORT: {WANTED}SHORT/results.json: is damaged"),
-    (["--run", "NOSEED", "--drop"], f"--run NOSEED: {WANTED}its results.json has no task"),
+    (["--run", "NOSEED", "--drop"],
+     f"--run NOSEED: {WANTED}NOSEED/results.json: is damaged ('seed' is missing"),
     (["--run", "LIST", "--drop"], f"--run LIST: {WANTED}LIST/results.json: is damaged"),
     (["--run", "TORN", "--drop"], f"--run TORN: {WANTED}TORN/results.json: is damaged"),
     (["--run", "NOTHING", "--drop"], f"--run NOTHING: {WANTED}"),
@@ -8046,7 +8048,7 @@ def test_a_cloud_can_be_made_with_the_confidences_of_another_model(hard):
 def test_variants_are_made_as_the_run_was_trained(tmp_path):
     small_tdt().model.save_pretrained(tmp_path / "std" / "model")
     settings = {"mu0": "zero", "variant": "released", "tau": 0.5}
-    results = {"method": "tdt-hard", "args": settings, "metrics": {}}
+    results = {"task": "rte", "method": "tdt-hard", "seed": 0, "args": settings, "metrics": {}}
     write(tmp_path / "results.json", json.dumps(results))
     world = types.SimpleNamespace(device="cpu")
     module = tdt.load_run(str(tmp_path / "std"), "std", world, 4, like=str(tmp_path))
