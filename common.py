@@ -1434,6 +1434,28 @@ def digests_of_files(args):
     return digests
 
 
+def differing_flags(saved, mine):
+    """{flag: how it differs, in words} of the flags {flag: value} of two runs."""
+    other = {}
+    for name in sorted({*saved, *mine} - NOT_THE_RUN):
+        was = saved.get(name)
+        now = mine.get(name)
+        in_both = name in saved and name in mine
+        if name.endswith("_digest"):                   # an older run may have none
+            if in_both and was != now:
+                other[name] = f"other rows in --{name.removesuffix('_digest')}"
+            continue
+        if f"{name}_digest" in saved and f"{name}_digest" in mine:
+            continue                                   # a file: what is in it counts, not its path
+        if name in ("model", "init_from") and was and now:
+            was = os.path.normpath(was)
+            now = os.path.normpath(now)
+        # Two scripts share plain fine-tuning: a flag that one of them lacks counts as off.
+        if was != now and (in_both or was or now):
+            other[name] = f"--{name} {shown(was)} (now {shown(now)})"
+    return other
+
+
 def recipe_of(args):
     """The recipe's name without what follows it: "paper" of "paper: Table 9"."""
     return args.recipe_name.partition(":")[0]
@@ -1611,25 +1633,7 @@ class Run:
                 raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run "
                                 f"of {name} {saved.get(name)}, not {mine}; use --overwrite, or "
                                 "another folder")
-        other = {}                                     # {flag: how it differs, in words}
-        for name in {**saved["args"], **self.identity}.keys() - NOT_THE_RUN:
-            was = saved["args"].get(name)
-            now = self.identity.get(name)
-            digest = f"{name}_digest"
-            if digest in saved["args"] and digest in self.identity:
-                continue                               # a file: what is in it counts, not its path
-            if name.endswith("_digest") and (was is None or now is None):
-                continue                               # of an older run, or told by its path
-            if name in ("model", "init_from") and was and now:
-                was = os.path.normpath(was)
-                now = os.path.normpath(now)
-            # Two scripts share plain fine-tuning: a flag that one of them lacks counts as off.
-            in_both = name in saved["args"] and name in self.identity
-            if was != now and (in_both or was or now):
-                if name.endswith("_digest"):
-                    other[name] = f"other rows in --{name.removesuffix('_digest')}"
-                else:
-                    other[name] = f"--{name} {shown(was)} (now {shown(now)})"
+        other = differing_flags(saved["args"], self.identity)
         if not other:
             return
         way_out = "use --overwrite, or another folder"
@@ -1641,9 +1645,8 @@ class Run:
         if [*other] == ["eval_tasks"] and "metrics" in saved:
             way_out = (f"to score that run, use --run {self.folder} --eval_tasks "
                        f"{shown(self.args.eval_tasks)}; else {way_out}")
-        words = ", ".join(other[name] for name in sorted(other))
         raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with "
-                        f"{words}; {way_out}")
+                        f"{', '.join(other.values())}; {way_out}")
 
     def begin(self, total, per_epoch, **parts):
         """Starts the run, or with --resume goes on from its checkpoint.
@@ -2380,14 +2383,13 @@ def check_grid(args, grid, methods):
         folder = run_folder(args, method, seed)
         if args.overwrite or not os.path.exists(os.path.join(folder, "results.json")):
             continue
-        saved = read_results(folder)["args"]
-        for name, value in counted[method].items():
-            by_model = value is None or name in ("max_length", "max_target_length", "precision")
-            is_open = name in grid or (by_model and name not in args.by_hand)
-            if not is_open and name in saved and saved[name] != value:
+        mine = counted[method]
+        for name, words in differing_flags(read_results(folder)["args"], mine).items():
+            by_model = name in ("max_length", "max_target_length", "precision")
+            is_known_later = mine.get(name) is None or by_model
+            if name not in grid and (name in args.by_hand or not is_known_later):
                 raise UserError(f"--output_dir {args.output_dir}: {folder} holds a run with "
-                                f"--{name} {shown(saved[name])} (now {shown(value)}); use "
-                                "--overwrite, or another folder")
+                                f"{words}; use --overwrite, or another folder")
 
 
 def combinations(grid):
