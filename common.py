@@ -1462,21 +1462,22 @@ def recipe_of(args):
 
 
 def run_folder(args, method, seed):
-    """DIR/TASK/METHOD-SEED; if that belongs to another recipe: DIR/TASK/METHOD-RECIPE-SEED.
-
-    A run's `.lock` holds the name of its recipe.
-    """
+    """DIR/TASK/METHOD-SEED; if that belongs to another recipe: DIR/TASK/METHOD-RECIPE-SEED."""
     task_folder = os.path.join(args.output_dir, args.task)
     folder = os.path.join(task_folder, f"{method}-{seed}")
     recipe = recipe_of(args)
+    if recipe_in(folder) in ("", recipe):
+        return folder
+    return os.path.join(task_folder, f"{method}-{recipe}-{seed}")
+
+
+def recipe_in(folder):
+    """The recipe of the run that has taken the folder, by its `.lock`; "" if none has."""
     try:
         with open(os.path.join(folder, ".lock"), encoding="utf-8") as file:
-            there = file.read()
+            return file.read()
     except OSError:
-        there = ""
-    if there and there != recipe:
-        return os.path.join(task_folder, f"{method}-{recipe}-{seed}")
-    return folder
+        return ""
 
 
 @dataclass
@@ -2642,10 +2643,8 @@ def print_table(say, results, args, started):
 def report_command(args):
     """The command that reports the runs of these flags, apart from those of another recipe."""
     task_folder = os.path.join(args.output_dir, args.task)
-    recipes = set()
-    for path in glob.glob(os.path.join(glob.escape(task_folder), "*", ".lock")):
-        with open(path, encoding="utf-8") as file:
-            recipes.add(file.read())
+    folders = glob.glob(os.path.join(glob.escape(task_folder), "*"))
+    recipes = {recipe_in(folder) for folder in folders} - {""}
     words = [task_folder]
     if recipes != {recipe_of(args)}:
         runs = itertools.product(args.method, args.seeds)
