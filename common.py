@@ -496,6 +496,7 @@ class World:
 
     def __init__(self, args):
         self.rank = process_rank()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))           # on this machine
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         if args.batch_size and args.batch_size % self.size and not args.run:
             raise UserError(f"--batch_size {args.batch_size}: must be divisible by the {self.size} "
@@ -504,12 +505,11 @@ class World:
         self.compile = args.compile
         self.evaluating = 0.0                          # seconds spent in `evaluate` so far
         if self.gpu:
-            number = int(os.environ.get("LOCAL_RANK", 0))
             there = torch.cuda.device_count()
-            if number >= there:
+            if self.local_rank >= there:
                 raise UserError(f"--nproc_per_node: must be at most the {plural(there, 'GPU')} of "
                                 "this machine")
-            self.device = torch.device("cuda", number)
+            self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
             has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         else:
@@ -562,7 +562,7 @@ class World:
         Each process passes two barriers, those before its turn and those after it.
         """
         turn = 2
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if self.local_rank == 0:
             turn = 1 if self.rank else 0
         for _ in range(turn):
             self.barrier()
@@ -2502,9 +2502,8 @@ class CachedSplit(data.Split):
 
     def fill(self, path, parts, marks, encode, world):
         """Encodes the parts that are not marked, each machine its own file."""
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        todo = np.flatnonzero(marks == 0)[rank::ranks]
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        todo = np.flatnonzero(marks == 0)[world.local_rank::processes_here]
         world.barrier()                                # all know their part before one writes
         file = os.open(path, os.O_RDWR)
         written = []

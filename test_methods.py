@@ -1945,10 +1945,10 @@ def test_the_rate_is_told_where_no_recipe_sets_it(tiny_folder, tmp_path, cache, 
 def test_each_machine_makes_its_folders_once(rank, local_rank, before, monkeypatch):
     """Two machines of two processes: rank 0, then the other machine's first, then the others."""
     seen = []
-    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setattr(common.World, "barrier", lambda self: seen.append("barrier"))
     world = common.World.__new__(common.World)
     world.rank = rank
+    world.local_rank = local_rank
     with world.in_turns():
         seen.append("block")
     assert seen.index("block") == before and len(seen) == 3
