@@ -2851,6 +2851,12 @@ def affinities(x, perplexity):
     return p
 
 
+def principal_axes(x):
+    """Points (n, H), their mean at 0, by their first two principal axes: (n, 2)."""
+    axes = np.linalg.svd(x, full_matrices=False)[2][:2]                  # (2, H)
+    return x @ axes.T
+
+
 def perplexity_for(n):
     """The usual 30, or less: t-SNE needs more than thrice as many points."""
     return min(30, (n - 1) // 3)
@@ -2874,8 +2880,7 @@ def tsne(x, perplexity=30.0, steps=1000):
     p = affinities(x, perplexity)
     p = np.maximum((p + p.T) / (2 * n), 1e-12)                           # p_ij, all sum to 1
     p = p.astype(np.float32)                           # half the time of float64
-    axes = np.linalg.svd(x, full_matrices=False)[2][:2]
-    y = x @ axes.T                                                       # (n, 2)
+    y = principal_axes(x)                                                # (n, 2)
     y = (1e-4 * y / y[:, 0].std()).astype(np.float32)
 
     move = np.zeros_like(y)
