@@ -71,7 +71,8 @@ class Kind:
                   model that writes, which has no head of the task's own
     comparable    (task, trained): UserError if a model trained for one cannot do the other; left
                   out: a model of any task of the kind can
-    forward       (model, task) -> forward(**inputs), the outputs of a batch
+    forward       (model, task) -> forward(**inputs), the outputs of a batch; None: a method has
+                  its own
     file          (name, task, kept, split) -> (ending, text) of the file of a set's predictions
     decodes       the model must have a decoder; what it writes is kept for all sets that are scored
     by_token      a model answers with a vector for each token of a text, not with one for the text
@@ -2430,9 +2431,9 @@ KINDS = {
         file=file_of_tags, answer="a tag for each word", by_token=True),
     "span": Kind(
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
-        read=read_span, hidden=none_given, tokenise=tokenise_span, forward=logits_of,
-        collect=collect_spans, score=score_spans, text=span_text, file=file_of_spans,
-        answer="a part of the text", by_token=True, passages=True),     # G-Tuning has its forward
+        read=read_span, hidden=none_given, tokenise=tokenise_span, collect=collect_spans,
+        score=score_spans, text=span_text, file=file_of_spans, answer="a part of the text",
+        by_token=True, passages=True),
     "retrieve": Kind(
         auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,
         tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve, text=vector_text,

@@ -891,17 +891,16 @@ def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
     texts: the Texts that may have g's states; None: all is encoded.
     """
     import common
-    import data
+    by_logits = {}
     to_retrieve = {}
-    others = {}
     for name, (task, split) in sets.items():
-        if data.KINDS[task.kind].forward is None:      # a kind without logits
+        if task.kind == setup.task.kind:
+            by_logits[name] = task, split
+        else:                                          # what also_scores lets in
             to_retrieve[name] = task, split
-        else:
-            others[name] = task, split
     if texts is not None:
-        others = texts.sets_with_states(f, others)
-    scores = common.evaluate(f.logits, f, others, setup, world, folder)
+        by_logits = texts.sets_with_states(f, by_logits)
+    scores = common.evaluate(f.logits, f, by_logits, setup, world, folder)
     if not to_retrieve:
         return scores
 
