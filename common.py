@@ -1309,9 +1309,8 @@ def predict_unscored(args, run, setup, world):
 def evaluate(forward, module, sets, setup, world, folder=None):
     """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
 
-    The first metric of the first set is the main one. folder: of the run whose final state this is.
-    The texts that a decoder wrote are kept there, or scored.npz of other kinds (see write_scored),
-    and a model that predicts the same for every row of a set is warned of.
+    The first metric of the first set is the main one. folder: of the run whose final state this is;
+    what it predicts is kept there, see `keep_predicted` and `write_scored`.
     """
     world.synchronize()                                # what is left of training is not evaluation
     started = time.monotonic()
@@ -1320,23 +1319,30 @@ def evaluate(forward, module, sets, setup, world, folder=None):
     for name, (task, split) in sets.items():
         kept = predict(forward, module, split, setup, world, f"evaluating {name}")
         scores[name] = setup.kind.score(task, setup.task, kept, split)
-        if not folder:
-            continue
-        if setup.kind.decodes:
-            write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
-        if setup.kind.predictions:
-            scored[f"{name}:predictions"] = setup.kind.predictions(task, setup.task, kept)
-            scored[f"{name}:labels"] = split.labels
-        texts = {setup.kind.text(setup.task, output) for output in kept}
-        if len(texts) == 1 and len(kept) > 1:
-            world.say(f"warning: {folder}: all {len(kept)} rows of {name} are predicted as "
-                      f"{texts.pop()!r}")
-
+        if folder:
+            scored.update(keep_predicted(folder, name, task, kept, split, setup, world))
     if scored:
         write_scored(folder, scored, world)
     scores.update(averages(scores))
     world.evaluating += time.monotonic() - started
     return scores
+
+
+def keep_predicted(folder, name, task, kept, split, setup, world):
+    """Writes the texts that a decoder wrote for a set; returns what of it belongs in scored.npz.
+
+    A model that predicts the same for every row is warned of.
+    """
+    if setup.kind.decodes:
+        write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
+    texts = {setup.kind.text(setup.task, output) for output in kept}
+    if len(texts) == 1 and len(kept) > 1:
+        world.say(f"warning: {folder}: all {len(kept)} rows of {name} are predicted as "
+                  f"{texts.pop()!r}")
+    if not setup.kind.predictions:
+        return {}
+    return {f"{name}:predictions": setup.kind.predictions(task, setup.task, kept),
+            f"{name}:labels": split.labels}
 
 
 def write_scored(folder, scored, world):
