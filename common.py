@@ -4651,10 +4651,8 @@ def toy_model(world):
     config = BertConfig(vocab_size=len(words), **TOY_BERT)
     model = BertForMaskedLM(config).to(world.device).eval()              # eval: no dropout here
     steps = TOY_BERT_TRAINING["steps"]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=TOY_BERT_TRAINING["betas"], fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, TOY_BERT_TRAINING["lr"], total_steps=steps, pct_start=0.1)
+    optimizer, schedule = one_cycle(
+        model, steps, TOY_BERT_TRAINING["lr"], TOY_BERT_TRAINING["betas"])
     hide = functools.partial(
         hide_words, share=TOY_BERT_TRAINING["share"], special=torch.arange(5), mask=4)
     batches = toy_batches(tokenizer, steps, world)
@@ -4710,6 +4708,13 @@ def toy_batches(tokenizer, steps, world):
     for step in range(steps):
         inputs, = batches[step]
         yield world.put({name: inputs[name] for name in ("input_ids", "attention_mask")})
+
+
+def one_cycle(model, steps, lr, betas=(0.9, 0.999)):
+    """AdamW, and its rate: up to `lr` in the first tenth of the steps, then down to about 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    return optimizer, schedule
 
 
 def hide_words(x, share, special, mask, others=0):
@@ -4893,9 +4898,7 @@ def learn_to_restore(model, batches, steps):
     batches: the inputs of each step, padded with 0; words are above 4, the special tokens' ids,
     [MASK] is 4.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, TOY_BART_TRAINING["lr"], total_steps=steps, pct_start=0.1)
+    optimizer, schedule = one_cycle(model, steps, TOY_BART_TRAINING["lr"])
     for inputs in batches:
         x = inputs["input_ids"]                                          # (64, n)
         m_x, _ = hide_words(x, TOY_BART_TRAINING["share"], torch.arange(5), 4)

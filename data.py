@@ -1126,7 +1126,7 @@ def none_given(label):
     return not label
 
 
-def shown(cell):
+def as_text(cell):
     """A text, or a list as one."""
     if isinstance(cell, list):
         return " ".join(map(str, cell))
@@ -1137,7 +1137,7 @@ def count_empty_texts(task, rows):
     """How many rows have a text, one or both, that is empty or blank."""
     is_empty = np.zeros(len(rows), bool)
     for name in task.columns:
-        is_empty |= [not shown(text).strip() for text in cells_of(rows, name)]
+        is_empty |= [not as_text(text).strip() for text in cells_of(rows, name)]
     return int(is_empty.sum())
 
 
@@ -2634,7 +2634,7 @@ def describe(task, split, rows, tokenizer):
     counted = rows
     if len(rows) > COUNTED:
         counted = rows.shuffle(seed=0).select(range(COUNTED))
-    texts = [" ".join(shown(row[column]) for column in task.columns) for row in counted]
+    texts = [" ".join(as_text(row[column]) for column in task.columns) for row in counted]
     unit = "words"
     lengths = [len(text.split()) for text in texts]
     if tokenizer is not None:
@@ -2654,11 +2654,11 @@ def describe(task, split, rows, tokenizer):
             for tag in label:
                 is_id = isinstance(tag, int) and tag >= 0
                 named.append(task.label_names[tag] if is_id else tag)
-            label = shown(named)
+            label = as_text(named)
         elif task.label_names and label >= 0:
             label = task.label_names[label]
-        cells = [str(label)[:160], " | ".join(shown(row[column])[:160] for column in task.columns)]
-        print("    " + ": ".join(cells).replace("\n", " / "))
+        cells = " | ".join(as_text(row[column])[:160] for column in task.columns)
+        print(f"    {str(label)[:160]}: {cells}".replace("\n", " / "))
 
 
 def main(argv=None):
