@@ -2566,19 +2566,6 @@ def states_key(sentences, model):
     return key.hexdigest()
 
 
-def check_cache_dir(folder):
-    """Makes the folder of the feature cache. UserError if nothing can be written there."""
-    why = ""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            why = "is not writable"
-    except OSError as error:
-        why = f"cannot be made: {error.strerror}"
-    if why:
-        raise UserError(f"--cache_dir {folder}: {why}; use another folder, or --no_cache")
-
-
 def reserve_states(path, size, parts, sentences, tokens, world):
     """Makes the file of the states and that of the marks, unless they are there.
 

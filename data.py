@@ -1257,14 +1257,18 @@ def fields_of(table, pad_token_id):
     return fields
 
 
-def make_cache_folder(folder):
-    """UserError if it cannot be made, or not be written into."""
+def make_cache_folder(folder, flag="HF_HOME", way_out=""):
+    """UserError if it cannot be made, or not be written into. flag: what says where it is.
+
+    way_out: what to do then, the end of the message.
+    """
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"HF_HOME: cannot make the folder {folder}: {error.strerror}") from error
+        raise UserError(f"{flag}: cannot make the folder {folder}: {error.strerror}"
+                        f"{way_out}") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"HF_HOME: cannot write into the folder {folder}")
+        raise UserError(f"{flag}: cannot write into the folder {folder}{way_out}")
 
 
 def flat(column, fill):

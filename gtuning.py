@@ -492,12 +492,14 @@ class Texts:
 
     def __init__(self, args, setup, world):
         import common
+        import data
         self.world = world
         self.folder = args.cache_dir
         if args.no_cache or args.tune == "all":
             self.folder = None
         else:
-            common.check_cache_dir(self.folder)        # refused before any run
+            data.make_cache_folder(                    # refused before any run
+                self.folder, "--cache_dir", "; use another folder, or --no_cache")
         self.pair = "input_ids_2" in setup.train.fields
         rows = len(common.training_rows(setup, args, args.seeds[0]))
         self.M = None

@@ -3353,7 +3353,7 @@ r3f | --grid_seeds 2 | --grid_seeds: needs --grid
 r3f | --grid lr=1,2 --dev_samples 20 --grid_seeds 9 | --grid_seeds 9: must be at most the number
 r3f | --probe_recipe converged | --probe_recipe converged: needs --probe
 r3f | --probe run --probe_tasks rte --probe_recipe converged --lr 1e-3 | --lr: cannot go together
-gtuning | --cache_dir AFILE/x | --cache_dir AFILE/x: cannot be made: Not a directory; use another
+gtuning | --cache_dir AFILE/x | --cache_dir: cannot make the folder AFILE/x: Not a directory; use
 """.strip().splitlines()
 
 # One case a line: training file, validation file, further flags, and what the line must say.
