@@ -948,10 +948,8 @@ def read_texts(table, task, where):
     """
     found = {}
     for column in task.columns:
-        if column not in column_names(table):
-            raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
         texts = []
-        for row, cell in enumerate(cells_of(table, column), 1):
+        for row, cell in enumerate(needed_cells(table, column, where), 1):
             if is_missing(cell):
                 raise UserError(f"{where}: row {row}: no text in column {column!r}")
             texts.append(text_of(cell, row, column, where))
@@ -995,6 +993,20 @@ def column_names(table):
 def cells_of(table, column):
     """A column of a dict of lists or of a Dataset as a list. (A Dataset's own reads row by row.)"""
     return table[column][:]
+
+
+def needed_cells(table, column, where):
+    """`cells_of`. UserError if there is no such column."""
+    if column not in column_names(table):
+        raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
+    return cells_of(table, column)
+
+
+def cells_or_none(table, column, count):
+    """`cells_of`; where there is no such column, None for each of `count` rows."""
+    if column not in column_names(table):
+        return [None] * count
+    return cells_of(table, column)
 
 
 def raw_labels(table, task, where):
@@ -1097,11 +1109,12 @@ def read_generate(table, task, where):
     It is "" where it is not given.
     """
     texts = read_texts(table, task, where)
-    targets = [""] * len(texts[task.columns[0]])
-    if task.label in column_names(table):
-        for row, cell in enumerate(cells_of(table, task.label)):
-            if not is_missing(cell):
-                targets[row] = text_of(cell, row + 1, task.label, where).strip()
+    targets = []
+    for row, cell in enumerate(cells_or_none(table, task.label, len(texts[task.columns[0]])), 1):
+        target = ""
+        if not is_missing(cell):
+            target = text_of(cell, row, task.label, where).strip()
+        targets.append(target)
     return make_rows(texts, targets, "string", ids_of(table, where))
 
 
@@ -1179,8 +1192,6 @@ def general_texts(where):
         return toy_corpus()
     if re.search(r"\.(csv|tsv|json|jsonl)(\.gz)?$", where.lower()):
         table = read_file(where, "--unlabeled")
-        if "text" not in table:
-            raise UserError(f"--unlabeled {where}: no column 'text' among {[*table]}")
         return read_texts(table, Task("", text="text"), f"--unlabeled {where}")["text"]
     is_path = where.endswith(".txt") or where.startswith((".", "/", "~"))
     if is_path and not os.path.exists(where):
@@ -1971,13 +1982,9 @@ def read_tags(table, task, where):
     """
     import datasets
     column = task.columns[0]
-    if column not in column_names(table):
-        raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
+    sentences = needed_cells(table, column, where)
+    given = cells_or_none(table, task.label, len(sentences))
     index = class_index(table, task)
-    sentences = cells_of(table, column)
-    given = [None] * len(sentences)
-    if task.label in column_names(table):
-        given = cells_of(table, task.label)
     labels = []
     for row, (words, tags) in enumerate(zip(sentences, given), 1):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -2166,10 +2173,7 @@ def read_span(table, task, where):
     texts = read_texts(table, task, where)
     count = len(texts["context"])
     ids = ids_of(table, where) or [str(row) for row in range(count)]
-    answers = [None] * count
-    if task.label in column_names(table):
-        answers = cells_of(table, task.label)
-
+    answers = cells_or_none(table, task.label, count)
     rows = []
     for row in range(count):
         if not ids[row].startswith(task.only):
