@@ -840,29 +840,34 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
     tokenizer = load_tokenizer(args, world, rows.task)
     if kind.decodes:
         options["max_target_length"] = args.max_target_length
-    of_training = {} if perturb is None else {"perturb": perturb}
-
-    def encode(rows, task, **more):
-        return data.encode(rows, task, tokenizer, args.max_length, **options, **more)
-
-    task = with_main_metric(rows.task, args.main_metric)
     with world.in_turns():
-        train = None                                   # of --run
-        if rows.train is not None:
-            train = encode(rows.train, task, **of_training)
-        validation = {name: (task, encode(part, task)) for name, part in rows.validation.items()}
-        further = {name: (its_task, encode(part, its_task))
-                   for name, (its_task, part) in rows.further.items()}
-        unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
-    setup = Setup(task, tokenizer, train, validation, further, unscored, {}, args.eval_samples)
+        setup = encode_rows(args, rows, tokenizer, perturb, options)
     warn_of_texts(args, setup, world)
     per_epoch = None
-    if train is not None:
+    if setup.train is not None:
         hold_out(args, setup)
         per_epoch = build_batches(setup, args, args.seeds[0], world).per_epoch
         warmup_steps(args, count_steps(args, per_epoch))                 # refused before any run
     tell_settings(args, setup, world, per_epoch)
     return setup
+
+
+def encode_rows(args, rows, tokenizer, perturb, options):
+    """The Setup of data.Rows. perturb, options: see `prepare`."""
+    task = with_main_metric(rows.task, args.main_metric)
+
+    def encode(part, its_task, **more):
+        return data.encode(part, its_task, tokenizer, args.max_length, **options, **more)
+
+    train = None                                       # of --run
+    if rows.train is not None:
+        of_training = {} if perturb is None else {"perturb": perturb}
+        train = encode(rows.train, task, **of_training)
+    validation = {name: (task, encode(part, task)) for name, part in rows.validation.items()}
+    further = {name: (its_task, encode(part, its_task))
+               for name, (its_task, part) in rows.further.items()}
+    unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
+    return Setup(task, tokenizer, train, validation, further, unscored, {}, args.eval_samples)
 
 
 def warn_of_texts(args, setup, world):
