@@ -1340,7 +1340,7 @@ def keep_predicted(folder, name, task, kept, split, setup, world):
     """
     if setup.kind.decodes:
         write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
-    texts = {setup.kind.text(setup.task, output) for output in kept}
+    texts = {setup.kind.in_words(setup.task, output) for output in kept}
     if len(texts) == 1 and len(kept) > 1:
         world.say(f"warning: {folder}: all {len(kept)} rows of {name} are predicted as "
                   f"{texts.pop()!r}")

@@ -60,7 +60,7 @@ class Kind:
     tokenise      (rows, task, tokenizer, max_length, ...) -> {field: a value or a list per row}
     collect       (outputs, labels, tokenizer) -> [what is kept of each row of a batch]
     score         (task, trained, kept, split) -> {metric: value}
-    text          (task, kept of one row) -> its prediction in words
+    in_words      (task, kept of one row) -> its prediction, for people
     answer        what a label is where labels have no names
     eval_size     (task) -> how large the batches of an evaluation are, see `slices`; left out: its
                   defaults
@@ -86,7 +86,7 @@ class Kind:
     tokenise: Callable
     collect: Callable
     score: Callable
-    text: Callable
+    in_words: Callable
     answer: str
     eval_size: Callable = nothing
     settings: Callable = nothing
@@ -135,11 +135,11 @@ class Task:
                     export is read
     sample          as one of --eval_tasks, that many seeded rows of it are scored
     perturb         the one text column whose words may be perturbed
-    names           the leaderboard's files hold label names, not ids
+    submits_names   the leaderboard's files hold label names, not ids
     further         the sets out of its domain that go with it, unless --eval_tasks names others
     target_length   tokens at which the text to write is cut in training
     decoding        how one is written
-    only            of questions: only rows whose id begins with this
+    id_prefix       of questions: only rows whose id begins with this
     language        of questions: answers are compared by MLQA's rules for it
     """
     path: str
@@ -156,12 +156,12 @@ class Task:
     script: bool = False
     sample: int = 0
     perturb: str = ""
-    names: bool = False
+    submits_names: bool = False
     further: str = ""
     where: str = ""
     target_length: int = 0
     decoding: Decoding = Decoding()
-    only: str = ""
+    id_prefix: str = ""
     language: str = ""
 
     @property
@@ -217,11 +217,12 @@ TASKS = {
     "mrpc":     Task(GLUE, "mrpc", labels="not_equivalent equivalent", metrics="accuracy f1"),
     "qqp":      Task(GLUE, "qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1"),
     "stsb":     Task(GLUE, "stsb", kind="regress", metrics="pearson spearman"),
-    "mnli":     Task(GLUE, "mnli", "premise hypothesis", NLI, names=True,
+    "mnli":     Task(GLUE, "mnli", "premise hypothesis", NLI, submits_names=True,
                      validation="validation_matched validation_mismatched",
                      test="test_matched test_mismatched"),
-    "qnli":     Task(GLUE, "qnli", "question sentence", "entailment not_entailment", names=True),
-    "rte":      Task(GLUE, "rte", labels="entailment not_entailment", names=True),
+    "qnli":     Task(GLUE, "qnli", "question sentence", "entailment not_entailment",
+                     submits_names=True),
+    "rte":      Task(GLUE, "rte", labels="entailment not_entailment", submits_names=True),
     # CLUE; OCNLI and CMNLI order their labels unlike MNLI
     "ocnli":    Task(CLUE, "ocnli", labels="neutral entailment contradiction"),
     "cmnli":    Task(CLUE, "cmnli", labels="neutral entailment contradiction"),
@@ -324,13 +325,13 @@ TASKS["toy-qa"] = Task("toy-qa", "film", **QUESTIONS, further="toy-qa-food")
 TASKS["toy-qa-food"] = Task("toy-qa", "food", **QUESTIONS)
 TASKS["xquad"] = Task(XTREME, "SQuAD", **QUESTIONS, further="xquad")
 TASKS["mlqa"] = Task(XTREME, "SQuAD", **QUESTIONS, further="mlqa")
-TASKS["tydiqa"] = Task(XTREME, "tydiqa", **QUESTIONS, only="english-", further="tydiqa")
+TASKS["tydiqa"] = Task(XTREME, "tydiqa", **QUESTIONS, id_prefix="english-", further="tydiqa")
 add_languages("xquad", XQUAD_LANGUAGES, lambda language: Task(
     "google/xquad", f"xquad.{language}", **QUESTIONS))
 add_languages("mlqa", MLQA_LANGUAGES, lambda language: Task(
     XTREME, f"MLQA.{language}.{language}", **QUESTIONS, validation="test", language=language))
 add_languages("tydiqa", TYDIQA_LANGUAGES, lambda language: Task(
-    XTREME, "tydiqa", **QUESTIONS, only=f"{language}-"))
+    XTREME, "tydiqa", **QUESTIONS, id_prefix=f"{language}-"))
 
 # Asked as XTREME does: Tatoeba from English to the other language, BUCC to English.
 BUCC_LANGUAGES = "de fr ru zh".split()
@@ -1520,9 +1521,9 @@ class Batches:
 
     Any step can be had at once: the order is a function of (seed, epoch) alone. Rows are shuffled,
     cut into large chunks, sorted by length within each, cut into batches, and the batches shuffled;
-    the last one is topped up with the epoch's first rows. Process `rank` takes rows[rank::world] of
-    each batch. Rows of two sides, two sentences apart or a text and what is to be written, are put
-    into batches by both lengths, see `halve`.
+    the last one is topped up with the epoch's first rows. Process `rank` of `processes` takes
+    rows[rank::processes] of each batch. Rows of two sides, two sentences apart or a text and what
+    is to be written, are put into batches by both lengths, see `halve`.
 
     tokens: a batch is not `batch_size` rows but about that many tokens, labels that are lists
     counted in: ceil(all tokens / tokens) batches an epoch, of equal size to within two rows, with
@@ -1540,13 +1541,13 @@ class Batches:
     # Lengths are blurred by 2%, so that no two epochs are alike.
     JITTER = 0.02
 
-    def __init__(self, split, batch_size, seed, rank=0, world=1, micro=0, batching="length",
-                 width=0, tokens=0, target_width=0):
+    def __init__(self, split, batch_size, seed, rank=0, processes=1, micro=0,
+                 batching="length", width=0, tokens=0, target_width=0):
         self.split = split
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
-        self.world = world
+        self.processes = processes
         self.micro = micro or batch_size or len(split)
         self.batching = batching
         self.widths = (width, target_width) if batching == "padded" else (0, 0)
@@ -1565,14 +1566,15 @@ class Batches:
     def count_by_tokens(self):
         total = int(self.sizes.sum())
         count = math.ceil(total / self.tokens)
-        most = len(self.split) // self.world
+        most = len(self.split) // self.processes
         if not most:
-            raise UserError(f"--batch_tokens {self.tokens}: {self.world} processes need a row "
+            raise UserError(f"--batch_tokens {self.tokens}: {self.processes} processes need a row "
                             f"each; there are {len(self.split)}")
         if count > most:
             raise UserError(f"--batch_tokens {self.tokens}: the rows have "
                             f"{total / len(self.split):.0f} tokens on average; must be at least "
-                            f"{math.ceil(total / most)}, a row for each of {self.world} processes")
+                            f"{math.ceil(total / most)}, a row for each of {self.processes} "
+                            "processes")
         return count
 
     def rows(self, step):
@@ -1595,7 +1597,7 @@ class Batches:
 
         if self.two_sided:
             lengths = [self.blurred(side, rng) for side in self.relative_lengths]
-            batches = self.halve(rows, self.per_epoch, lengths, self.sizes, self.world)
+            batches = self.halve(rows, self.per_epoch, lengths, self.sizes, self.processes)
         else:
             batches = self.cut(self.sort(rows, self.blurred(self.split.lengths[rows], rng)))
         return [batches[i] for i in rng.permutation(self.per_epoch)]
@@ -1644,7 +1646,7 @@ class Batches:
     def cut(self, rows):
         """Rows in order as an epoch's batches: of batch_size rows, or of about equal tokens."""
         if self.tokens:
-            return self.halve(rows, self.per_epoch, [], self.sizes, self.world)
+            return self.halve(rows, self.per_epoch, [], self.sizes, self.processes)
         return rows.reshape(-1, self.batch_size)
 
     def passes(self, rows):
@@ -1665,7 +1667,7 @@ class Batches:
 
     def __getitem__(self, step):
         batch = []
-        for rows in self.passes(self.rows(step)[self.rank::self.world]):
+        for rows in self.passes(self.rows(step)[self.rank::self.processes]):
             inputs = self.split.collate(rows, *self.widths)
             for name, mask in inputs.items():
                 if name.startswith("attention_mask"):
@@ -1923,7 +1925,7 @@ def file_of_classes(name, task, kept, split):
     """For GLUE its submission format, an index and a label; for others also all probabilities."""
     labels = [class_text(task, logits) for logits in kept]
     if is_submission(task, name):
-        if not task.names:
+        if not task.submits_names:
             labels = [str(task.label_names.index(label)) for label in labels]
         return as_tsv(["prediction"], [labels])
 
@@ -2166,8 +2168,8 @@ def read_span(table, task, where):
     """Rows with id, question and context, "label", the texts of the answers, and "starts".
 
     starts: where each answer stands in the context, the place nearest to the given `answer_start`
-    (which is moved in some sets); -1 where the context has it not. task.only: only rows whose id
-    begins so.
+    (which is moved in some sets); -1 where the context has it not. task.id_prefix: of only these
+    rows.
     """
     import datasets
     texts = read_texts(table, task, where)
@@ -2176,7 +2178,7 @@ def read_span(table, task, where):
     answers = cells_or_none(table, task.label, count)
     rows = []
     for row in range(count):
-        if not ids[row].startswith(task.only):
+        if not ids[row].startswith(task.id_prefix):
             continue
         given = answers[row] or {"text": [], "answer_start": []}
         if not are_answers(given):
@@ -2190,7 +2192,7 @@ def read_span(table, task, where):
         rows.append({"id": ids[row], "question": texts["question"][row], "context": context,
                      "label": given["text"], "starts": starts})
     if not rows:
-        raise UserError(f"{where}: has no row whose id begins with {task.only!r}")
+        raise UserError(f"{where}: has no row whose id begins with {task.id_prefix!r}")
     text = datasets.Value("string")
     features = datasets.Features({
         "id": text, "question": text, "context": text, "label": datasets.List(text),
@@ -2420,32 +2422,32 @@ KINDS = {
     "classify": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
-        forward=logits_of, collect=collect_rows, score=score_predictions, text=class_text,
+        forward=logits_of, collect=collect_rows, score=score_predictions, in_words=class_text,
         file=file_of_classes, answer="a class", predictions=predicted_classes),
     "regress": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_regress, hidden=math.isnan, tokenise=tokenise_texts, forward=logits_of,
-        collect=collect_rows, score=score_predictions, text=number_text, file=file_of_numbers,
+        collect=collect_rows, score=score_predictions, in_words=number_text, file=file_of_numbers,
         answer="a number (regression)", predictions=predicted_numbers),
     "generate": Kind(
         auto_class="AutoModelForSeq2SeqLM", read=read_generate, hidden=none_given,
         tokenise=tokenise_generate, forward=decoded, collect=collect_texts, score=score_texts,
-        text=same_text, file=file_of_texts, answer="a text", eval_size=size_for_beams,
+        in_words=same_text, file=file_of_texts, answer="a text", eval_size=size_for_beams,
         decodes=True),
     "tag": Kind(
         auto_class="AutoModelForTokenClassification", settings=head_settings,
         read=read_tags, hidden=hidden_tags, comparable=same_tags, tokenise=tokenise_tags,
-        forward=logits_of, collect=collect_tags, score=score_tags, text=tags_text,
+        forward=logits_of, collect=collect_tags, score=score_tags, in_words=tags_text,
         file=file_of_tags, answer="a tag for each word", by_token=True),
     "span": Kind(
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
         read=read_span, hidden=none_given, tokenise=tokenise_span, collect=collect_spans,
-        score=score_spans, text=span_text, file=file_of_spans, answer="a part of the text",
+        score=score_spans, in_words=span_text, file=file_of_spans, answer="a part of the text",
         by_token=True, passages=True),
     "retrieve": Kind(
         auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,
-        tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve, text=vector_text,
-        answer="a sentence"),
+        tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve,
+        in_words=vector_text, answer="a sentence"),
 }
 
 

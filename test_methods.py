@@ -1506,7 +1506,7 @@ def test_processes_and_micro_batches_share_a_batch(world, micro, thousand):
     whole = data.Batches(thousand, 16, seed=1).rows(5)
     found = []
     for rank in range(world):
-        batch = data.Batches(thousand, 16, seed=1, rank=rank, world=world, micro=micro)[5]
+        batch = data.Batches(thousand, 16, seed=1, rank=rank, processes=world, micro=micro)[5]
         rows = row_numbers(batch)
         assert sorted(rows) == sorted(whole[rank::world].tolist())
         assert max(len(inputs["labels"]) for inputs in batch) == (micro or 16 // world)
@@ -5985,7 +5985,7 @@ def real_share(batches):
     split = batches.split
     computed = np.zeros(2)
     for step in range(batches.per_epoch):
-        for rows in batches.passes(batches.rows(step)[batches.rank::batches.world]):
+        for rows in batches.passes(batches.rows(step)[batches.rank::batches.processes]):
             computed[0] += len(rows) * split.lengths[rows].max()
             computed[1] += len(rows) * split.target_lengths[rows].max()
     return split.lengths.sum() / computed[0], split.target_lengths.sum() / computed[1]
@@ -9389,7 +9389,8 @@ def test_an_answer_stands_where_its_text_is_nearest():
     rows = data.read_span(span_rows(("a", "?", context, "plot", 14), ("b", "?", context, "plot", 0),
                                     ("c", "?", context, "soup", 3)), QUESTIONS, "here")
     assert rows["starts"][:] == [[16], [4], [-1]]
-    english = data.Task("custom", "", "question context", kind="span", label="answers", only="b")
+    english = data.Task("custom", "", "question context", kind="span", label="answers",
+                        id_prefix="b")
     assert data.read_span(span_rows(("a", "?", context, "plot", 0), ("b", "?", context, "is", 9)),
                           english, "here")["id"][:] == ["b"]
 
@@ -9473,7 +9474,7 @@ def test_every_language_has_its_questions():
     sizes = {group: len(data.GROUPS[group]) for group in ("xquad", "mlqa", "tydiqa")}
     assert sizes == {"xquad": 11, "mlqa": 7, "tydiqa": 9}
     assert data.TASKS["mlqa-zh"].language == "zh" and not data.TASKS["xquad-zh"].language
-    assert data.TASKS["tydiqa"].only == "english-"
+    assert data.TASKS["tydiqa"].id_prefix == "english-"
 
 
 @beside
