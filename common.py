@@ -3198,14 +3198,16 @@ class Difference:
     p: float
     wins: int                      # differences above 0
     losses: int                    # below
+    corrected_p: float             # after Holm's correction for `tests` of them; of one alone p
+    tests: int = 1
 
-    def verdict(self, p, tests=1):
-        """What it shows, in words. p: after the correction for so many tests."""
-        if self.n < needed(tests):
+    def verdict(self):
+        """What it shows, in words."""
+        if self.n < needed(self.tests):
             return "too few to show"
-        if p <= 0.05 and self.low > 0:
+        if self.corrected_p <= 0.05 and self.low > 0:
             return "better"
-        if p <= 0.05 and self.high < 0:
+        if self.corrected_p <= 0.05 and self.high < 0:
             return "worse"
         return "no difference shown"
 
@@ -3217,9 +3219,10 @@ def summarise_differences(differences):
     std = math.nan
     if len(differences) > 1:
         std = float(differences.std(ddof=1))
+    p = wilcoxon(differences)
     return Difference(
-        len(differences), float(differences.mean()), std, low, high, wilcoxon(differences),
-        int((differences > 0).sum()), int((differences < 0).sum()))
+        len(differences), float(differences.mean()), std, low, high, p,
+        int((differences > 0).sum()), int((differences < 0).sum()), corrected_p=p)
 
 
 # ------------------------------------------------------------  9  the report: reading finished runs
@@ -3637,14 +3640,6 @@ class DifferenceOverRows:
 
 
 @dataclass
-class DifferenceOverTasks:
-    """Of a method to the baseline, of which each task counts once."""
-    difference: Difference
-    p: float                       # after Holm's correction
-    methods: int                   # how many that is for
-
-
-@dataclass
 class Table:
     """Scores in percent, and their differences to the baseline."""
     title: str
@@ -3653,7 +3648,7 @@ class Table:
     methods: list                  # the baseline first
     scores: dict                   # {(task, set, metric): {method: {seed: value}}}
     differences: dict              # {(task, set, metric): {method: Difference}}
-    over_tasks: dict               # {("tasks" or "further sets", method): DifferenceOverTasks}
+    over_tasks: dict               # {("tasks" or "further sets", method): Difference}
     over_rows: dict                # {(task, set, metric): {method: DifferenceOverRows}}
 
     def runs_of(self, task, method):
@@ -3713,9 +3708,10 @@ def paired_differences(by_method, method, baseline):
 
 
 def compare_over_tasks(differences):
-    """{("tasks" or "further sets", method): DifferenceOverTasks}, where there are two or more.
+    """{("tasks" or "further sets", method): Difference}, where there are two or more.
 
-    A task counts by its main metric, a further set by its first one; each is a mean over seeds.
+    A task counts once, by its main metric, a further set by its first one; each is a mean over
+    seeds. p is corrected for the number of methods.
     """
     main_keys = [*first_keys(differences, 1).values()]
     further = [key for key in first_keys(differences, 2).values()
@@ -3731,7 +3727,7 @@ def compare_over_tasks(differences):
                   for method, values in means.items() if len(values) > 1}
         corrected = holm([total.p for total in totals.values()])
         for (method, total), p in zip(totals.items(), corrected):
-            found[group, method] = DifferenceOverTasks(total, p, len(totals))
+            found[group, method] = replace(total, corrected_p=p, tests=len(totals))
     return found
 
 
@@ -3890,13 +3886,12 @@ def remarks_on_unlike_seeds(table):
 def remarks_on_tasks(table):
     """On the tests over tasks: where tasks are too few, and what is not independent."""
     said = []
-    numbers = [(group, total.difference.n, total.methods)
-               for (group, _), total in table.over_tasks.items()]
-    for group, n, methods in dict.fromkeys(numbers):
-        if n < needed(methods):
-            said.append(f"{n} {group} can show nothing: with {plural(methods, 'method')} "
+    numbers = [(group, total.n, total.tests) for (group, _), total in table.over_tasks.items()]
+    for group, n, tests in dict.fromkeys(numbers):
+        if n < needed(tests):
+            said.append(f"{n} {group} can show nothing: with {plural(tests, 'method')} "
                         "compared, the smallest p after Holm's correction is "
-                        f"{smallest_p(n, methods):.3g}, and .05 takes {needed(methods)} {group}.")
+                        f"{smallest_p(n, tests):.3g}, and .05 takes {needed(tests)} {group}.")
     if "further sets" in [group for group, _ in table.over_tasks]:
         said.append("Further sets of one task share its models: they are not independent.")
     return said
@@ -3995,13 +3990,13 @@ def difference_rows(table):
     for key, differences in table.differences.items():
         for method, difference in differences.items():
             rows.append([*key, method, *difference_cells(difference), short_p(difference.p),
-                         difference.verdict(difference.p), *spread_cells(difference)])
+                         difference.verdict(), *spread_cells(difference)])
     header = ["task", "set", "metric", "method", "mean", "95 % interval", "p", "shows", "won-lost",
               "std", "seeds"]
     return header, rows, 4
 
 
-def over_rows_rows(table):
+def bootstrap_rows(table):
     """One row for each task, set and method, by the set's first metric."""
     rows = []
     for key, differences in table.over_rows.items():
@@ -4016,10 +4011,8 @@ def over_tasks_rows(table):
     """One row for each method, over tasks and over further sets."""
     rows = []
     for (group, method), total in table.over_tasks.items():
-        difference = total.difference
-        rows.append([group, method, *difference_cells(difference), short_p(difference.p),
-                     short_p(total.p), difference.verdict(total.p, total.methods),
-                     *spread_cells(difference)])
+        rows.append([group, method, *difference_cells(total), short_p(total.p),
+                     short_p(total.corrected_p), total.verdict(), *spread_cells(total)])
     header = ["over", "method", "mean", "95 % interval", "p", "Holm's p", "shows", "won-lost",
               "std", "number"]
     return header, rows, 2
@@ -4099,7 +4092,7 @@ def report_rows(table):
         found[over_seeds_heading(table)] = difference_rows(table)
         against = f"Difference to {table.baseline}, in points"
         found[f"{against}, over tasks"] = over_tasks_rows(table)
-        found[f"{against}, over seeds and rows (bootstrap)"] = over_rows_rows(table)
+        found[f"{against}, over seeds and rows (bootstrap)"] = bootstrap_rows(table)
     found["Cost, medians over seeds"] = cost_rows(table)
     return {heading: part for heading, part in found.items() if part[1]}
 
@@ -4145,9 +4138,8 @@ def tsv_report(tables):
                 lines.append(line)
         for (group, method), total in table.over_tasks.items():
             lines.append({
-                "table": table.title, "set": f"over {total.difference.n} {group}",
-                "method": method, **difference_numbers(total.difference),
-                "p_holm": f"{total.p:.6g}"})
+                "table": table.title, "set": f"over {total.n} {group}", "method": method,
+                **difference_numbers(total), "p_holm": f"{total.corrected_p:.6g}"})
     text = io.StringIO()
     writer = csv.DictWriter(text, TSV_HEADER, delimiter="\t", lineterminator="\n")
     writer.writeheader()

@@ -3700,7 +3700,7 @@ def test_numbers(tmp_path, capsys):
     assert difference.low == pytest.approx(13 / 8 - half, abs=1e-3)
     assert difference.high == pytest.approx(13 / 8 + half, abs=1e-3)
     assert difference.p == 2 / 2**8
-    assert difference.verdict(difference.p) == "better"
+    assert difference.verdict() == "better"
 
     assert re.search(r"mean +61\.62 +63\.25", text)
     assert re.search(r"more +\+1\.62 +\+1\.00 to \+2\.25 +0\.008 +better +8-0 +0\.74 +8", text)
@@ -3728,11 +3728,10 @@ def test_over_tasks(tmp_path, capsys):
             write_run(folder, results_of(task, "same", seed, score))
     table, = common.main_report([str(folder)])
     total = table.over_tasks["tasks", "more"]
-    difference = total.difference
-    assert (difference.n, difference.p, total.p, total.methods) == (6, 0.03125, 0.0625, 2)
-    assert difference.mean == pytest.approx(5 / 3)
-    assert difference.verdict(total.p, total.methods) == "too few to show"
-    assert table.over_tasks["further sets", "more"].difference.n == 6
+    assert (total.n, total.p, total.corrected_p, total.tests) == (6, 0.03125, 0.0625, 2)
+    assert total.mean == pytest.approx(5 / 3)
+    assert total.verdict() == "too few to show"
+    assert table.over_tasks["further sets", "more"].n == 6
     assert ("further sets", "same") not in table.over_tasks
     assert table.tasks == ["cola", "sst2", "mrpc", "qqp", "qnli", "rte"]  # as in data.TASKS
     out = capsys.readouterr().out
@@ -3808,16 +3807,16 @@ def test_methods_on_other_rows_of_the_same_file_are_refused(tmp_path):
 
 def test_no_difference_and_worse():
     none = common.summarise_differences([1.0, -1.0, 2.0, -2.0, 0.5, -0.6])
-    assert none.verdict(none.p) == "no difference shown"
+    assert none.verdict() == "no difference shown"
     worse = common.summarise_differences([-1.0, -1.1, -1.2, -0.9, -1.3, -1.4])
-    assert worse.verdict(worse.p) == "worse"
-    assert worse.verdict(1.0) == "no difference shown"
+    assert worse.verdict() == "worse"
+    assert dataclasses.replace(worse, corrected_p=1.0).verdict() == "no difference shown"
 
     # It takes both: the test, and an interval without 0.
-    both = common.Difference(8, 1.0, 1.0, -0.1, 2.1, 0.04, 7, 1)
-    assert both.verdict(0.04) == "no difference shown"
-    interval = common.Difference(8, 1.0, 1.0, 0.1, 1.9, 0.06, 7, 1)
-    assert interval.verdict(0.06) == "no difference shown"
+    both = common.Difference(8, 1.0, 1.0, -0.1, 2.1, 0.04, 7, 1, corrected_p=0.04)
+    assert both.verdict() == "no difference shown"
+    interval = common.Difference(8, 1.0, 1.0, 0.1, 1.9, 0.06, 7, 1, corrected_p=0.06)
+    assert interval.verdict() == "no difference shown"
     alone = common.summarise_differences([1.0])
     assert math.isnan(alone.std) and alone.p == 1
 
@@ -4049,7 +4048,7 @@ REPEATED = {"toy-noise": {"r3f eps=1e-05 share_dropout=False"},
 def in_the_readme(difference):
     """A difference as the README's tables have it."""
     mean = f"{difference.mean:+.2f}"
-    if difference.verdict(difference.p) in ("better", "worse"):
+    if difference.verdict() in ("better", "worse"):
         mean = f"**{mean}**"
     return f"{mean} ({difference.low:+.2f} to {difference.high:+.2f})"
 
