@@ -502,6 +502,7 @@ class World:
 
     def __init__(self, args):
         self.rank = process_rank()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))           # on this machine
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         if args.batch_size and args.batch_size % self.size and not args.run:
             raise UserError(f"--batch_size {args.batch_size}: must be divisible by the {self.size} "
@@ -510,12 +511,11 @@ class World:
         self.compile = args.compile
         self.evaluating = 0.0                          # seconds spent in `evaluate` so far
         if self.gpu:
-            number = int(os.environ.get("LOCAL_RANK", 0))
             there = torch.cuda.device_count()
-            if number >= there:
+            if self.local_rank >= there:
                 raise UserError(f"--nproc_per_node: must be at most the {plural(there, 'GPU')} of "
                                 "this machine")
-            self.device = torch.device("cuda", number)
+            self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
             has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         else:
@@ -574,7 +574,7 @@ class World:
         Each process passes two barriers, those before its turn and those after it.
         """
         turn = 2
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if self.local_rank == 0:
             turn = 1 if self.rank else 0
         for _ in range(turn):
             self.barrier()
@@ -858,29 +858,34 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
     tokenizer = load_tokenizer(args, world, rows.task)
     if kind.decodes:
         options["max_target_length"] = args.max_target_length
-    of_training = {} if perturb is None else {"perturb": perturb}
-
-    def encode(rows, task, **more):
-        return data.encode(rows, task, tokenizer, args.max_length, **options, **more)
-
-    task = with_main_metric(rows.task, args.main_metric)
     with world.in_turns():
-        train = None                                   # of --run
-        if rows.train is not None:
-            train = encode(rows.train, task, **of_training)
-        validation = {name: (task, encode(part, task)) for name, part in rows.validation.items()}
-        further = {name: (its_task, encode(part, its_task))
-                   for name, (its_task, part) in rows.further.items()}
-        unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
-    setup = Setup(task, tokenizer, train, validation, further, unscored, {}, args.eval_samples)
+        setup = encode_rows(args, rows, tokenizer, perturb, options)
     warn_of_texts(args, setup, world)
     per_epoch = None
-    if train is not None:
+    if setup.train is not None:
         hold_out(args, setup)
         per_epoch = build_batches(setup, args, args.seeds[0], world).per_epoch
         warmup_steps(args, count_steps(args, per_epoch))                 # refused before any run
     tell_settings(args, setup, world, per_epoch)
     return setup
+
+
+def encode_rows(args, rows, tokenizer, perturb, options):
+    """The Setup of data.Rows. perturb, options: see `prepare`."""
+    task = with_main_metric(rows.task, args.main_metric)
+
+    def encode(part, its_task, **more):
+        return data.encode(part, its_task, tokenizer, args.max_length, **options, **more)
+
+    train = None                                       # of --run
+    if rows.train is not None:
+        of_training = {} if perturb is None else {"perturb": perturb}
+        train = encode(rows.train, task, **of_training)
+    validation = {name: (task, encode(part, task)) for name, part in rows.validation.items()}
+    further = {name: (its_task, encode(part, its_task))
+               for name, (its_task, part) in rows.further.items()}
+    unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
+    return Setup(task, tokenizer, train, validation, further, unscored, {}, args.eval_samples)
 
 
 def warn_of_texts(args, setup, world):
@@ -1327,9 +1332,8 @@ def predict_unscored(args, run, setup, world):
 def evaluate(forward, module, sets, setup, world, folder=None):
     """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
 
-    The first metric of the first set is the main one. folder: of the run whose final state this is.
-    The texts that a decoder wrote are kept there, or scored.npz of other kinds (see write_scored),
-    and a model that predicts the same for every row of a set is warned of.
+    The first metric of the first set is the main one. folder: of the run whose final state this is;
+    what it predicts is kept there, see `keep_predicted` and `write_scored`.
     """
     world.synchronize()                                # what is left of training is not evaluation
     started = time.monotonic()
@@ -1338,23 +1342,30 @@ def evaluate(forward, module, sets, setup, world, folder=None):
     for name, (task, split) in sets.items():
         kept = predict(forward, module, split, setup, world, f"evaluating {name}")
         scores[name] = setup.kind.score(task, setup.task, kept, split)
-        if not folder:
-            continue
-        if setup.kind.decodes:
-            write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
-        if setup.kind.predictions:
-            scored[f"{name}:predictions"] = setup.kind.predictions(task, setup.task, kept)
-            scored[f"{name}:labels"] = split.labels
-        texts = {setup.kind.text(setup.task, output) for output in kept}
-        if len(texts) == 1 and len(kept) > 1:
-            world.say(f"warning: {folder}: all {len(kept)} rows of {name} are predicted as "
-                      f"{texts.pop()!r}")
-
+        if folder:
+            scored.update(keep_predicted(folder, name, task, kept, split, setup, world))
     if scored:
         write_scored(folder, scored, world)
     scores.update(averages(scores))
     world.evaluating += time.monotonic() - started
     return scores
+
+
+def keep_predicted(folder, name, task, kept, split, setup, world):
+    """Writes the texts that a decoder wrote for a set; returns what of it belongs in scored.npz.
+
+    A model that predicts the same for every row is warned of.
+    """
+    if setup.kind.decodes:
+        write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
+    texts = {setup.kind.in_words(setup.task, output) for output in kept}
+    if len(texts) == 1 and len(kept) > 1:
+        world.say(f"warning: {folder}: all {len(kept)} rows of {name} are predicted as "
+                  f"{texts.pop()!r}")
+    if not setup.kind.predictions:
+        return {}
+    return {f"{name}:predictions": setup.kind.predictions(task, setup.task, kept),
+            f"{name}:labels": split.labels}
 
 
 def write_scored(folder, scored, world):
@@ -1452,27 +1463,50 @@ def digests_of_files(args):
     return digests
 
 
+def differing_flags(saved, mine):
+    """{flag: how it differs, in words} of the flags {flag: value} of two runs."""
+    other = {}
+    for name in sorted({*saved, *mine} - NOT_THE_RUN):
+        was = saved.get(name)
+        now = mine.get(name)
+        in_both = name in saved and name in mine
+        if name.endswith("_digest"):                   # an older run may have none
+            if in_both and was != now:
+                other[name] = f"other rows in --{name.removesuffix('_digest')}"
+            continue
+        if f"{name}_digest" in saved and f"{name}_digest" in mine:
+            continue                                   # a file: what is in it counts, not its path
+        if name in ("model", "init_from") and was and now:
+            was = os.path.normpath(was)
+            now = os.path.normpath(now)
+        # Two scripts share plain fine-tuning: a flag that one of them lacks counts as off.
+        if was != now and (in_both or was or now):
+            other[name] = f"--{name} {shown(was)} (now {shown(now)})"
+    return other
+
+
 def recipe_of(args):
     """The recipe's name without what follows it: "paper" of "paper: Table 9"."""
     return args.recipe_name.partition(":")[0]
 
 
 def run_folder(args, method, seed):
-    """DIR/TASK/METHOD-SEED; if that belongs to another recipe: DIR/TASK/METHOD-RECIPE-SEED.
-
-    A run's `.lock` holds the name of its recipe.
-    """
+    """DIR/TASK/METHOD-SEED; if that belongs to another recipe: DIR/TASK/METHOD-RECIPE-SEED."""
     task_folder = os.path.join(args.output_dir, args.task)
     folder = os.path.join(task_folder, f"{method}-{seed}")
     recipe = recipe_of(args)
+    if recipe_in(folder) in ("", recipe):
+        return folder
+    return os.path.join(task_folder, f"{method}-{recipe}-{seed}")
+
+
+def recipe_in(folder):
+    """The recipe of the run that has taken the folder, by its `.lock`; "" if none has."""
     try:
         with open(os.path.join(folder, ".lock"), encoding="utf-8") as file:
-            there = file.read()
+            return file.read()
     except OSError:
-        there = ""
-    if there and there != recipe:
-        return os.path.join(task_folder, f"{method}-{recipe}-{seed}")
-    return folder
+        return ""
 
 
 @dataclass
@@ -1629,25 +1663,7 @@ class Run:
                 raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run "
                                 f"of {name} {saved.get(name)}, not {mine}; use --overwrite, or "
                                 "another folder")
-        other = {}                                     # {flag: how it differs, in words}
-        for name in {**saved["args"], **self.identity}.keys() - NOT_THE_RUN:
-            was = saved["args"].get(name)
-            now = self.identity.get(name)
-            digest = f"{name}_digest"
-            if digest in saved["args"] and digest in self.identity:
-                continue                               # a file: what is in it counts, not its path
-            if name.endswith("_digest") and (was is None or now is None):
-                continue                               # of an older run, or told by its path
-            if name in ("model", "init_from") and was and now:
-                was = os.path.normpath(was)
-                now = os.path.normpath(now)
-            # Two scripts share plain fine-tuning: a flag that one of them lacks counts as off.
-            in_both = name in saved["args"] and name in self.identity
-            if was != now and (in_both or was or now):
-                if name.endswith("_digest"):
-                    other[name] = f"other rows in --{name.removesuffix('_digest')}"
-                else:
-                    other[name] = f"--{name} {shown(was)} (now {shown(now)})"
+        other = differing_flags(saved["args"], self.identity)
         if not other:
             return
         way_out = "use --overwrite, or another folder"
@@ -1659,9 +1675,8 @@ class Run:
         if [*other] == ["eval_tasks"] and "metrics" in saved:
             way_out = (f"to score that run, use --run {self.folder} --eval_tasks "
                        f"{shown(self.args.eval_tasks)}; else {way_out}")
-        words = ", ".join(other[name] for name in sorted(other))
         raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with "
-                        f"{words}; {way_out}")
+                        f"{', '.join(other.values())}; {way_out}")
 
     def begin(self, total, per_epoch, **parts):
         """Starts the run, or with --resume goes on from its checkpoint.
@@ -1980,13 +1995,20 @@ def read_results(folder):
     try:
         with open(path, encoding="utf-8") as file:
             results = json.load(file)
-        complete = isinstance(results, dict) and isinstance(results.get("args"), dict)
-        if not (complete and isinstance(results.get("metrics"), dict) and "method" in results):
-            raise ValueError("keys are missing")
+        check_keys(results, task=str, method=str, seed=int, args=dict, metrics=dict)
     except ValueError as error:
         raise UserError(f"{path}: is damaged ({first_line(error)}); --overwrite runs it "
                         "again") from error
     return results
+
+
+def check_keys(found, **kinds):
+    """ValueError unless json's value is an object with these keys, each of its kind."""
+    if not isinstance(found, dict):
+        raise ValueError("is no object")
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"{name!r} is missing or wrong")
 
 
 # ------------------------------------------------------------------  5  a run: finished ones, --run
@@ -2134,10 +2156,8 @@ def results_of_finished(folder, methods):
         raise UserError(f"{wanted}: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{wanted}: {error}") from None
-    if results["method"] not in list(methods):
+    if results["method"] not in methods:
         raise UserError(f"{wanted}: its method is {results['method']}")
-    if not (isinstance(results.get("task"), str) and isinstance(results.get("seed"), int)):
-        raise UserError(f"{wanted}: its results.json has no task or no seed")
     if not os.path.isdir(os.path.join(folder, "model")):
         raise UserError(f"{wanted}: it has no model")
     return results
@@ -2393,14 +2413,13 @@ def check_grid(args, grid, methods):
         folder = run_folder(args, method, seed)
         if args.overwrite or not os.path.exists(os.path.join(folder, "results.json")):
             continue
-        saved = read_results(folder)["args"]
-        for name, value in counted[method].items():
-            by_model = value is None or name in ("max_length", "max_target_length", "precision")
-            is_open = name in grid or (by_model and name not in args.by_hand)
-            if not is_open and name in saved and saved[name] != value:
+        mine = counted[method]
+        for name, words in differing_flags(read_results(folder)["args"], mine).items():
+            by_model = name in ("max_length", "max_target_length", "precision")
+            is_known_later = mine.get(name) is None or by_model
+            if name not in grid and (name in args.by_hand or not is_known_later):
                 raise UserError(f"--output_dir {args.output_dir}: {folder} holds a run with "
-                                f"--{name} {shown(saved[name])} (now {shown(value)}); use "
-                                "--overwrite, or another folder")
+                                f"{words}; use --overwrite, or another folder")
 
 
 def combinations(grid):
@@ -2512,9 +2531,8 @@ class CachedSplit(data.Split):
 
     def fill(self, path, parts, marks, encode, world):
         """Encodes the parts that are not marked, each machine its own file."""
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        todo = np.flatnonzero(marks == 0)[rank::ranks]
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        todo = np.flatnonzero(marks == 0)[world.local_rank::processes_here]
         world.barrier()                                # all know their part before one writes
         file = os.open(path, os.O_RDWR)
         written = []
@@ -2569,19 +2587,6 @@ def states_key(sentences, model):
             key.update(values.tobytes())
             key.update(offsets.tobytes())
     return key.hexdigest()
-
-
-def check_cache_dir(folder):
-    """Makes the folder of the feature cache. UserError if nothing can be written there."""
-    why = ""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            why = "is not writable"
-    except OSError as error:
-        why = f"cannot be made: {error.strerror}"
-    if why:
-        raise UserError(f"--cache_dir {folder}: {why}; use another folder, or --no_cache")
 
 
 def reserve_states(path, size, parts, sentences, tokens, world):
@@ -2653,10 +2658,8 @@ def print_table(say, results, args, started):
 def report_command(args):
     """The command that reports the runs of these flags, apart from those of another recipe."""
     task_folder = os.path.join(args.output_dir, args.task)
-    recipes = set()
-    for path in glob.glob(os.path.join(glob.escape(task_folder), "*", ".lock")):
-        with open(path, encoding="utf-8") as file:
-            recipes.add(file.read())
+    folders = glob.glob(os.path.join(glob.escape(task_folder), "*"))
+    recipes = {recipe_in(folder) for folder in folders} - {""}
     words = [task_folder]
     if recipes != {recipe_of(args)}:
         runs = itertools.product(args.method, args.seeds)
@@ -2872,6 +2875,12 @@ def affinities(x, perplexity):
     return p
 
 
+def principal_axes(x):
+    """Points (n, H), their mean at 0, by their first two principal axes: (n, 2)."""
+    axes = np.linalg.svd(x, full_matrices=False)[2][:2]                  # (2, H)
+    return x @ axes.T
+
+
 def perplexity_for(n):
     """The usual 30, or less: t-SNE needs more than thrice as many points."""
     return min(30, (n - 1) // 3)
@@ -2895,8 +2904,7 @@ def tsne(x, perplexity=30.0, steps=1000):
     p = affinities(x, perplexity)
     p = np.maximum((p + p.T) / (2 * n), 1e-12)                           # p_ij, all sum to 1
     p = p.astype(np.float32)                           # half the time of float64
-    axes = np.linalg.svd(x, full_matrices=False)[2][:2]
-    y = x @ axes.T                                                       # (n, 2)
+    y = principal_axes(x)                                                # (n, 2)
     y = (1e-4 * y / y[:, 0].std()).astype(np.float32)
 
     move = np.zeros_like(y)
@@ -3216,14 +3224,16 @@ class Difference:
     p: float
     wins: int                      # differences above 0
     losses: int                    # below
+    corrected_p: float             # after Holm's correction for `tests` of them; of one alone p
+    tests: int = 1
 
-    def verdict(self, p, tests=1):
-        """What it shows, in words. p: after the correction for so many tests."""
-        if self.n < needed(tests):
+    def verdict(self):
+        """What it shows, in words."""
+        if self.n < needed(self.tests):
             return "too few to show"
-        if p <= 0.05 and self.low > 0:
+        if self.corrected_p <= 0.05 and self.low > 0:
             return "better"
-        if p <= 0.05 and self.high < 0:
+        if self.corrected_p <= 0.05 and self.high < 0:
             return "worse"
         return "no difference shown"
 
@@ -3235,9 +3245,10 @@ def summarise_differences(differences):
     std = math.nan
     if len(differences) > 1:
         std = float(differences.std(ddof=1))
+    p = wilcoxon(differences)
     return Difference(
-        len(differences), float(differences.mean()), std, low, high, wilcoxon(differences),
-        int((differences > 0).sum()), int((differences < 0).sum()))
+        len(differences), float(differences.mean()), std, low, high, p,
+        int((differences > 0).sum()), int((differences < 0).sum()), corrected_p=p)
 
 
 # ------------------------------------------------------------  9  the report: reading finished runs
@@ -3269,7 +3280,7 @@ def result_line(results):
     if not isinstance(versions, dict):
         versions = {}
 
-    line = {"task": results.get("task"), "method": results["method"], "seed": results.get("seed"),
+    line = {"task": results["task"], "method": results["method"], "seed": results["seed"],
             "metrics": results["metrics"], "best": best, "steps": results.get("steps"),
             "seconds": results.get("train_seconds"), "device": versions.get("device"),
             "flags": flags, "commit": versions.get("commit")}
@@ -3280,12 +3291,7 @@ def result_line(results):
 
 def check_line(line):
     """ValueError unless a line has what a table needs."""
-    if not isinstance(line, dict):
-        raise ValueError("is no object")
-    kinds = {"task": str, "method": str, "seed": int, "metrics": dict, "flags": dict}
-    for name, kind in kinds.items():
-        if not isinstance(line.get(name), kind):
-            raise ValueError(f"{name!r} is missing or wrong")
+    check_keys(line, task=str, method=str, seed=int, metrics=dict, flags=dict)
     if not isinstance(line.get("device", ""), str | None):
         raise ValueError("'device' is wrong")
     searched = line.get("searched", {})
@@ -3318,7 +3324,7 @@ class Finished:
     where: str                     # its folder, or FILE:LINE of a kept line
     line: dict                     # see result_line
     flags: dict                    # all flags, defaults too
-    label: str                     # its method, and METHOD_FLAGS and --by that are not a default
+    method: str                    # with those of METHOD_FLAGS and --by that are not a default
     curves: dict                   # {(set, metric): {step: value}} of its log; empty of a kept line
 
     @property
@@ -3546,7 +3552,7 @@ def in_order(runs):
 
     def place_of(run):
         known = names.index(run.task) if run.task in names else len(names)
-        return known, run.task, run.label, run.seed
+        return known, run.task, run.method, run.seed
 
     return sorted(runs, key=place_of)
 
@@ -3564,7 +3570,7 @@ def keep_lines(path, runs, by, differ):
         raise UserError(f"--keep {left_out[0]}")
     for of_task in by_task([*there, *runs]).values():
         refuse_incomparable(of_task, by, differ)
-    lines = {(run.task, run.label, run.seed): run for run in [*there, *runs]}
+    lines = {(run.task, run.method, run.seed): run for run in [*there, *runs]}
     runs = in_order(lines.values())
     text = ""
     for run in runs:
@@ -3597,9 +3603,9 @@ def refuse_incomparable(runs, by, differ):
         free.update(run.line.get("by", []), run.line.get("differ", []))
     first = {}                                         # {(task, method): a run}
     for run in runs:
-        other = first.setdefault((run.task, run.label), run)
+        other = first.setdefault((run.task, run.method), run)
         names = set(run.flags) & set(other.flags) - free
-        refuse_flags(run, other, names, f"the runs of {run.label} on {run.task}")
+        refuse_flags(run, other, names, f"the runs of {run.method} on {run.task}")
 
     of_task = {}
     for run in first.values():
@@ -3660,27 +3666,19 @@ class DifferenceOverRows:
 
 
 @dataclass
-class DifferenceOverTasks:
-    """Of a method to the baseline, of which each task counts once."""
-    difference: Difference
-    p: float                       # after Holm's correction
-    methods: int                   # how many that is for
-
-
-@dataclass
 class Table:
     """Scores in percent, and their differences to the baseline."""
     title: str
     runs: list                     # of Finished
     baseline: str                  # "" if it has no run
-    columns: list                  # methods, the baseline first
-    rows: dict                     # {(task, set, metric): {method: {seed: value}}}
+    methods: list                  # the baseline first
+    scores: dict                   # {(task, set, metric): {method: {seed: value}}}
     differences: dict              # {(task, set, metric): {method: Difference}}
-    over_tasks: dict               # {("tasks" or "further sets", method): DifferenceOverTasks}
+    over_tasks: dict               # {("tasks" or "further sets", method): Difference}
     over_rows: dict                # {(task, set, metric): {method: DifferenceOverRows}}
 
-    def runs_of(self, task, column):
-        return [run for run in self.runs if run.task == task and run.label == column]
+    def runs_of(self, task, method):
+        return [run for run in self.runs if run.task == task and run.method == method]
 
     def devices_of(self, task):
         return {run.line.get("device") for run in self.runs if run.task == task}
@@ -3696,45 +3694,50 @@ def build_table(title, runs, baseline, draws):
     runs: as of `in_order`. draws: of the bootstrap over rows; None: there is none.
     """
     seen = {}
-    rows = {}
+    scores = {}
     for run in runs:
-        again = seen.setdefault((run.task, run.label, run.seed), run)
+        again = seen.setdefault((run.task, run.method, run.seed), run)
         if again.line != run.line:
-            raise UserError(f"{run.task} {run.label}, seed {run.seed}: is in {again.where} and, "
+            raise UserError(f"{run.task} {run.method}, seed {run.seed}: is in {again.where} and, "
                             f"otherwise, in {run.where}; report them apart")
         for name, metrics in run.line["metrics"].items():
             for metric, value in metrics.items():
-                row = rows.setdefault((run.task, name, metric), {})
-                row.setdefault(run.label, {})[run.seed] = 100 * value
+                by_method = scores.setdefault((run.task, name, metric), {})
+                by_method.setdefault(run.method, {})[run.seed] = 100 * value
 
-    methods = {run.label for run in runs}
-    columns = sorted(methods, key=lambda method: (method != baseline, method))
+    methods = {run.method for run in runs}
+    methods = sorted(methods, key=lambda method: (method != baseline, method))
     if baseline not in methods:
         baseline = ""
     differences = {}
-    for key, row in rows.items():
+    for key, by_method in scores.items():
         differences[key] = {}
-        for column in columns[1:]:
-            paired = paired_differences(row, column, baseline)
+        for method in methods[1:]:
+            paired = paired_differences(by_method, method, baseline)
             if len(paired):
-                differences[key][column] = summarise_differences(paired)
+                differences[key][method] = summarise_differences(paired)
     runs = [*seen.values()]
-    return Table(title, runs, baseline, columns, rows, differences,
-                 over_tasks(differences), over_rows(runs, differences, baseline, draws))
+    return Table(title, runs, baseline, methods, scores, differences,
+                 compare_over_tasks(differences),
+                 compare_over_rows(runs, differences, baseline, draws))
 
 
-def paired_differences(row, column, baseline):
-    """A method's values less the baseline's, of the seeds that both have: (n,)."""
-    mine = row.get(column, {})
-    base = row.get(baseline, {})
+def paired_differences(by_method, method, baseline):
+    """A method's values less the baseline's, of the seeds that both have: (n,).
+
+    by_method {method: {seed: value}}.
+    """
+    mine = by_method.get(method, {})
+    base = by_method.get(baseline, {})
     seeds = sorted(set(mine) & set(base))
     return np.array([mine[seed] - base[seed] for seed in seeds])
 
 
-def over_tasks(differences):
-    """{("tasks" or "further sets", method): DifferenceOverTasks}, where there are two or more.
+def compare_over_tasks(differences):
+    """{("tasks" or "further sets", method): Difference}, where there are two or more.
 
-    A task counts by its main metric, a further set by its first one; each is a mean over seeds.
+    A task counts once, by its main metric, a further set by its first one; each is a mean over
+    seeds. p is corrected for the number of methods.
     """
     main_keys = [*first_keys(differences, 1).values()]
     further = [key for key in first_keys(differences, 2).values()
@@ -3744,13 +3747,13 @@ def over_tasks(differences):
     for group, keys in (("tasks", main_keys), ("further sets", further)):
         means = {}
         for key in keys:
-            for column, difference in differences[key].items():
-                means.setdefault(column, []).append(difference.mean)
-        totals = {column: summarise_differences(values)
-                  for column, values in means.items() if len(values) > 1}
+            for method, difference in differences[key].items():
+                means.setdefault(method, []).append(difference.mean)
+        totals = {method: summarise_differences(values)
+                  for method, values in means.items() if len(values) > 1}
         corrected = holm([total.p for total in totals.values()])
-        for (column, total), p in zip(totals.items(), corrected):
-            found[group, column] = DifferenceOverTasks(total, p, len(totals))
+        for (method, total), p in zip(totals.items(), corrected):
+            found[group, method] = replace(total, corrected_p=p, tests=len(totals))
     return found
 
 
@@ -3770,12 +3773,12 @@ def read_predictions(runs):
             key = run.task, name
             labels.setdefault(key, scored[f"{name}:labels"])
             if np.array_equal(labels[key], scored[f"{name}:labels"]):
-                of_method = predictions.setdefault(key, {}).setdefault(run.label, {})
+                of_method = predictions.setdefault(key, {}).setdefault(run.method, {})
                 of_method[run.seed] = scored[f"{name}:predictions"]
     return predictions, labels
 
 
-def over_rows(runs, differences, baseline, draws):
+def compare_over_rows(runs, differences, baseline, draws):
     """{(task, set, its first metric): {method: DifferenceOverRows}}. Empty without draws."""
     if not draws:
         return {}
@@ -3784,10 +3787,10 @@ def over_rows(runs, differences, baseline, draws):
     for place, key in first_keys(differences, 2).items():
         by_method = predictions.get(place, {})
         base = by_method.get(baseline, {})
-        for column in differences[key]:
-            mine = by_method.get(column, {})
+        for method in differences[key]:
+            mine = by_method.get(method, {})
             if set(mine) & set(base):
-                found.setdefault(key, {})[column] = difference_over_rows(
+                found.setdefault(key, {})[method] = difference_over_rows(
                     data.METRICS[key[2]], labels[place], mine, base, draws)
     return found
 
@@ -3813,11 +3816,11 @@ def first_keys(keys, length):
     return first
 
 
-def relative_costs(table, task, column):
+def relative_costs(table, task, method):
     """Seconds of training over the baseline's, of the seeds that both ran on the same device."""
     base = {run.seed: run for run in table.runs_of(task, table.baseline)}
     ratios = []
-    for run in table.runs_of(task, column):
+    for run in table.runs_of(task, method):
         other = base.get(run.seed)
         if other is None or other.line.get("device") != run.line.get("device"):
             continue
@@ -3836,13 +3839,13 @@ def remark_on_intervals(table):
     """What the intervals hold, and what is not in them."""
     if not table.baseline:
         return ("There is no run of the baseline here, so nothing is compared to it; another one "
-                f"is named by --baseline: {', '.join(map(shlex.quote, table.columns))}.")
+                f"is named by --baseline: {', '.join(map(shlex.quote, table.methods))}.")
     over_seeds = ("The intervals and tests are over seeds: what another choice of rows to score "
                   "would change is not in them")
     if not table.over_rows:
         return f"{over_seeds} (see --rows)."
-    seeds = min(difference.seeds for methods in table.over_rows.values()
-                for difference in methods.values())
+    seeds = min(difference.seeds for by_method in table.over_rows.values()
+                for difference in by_method.values())
     caution = ""
     if seeds < 5:
         caution = f" With no more than {plural(seeds, 'seed')} those hardly vary in these."
@@ -3851,39 +3854,57 @@ def remark_on_intervals(table):
 
 def remarks_on_seeds(table):
     """On the seeds: where they are too few, how many tests there are, and which are not shared."""
-    few = {}                                           # {seeds: {method: tasks}}
-    apart = {}                                         # {method: tasks}
-    unlike = set()                                     # tasks
-    tests = 0
-    for key, row in table.rows.items():
-        task = key[0]
-        for column in row:
-            difference = table.differences[key].get(column)
-            if difference is not None and row[column].keys() != row[table.baseline].keys():
-                unlike.add(task)
-            if difference is None:
-                if table.baseline in row and column != table.baseline:
-                    apart.setdefault(column, set()).add(task)
-            elif difference.n < needed():
-                few.setdefault(difference.n, {}).setdefault(column, set()).add(task)
-            else:
-                tests += 1
+    return [*remarks_on_few_seeds(table), *remarks_on_many_tests(table),
+            *remarks_on_unlike_seeds(table)]
 
+
+def remarks_on_few_seeds(table):
+    """Which differences are of too few seeds to show anything."""
+    few = {}                                           # {seeds: {method: tasks}}
+    for (task, _, _), by_method in table.differences.items():
+        for method, difference in by_method.items():
+            if difference.n < needed():
+                few.setdefault(difference.n, {}).setdefault(method, set()).add(task)
     said = []
-    for n, methods in sorted(few.items()):
-        named = "; ".join(f"{column} on {', '.join(sorted(tasks))}"
-                          for column, tasks in methods.items())
+    for n, tasks_of in sorted(few.items()):
+        named = "; ".join(f"{method} on {', '.join(sorted(tasks))}"
+                          for method, tasks in tasks_of.items())
         said.append(f"{plural(n, 'shared seed')} can show nothing: the exact test's smallest p is "
                     f"{smallest_p(n):g}, and .05 takes {needed()} seeds ({named}).")
-    if tests > 1:
-        said.append(f"Each p over seeds stands for itself: of {tests} comparisons up to "
-                    f"{tests / 20:.1f} would be below .05 on average if no method made any "
-                    "difference.")
+    return said
+
+
+def remarks_on_many_tests(table):
+    """How many of the tests over seeds would find something if there were nothing to find."""
+    all_differences = [difference for by_method in table.differences.values()
+                       for difference in by_method.values()]
+    tests = sum(difference.n >= needed() for difference in all_differences)
+    if tests <= 1:
+        return []
+    return [f"Each p over seeds stands for itself: of {tests} comparisons up to {tests / 20:.1f} "
+            "would be below .05 on average if no method made any difference."]
+
+
+def remarks_on_unlike_seeds(table):
+    """Where a method and the baseline share some of their seeds alone, or none."""
+    unlike = set()                                     # tasks
+    apart = {}                                         # {method: tasks}
+    for key, by_method in table.scores.items():
+        task = key[0]
+        base = by_method.get(table.baseline, {})
+        for method, scores in by_method.items():
+            if not base or scores.keys() == base.keys():
+                continue
+            if method in table.differences[key]:
+                unlike.add(task)
+            else:
+                apart.setdefault(method, set()).add(task)
+    said = []
     if unlike:
         said.append(f"On {', '.join(sorted(unlike))} not all methods have the same seeds: the "
                     "means of their scores cannot be compared there, the differences can.")
-    for column, tasks in apart.items():
-        said.append(f"{column} has no seed in common with {table.baseline} on "
+    for method, tasks in apart.items():
+        said.append(f"{method} has no seed in common with {table.baseline} on "
                     f"{', '.join(sorted(tasks))}: there they are not compared.")
     return said
 
@@ -3891,13 +3912,12 @@ def remarks_on_seeds(table):
 def remarks_on_tasks(table):
     """On the tests over tasks: where tasks are too few, and what is not independent."""
     said = []
-    numbers = [(group, total.difference.n, total.methods)
-               for (group, _), total in table.over_tasks.items()]
-    for group, n, methods in dict.fromkeys(numbers):
-        if n < needed(methods):
-            said.append(f"{n} {group} can show nothing: with {plural(methods, 'method')} "
+    numbers = [(group, total.n, total.tests) for (group, _), total in table.over_tasks.items()]
+    for group, n, tests in dict.fromkeys(numbers):
+        if n < needed(tests):
+            said.append(f"{n} {group} can show nothing: with {plural(tests, 'method')} "
                         "compared, the smallest p after Holm's correction is "
-                        f"{smallest_p(n, methods):.3g}, and .05 takes {needed(methods)} {group}.")
+                        f"{smallest_p(n, tests):.3g}, and .05 takes {needed(tests)} {group}.")
     if "further sets" in [group for group, _ in table.over_tasks]:
         said.append("Further sets of one task share its models: they are not independent.")
     return said
@@ -3907,13 +3927,13 @@ def remarks_on_states(table):
     """Which methods' scores are those of the best state on the set that is scored."""
     tasks_of = {}                                      # {methods, in words: their tasks}
     for task in table.tasks:
-        columns = [column for column in table.columns if table.runs_of(task, column)]
+        methods = [method for method in table.methods if table.runs_of(task, method)]
         chosen = []
-        for column in columns:
-            runs = table.runs_of(task, column)
+        for method in methods:
+            runs = table.runs_of(task, method)
             if any(run.line.get("best") and not run.flags.get("dev_samples") for run in runs):
-                chosen.append(column)
-        if chosen == columns:
+                chosen.append(method)
+        if chosen == methods:
             tasks_of.setdefault("all methods alike", []).append(task)
         elif chosen:
             tasks_of.setdefault(f"{', '.join(chosen)} alone", []).append(task)
@@ -3928,9 +3948,9 @@ def remarks_on_choice(table):
     for run in table.runs:
         if run.line.get("searched"):
             tried = math.prod(map(len, run.line["searched"].values()))
-            searched[run.label] = max(tried, searched.get(run.label, 0))
+            searched[run.method] = max(tried, searched.get(run.method, 0))
     if searched:
-        counts = ", ".join(f"{column} {searched.get(column, 'none')}" for column in table.columns)
+        counts = ", ".join(f"{method} {searched.get(method, 'none')}" for method in table.methods)
         said.append(f"Settings that were tried for each method before: {counts}.")
     if any(run.line.get("searched") or run.line.get("best") for run in table.runs
            if run.flags.get("dev_samples")):
@@ -3949,7 +3969,7 @@ def remarks_on_choice(table):
 
 def sizes_of(table):
     return ", ".join([plural(len(table.runs), "run"), plural(len(table.tasks), "task"),
-                      plural(len(table.columns), "method")])
+                      plural(len(table.methods), "method")])
 
 
 def short_p(p):
@@ -3983,31 +4003,31 @@ def score_cells(values):
 def score_rows(table):
     """Five rows for each task, set and metric, a column for each method."""
     rows = []
-    for key, row in table.rows.items():
-        cells = [score_cells(row.get(column, {}).values()) for column in table.columns]
+    for key, by_method in table.scores.items():
+        cells = [score_cells(by_method.get(method, {}).values()) for method in table.methods]
         for place, name in enumerate(["seeds", "mean", "std (n-1)", "median", "max"]):
             rows.append([*key, name, *[cell[place] for cell in cells]])
-    return ["task", "set", "metric", "", *table.columns], rows, 4
+    return ["task", "set", "metric", "", *table.methods], rows, 4
 
 
 def difference_rows(table):
     """One row for each task, set, metric and method."""
     rows = []
-    for key, methods in table.differences.items():
-        for column, difference in methods.items():
-            rows.append([*key, column, *difference_cells(difference), short_p(difference.p),
-                         difference.verdict(difference.p), *spread_cells(difference)])
+    for key, differences in table.differences.items():
+        for method, difference in differences.items():
+            rows.append([*key, method, *difference_cells(difference), short_p(difference.p),
+                         difference.verdict(), *spread_cells(difference)])
     header = ["task", "set", "metric", "method", "mean", "95 % interval", "p", "shows", "won-lost",
               "std", "seeds"]
     return header, rows, 4
 
 
-def over_rows_rows(table):
+def bootstrap_rows(table):
     """One row for each task, set and method, by the set's first metric."""
     rows = []
-    for key, methods in table.over_rows.items():
-        for column, difference in methods.items():
-            rows.append([*key, column, *difference_cells(difference), f"{difference.seeds}",
+    for key, differences in table.over_rows.items():
+        for method, difference in differences.items():
+            rows.append([*key, method, *difference_cells(difference), f"{difference.seeds}",
                          f"{difference.rows}"])
     header = ["task", "set", "metric", "method", "mean", "95 % interval", "seeds", "rows"]
     return header, rows, 4
@@ -4016,11 +4036,9 @@ def over_rows_rows(table):
 def over_tasks_rows(table):
     """One row for each method, over tasks and over further sets."""
     rows = []
-    for (group, column), total in table.over_tasks.items():
-        difference = total.difference
-        rows.append([group, column, *difference_cells(difference), short_p(difference.p),
-                     short_p(total.p), difference.verdict(total.p, total.methods),
-                     *spread_cells(difference)])
+    for (group, method), total in table.over_tasks.items():
+        rows.append([group, method, *difference_cells(total), short_p(total.p),
+                     short_p(total.corrected_p), total.verdict(), *spread_cells(total)])
     header = ["over", "method", "mean", "95 % interval", "p", "Holm's p", "shows", "won-lost",
               "std", "number"]
     return header, rows, 2
@@ -4036,16 +4054,16 @@ def cost_rows(table):
     """Medians over seeds, one row for each task and method."""
     rows = []
     for task in table.tasks:
-        for column in table.columns:
-            runs = table.runs_of(task, column)
+        for method in table.methods:
+            runs = table.runs_of(task, method)
             if not runs:
                 continue
             rows.append([
-                task, column,
+                task, method,
                 median_cell([run.line.get("steps") for run in runs], 0),
                 median_cell([run.line.get("seconds") for run in runs], 1),
                 median_cell([run.seconds_a_step for run in runs], 3),
-                median_cell(relative_costs(table, task, column), 2),
+                median_cell(relative_costs(table, task, method), 2),
                 median_cell([run.seconds_to_best for run in runs], 1)])
     relative = f"paired cost to {table.baseline}" if table.baseline else "cost"
     return ["task", "method", "steps", "seconds", "s/step", relative, "s to best"], rows, 2
@@ -4100,7 +4118,7 @@ def report_rows(table):
         found[over_seeds_heading(table)] = difference_rows(table)
         against = f"Difference to {table.baseline}, in points"
         found[f"{against}, over tasks"] = over_tasks_rows(table)
-        found[f"{against}, over seeds and rows (bootstrap)"] = over_rows_rows(table)
+        found[f"{against}, over seeds and rows (bootstrap)"] = bootstrap_rows(table)
     found["Cost, medians over seeds"] = cost_rows(table)
     return {heading: part for heading, part in found.items() if part[1]}
 
@@ -4130,25 +4148,24 @@ def tsv_report(tables):
     """report.tsv: a line for each table, task, set, metric and method, and for those over tasks."""
     lines = []
     for table in tables:
-        for key, row in table.rows.items():
-            for column in sorted(row, key=table.columns.index):
-                cells = [table.title, *key, column, *score_cells(row[column].values())]
+        for key, by_method in table.scores.items():
+            for method in sorted(by_method, key=table.methods.index):
+                cells = [table.title, *key, method, *score_cells(by_method[method].values())]
                 line = dict(zip(TSV_HEADER, cells))
-                if column in table.differences[key]:
-                    line.update(difference_numbers(table.differences[key][column]))
-                if column in table.over_rows.get(key, {}):
-                    over_rows = table.over_rows[key][column]
+                if method in table.differences[key]:
+                    line.update(difference_numbers(table.differences[key][method]))
+                if method in table.over_rows.get(key, {}):
+                    over_rows = table.over_rows[key][method]
                     line["low_over_rows"] = f"{over_rows.low:.4f}"
                     line["high_over_rows"] = f"{over_rows.high:.4f}"
-                costs = relative_costs(table, key[0], column)
+                costs = relative_costs(table, key[0], method)
                 if costs:
                     line["cost"] = f"{np.median(costs):.4f}"
                 lines.append(line)
-        for (group, column), total in table.over_tasks.items():
+        for (group, method), total in table.over_tasks.items():
             lines.append({
-                "table": table.title, "set": f"over {total.difference.n} {group}",
-                "method": column, **difference_numbers(total.difference),
-                "p_holm": f"{total.p:.6g}"})
+                "table": table.title, "set": f"over {total.n} {group}", "method": method,
+                **difference_numbers(total), "p_holm": f"{total.corrected_p:.6g}"})
     text = io.StringIO()
     writer = csv.DictWriter(text, TSV_HEADER, delimiter="\t", lineterminator="\n")
     writer.writeheader()
@@ -4198,9 +4215,9 @@ svg .name { fill: var(--ink) }
 """
 
 
-def colour_of(table, column):
+def colour_of(table, method):
     """The css classes of a method: eight colours, and for those beyond them dashed lines."""
-    place = table.columns.index(column)
+    place = table.methods.index(method)
     dashed = " second" if place // 8 % 2 else ""
     return f"c{place % 8}{dashed}"
 
@@ -4339,12 +4356,12 @@ def html_table(header, rows, keys, drawings=None):
 def draw_intervals(table):
     """The drawings beside the differences, all on one axis."""
     found = []
-    for methods in table.differences.values():
-        found += methods.items()
+    for differences in table.differences.values():
+        found += differences.items()
     ends = np.abs([[difference.mean, difference.low, difference.high] for _, difference in found])
     reach = np.nanmax(ends) or 1                       # a difference of one seed has no interval
-    return [interval_svg(difference, reach, colour_of(table, column))
-            for column, difference in found]
+    return [interval_svg(difference, reach, colour_of(table, method))
+            for method, difference in found]
 
 
 def figure(picture, caption, colours=None):
@@ -4369,14 +4386,14 @@ def curve_figures(table):
         for what, curve in run.curves.items():
             if len(curve) > 1:
                 curves = found.setdefault((run.task, *what), {})
-                scores = curves.setdefault(run.label, {})
+                scores = curves.setdefault(run.method, {})
                 for step, value in curve.items():
                     scores.setdefault(step, []).append(100 * value)
 
     figures = []
     for key, curves in found.items():
-        curves = {column: curves[column] for column in table.columns if column in curves}
-        colours = {column: colour_of(table, column) for column in curves}
+        curves = {method: curves[method] for method in table.methods if method in curves}
+        colours = {method: colour_of(table, method) for method in curves}
         what = ", ".join(key)
         caption = f"{what}, over steps: median of the seeds, least to greatest."
         figures.append(figure(curve_svg(curves, colours, what), caption, colours))
@@ -4386,9 +4403,10 @@ def curve_figures(table):
 def score_figures(table):
     """A figure for each task: the spread of its main metric over seeds."""
     figures = []
-    for key in first_keys(table.rows, 1).values():
-        row = table.rows[key]
-        groups = {column: [*row[column].values()] for column in table.columns if column in row}
+    for key in first_keys(table.scores, 1).values():
+        by_method = table.scores[key]
+        groups = {method: [*by_method[method].values()]
+                  for method in table.methods if method in by_method}
         figures.append(dots_figure(table, groups, ", ".join(key)))
     return figures
 
@@ -4398,11 +4416,11 @@ def seconds_figures(table):
     figures = []
     for task in table.tasks:
         groups = {}
-        for column in table.columns:
-            seconds = [run.seconds_to_best for run in table.runs_of(task, column)]
+        for method in table.methods:
+            seconds = [run.seconds_to_best for run in table.runs_of(task, method)]
             known = [value for value in seconds if value is not None]
             if known:
-                groups[column] = known
+                groups[method] = known
         device, *others = table.devices_of(task)
         if groups and device and not others:           # of old runs no machine is known
             figures.append(dots_figure(table, groups, f"{task}, seconds on {device}"))
@@ -4482,7 +4500,7 @@ def html_probes(probes):
 
 
 def dots_figure(table, groups, what):
-    colours = {column: colour_of(table, column) for column in groups}
+    colours = {method: colour_of(table, method) for method in groups}
     caption = f"{what}: each dot a seed, the line their median."
     return figure(dots_svg(groups, colours, what), caption)
 
@@ -4541,7 +4559,7 @@ def report_flags():
 
 def usual_baseline(runs):
     """The method that others are compared to: plain fine-tuning, or the plain adapter."""
-    methods = {run.label for run in runs}
+    methods = {run.method for run in runs}
     return "adapter" if "adapter" in methods and "std" not in methods else "std"
 
 
@@ -4572,9 +4590,9 @@ def main_report(argv=None):
     if args.rows and not any(table.over_rows for table in tables):
         raise UserError("--rows: must be of folders with runs of a method and of the baseline on "
                         "the same rows; kept lines hold no predictions")
-    columns = {column for table in tables for column in table.columns}
-    if args.baseline and args.baseline not in columns:
-        raise UserError(f"--baseline {args.baseline}: must be one of {', '.join(sorted(columns))}")
+    methods = {method for table in tables for method in table.methods}
+    if args.baseline and args.baseline not in methods:
+        raise UserError(f"--baseline {args.baseline}: must be one of {', '.join(sorted(methods))}")
 
     probes = read_probes(places, left_out)
     left_out = [*dict.fromkeys(left_out)]
@@ -4643,10 +4661,8 @@ def toy_model(world):
     config = BertConfig(vocab_size=len(words), **TOY_BERT)
     model = BertForMaskedLM(config).to(world.device).eval()              # eval: no dropout here
     steps = TOY_BERT_TRAINING["steps"]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=TOY_BERT_TRAINING["betas"], fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, TOY_BERT_TRAINING["lr"], total_steps=steps, pct_start=0.1)
+    optimizer, schedule = one_cycle(
+        model, steps, TOY_BERT_TRAINING["lr"], TOY_BERT_TRAINING["betas"])
     hide = functools.partial(
         hide_words, share=TOY_BERT_TRAINING["share"], special=torch.arange(5), mask=4)
     batches = toy_batches(tokenizer, steps, world)
@@ -4702,6 +4718,13 @@ def toy_batches(tokenizer, steps, world):
     for step in range(steps):
         inputs, = batches[step]
         yield world.put({name: inputs[name] for name in ("input_ids", "attention_mask")})
+
+
+def one_cycle(model, steps, lr, betas=(0.9, 0.999)):
+    """AdamW, and its rate: up to `lr` in the first tenth of the steps, then down to about 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    return optimizer, schedule
 
 
 def hide_words(x, share, special, mask, others=0):
@@ -4885,9 +4908,7 @@ def learn_to_restore(model, batches, steps):
     batches: the inputs of each step, padded with 0; words are above 4, the special tokens' ids,
     [MASK] is 4.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, TOY_BART_TRAINING["lr"], total_steps=steps, pct_start=0.1)
+    optimizer, schedule = one_cycle(model, steps, TOY_BART_TRAINING["lr"])
     for inputs in batches:
         x = inputs["input_ids"]                                          # (64, n)
         m_x, _ = hide_words(x, TOY_BART_TRAINING["share"], torch.arange(5), 4)

@@ -60,7 +60,7 @@ class Kind:
     tokenise      (rows, task, tokenizer, max_length, ...) -> {field: a value or a list per row}
     collect       (outputs, labels, tokenizer) -> [what is kept of each row of a batch]
     score         (task, trained, kept, split) -> {metric: value}
-    text          (task, kept of one row) -> its prediction in words
+    in_words      (task, kept of one row) -> its prediction, for people
     answer        what a label is where labels have no names
     eval_size     (task) -> how large the batches of an evaluation are, see `slices`; left out: its
                   defaults
@@ -71,7 +71,8 @@ class Kind:
                   model that writes, which has no head of the task's own
     comparable    (task, trained): UserError if a model trained for one cannot do the other; left
                   out: a model of any task of the kind can
-    forward       (model, task) -> forward(**inputs), the outputs of a batch
+    forward       (model, task) -> forward(**inputs), the outputs of a batch; None: a method has
+                  its own
     file          (name, task, kept, split) -> (ending, text) of the file of a set's predictions
     decodes       the model must have a decoder; what it writes is kept for all sets that are scored
     by_token      a model answers with a vector for each token of a text, not with one for the text
@@ -85,7 +86,7 @@ class Kind:
     tokenise: Callable
     collect: Callable
     score: Callable
-    text: Callable
+    in_words: Callable
     answer: str
     eval_size: Callable = nothing
     settings: Callable = nothing
@@ -134,11 +135,11 @@ class Task:
                     export is read
     sample          as one of --eval_tasks, that many seeded rows of it are scored
     perturb         the one text column whose words may be perturbed
-    names           the leaderboard's files hold label names, not ids
+    submits_names   the leaderboard's files hold label names, not ids
     further         the sets out of its domain that go with it, unless --eval_tasks names others
     target_length   tokens at which the text to write is cut in training
     decoding        how one is written
-    only            of questions: only rows whose id begins with this
+    id_prefix       of questions: only rows whose id begins with this
     language        of questions: answers are compared by MLQA's rules for it
     """
     path: str
@@ -155,12 +156,12 @@ class Task:
     script: bool = False
     sample: int = 0
     perturb: str = ""
-    names: bool = False
+    submits_names: bool = False
     further: str = ""
     where: str = ""
     target_length: int = 0
     decoding: Decoding = Decoding()
-    only: str = ""
+    id_prefix: str = ""
     language: str = ""
 
     @property
@@ -216,11 +217,12 @@ TASKS = {
     "mrpc":     Task(GLUE, "mrpc", labels="not_equivalent equivalent", metrics="accuracy f1"),
     "qqp":      Task(GLUE, "qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1"),
     "stsb":     Task(GLUE, "stsb", kind="regress", metrics="pearson spearman"),
-    "mnli":     Task(GLUE, "mnli", "premise hypothesis", NLI, names=True,
+    "mnli":     Task(GLUE, "mnli", "premise hypothesis", NLI, submits_names=True,
                      validation="validation_matched validation_mismatched",
                      test="test_matched test_mismatched"),
-    "qnli":     Task(GLUE, "qnli", "question sentence", "entailment not_entailment", names=True),
-    "rte":      Task(GLUE, "rte", labels="entailment not_entailment", names=True),
+    "qnli":     Task(GLUE, "qnli", "question sentence", "entailment not_entailment",
+                     submits_names=True),
+    "rte":      Task(GLUE, "rte", labels="entailment not_entailment", submits_names=True),
     # CLUE; OCNLI and CMNLI order their labels unlike MNLI
     "ocnli":    Task(CLUE, "ocnli", labels="neutral entailment contradiction"),
     "cmnli":    Task(CLUE, "cmnli", labels="neutral entailment contradiction"),
@@ -323,13 +325,13 @@ TASKS["toy-qa"] = Task("toy-qa", "film", **QUESTIONS, further="toy-qa-food")
 TASKS["toy-qa-food"] = Task("toy-qa", "food", **QUESTIONS)
 TASKS["xquad"] = Task(XTREME, "SQuAD", **QUESTIONS, further="xquad")
 TASKS["mlqa"] = Task(XTREME, "SQuAD", **QUESTIONS, further="mlqa")
-TASKS["tydiqa"] = Task(XTREME, "tydiqa", **QUESTIONS, only="english-", further="tydiqa")
+TASKS["tydiqa"] = Task(XTREME, "tydiqa", **QUESTIONS, id_prefix="english-", further="tydiqa")
 add_languages("xquad", XQUAD_LANGUAGES, lambda language: Task(
     "google/xquad", f"xquad.{language}", **QUESTIONS))
 add_languages("mlqa", MLQA_LANGUAGES, lambda language: Task(
     XTREME, f"MLQA.{language}.{language}", **QUESTIONS, validation="test", language=language))
 add_languages("tydiqa", TYDIQA_LANGUAGES, lambda language: Task(
-    XTREME, "tydiqa", **QUESTIONS, only=f"{language}-"))
+    XTREME, "tydiqa", **QUESTIONS, id_prefix=f"{language}-"))
 
 # Asked as XTREME does: Tatoeba from English to the other language, BUCC to English.
 BUCC_LANGUAGES = "de fr ru zh".split()
@@ -947,10 +949,8 @@ def read_texts(table, task, where):
     """
     found = {}
     for column in task.columns:
-        if column not in column_names(table):
-            raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
         texts = []
-        for row, cell in enumerate(cells_of(table, column), 1):
+        for row, cell in enumerate(needed_cells(table, column, where), 1):
             if is_missing(cell):
                 raise UserError(f"{where}: row {row}: no text in column {column!r}")
             texts.append(text_of(cell, row, column, where))
@@ -994,6 +994,20 @@ def column_names(table):
 def cells_of(table, column):
     """A column of a dict of lists or of a Dataset as a list. (A Dataset's own reads row by row.)"""
     return table[column][:]
+
+
+def needed_cells(table, column, where):
+    """`cells_of`. UserError if there is no such column."""
+    if column not in column_names(table):
+        raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
+    return cells_of(table, column)
+
+
+def cells_or_none(table, column, count):
+    """`cells_of`; where there is no such column, None for each of `count` rows."""
+    if column not in column_names(table):
+        return [None] * count
+    return cells_of(table, column)
 
 
 def raw_labels(table, task, where):
@@ -1096,11 +1110,12 @@ def read_generate(table, task, where):
     It is "" where it is not given.
     """
     texts = read_texts(table, task, where)
-    targets = [""] * len(texts[task.columns[0]])
-    if task.label in column_names(table):
-        for row, cell in enumerate(cells_of(table, task.label)):
-            if not is_missing(cell):
-                targets[row] = text_of(cell, row + 1, task.label, where).strip()
+    targets = []
+    for row, cell in enumerate(cells_or_none(table, task.label, len(texts[task.columns[0]])), 1):
+        target = ""
+        if not is_missing(cell):
+            target = text_of(cell, row, task.label, where).strip()
+        targets.append(target)
     return make_rows(texts, targets, "string", ids_of(table, where))
 
 
@@ -1125,7 +1140,7 @@ def none_given(label):
     return not label
 
 
-def shown(cell):
+def as_text(cell):
     """A text, or a list as one."""
     if isinstance(cell, list):
         return " ".join(map(str, cell))
@@ -1136,7 +1151,7 @@ def count_empty_texts(task, rows):
     """How many rows have a text, one or both, that is empty or blank."""
     is_empty = np.zeros(len(rows), bool)
     for name in task.columns:
-        is_empty |= [not shown(text).strip() for text in cells_of(rows, name)]
+        is_empty |= [not as_text(text).strip() for text in cells_of(rows, name)]
     return int(is_empty.sum())
 
 
@@ -1178,8 +1193,6 @@ def general_texts(where):
         return toy_corpus()
     if re.search(r"\.(csv|tsv|json|jsonl)(\.gz)?$", where.lower()):
         table = read_file(where, "--unlabeled")
-        if "text" not in table:
-            raise UserError(f"--unlabeled {where}: no column 'text' among {[*table]}")
         return read_texts(table, Task("", text="text"), f"--unlabeled {where}")["text"]
     is_path = where.endswith(".txt") or where.startswith((".", "/", "~"))
     if is_path and not os.path.exists(where):
@@ -1256,14 +1269,18 @@ def fields_of(table, pad_token_id):
     return fields
 
 
-def make_cache_folder(folder):
-    """UserError if it cannot be made, or not be written into."""
+def make_cache_folder(folder, flag="HF_HOME", way_out=""):
+    """UserError if it cannot be made, or not be written into. flag: what says where it is.
+
+    way_out: what to do then, the end of the message.
+    """
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"HF_HOME: cannot make the folder {folder}: {error.strerror}") from error
+        raise UserError(f"{flag}: cannot make the folder {folder}: {error.strerror}"
+                        f"{way_out}") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"HF_HOME: cannot write into the folder {folder}")
+        raise UserError(f"{flag}: cannot write into the folder {folder}{way_out}")
 
 
 def flat(column, fill):
@@ -1504,9 +1521,9 @@ class Batches:
 
     Any step can be had at once: the order is a function of (seed, epoch) alone. Rows are shuffled,
     cut into large chunks, sorted by length within each, cut into batches, and the batches shuffled;
-    the last one is topped up with the epoch's first rows. Process `rank` takes rows[rank::world] of
-    each batch. Rows of two sides, two sentences apart or a text and what is to be written, are put
-    into batches by both lengths, see `halve`.
+    the last one is topped up with the epoch's first rows. Process `rank` of `processes` takes
+    rows[rank::processes] of each batch. Rows of two sides, two sentences apart or a text and what
+    is to be written, are put into batches by both lengths, see `halve`.
 
     tokens: a batch is not `batch_size` rows but about that many tokens, labels that are lists
     counted in: ceil(all tokens / tokens) batches an epoch, of equal size to within two rows, with
@@ -1524,13 +1541,13 @@ class Batches:
     # Lengths are blurred by 2%, so that no two epochs are alike.
     JITTER = 0.02
 
-    def __init__(self, split, batch_size, seed, rank=0, world=1, micro=0, batching="length",
-                 width=0, tokens=0, target_width=0):
+    def __init__(self, split, batch_size, seed, rank=0, processes=1, micro=0,
+                 batching="length", width=0, tokens=0, target_width=0):
         self.split = split
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
-        self.world = world
+        self.processes = processes
         self.micro = micro or batch_size or len(split)
         self.batching = batching
         self.widths = (width, target_width) if batching == "padded" else (0, 0)
@@ -1549,14 +1566,15 @@ class Batches:
     def count_by_tokens(self):
         total = int(self.sizes.sum())
         count = math.ceil(total / self.tokens)
-        most = len(self.split) // self.world
+        most = len(self.split) // self.processes
         if not most:
-            raise UserError(f"--batch_tokens {self.tokens}: {self.world} processes need a row "
+            raise UserError(f"--batch_tokens {self.tokens}: {self.processes} processes need a row "
                             f"each; there are {len(self.split)}")
         if count > most:
             raise UserError(f"--batch_tokens {self.tokens}: the rows have "
                             f"{total / len(self.split):.0f} tokens on average; must be at least "
-                            f"{math.ceil(total / most)}, a row for each of {self.world} processes")
+                            f"{math.ceil(total / most)}, a row for each of {self.processes} "
+                            "processes")
         return count
 
     def rows(self, step):
@@ -1579,7 +1597,7 @@ class Batches:
 
         if self.two_sided:
             lengths = [self.blurred(side, rng) for side in self.relative_lengths]
-            batches = self.halve(rows, self.per_epoch, lengths, self.sizes, self.world)
+            batches = self.halve(rows, self.per_epoch, lengths, self.sizes, self.processes)
         else:
             batches = self.cut(self.sort(rows, self.blurred(self.split.lengths[rows], rng)))
         return [batches[i] for i in rng.permutation(self.per_epoch)]
@@ -1628,7 +1646,7 @@ class Batches:
     def cut(self, rows):
         """Rows in order as an epoch's batches: of batch_size rows, or of about equal tokens."""
         if self.tokens:
-            return self.halve(rows, self.per_epoch, [], self.sizes, self.world)
+            return self.halve(rows, self.per_epoch, [], self.sizes, self.processes)
         return rows.reshape(-1, self.batch_size)
 
     def passes(self, rows):
@@ -1649,7 +1667,7 @@ class Batches:
 
     def __getitem__(self, step):
         batch = []
-        for rows in self.passes(self.rows(step)[self.rank::self.world]):
+        for rows in self.passes(self.rows(step)[self.rank::self.processes]):
             inputs = self.split.collate(rows, *self.widths)
             for name, mask in inputs.items():
                 if name.startswith("attention_mask"):
@@ -1907,7 +1925,7 @@ def file_of_classes(name, task, kept, split):
     """For GLUE its submission format, an index and a label; for others also all probabilities."""
     labels = [class_text(task, logits) for logits in kept]
     if is_submission(task, name):
-        if not task.names:
+        if not task.submits_names:
             labels = [str(task.label_names.index(label)) for label in labels]
         return as_tsv(["prediction"], [labels])
 
@@ -1966,13 +1984,9 @@ def read_tags(table, task, where):
     """
     import datasets
     column = task.columns[0]
-    if column not in column_names(table):
-        raise UserError(f"{where}: no column {column!r} among {column_names(table)}")
+    sentences = needed_cells(table, column, where)
+    given = cells_or_none(table, task.label, len(sentences))
     index = class_index(table, task)
-    sentences = cells_of(table, column)
-    given = [None] * len(sentences)
-    if task.label in column_names(table):
-        given = cells_of(table, task.label)
     labels = []
     for row, (words, tags) in enumerate(zip(sentences, given), 1):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -2154,20 +2168,17 @@ def read_span(table, task, where):
     """Rows with id, question and context, "label", the texts of the answers, and "starts".
 
     starts: where each answer stands in the context, the place nearest to the given `answer_start`
-    (which is moved in some sets); -1 where the context has it not. task.only: only rows whose id
-    begins so.
+    (which is moved in some sets); -1 where the context has it not. task.id_prefix: of only these
+    rows.
     """
     import datasets
     texts = read_texts(table, task, where)
     count = len(texts["context"])
     ids = ids_of(table, where) or [str(row) for row in range(count)]
-    answers = [None] * count
-    if task.label in column_names(table):
-        answers = cells_of(table, task.label)
-
+    answers = cells_or_none(table, task.label, count)
     rows = []
     for row in range(count):
-        if not ids[row].startswith(task.only):
+        if not ids[row].startswith(task.id_prefix):
             continue
         given = answers[row] or {"text": [], "answer_start": []}
         if not are_answers(given):
@@ -2181,7 +2192,7 @@ def read_span(table, task, where):
         rows.append({"id": ids[row], "question": texts["question"][row], "context": context,
                      "label": given["text"], "starts": starts})
     if not rows:
-        raise UserError(f"{where}: has no row whose id begins with {task.only!r}")
+        raise UserError(f"{where}: has no row whose id begins with {task.id_prefix!r}")
     text = datasets.Value("string")
     features = datasets.Features({
         "id": text, "question": text, "context": text, "label": datasets.List(text),
@@ -2385,10 +2396,14 @@ def tokenise_retrieve(rows, task, tokenizer, max_length, separate=True):
     return tokenise_texts(rows, task, tokenizer, max_length, separate=True)
 
 
+def unit(x):
+    """The vectors x (..., H), each made 1 long."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
 def score_retrieve(task, trained, kept, split):
     """{"accuracy"}: how often the nearest candidate, by the cosine, is the right one."""
-    both = np.stack(kept)                                               # (n, 2, H)
-    both = both / np.maximum(np.linalg.norm(both, axis=2, keepdims=True), 1e-12)
+    both = unit(np.stack(kept))                                         # (n, 2, H)
     asked = both[:, 0]
     candidates = both[:, 1]
     right = 0
@@ -2407,32 +2422,32 @@ KINDS = {
     "classify": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
-        forward=logits_of, collect=collect_rows, score=score_predictions, text=class_text,
+        forward=logits_of, collect=collect_rows, score=score_predictions, in_words=class_text,
         file=file_of_classes, answer="a class", predictions=predicted_classes),
     "regress": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_regress, hidden=math.isnan, tokenise=tokenise_texts, forward=logits_of,
-        collect=collect_rows, score=score_predictions, text=number_text, file=file_of_numbers,
+        collect=collect_rows, score=score_predictions, in_words=number_text, file=file_of_numbers,
         answer="a number (regression)", predictions=predicted_numbers),
     "generate": Kind(
         auto_class="AutoModelForSeq2SeqLM", read=read_generate, hidden=none_given,
         tokenise=tokenise_generate, forward=decoded, collect=collect_texts, score=score_texts,
-        text=same_text, file=file_of_texts, answer="a text", eval_size=size_for_beams,
+        in_words=same_text, file=file_of_texts, answer="a text", eval_size=size_for_beams,
         decodes=True),
     "tag": Kind(
         auto_class="AutoModelForTokenClassification", settings=head_settings,
         read=read_tags, hidden=hidden_tags, comparable=same_tags, tokenise=tokenise_tags,
-        forward=logits_of, collect=collect_tags, score=score_tags, text=tags_text,
+        forward=logits_of, collect=collect_tags, score=score_tags, in_words=tags_text,
         file=file_of_tags, answer="a tag for each word", by_token=True),
     "span": Kind(
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
-        read=read_span, hidden=none_given, tokenise=tokenise_span, forward=logits_of,
-        collect=collect_spans, score=score_spans, text=span_text, file=file_of_spans,
-        answer="a part of the text", by_token=True, passages=True),     # G-Tuning has its forward
+        read=read_span, hidden=none_given, tokenise=tokenise_span, collect=collect_spans,
+        score=score_spans, in_words=span_text, file=file_of_spans, answer="a part of the text",
+        by_token=True, passages=True),
     "retrieve": Kind(
         auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,
-        tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve, text=vector_text,
-        answer="a sentence"),
+        tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve,
+        in_words=vector_text, answer="a sentence"),
 }
 
 
@@ -2629,7 +2644,7 @@ def describe(task, split, rows, tokenizer):
     counted = rows
     if len(rows) > COUNTED:
         counted = rows.shuffle(seed=0).select(range(COUNTED))
-    texts = [" ".join(shown(row[column]) for column in task.columns) for row in counted]
+    texts = [" ".join(as_text(row[column]) for column in task.columns) for row in counted]
     unit = "words"
     lengths = [len(text.split()) for text in texts]
     if tokenizer is not None:
@@ -2649,11 +2664,11 @@ def describe(task, split, rows, tokenizer):
             for tag in label:
                 is_id = isinstance(tag, int) and tag >= 0
                 named.append(task.label_names[tag] if is_id else tag)
-            label = shown(named)
+            label = as_text(named)
         elif task.label_names and label >= 0:
             label = task.label_names[label]
-        cells = [str(label)[:160], " | ".join(shown(row[column])[:160] for column in task.columns)]
-        print("    " + ": ".join(cells).replace("\n", " / "))
+        cells = " | ".join(as_text(row[column])[:160] for column in task.columns)
+        print(f"    {str(label)[:160]}: {cells}".replace("\n", " / "))
 
 
 def main(argv=None):

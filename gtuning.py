@@ -492,12 +492,14 @@ class Texts:
 
     def __init__(self, args, setup, world):
         import common
+        import data
         self.world = world
         self.folder = args.cache_dir
         if args.no_cache or args.tune == "all":
             self.folder = None
         else:
-            common.check_cache_dir(self.folder)        # refused before any run
+            data.make_cache_folder(                    # refused before any run
+                self.folder, "--cache_dir", "; use another folder, or --no_cache")
         self.pair = "input_ids_2" in setup.train.fields
         rows = len(common.training_rows(setup, args, args.seeds[0]))
         self.M = None
@@ -891,17 +893,16 @@ def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
     texts: the Texts that may have g's states; None: all is encoded.
     """
     import common
-    import data
+    by_logits = {}
     to_retrieve = {}
-    others = {}
     for name, (task, split) in sets.items():
-        if data.KINDS[task.kind].forward is None:      # a kind without logits
+        if task.kind == setup.task.kind:
+            by_logits[name] = task, split
+        else:                                          # what also_scores lets in
             to_retrieve[name] = task, split
-        else:
-            others[name] = task, split
     if texts is not None:
-        others = texts.sets_with_states(f, others)
-    scores = common.evaluate(f.logits, f, others, setup, world, folder)
+        by_logits = texts.sets_with_states(f, by_logits)
+    scores = common.evaluate(f.logits, f, by_logits, setup, world, folder)
     if not to_retrieve:
         return scores
 
@@ -988,14 +989,6 @@ def use_finished(args, runs, setup, world, started):
 
 # ----------------------------------------------------------------------------------------  Figure 2
 
-def principal_axes(x):
-    """A cloud (n, H) by its first two principal axes, its mean at 0: (n, 2)."""
-    import numpy as np
-    x = x - x.mean(0)
-    axes = np.linalg.svd(x, full_matrices=False)[2][:2]                  # (2, H)
-    return x @ axes.T
-
-
 def clouds_of(f, setup, world):
     """f(x) of 200 sentences in domain and of 200 out of it, or fewer where the set is smaller.
 
@@ -1022,12 +1015,6 @@ def embed(folder, f, setup, world):
     return in_domain, out_of_domain
 
 
-def unit(x):
-    """Vectors (n, H) of length 1."""
-    import numpy as np
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
 CLOUDS_STYLE = """
 :root { --in: #c2410c; --out: #2563eb }
 @media (prefers-color-scheme: dark) { :root { --in: #fb923c; --out: #60a5fa } }
@@ -1051,7 +1038,7 @@ def projected(projection, perplexity, clouds):
     for run, both in clouds.items():
         x = np.concatenate(both)                                         # (points, H)
         if projection == "pca":
-            points[run] = principal_axes(x)
+            points[run] = common.principal_axes(x - x.mean(0))
             continue
         try:
             points[run] = common.tsne(x, perplexity)
@@ -1118,13 +1105,14 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     clouds, (n, H) each}. Only the runs of the first seed are drawn.
     """
     import common
+    import data
     first_folder = next(iter(clouds_of_folders))
     before = clouds_before_training(args, setup, first_folder, world)
-    clouds = {BEFORE: [unit(cloud) for cloud in before]}
+    clouds = {BEFORE: [data.unit(cloud) for cloud in before]}
     results_drawn = {}                                 # {run: results}, those of the first seed
     for folder, both in clouds_of_folders.items():
         run = os.path.basename(os.path.abspath(folder))
-        clouds[run] = [unit(cloud) for cloud in both]
+        clouds[run] = [data.unit(cloud) for cloud in both]
         results = common.read_results(folder)
         if results["seed"] == args.seeds[0]:
             results_drawn[run] = results

@@ -1508,7 +1508,7 @@ def test_processes_and_micro_batches_share_a_batch(world, micro, thousand):
     whole = data.Batches(thousand, 16, seed=1).rows(5)
     found = []
     for rank in range(world):
-        batch = data.Batches(thousand, 16, seed=1, rank=rank, world=world, micro=micro)[5]
+        batch = data.Batches(thousand, 16, seed=1, rank=rank, processes=world, micro=micro)[5]
         rows = row_numbers(batch)
         assert sorted(rows) == sorted(whole[rank::world].tolist())
         assert max(len(inputs["labels"]) for inputs in batch) == (micro or 16 // world)
@@ -1947,10 +1947,10 @@ def test_the_rate_is_told_where_no_recipe_sets_it(tiny_folder, tmp_path, cache, 
 def test_each_machine_makes_its_folders_once(rank, local_rank, before, monkeypatch):
     """Two machines of two processes: rank 0, then the other machine's first, then the others."""
     seen = []
-    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setattr(common.World, "barrier", lambda self: seen.append("barrier"))
     world = common.World.__new__(common.World)
     world.rank = rank
+    world.local_rank = local_rank
     with world.in_turns():
         seen.append("block")
     assert seen.index("block") == before and len(seen) == 3
@@ -2397,7 +2397,7 @@ def test_the_report_that_is_named_at_the_end_can_be_made(tiny_folder, tmp_path, 
         *_, line = capsys.readouterr().out.splitlines()
         words = shlex.split(line.partition("what the differences show: python common.py ")[2])
         table, = common.main_report(words)
-        assert [*table.columns] == ["std", other] and len(table.runs) == 2
+        assert [*table.methods] == ["std", other] and len(table.runs) == 2
     assert words[2:] == ["--out", str(tmp_path / "out/custom")]
 
 
@@ -3379,7 +3379,7 @@ r3f | --grid_seeds 2 | --grid_seeds: needs --grid
 r3f | --grid lr=1,2 --dev_samples 20 --grid_seeds 9 | --grid_seeds 9: must be at most the number
 r3f | --probe_recipe converged | --probe_recipe converged: needs --probe
 r3f | --probe run --probe_tasks rte --probe_recipe converged --lr 1e-3 | --lr: cannot go together
-gtuning | --cache_dir AFILE/x | --cache_dir AFILE/x: cannot be made: Not a directory; use another
+gtuning | --cache_dir AFILE/x | --cache_dir: cannot make the folder AFILE/x: Not a directory; use
 """.strip().splitlines()
 
 # One case a line: training file, validation file, further flags, and what the line must say.
@@ -3714,9 +3714,9 @@ def test_numbers(tmp_path, capsys):
     write_runs(tmp_path / "runs", tasks=["rte"])
     table, = common.main_report([str(tmp_path / "runs")])
     text = capsys.readouterr().out
-    assert table.columns == ["std", "more"]
+    assert table.methods == ["std", "more"]
 
-    cells = common.score_cells(table.rows["rte", "validation", "accuracy"]["std"].values())
+    cells = common.score_cells(table.scores["rte", "validation", "accuracy"]["std"].values())
     assert cells == ["8", "61.62", "1.41", "61.50", "64.00"]
     difference = table.differences["rte", "validation", "accuracy"]["more"]
     assert (difference.n, difference.wins, difference.losses) == (8, 8, 0)
@@ -3726,7 +3726,7 @@ def test_numbers(tmp_path, capsys):
     assert difference.low == pytest.approx(13 / 8 - half, abs=1e-3)
     assert difference.high == pytest.approx(13 / 8 + half, abs=1e-3)
     assert difference.p == 2 / 2**8
-    assert difference.verdict(difference.p) == "better"
+    assert difference.verdict() == "better"
 
     assert re.search(r"mean +61\.62 +63\.25", text)
     assert re.search(r"more +\+1\.62 +\+1\.00 to \+2\.25 +0\.008 +better +8-0 +0\.74 +8", text)
@@ -3754,11 +3754,10 @@ def test_over_tasks(tmp_path, capsys):
             write_run(folder, results_of(task, "same", seed, score))
     table, = common.main_report([str(folder)])
     total = table.over_tasks["tasks", "more"]
-    difference = total.difference
-    assert (difference.n, difference.p, total.p, total.methods) == (6, 0.03125, 0.0625, 2)
-    assert difference.mean == pytest.approx(5 / 3)
-    assert difference.verdict(total.p, total.methods) == "too few to show"
-    assert table.over_tasks["further sets", "more"].difference.n == 6
+    assert (total.n, total.p, total.corrected_p, total.tests) == (6, 0.03125, 0.0625, 2)
+    assert total.mean == pytest.approx(5 / 3)
+    assert total.verdict() == "too few to show"
+    assert table.over_tasks["further sets", "more"].n == 6
     assert ("further sets", "same") not in table.over_tasks
     assert table.tasks == ["cola", "sst2", "mrpc", "qqp", "qnli", "rte"]  # as in data.TASKS
     out = capsys.readouterr().out
@@ -3834,16 +3833,16 @@ def test_methods_on_other_rows_of_the_same_file_are_refused(tmp_path):
 
 def test_no_difference_and_worse():
     none = common.summarise_differences([1.0, -1.0, 2.0, -2.0, 0.5, -0.6])
-    assert none.verdict(none.p) == "no difference shown"
+    assert none.verdict() == "no difference shown"
     worse = common.summarise_differences([-1.0, -1.1, -1.2, -0.9, -1.3, -1.4])
-    assert worse.verdict(worse.p) == "worse"
-    assert worse.verdict(1.0) == "no difference shown"
+    assert worse.verdict() == "worse"
+    assert dataclasses.replace(worse, corrected_p=1.0).verdict() == "no difference shown"
 
     # It takes both: the test, and an interval without 0.
-    both = common.Difference(8, 1.0, 1.0, -0.1, 2.1, 0.04, 7, 1)
-    assert both.verdict(0.04) == "no difference shown"
-    interval = common.Difference(8, 1.0, 1.0, 0.1, 1.9, 0.06, 7, 1)
-    assert interval.verdict(0.06) == "no difference shown"
+    both = common.Difference(8, 1.0, 1.0, -0.1, 2.1, 0.04, 7, 1, corrected_p=0.04)
+    assert both.verdict() == "no difference shown"
+    interval = common.Difference(8, 1.0, 1.0, 0.1, 1.9, 0.06, 7, 1, corrected_p=0.06)
+    assert interval.verdict() == "no difference shown"
     alone = common.summarise_differences([1.0])
     assert math.isnan(alone.std) and alone.p == 1
 
@@ -3868,7 +3867,7 @@ def test_flags_that_are_the_method(tmp_path, capsys):
         write_run(tmp_path / "runs" / "other", results)
     assert "--lam is not the same for the runs of more on rte" in refused_report(folder)
     table, = common.main_report([str(folder), "--by", "lam"])
-    assert table.columns == ["std", "more lam=1.0", "more lam=5.0", "std weight_noise=0.15"]
+    assert table.methods == ["std", "more lam=1.0", "more lam=5.0", "std weight_noise=0.15"]
 
 
 def test_without_std_the_adapter_is_the_baseline(tmp_path):
@@ -4080,7 +4079,7 @@ REPEATED = {"toy-noise": {"r3f eps=1e-05 share_dropout=False"},
 def in_the_readme(difference):
     """A difference as the README's tables have it."""
     mean = f"{difference.mean:+.2f}"
-    if difference.verdict(difference.p) in ("better", "worse"):
+    if difference.verdict() in ("better", "worse"):
         mean = f"**{mean}**"
     return f"{mean} ({difference.low:+.2f} to {difference.high:+.2f})"
 
@@ -4098,7 +4097,7 @@ def in_kept_lines(wanted, folder):
     """What a Cell says: scores of the baseline, else a difference to it."""
     table = kept_table(wanted.file, folder, wanted.baseline)
     if wanted.column == table.baseline:
-        scores = [*table.rows[wanted.key][wanted.column].values()]
+        scores = [*table.scores[wanted.key][wanted.column].values()]
         return f"{np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f}"
     difference = table.differences[wanted.key][wanted.column]
     told = in_the_readme(difference)
@@ -4132,7 +4131,7 @@ def test_no_method_of_kept_lines_is_left_out_of_the_readmes_tables(tmp_path):
     del used["rivals"]                                 # a sentence tells the others, of three seeds
     for file, columns in used.items():
         table = kept_table(file, tmp_path)
-        not_used = set(table.columns) - columns - REPEATED.get(file, set())
+        not_used = set(table.methods) - columns - REPEATED.get(file, set())
         assert not_used <= {table.baseline}
 
 
@@ -4174,8 +4173,8 @@ def test_lines_know_the_flags_that_they_were_kept_with(tmp_path):
     assert "--lam is not the same" in refused_report(folder)
     before, = common.main_report([str(folder), *flags, "--keep", kept])
     after, = common.main_report([kept])
-    assert after.columns == before.columns == ["more lam=0.5", "more lam=1.0"]
-    assert after.rows == before.rows
+    assert after.methods == before.methods == ["more lam=0.5", "more lam=1.0"]
+    assert after.scores == before.scores
 
     # Nor do lines that are added take anything from runs with a flag of METHOD_FLAGS.
     for seed in range(2):
@@ -4186,14 +4185,14 @@ def test_lines_know_the_flags_that_they_were_kept_with(tmp_path):
     for name in ("plain", "noisy", "third"):
         common.main_report([str(tmp_path / name), "--keep", str(both)])
     assert len(both.read_text().splitlines()) == 6
-    assert common.main_report([str(both)])[0].columns == ["std", "r3f", "std weight_noise=0.15"]
+    assert common.main_report([str(both)])[0].methods == ["std", "r3f", "std weight_noise=0.15"]
 
     # Lines that are added with flags of their own take nothing from those that are there.
     for seed in range(2):
         write_run(tmp_path / "other", results_of("mrpc", "other", seed, 60, eps=1.0))
     common.main_report([str(tmp_path / "other"), "--by", "eps", "--keep", kept])
     again, = common.main_report([kept])
-    assert again.columns == [*before.columns, "other eps=1.0"]
+    assert again.methods == [*before.methods, "other eps=1.0"]
     lines = open(kept).read().splitlines()
     of_rte = [i for i, line in enumerate(lines) if json.loads(line)["task"] == "rte"]
     assert json.loads(lines[of_rte[0]])["by"][0] == "lam"
@@ -4225,7 +4224,7 @@ def test_each_file_of_lines_is_a_table(tmp_path, capsys):
     assert "--train_samples" in refused_report(full, "--keep", tmp_path / "kept" / "small.jsonl")
     tables = common.main_report([str(tmp_path / "kept")])
     assert [table.title for table in tables] == ["full", "small"]
-    assert tables[0].rows == common.main_report([str(full)])[0].rows
+    assert tables[0].scores == common.main_report([str(full)])[0].scores
     out, _ = printed(capsys, tmp_path / "kept" / "small.jsonl")
     assert out == printed(capsys, small)[0]
 
@@ -6023,7 +6022,7 @@ def real_share(batches):
     split = batches.split
     computed = np.zeros(2)
     for step in range(batches.per_epoch):
-        for rows in batches.passes(batches.rows(step)[batches.rank::batches.world]):
+        for rows in batches.passes(batches.rows(step)[batches.rank::batches.processes]):
             computed[0] += len(rows) * split.lengths[rows].max()
             computed[1] += len(rows) * split.target_lengths[rows].max()
     return split.lengths.sum() / computed[0], split.target_lengths.sum() / computed[1]
@@ -7615,9 +7614,11 @@ def folders(toy, tmp_path_factory):
 WANTED = "must be the folder of a finished run of std, tdt, tdt-hard, cutoff: "
 BAD = [
     (["--run", "R3F", "--drop"], f"--run R3F: {WANTED}its method is r3f"),
-    (["--run", "ODD", "--drop"], f"--run ODD: {WANTED}its method is"),
+    (["--run", "ODD", "--drop"],
+     f"--run ODD: {WANTED}ODD/results.json: is damaged ('method' is missing or wrong"),
     (["--run", "SHORT", "--drop"], f"--run SHORT: {WANTED}SHORT/results.json: is damaged"),
-    (["--run", "NOSEED", "--drop"], f"--run NOSEED: {WANTED}its results.json has no task"),
+    (["--run", "NOSEED", "--drop"],
+     f"--run NOSEED: {WANTED}NOSEED/results.json: is damaged ('seed' is missing"),
     (["--run", "LIST", "--drop"], f"--run LIST: {WANTED}LIST/results.json: is damaged"),
     (["--run", "TORN", "--drop"], f"--run TORN: {WANTED}TORN/results.json: is damaged"),
     (["--run", "NOTHING", "--drop"], f"--run NOTHING: {WANTED}"),
@@ -8084,7 +8085,7 @@ def test_a_cloud_can_be_made_with_the_confidences_of_another_model(hard):
 def test_variants_are_made_as_the_run_was_trained(tmp_path):
     small_tdt().model.save_pretrained(tmp_path / "std" / "model")
     settings = {"mu0": "zero", "variant": "released", "tau": 0.5}
-    results = {"method": "tdt-hard", "args": settings, "metrics": {}}
+    results = {"task": "rte", "method": "tdt-hard", "seed": 0, "args": settings, "metrics": {}}
     write(tmp_path / "results.json", json.dumps(results))
     world = types.SimpleNamespace(device="cpu")
     module = tdt.load_run(str(tmp_path / "std"), "std", world, 4, like=str(tmp_path))
@@ -8909,7 +8910,10 @@ def test_the_maps_of_figure_2(projection):
     if projection == "tsne":                           # each map has its own scale
         assert reaches[0] == pytest.approx(reaches[1], abs=0.2)
     else:
-        axes = [gtuning.principal_axes(np.concatenate(both)) for both in runs.values()]
+        axes = []
+        for both in runs.values():
+            vectors = np.concatenate(both)
+            axes.append(common.principal_axes(vectors - vectors.mean(0)))
         scales = [most / np.abs(xy).max() for most, xy in zip(reaches, axes)]
         assert scales[0] == pytest.approx(scales[1], rel=0.01)
         assert reaches[0] != pytest.approx(reaches[1], abs=1)
@@ -9422,7 +9426,8 @@ def test_an_answer_stands_where_its_text_is_nearest():
     rows = data.read_span(span_rows(("a", "?", context, "plot", 14), ("b", "?", context, "plot", 0),
                                     ("c", "?", context, "soup", 3)), QUESTIONS, "here")
     assert rows["starts"][:] == [[16], [4], [-1]]
-    english = data.Task("custom", "", "question context", kind="span", label="answers", only="b")
+    english = data.Task("custom", "", "question context", kind="span", label="answers",
+                        id_prefix="b")
     assert data.read_span(span_rows(("a", "?", context, "plot", 0), ("b", "?", context, "is", 9)),
                           english, "here")["id"][:] == ["b"]
 
@@ -9506,7 +9511,7 @@ def test_every_language_has_its_questions():
     sizes = {group: len(data.GROUPS[group]) for group in ("xquad", "mlqa", "tydiqa")}
     assert sizes == {"xquad": 11, "mlqa": 7, "tydiqa": 9}
     assert data.TASKS["mlqa-zh"].language == "zh" and not data.TASKS["xquad-zh"].language
-    assert data.TASKS["tydiqa"].only == "english-"
+    assert data.TASKS["tydiqa"].id_prefix == "english-"
 
 
 @beside
