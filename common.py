@@ -14,6 +14,7 @@
     10  masked language modelling      toy_model, post_trained
 """
 import argparse
+import collections
 import contextlib
 import csv
 import datetime
@@ -840,13 +841,15 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
     also_scores: see data.load. options: of the kind's `tokenise` in data.py. perturb: one more of
     them, for the training rows alone.
     """
+    if check and not args.own_files:                   # before anything is downloaded
+        check(data.TASKS[args.task])
     with world.in_turns():
         rows = data.load(args, also_scores)
     if args.choosing:                                  # by the held-out rows alone
         rows = rows._replace(validation={}, further={}, unscored={})
     for line in rows.warnings:
         world.say(f"warning: {line}")
-    if check:
+    if check and args.own_files:
         check(rows.task)
     kind = data.KINDS[rows.task.kind]
     if args.batch_tokens and not kind.decodes:
@@ -1358,10 +1361,12 @@ def keep_predicted(folder, name, task, kept, split, setup, world):
     """
     if setup.kind.decodes:
         write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
-    texts = {setup.kind.in_words(setup.task, output) for output in kept}
-    if len(texts) == 1 and len(kept) > 1:
-        world.say(f"warning: {folder}: all {len(kept)} rows of {name} are predicted as "
-                  f"{texts.pop()!r}")
+    if setup.kind.in_words:
+        texts = {setup.kind.in_words(setup.task, output) for output in kept}
+        if len(texts) == 1 and len(kept) > 1:
+            text = textwrap.shorten(texts.pop(), 60, placeholder=" ...")
+            world.say(f"warning: {folder}: all {len(kept)} rows of {name} are predicted as "
+                      f"{text!r}")
     if not setup.kind.predictions:
         return {}
     return {f"{name}:predictions": setup.kind.predictions(task, setup.task, kept),
@@ -1940,6 +1945,7 @@ class Run:
             with self.writing(folder):                 # without results.json it is not finished
                 if not self.args.choosing:             # of those only the score is wanted
                     write_model(folder)
+                    data.forget_lengths(tokenizer)
                     tokenizer.save_pretrained(folder)
                     for name in [*os.listdir(folder), "."]:
                         sync(os.path.join(folder, name))
@@ -2338,6 +2344,9 @@ def best_cell(main, argv, method, args, cells):
     """The combination with the best score, by runs of each; the only one without a run."""
     if len(cells) == 1:
         return cells[0]
+    if process_rank() == 0:
+        print(f"{args.task}, {method}: {len(cells)} settings to try, with "
+              f"{plural(args.grid_seeds, 'run')} each")
     scores = []
     for cell in cells:
         try:
@@ -3831,8 +3840,29 @@ def relative_costs(table, task, method):
 
 def remarks(table):
     """What has to be said of a table, in whole sentences."""
-    return [remark_on_intervals(table), *remarks_on_seeds(table), *remarks_on_tasks(table),
-            *remarks_on_choice(table)]
+    return [*remarks_on_one_prediction(table), remark_on_intervals(table),
+            *remarks_on_seeds(table), *remarks_on_tasks(table), *remarks_on_choice(table)]
+
+
+def remarks_on_one_prediction(table):
+    """Which runs predict the same for all rows of their first set: they have learned nothing."""
+    alike = collections.Counter()                      # (task, set, method)
+    for run in table.runs:
+        name = next(iter(run.line["metrics"]))
+        predictions = predictions_of(run).get(f"{name}:predictions", [])
+        if len(predictions) > 1 and np.all(predictions == predictions[0]):
+            alike[run.task, name, run.method] += 1
+    return [f"{count} of {plural(len(table.runs_of(task, method)), 'run')} of {method} on {task} "
+            f"predict the same for all rows of {name}: they have learned nothing."
+            for (task, name, method), count in alike.items()]
+
+
+def predictions_of(run):
+    """What a run's folder has in scored.npz; nothing where it is damaged, as --rows will say."""
+    try:
+        return read_scored(os.path.join(run.where, "scored.npz"))
+    except UserError:
+        return {}
 
 
 def remark_on_intervals(table):
@@ -3954,8 +3984,8 @@ def remarks_on_choice(table):
         said.append(f"Settings that were tried for each method before: {counts}.")
     if any(run.line.get("searched") or run.line.get("best") for run in table.runs
            if run.flags.get("dev_samples")):
-        said.append("By the held-out rows flags or states were chosen: their scores are too high, "
-                    "and differences on them show nothing.")
+        said.append("Flags or states were chosen by the held-out rows: scores of these are too "
+                    "high, and differences on them show nothing.")
     for task in table.tasks:
         if len(table.devices_of(task)) > 1:
             said.append(f"{task} ran on different machines; costs are compared on the same one "
@@ -4695,6 +4725,7 @@ def save_made(model, tokenizer, folder):
     try:
         with writing(folder):
             model.save_pretrained(unfinished)
+            data.forget_lengths(tokenizer)
             tokenizer.save_pretrained(unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -60,7 +60,6 @@ class Kind:
     tokenise      (rows, task, tokenizer, max_length, ...) -> {field: a value or a list per row}
     collect       (outputs, labels, tokenizer) -> [what is kept of each row of a batch]
     score         (task, trained, kept, split) -> {metric: value}
-    in_words      (task, kept of one row) -> its prediction, for people
     answer        what a label is where labels have no names
     eval_size     (task) -> how large the batches of an evaluation are, see `slices`; left out: its
                   defaults
@@ -79,6 +78,8 @@ class Kind:
     passages      the texts are of several sentences
     predictions   (task, trained, kept) -> (n,), which METRICS compare with the labels of the rows;
                   None: the scores are no such comparison
+    in_words      (task, kept of one row) -> its prediction, for people; None: a row has none of its
+                  own
     """
     auto_class: str
     read: Callable
@@ -86,7 +87,6 @@ class Kind:
     tokenise: Callable
     collect: Callable
     score: Callable
-    in_words: Callable
     answer: str
     eval_size: Callable = nothing
     settings: Callable = nothing
@@ -97,6 +97,7 @@ class Kind:
     by_token: bool = False
     passages: bool = False
     predictions: Callable | None = None
+    in_words: Callable | None = None
 
 
 class Decoding(NamedTuple):
@@ -437,13 +438,26 @@ def load(args, also_scores=()):
     unscored = load_unscored(args, task)
     further, warnings = load_further(args, task, also_scores)
     warnings += warnings_of_labels(args, task, train, unscored)
-    if args.own_files and os.path.samefile(args.train_file, args.validation_file):
-        warnings.append(f"--validation_file {args.validation_file}: is the training file too, so "
-                        "what is scored was trained on")
+    if args.own_files:
+        count = count_shared(task, train, splits["validation"])
+        if count:
+            warnings.append(f"--validation_file {args.validation_file}: {count} of its "
+                            f"{len(splits['validation'])} rows are in --train_file too, so what is "
+                            "scored was trained on")
     if args.task in local_files(args.local_file):
         warnings.append(f"--local_file {args.task}: is all splits of {args.task}, so what is "
                         "scored was trained on")
     return Rows(task, train, splits, further, warnings, unscored)
+
+
+def count_shared(task, train, others):
+    """How many of the other rows have the texts of a training row."""
+    def texts(rows):
+        columns = [map(as_text, cells_of(rows, name)) for name in task.columns]
+        return list(zip(*columns))
+
+    known = set(texts(train))
+    return sum(row in known for row in texts(others))
 
 
 def warnings_of_labels(args, task, train, unscored):
@@ -588,6 +602,11 @@ def load_further(args, trained, also_scores=()):
                     raise
                 without.append(name)
                 continue
+            except UserError as error:
+                if group not in GROUPS:
+                    raise
+                raise UserError(f"{error}; --eval_tasks {names[0]} and the like name those of "
+                                f"{group} that are wanted") from None
             further.update(sets)
         if len(without) == len(names):
             raise UserError(f"--eval_tasks {given}: none of {group} has a split {split}")
@@ -1237,13 +1256,21 @@ def encode(rows, task, tokenizer, max_length, **options):
     return Split(fields, pads_left, rows, has_targets=KINDS[task.kind].decodes)
 
 
+def forget_lengths(tokenizer):
+    """Takes out of a fast tokenizer to what length it last cut or padded: each call says that.
+
+    Others than transformers would read it as the tokenizer's own from what is saved.
+    """
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+
+
 def encoding_key(rows, task, tokenizer, max_length, options):
     """A hash of all that decides how these rows are tokenised."""
     from datasets.fingerprint import Hasher
+    forget_lengths(tokenizer)
     if tokenizer.is_fast:
-        # Earlier calls leave their truncation and padding in the tokenizer: not part of the hash.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
         state = tokenizer.backend_tokenizer.to_str()
     else:
         state = [type(tokenizer).__name__, tokenizer.get_vocab()]
@@ -2366,12 +2393,6 @@ def score_spans(task, trained, kept, split):
     return {name: values[name] for name in task.metric_names}
 
 
-def span_text(task, best):
-    """The best start and end of a window."""
-    places, _ = best
-    return f"{places[0][0]} to {places[1][0]}"
-
-
 def file_of_spans(name, task, kept, split):
     """{id: answer}, as SQuAD's scripts read it."""
     ids = split.column("id")
@@ -2413,11 +2434,6 @@ def score_retrieve(task, trained, kept, split):
     return {"accuracy": right / len(asked)}
 
 
-def vector_text(task, vectors):
-    """For the warning of a model that gives all rows the same."""
-    return " ".join(f"{value:.4g}" for value in vectors[0][:4])
-
-
 KINDS = {
     "classify": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
@@ -2442,12 +2458,12 @@ KINDS = {
     "span": Kind(
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
         read=read_span, hidden=none_given, tokenise=tokenise_span, collect=collect_spans,
-        score=score_spans, in_words=span_text, file=file_of_spans, answer="a part of the text",
-        by_token=True, passages=True),
+        score=score_spans, file=file_of_spans, answer="a part of the text", by_token=True,
+        passages=True),
     "retrieve": Kind(
         auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,
         tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve,
-        in_words=vector_text, answer="a sentence"),
+        answer="a sentence"),
 }
 
 

@@ -2,16 +2,17 @@
 
 Weng, Cheng, Zhang: G-Tuning: Improving Generalization of Pre-trained Language Models with
 Generative Adversarial Network, Findings of ACL 2023. f = h . g: g the pre-trained model, frozen;
-h the adapter behind it; f(x) a vector (H,). D: the critic, a number for a vector.
+h the adapter behind it; f(x) a vector (H,). D: the discriminator, a Wasserstein critic: a
+number for a vector.
 
     L_T = -E log P(y_t | x_t)                              Eq. 2    x_t, y_t from B, the task's rows
     L_D = -E[D(f(x_t)) - D(f(x_u))]                        Eq. 3    x_u from M, general text
-          + lam E(||grad D(z)||_2 - 1)^2                            without labels
+          + lam E(||grad D(z)||_2 - 1)^2                            without labels; lam: 10
     z = e f(x_u) + (1 - e) f(x_t),  e ~ N(0, 1)            Eq. 4
     L_G = -E D(f(x_u))                                     Eq. 5
-    L = alpha L_T + beta L_G                               Eq. 6
+    L = alpha L_T + beta L_G                               Eq. 6    alpha: 1, beta: 0.5
     Algorithm 1: N/2 steps of Eq. 2 on f; N/2 steps of Eq. 3 on D;
-                 N/2 rounds of {one step of Eq. 6 on f, T steps of Eq. 3 on D}
+                 N/2 rounds of {one step of Eq. 6 on f, T steps of Eq. 3 on D}, T: 3, 5, 7 or 9
 
     Self-Teach, a baseline: L = L_T + w KL(teacher(x_u) || f(x_u)), the teacher a finished run
 
@@ -27,7 +28,7 @@ Choices, where the paper is silent (its authors released no code):
     h: 3 pre-norm transformer layers over g's token states, drawn small, so that h begins near
     the identity.
  2. f(x) is the first token's vector, or the mean over the real tokens (--pooling mean), after a
-    LayerNorm, so that it runs away from D slowly, and begins with length 4 whatever the width H.
+    LayerNorm, lest it grow long to please D, and begins with length 4 whatever the width H.
     (The LayerNorm's own weights learn: on a toy f it was 6 after 400 rounds.) The length matters
     because D has slope 1: the longer the vectors, the larger L_G, and the less the penalty weighs
     beside it. At the LayerNorm's own sqrt(H), 20 for H = 384, L_G overruled L_T. The output layer
@@ -42,9 +43,9 @@ Choices, where the paper is silent (its authors released no code):
  6. Sentence pairs: each sentence goes through f alone, the output layer reads
     [u; v; |u - v|; u * v] ("combine them before the output layer"), and D sees u and v as two
     samples. --pair_mode joint encodes a pair as one text, and so two neighbouring sentences of M,
-    or D would learn forms.
+    or D could tell one sentence from two.
  7. M: as many single sentences as B has, drawn once from Wikitext-103 (the paper's sentence on it
-    breaks off). Where there are fewer, they repeat.
+    breaks off). If M has fewer, they are used again.
  8. The state with the best main metric on the validation set counts, of all phases, looked at once
     an epoch; for the plain adapter too. N, which --epochs or --max_steps gives, is the number of
     steps on f, so both methods take equally many; those on D come on top.
@@ -81,7 +82,7 @@ Choices, where the paper is silent (its authors released no code):
     layers there; with 24 of the same width it would be 8 times.
 
 The third loop of Algorithm 1 in a project of your own, after N/2 steps on f alone and N/2 on D.
-batches and critic_batches yield tokenized x_t and x_u (general text), batches y_t besides:
+batches and d_batches yield tokenized x_t and x_u (general text), batches y_t besides:
 
     f = GTuning(AutoModel.from_pretrained(name), num_labels=2)
     D = Discriminator(f.config.hidden_size)
@@ -95,10 +96,10 @@ batches and critic_batches yield tokenized x_t and x_u (general text), batches y
         f_optimizer.zero_grad()
         D.requires_grad_(True)
         for t in range(5):                                               # T
-            b, m = next(critic_batches)
+            x_t, x_u = next(d_batches)
             with torch.no_grad():
-                f_t = f.eval().features(**b)
-                f_u = f.features(**m)
+                f_t = f.eval().features(**x_t)
+                f_u = f.features(**x_u)
             loss, stats = discriminator_loss(D, f_t, f_u)                # Eq. 3
             loss.backward()
             d_optimizer.step()
@@ -125,7 +126,8 @@ if __name__ == "__main__":                             # Ctrl-C while torch is l
 import torch
 import torch.nn.functional as F
 
-# common and data are imported where they are used: the core needs torch alone.
+# common and data are imported where they are used: the core needs torch alone. What stands between
+# "same" and "end same" is the same in all three scripts; a test keeps it so.
 
 
 # --------------------------------------------------------------------------------------  the method
@@ -671,7 +673,7 @@ def vectors(f, split, rows, world, progress=None):
 
 # -------------------------------------------------------------------------------------  Algorithm 1
 
-class Critic(torch.nn.Module):
+class DiscriminatorLoss(torch.nn.Module):
     """L_D as one forward, which is what DistributedDataParallel wants."""
 
     def __init__(self, D, gp_weight):
@@ -713,7 +715,7 @@ class Algorithm1:
             self.B = self.batches(2, rows.sentences(), sentences, "random")
             self.x_u = self.batches(3, general, args.batch_size, args.batching[0])
             self.D = Discriminator(self.f.config.hidden_size, args.layers).to(world.device)
-            self.critic = world.ddp(Critic(self.D, args.gp_weight))
+            self.d_loss = world.ddp(DiscriminatorLoss(self.D, args.gp_weight))
             self.d_optimizer = torch.optim.Adam(
                 self.D.parameters(), args.d_lr, tuple(args.d_betas), fused=True)
             self.parts.update(D=self.D, d_optimizer=self.d_optimizer)
@@ -787,9 +789,9 @@ class Algorithm1:
         """Lines 8 and 15: the rows of step k on D that this process takes, of B or of M."""
         return batches.rows(k)[self.world.rank::self.world.size]
 
-    def fit_critic(self, k, f_t, f_u):
+    def fit_discriminator(self, k, f_t, f_u):
         """Lines 9 and 16: optimize D by Eq. 3, step k. f_t, f_u (rows, H) -> (loss, stats)."""
-        loss, stats = self.critic(f_t, f_u, self.draw_epsilon(k))        # Eq. 3
+        loss, stats = self.d_loss(f_t, f_u, self.draw_epsilon(k))        # Eq. 3
         loss.backward()
         self.d_optimizer.step()
         self.d_optimizer.zero_grad()
@@ -820,12 +822,12 @@ class Algorithm1:
         steps = range(k, k + self.args.T)
         f_t = self.vectors_of_steps(self.B, steps)                       # line 15, T times
         f_u = self.vectors_of_steps(self.M, steps)
-        critic_steps = []
+        d_steps = []
         for i, step in enumerate(steps):                                 # line 14
-            l_d, terms = self.fit_critic(step, f_t[i], f_u[i])           # line 16
-            critic_steps.append({"l_d": l_d.detach(), **terms})
-        for name in critic_steps[0]:
-            stats[name] = torch.stack([terms[name] for terms in critic_steps]).mean()
+            l_d, terms = self.fit_discriminator(step, f_t[i], f_u[i])           # line 16
+            d_steps.append({"l_d": l_d.detach(), **terms})
+        for name in d_steps[0]:
+            stats[name] = torch.stack([terms[name] for terms in d_steps]).mean()
         return loss, stats
 
     def with_general(self, x_t, x_u):
@@ -1166,10 +1168,10 @@ def words_of_figure_2(projection, perplexity, sizes):
 # --------------------------------------------------------------------------------  flags and recipe
 
 ADAPTER = "layers pooling pair_mode tune feature_length schedule keep retrieve_layer"
-CRITIC = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
+OF_D = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
 METHODS = {                                            # the kinds of task it can train, its flags
     "adapter": {"kinds": "classify regress tag span", "flags": ADAPTER},
-    "gtuning": {"kinds": "classify regress tag span", "flags": f"{ADAPTER} {CRITIC}"},
+    "gtuning": {"kinds": "classify regress tag span", "flags": f"{ADAPTER} {OF_D}"},
     "self-teach": {"kinds": "classify regress",
                    "flags": f"{ADAPTER} unlabeled teacher teach_weight"},
 }
@@ -1221,7 +1223,7 @@ def flags():
     g.add_argument("--teacher", default="", metavar="RUN",
                    help="self-teach: the folder of a finished run of any script")
     g.add_argument("--teach_weight", type=weight, default=1.0,
-                   help="self-teach: lambda (choice 14)")
+                   help="self-teach: w (choice 14)")
     g.add_argument("--embed", action="store_true",
                    help="Figure 2: f(x) in domain and out (the first of --eval_tasks)")
     g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
@@ -1383,7 +1385,7 @@ def main(argv=None):
                     k = step - end_1
                     f_t = f_B[algorithm.mine(algorithm.B, k)]
                     f_u = f_M[algorithm.mine(algorithm.M, k)]
-                    loss, stats = algorithm.fit_critic(k, f_t, f_u)
+                    loss, stats = algorithm.fit_discriminator(k, f_t, f_u)
                     run.log(loss, stats, lr=args.d_lr, phase=2)
                 f_B = f_M = None                       # large
 

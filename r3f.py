@@ -923,7 +923,8 @@ def probe_task(name, encoders, args, world):
     for encoder, (path, links) in encoders.items():
         bar = f"{name}: {encoder}"
         for seed, count, score in probe_encoder(path, task, rows, args, bar, world):
-            world.say(f"{name:<10} {100 * score:6.2f}  {encoder}")
+            by_seed = f", seed {seed}" if len(args.seeds) > 1 else ""
+            world.say(f"{name:<10} {100 * score:6.2f}  {encoder}{by_seed}")
             line = {"run": encoder, "task": name, "recipe": recipe_of_layer(args), "seed": seed,
                     "rows": count, "metric": task.metric_names[0], "score": score}
             if links:

@@ -698,10 +698,15 @@ def test_both_own_files_are_read_and_the_test_file_without_labels(tmp_path):
         data.load, own(train, validation, test_file=test))
 
 
-def test_a_file_that_is_trained_on_and_scored_gets_a_warning(tmp_path):
-    path = write(tmp_path / "good.csv", GOOD)
-    line = f"--validation_file {path}: is the training file too, so what is scored was trained on"
-    assert line in data.load(own(path, path)).warnings
+def test_rows_that_are_trained_on_and_scored_get_a_warning(tmp_path):
+    train = write(tmp_path / "train.csv", "text,label\na,yes\nb,no\n")
+    for name, content, shared in (("same", "a,yes\nb,no\n", 2), ("part", "c,no\nb,yes\n", 1),
+                                  ("other", "c,no\n", 0)):
+        path = write(tmp_path / f"{name}.csv", f"text,label\n{content}")
+        told = [line for line in data.load(own(train, path)).warnings if "trained on" in line]
+        line = (f"--validation_file {path}: {shared} of its 2 rows are in --train_file too, so "
+                "what is scored was trained on")
+        assert told == ([line] if shared else [])
 
 
 @pytest.mark.parametrize("labels, told", [
@@ -713,7 +718,7 @@ def test_a_file_that_is_trained_on_and_scored_gets_a_warning(tmp_path):
 def test_labels_that_may_not_be_meant_get_a_warning(labels, told, tmp_path):
     rows = [{"text": "a", "label": label} for label in labels]
     train = write_rows(tmp_path / "train.jsonl", rows)
-    validation = write_rows(tmp_path / "validation.jsonl", rows)
+    validation = write_rows(tmp_path / "validation.jsonl", [{**row, "text": "b"} for row in rows])
     warnings = data.load(own(train, validation)).warnings
     assert len(warnings) == bool(told) and told in "".join(warnings)
 
@@ -1020,7 +1025,8 @@ def test_a_group_is_scored_on_the_split_that_is_named_where_there_is_one(monkeyp
 
     for eval_tasks, line in [
             (["paws-x-ko:validation"], "--eval_tasks paws-x-ko:validation: cannot load split "),
-            (["paws-x:train"], "--eval_tasks paws-x-zh:train: .*hub: the line is dead"),
+            (["paws-x:train"], "--eval_tasks paws-x-zh:train: .*hub: the line is dead; "
+             "--eval_tasks paws-x-en and the like name those of paws-x that are wanted"),
             (["paws-y:test"], "--eval_tasks paws-y: no such task; did you mean paws-x")]:
         with pytest.raises(UserError, match=line):
             further(*eval_tasks)
@@ -2111,7 +2117,7 @@ def test_nobody_reads_a_model_before_rank_0_has_written_it(tmp_path):
             model_folder=str(tmp_path / "model"), results_path=str(tmp_path / "results.json"),
             collect_results=lambda metrics, share: {}, writing=contextlib.nullcontext)
         batches = types.SimpleNamespace(real=1, computed=2)
-        tokenizer = types.SimpleNamespace(save_pretrained=os.makedirs)
+        tokenizer = types.SimpleNamespace(is_fast=False, save_pretrained=os.makedirs)
         common.Run.finish(run, {}, batches, tokenizer, lambda folder: events.append("written"))
         assert events == expected
 
@@ -2209,6 +2215,41 @@ def test_a_model_that_sees_one_class_alone_gets_a_warning(tiny_folder, tmp_path,
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_file", path,
         "--validation_file", path)
     assert "custom/std-0: all 32 rows of validation are predicted as '" in capsys.readouterr().out
+    common.main_report([str(tmp_path / "custom")])
+    told = " ".join(capsys.readouterr().out.split())
+    assert ("1 of 1 run of std on custom predict the same for all rows of validation: they have "
+            "learned nothing.") in told
+
+
+def test_a_long_text_that_all_rows_are_predicted_as_is_cut(capsys):
+    setup = types.SimpleNamespace(kind=types.SimpleNamespace(
+        decodes=False, predictions=None, in_words=lambda task, output: output), task=None)
+    world = types.SimpleNamespace(say=print)
+    common.keep_predicted("run", "test", None, ["so it goes " * 99] * 3, None, setup, world)
+    told = capsys.readouterr().out
+    assert "all 3 rows of test are predicted as 'so it goes so it" in told
+    assert told.endswith(" ...'\n") and len(told) < 130
+
+
+def test_the_windows_of_questions_have_no_prediction_of_their_own():
+    assert [name for name, kind in data.KINDS.items() if kind.in_words is None] == [
+        "span", "retrieve"]
+
+
+def test_a_saved_tokenizer_cuts_and_pads_nothing(tiny_folder, tmp_path, monkeypatch):
+    """Whether the rows were tokenised by this run or found tokenised."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "tokenised"))
+    for name in ("made", "found"):
+        run("r3f", tiny_folder, tmp_path / name, "--max_steps", 1)
+        saved = json.load(open(tmp_path / name / "toy/r3f-0/model/tokenizer.json"))
+        assert saved["truncation"] is None and saved["padding"] is None
+
+
+def test_a_method_that_cannot_train_a_task_is_refused_before_it_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "load", lambda *args: pytest.fail("read"))
+    line = "--method tdt: must be of another script for pos, whose kind is tag"
+    assert line in refusal(tdt.main, ["--task", "pos", "--model", "toy", "--output_dir",
+                                      str(tmp_path)])
 
 
 # ----------------------------------------------------------------------------------------- 5  a run
@@ -2746,6 +2787,7 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     tie = ", the first of equals" if scores.count(max(scores)) > 1 else ""
     chosen = ",".join(flag.removeprefix("--") for flag in search["chosen"])
     assert f"toy, r3f: chosen of 4: {chosen}{tie}; lr is the greatest that was tried; lam" in told
+    assert "toy, r3f: 4 settings to try, with 1 run each\n" in told
     assert "toy, r3f: trying lr=1e-3,lam=5\n" in told
     assert f"toy, r3f: lr=1e-3,lam=5 has {scores[1]:.2f} on the held-out rows\n" in told
     assert told.count("models, logs and results are in") == 3      # of each method, and of all
@@ -3081,7 +3123,7 @@ def test_the_loop_in_gtunings_own_words_trains(still_folder, tmp_path, monkeypat
     x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     names = {**vars(gtuning), "AutoModel": transformers.AutoModel, "name": still_folder,
              "batches": [(x, torch.arange(8) % 2, x)] * 3,
-             "critic_batches": itertools.repeat((x, x), 15)}
+             "d_batches": itertools.repeat((x, x), 15)}
     exec(textwrap.dedent(code), names)
     loaded = gtuning.GTuning.from_pretrained("my-f")
     assert torch.allclose(loaded.logits(**x), names["f"].eval().logits(**x), atol=1e-6)
@@ -3818,7 +3860,7 @@ def test_what_chose_by_the_held_out_rows_is_said(tmp_path, capsys):
         results = results_of("rte", "std", 0, 60, {"held-out": 61}, dev_samples=40)
         write_run(tmp_path / name, {**results, **more})
         out, _ = printed(capsys, tmp_path / name)
-        said[name] = "By the held-out rows flags or states were chosen" in out
+        said[name] = "Flags or states were chosen by the held-out rows" in out
     assert said == {"searched": True, "state": True, "neither": False}
 
 
@@ -10676,7 +10718,7 @@ def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path
         os.makedirs(path, exist_ok=True)
         write(f"{path}/slower", "")
 
-    slower = types.SimpleNamespace(save_pretrained=while_the_other_saves)
+    slower = types.SimpleNamespace(is_fast=False, save_pretrained=while_the_other_saves)
     assert common.save_made(slower, tokenizer, folder) == folder
     assert os.listdir(tmp_path) == ["made"]
     assert "slower" not in os.listdir(folder)
@@ -10692,7 +10734,8 @@ def test_a_model_that_cannot_be_saved_leaves_nothing(tiny_folder, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device", path)
 
     with pytest.raises(common.RunError, match="cannot write .*made: No space left on device"):
-        common.save_made(model, types.SimpleNamespace(save_pretrained=fail), str(tmp_path / "made"))
+        tokenizer = types.SimpleNamespace(is_fast=False, save_pretrained=fail)
+        common.save_made(model, tokenizer, str(tmp_path / "made"))
     assert os.listdir(tmp_path) == []
 
 
