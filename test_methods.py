@@ -4023,6 +4023,7 @@ README_TABLES = {
                   "1000-bf16 smart"],
         "FreeLB": ["1000-bf16 freelb", "mrpc-rivals freelb", "", ""],
         "TDT": ["1000 tdt", "mrpc tdt", "1000 tdt", ""],
+        "TDT, `--gamma 0`": ["", "", "cola-gamma0 tdt", ""],
         "TDT, released": ["sst2-released tdt", "mrpc-rivals tdt", "cola-released tdt", ""],
         "TDT-hard": ["1000-bf16 tdt-hard", "", "1000-bf16 tdt-hard", "1000-bf16 tdt-hard"],
         "token cutoff": ["1000-fp32 cutoff", "", "1000-fp32 cutoff", "1000-fp32 cutoff"],
