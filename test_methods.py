@@ -3659,6 +3659,7 @@ def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
             common.write_scored(folder / f"rte/{method}-{seed}", {
                 "validation:predictions": predictions, "validation:labels": labels}, world)
     out, _ = printed(capsys, folder, "--rows", 500)
+    assert "learned nothing" not in out
     found = re.search(r"over seeds and rows.*?more +\S+ +\+(\S+) to \+(\S+) +3 +100\n", out, re.S)
     low, high = map(float, found.groups())
     half = 196 * math.sqrt(0.2 * 0.8 / 100)
