@@ -474,8 +474,8 @@ def cli(main):
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":                   # torch's, of a GPU
             wanted = ". ".join(str(error).split(". ")[:2])
-            tell_error(f"{wanted}. With a smaller --micro_batch_size a pass needs less; --resume "
-                       "goes on from a checkpoint")
+            tell_error(f"{wanted}. A pass in training needs less with a smaller "
+                       "--micro_batch_size (and --overwrite)")
             return 1
         time.sleep(10 if rank else 0)                  # a process that waited for one that failed
         raise
@@ -1364,7 +1364,9 @@ def keep_predicted(folder, name, task, kept, split, setup, world):
     if setup.kind.in_words:
         texts = {setup.kind.in_words(setup.task, output) for output in kept}
         if len(texts) == 1 and len(kept) > 1:
-            text = textwrap.shorten(texts.pop(), 60, placeholder=" ...")
+            text = " ".join(texts.pop().split())
+            if len(text) > 60:
+                text = text[:56] + " ..."
             world.say(f"warning: {folder}: all {len(kept)} rows of {name} are predicted as "
                       f"{text!r}")
     if not setup.kind.predictions:
@@ -1396,6 +1398,19 @@ def read_scored(path):
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is damaged: remove it, or make the run again with "
                         "--overwrite") from error
+
+
+def predicted_alike(folder):
+    """Which sets of a run's scored.npz have one prediction for all rows, though not one label."""
+    scored = read_scored(os.path.join(folder, "scored.npz"))
+    found = []
+    for key, predictions in scored.items():
+        name, _, what = key.rpartition(":")
+        if what == "predictions" and np.all(predictions == predictions[0]):
+            labels = scored[f"{name}:labels"]
+            if np.any(labels != labels[0]):
+                found.append(name)
+    return found
 
 
 def averages(scores):
@@ -1974,6 +1989,9 @@ class Run:
             "args": self.identity, "versions": versions}
         if self.args.searched:
             results["searched"] = read_grid(self.args.searched)
+        alike = predicted_alike(self.folder)
+        if alike:
+            results["predicted_alike"] = alike
         return results
 
 
@@ -3293,8 +3311,9 @@ def result_line(results):
             "metrics": results["metrics"], "best": best, "steps": results.get("steps"),
             "seconds": results.get("train_seconds"), "device": versions.get("device"),
             "flags": flags, "commit": versions.get("commit")}
-    if "searched" in results:
-        line["searched"] = results["searched"]
+    for name in ("searched", "predicted_alike"):
+        if name in results:
+            line[name] = results[name]
     return line
 
 
@@ -3306,7 +3325,7 @@ def check_line(line):
     searched = line.get("searched", {})
     if not isinstance(searched, dict) or not all(isinstance(x, list) for x in searched.values()):
         raise ValueError("'searched' is wrong")
-    for key in ("by", "differ"):
+    for key in ("by", "differ", "predicted_alike"):
         names = line.get(key, [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{key!r} is wrong")
@@ -3845,24 +3864,15 @@ def remarks(table):
 
 
 def remarks_on_one_prediction(table):
-    """Which runs predict the same for all rows of their first set: they have learned nothing."""
+    """How many runs predict the same for all rows of their first set."""
     alike = collections.Counter()                      # (task, set, method)
     for run in table.runs:
         name = next(iter(run.line["metrics"]))
-        predictions = predictions_of(run).get(f"{name}:predictions", [])
-        if len(predictions) > 1 and np.all(predictions == predictions[0]):
+        if name in run.line.get("predicted_alike", []):
             alike[run.task, name, run.method] += 1
-    return [f"{count} of {plural(len(table.runs_of(task, method)), 'run')} of {method} on {task} "
-            f"predict the same for all rows of {name}: they have learned nothing."
+    return [f"Of {plural(len(table.runs_of(task, method)), 'run')} of {method} on {task} {count} "
+            f"predict the same for all rows of {name}."
             for (task, name, method), count in alike.items()]
-
-
-def predictions_of(run):
-    """What a run's folder has in scored.npz; nothing where it is damaged, as --rows will say."""
-    try:
-        return read_scored(os.path.join(run.where, "scored.npz"))
-    except UserError:
-        return {}
 
 
 def remark_on_intervals(table):

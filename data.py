@@ -438,12 +438,12 @@ def load(args, also_scores=()):
     unscored = load_unscored(args, task)
     further, warnings = load_further(args, task, also_scores)
     warnings += warnings_of_labels(args, task, train, unscored)
-    if args.own_files:
+    if args.own_files and not args.choosing:           # which scores training rows alone
         count = count_shared(task, train, splits["validation"])
         if count:
-            warnings.append(f"--validation_file {args.validation_file}: {count} of its "
-                            f"{len(splits['validation'])} rows are in --train_file too, so what is "
-                            "scored was trained on")
+            warnings.append(f"--validation_file {args.validation_file}: the texts of {count} of "
+                            f"its {len(splits['validation'])} rows are in --train_file too: what "
+                            "is scored may have been trained on")
     if args.task in local_files(args.local_file):
         warnings.append(f"--local_file {args.task}: is all splits of {args.task}, so what is "
                         "scored was trained on")
@@ -451,10 +451,10 @@ def load(args, also_scores=()):
 
 
 def count_shared(task, train, others):
-    """How many of the other rows have the texts of a training row."""
+    """How many of the other rows have the texts of a training row, which are not all blank."""
     def texts(rows):
         columns = [map(as_text, cells_of(rows, name)) for name in task.columns]
-        return list(zip(*columns))
+        return [row for row in zip(*columns) if any(text.strip() for text in row)]
 
     known = set(texts(train))
     return sum(row in known for row in texts(others))
@@ -602,11 +602,6 @@ def load_further(args, trained, also_scores=()):
                     raise
                 without.append(name)
                 continue
-            except UserError as error:
-                if group not in GROUPS:
-                    raise
-                raise UserError(f"{error}; --eval_tasks {names[0]} and the like name those of "
-                                f"{group} that are wanted") from None
             further.update(sets)
         if len(without) == len(names):
             raise UserError(f"--eval_tasks {given}: none of {group} has a split {split}")

@@ -67,9 +67,9 @@ Choices, where the paper is silent or the authors' release does otherwise:
     With beta 1, held-out rows chose alpha 2 for SST-2, MRPC, STS-B and CoLA in 160 steps and 0.5
     for CoLA in 320 (MiniLM, 1,000 rows, one seed), and 0.5 for all rows of CoLA, MRPC and RTE. beta
     was 1 for SST-2 (86.6 held-out, at 0.5 83.8), MRPC (72.8, 71.6) and RTE (55.2, 53.6), and 0.5
-    for CoLA (MCC 16.2, at 1 8.5; gamma 0). So alpha is 2, what was chosen most often for little data, and beta 1; the
-    toy task has 0.5. Try --alpha 0 too: on the validation set of SST-2 it is L_C that costs
-    accuracy (README, Results).
+    for CoLA (MCC 16.2, at 1 8.5; gamma 0). So alpha is 2, what was chosen most often for little
+    data, and beta 1; the toy task has 0.5. Try --alpha 0 too: on the validation set of SST-2 it is
+    L_C that costs accuracy (README, Results).
 12. Figures 5 and 6 (--perturb, --drop): a share of each row's words, rounded, is replaced by [MASK]
     or, in curves of their own, by words drawn from the same row; the paper does both at random,
     position by position. A word here is a token that is not special. Figure 6 goes by the order of

@@ -356,6 +356,7 @@ def settings(**given):
         "test_file": None, "text_columns": None, "label_column": "label", "local_file": [],
         "predict": [], "eval_tasks": [], "batch_size": 1, "train_samples": None,
         "target_column": None, "max_target_length": None, "run": [], "by_hand": [],
+        "choosing": False,
     }
     return argparse.Namespace(**{**flags, **given})
 
@@ -698,15 +699,19 @@ def test_both_own_files_are_read_and_the_test_file_without_labels(tmp_path):
         data.load, own(train, validation, test_file=test))
 
 
-def test_rows_that_are_trained_on_and_scored_get_a_warning(tmp_path):
-    train = write(tmp_path / "train.csv", "text,label\na,yes\nb,no\n")
-    for name, content, shared in (("same", "a,yes\nb,no\n", 2), ("part", "c,no\nb,yes\n", 1),
-                                  ("other", "c,no\n", 0)):
-        path = write(tmp_path / f"{name}.csv", f"text,label\n{content}")
-        told = [line for line in data.load(own(train, path)).warnings if "trained on" in line]
-        line = (f"--validation_file {path}: {shared} of its 2 rows are in --train_file too, so "
-                "what is scored was trained on")
-        assert told == ([line] if shared else [])
+@pytest.mark.parametrize("content, shared", [
+    ("a,x,yes\nb,y,no\n", 2), ("c,x,no\nb,y,yes\n", 1), ("c,x,no\n", 0), ("a,y,yes\n", 0),
+    (",,no\n", 0)])
+def test_rows_that_are_trained_on_and_scored_get_a_warning(content, shared, tmp_path):
+    """Both texts of a pair must be there; blank ones say nothing; while choosing nothing does."""
+    header = "sentence1,sentence2,label\n"
+    train = write(tmp_path / "train.csv", f"{header}a,x,yes\nb,y,no\n,,no\n")
+    path = write(tmp_path / "validation.csv", header + content)
+    warnings = data.load(own(train, path)).warnings
+    line = (f"--validation_file {path}: the texts of {shared} of its 2 rows are in --train_file "
+            "too: what is scored may have been trained on")
+    assert [told for told in warnings if "trained on" in told] == ([line] if shared else [])
+    assert line not in data.load(own(train, path, choosing=True)).warnings
 
 
 @pytest.mark.parametrize("labels, told", [
@@ -1025,8 +1030,7 @@ def test_a_group_is_scored_on_the_split_that_is_named_where_there_is_one(monkeyp
 
     for eval_tasks, line in [
             (["paws-x-ko:validation"], "--eval_tasks paws-x-ko:validation: cannot load split "),
-            (["paws-x:train"], "--eval_tasks paws-x-zh:train: .*hub: the line is dead; "
-             "--eval_tasks paws-x-en and the like name those of paws-x that are wanted"),
+            (["paws-x:train"], "--eval_tasks paws-x-zh:train: .*hub: the line is dead"),
             (["paws-y:test"], "--eval_tasks paws-y: no such task; did you mean paws-x")]:
         with pytest.raises(UserError, match=line):
             further(*eval_tasks)
@@ -2217,18 +2221,34 @@ def test_a_model_that_sees_one_class_alone_gets_a_warning(tiny_folder, tmp_path,
     assert "custom/std-0: all 32 rows of validation are predicted as '" in capsys.readouterr().out
     common.main_report([str(tmp_path / "custom")])
     told = " ".join(capsys.readouterr().out.split())
-    assert ("1 of 1 run of std on custom predict the same for all rows of validation: they have "
-            "learned nothing.") in told
+    remark = "Of 1 run of std on custom 1 predict the same for all rows of validation."
+    assert remark in told
+    kept = str(tmp_path / "kept.jsonl")
+    common.main_report([str(tmp_path / "custom"), "--keep", kept])
+    capsys.readouterr()
+    common.main_report([kept])
+    assert remark in " ".join(capsys.readouterr().out.split())
+
+
+def test_which_sets_are_predicted_alike(tmp_path):
+    """Not those with one label, nor those with several predictions."""
+    world = types.SimpleNamespace(rank=0)
+    one, two = np.array([1, 1]), np.array([0, 1])
+    common.write_scored(str(tmp_path), {
+        "a:predictions": one, "a:labels": two, "b:predictions": one, "b:labels": one,
+        "c:predictions": two, "c:labels": two}, world)
+    assert common.predicted_alike(str(tmp_path)) == ["a"]
 
 
 def test_a_long_text_that_all_rows_are_predicted_as_is_cut(capsys):
     setup = types.SimpleNamespace(kind=types.SimpleNamespace(
         decodes=False, predictions=None, in_words=lambda task, output: output), task=None)
     world = types.SimpleNamespace(say=print)
-    common.keep_predicted("run", "test", None, ["so it goes " * 99] * 3, None, setup, world)
-    told = capsys.readouterr().out
-    assert "all 3 rows of test are predicted as 'so it goes so it" in told
-    assert told.endswith(" ...'\n") and len(told) < 130
+    for text in ("so it goes " * 99, "今" * 99):
+        common.keep_predicted("run", "test", None, [text] * 3, None, setup, world)
+        told = capsys.readouterr().out
+        assert f"all 3 rows of test are predicted as '{text[:9]}" in told
+        assert told.endswith(" ...'\n") and len(told) < 130
 
 
 def test_the_windows_of_questions_have_no_prediction_of_their_own():
@@ -3659,7 +3679,7 @@ def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
             common.write_scored(folder / f"rte/{method}-{seed}", {
                 "validation:predictions": predictions, "validation:labels": labels}, world)
     out, _ = printed(capsys, folder, "--rows", 500)
-    assert "learned nothing" not in out
+    assert "predict the same" not in out
     found = re.search(r"over seeds and rows.*?more +\S+ +\+(\S+) to \+(\S+) +3 +100\n", out, re.S)
     low, high = map(float, found.groups())
     half = 196 * math.sqrt(0.2 * 0.8 / 100)
@@ -10417,8 +10437,8 @@ def test_a_full_gpu_is_told_in_a_line(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     assert common.cli(main) == 1
     told, = capsys.readouterr().err.splitlines()
-    assert told.startswith("r3f.py: rank 3: CUDA out of memory. Tried to allocate 2.00 GiB. With a "
-                           "smaller --micro_batch_size")
+    assert told == ("r3f.py: rank 3: CUDA out of memory. Tried to allocate 2.00 GiB. A pass in "
+                    "training needs less with a smaller --micro_batch_size (and --overwrite)")
 
 
 # -------------------------------------------------------------------------------- kills and signals
@@ -10720,13 +10740,16 @@ def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path
         os.makedirs(path, exist_ok=True)
         write(f"{path}/slower", "")
 
-    slower = types.SimpleNamespace(is_fast=False, save_pretrained=while_the_other_saves)
+    slower = types.SimpleNamespace(save_pretrained=while_the_other_saves)
     assert common.save_made(slower, tokenizer, folder) == folder
     assert os.listdir(tmp_path) == ["made"]
     assert "slower" not in os.listdir(folder)
     os.remove(f"{folder}/config.json")
+    tokenizer("a call of its own", truncation=True, max_length=4, padding="max_length")
     common.save_made(model, tokenizer, folder)
     assert transformers.AutoConfig.from_pretrained(folder).model_type == "bert"
+    saved = json.load(open(f"{folder}/tokenizer.json"))
+    assert saved["truncation"] is None and saved["padding"] is None
 
 
 def test_a_model_that_cannot_be_saved_leaves_nothing(tiny_folder, tmp_path):
