@@ -2699,6 +2699,7 @@ class Bomb:
         return os.system, (f"touch {self.mark}",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path, cache):
     bomb = Bomb(str(tmp_path / "ran"))
     os.makedirs(tmp_path / "toy/r3f-0")
