@@ -1477,9 +1477,13 @@ def digests_of_files(args):
         key = "local_file" if name == args.task else f"local_file {name}"
         paths[key] = path
     for flag, path in paths.items():
-        if path:
+        if not path:
+            continue
+        try:
             with open(path, "rb") as file:
                 digests[f"{flag}_digest"] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        except OSError as error:
+            raise UserError(f"--{flag} {path}: cannot be read: {error.strerror}") from None
     return digests
 
 
@@ -2440,7 +2444,7 @@ def check_grid(args, grid, methods):
         folder = run_folder(args, method, seed)
         if args.overwrite or not os.path.exists(os.path.join(folder, "results.json")):
             continue
-        mine = counted[method]
+        mine = {**counted[method], **digests_of_files(args)}
         for name, words in differing_flags(read_results(folder)["args"], mine).items():
             by_model = name in ("max_length", "max_target_length", "precision")
             is_known_later = mine.get(name) is None or by_model

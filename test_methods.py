@@ -2907,6 +2907,29 @@ def test_a_search_is_found_again_where_the_model_sets_the_length(tmp_path):
         common.check_grid(args, grid, gtuning.METHODS)
 
 
+def test_a_search_knows_the_files_of_a_run_by_what_is_in_them(tmp_path):
+    train = write(tmp_path / "train.csv", GOOD)
+    moved = write(tmp_path / "moved.csv", GOOD)
+
+    def checked(path):
+        args = parse("r3f", "--train_file", path, "--validation_file", train, "--model", "toy",
+                     "--name", "mine", "--seeds", 0, "--output_dir", tmp_path)
+        common.check_grid(args, {"lr": ["1e-5", "2e-5"]}, r3f.METHODS)
+        return args
+
+    args = checked(train)
+    results = results_of("mine", "r3f", 0, 60)
+    results["args"] = {**vars(args), **common.digests_of_files(args)}
+    write_run(tmp_path, results)
+    checked(moved)
+    write(moved, GOOD + "one more,yes\n")
+    with pytest.raises(UserError, match="r3f-0 holds a run with other rows in --train_file; use"):
+        checked(moved)
+    os.remove(moved)
+    with pytest.raises(UserError, match="--train_file .*moved.csv: "):
+        checked(moved)
+
+
 @pytest.mark.parametrize("words, message", [
     (["seeds=1,2"], "--grid seeds: r3f cannot be searched over it"),
     (["alpha=1,2"], "--grid alpha: r3f cannot be searched over it"),
