@@ -824,7 +824,7 @@ class Algorithm1:
         f_u = self.vectors_of_steps(self.M, steps)
         d_steps = []
         for i, step in enumerate(steps):                                 # line 14
-            l_d, terms = self.fit_discriminator(step, f_t[i], f_u[i])           # line 16
+            l_d, terms = self.fit_discriminator(step, f_t[i], f_u[i])    # line 16
             d_steps.append({"l_d": l_d.detach(), **terms})
         for name in d_steps[0]:
             stats[name] = torch.stack([terms[name] for terms in d_steps]).mean()

@@ -43,9 +43,9 @@ Choices, where the paper is silent or the authors' release does otherwise:
     Special tokens learn a c_i too, as released; --keep_special leaves them as they are in e+, e-.
     A token that must stay counts in ||C||_2 with its c_i of 1.
  6. TDT-hard: straight-through Gumbel-softmax of the logits (z_i, 0), for which P(c_i = 1) =
-    sigmoid(z_i) as in Eq. 2. (Eq. 9 has log z_i of what it calls logits; it is
-    read as z_i.) A dropped token is [MASK] sent through the embedding layer, so that it keeps its
-    position; e- masks the kept ones.
+    sigmoid(z_i) as in Eq. 2. (Eq. 9 has log z_i of what it calls logits; it is read as z_i.) A
+    dropped token is [MASK] sent through the embedding layer, so that it keeps its position; e-
+    masks the kept ones.
  7. Regression: d is the squared error between two predictions, on the scale of the labels, and so
     is m. Inference: one plain pass (the release runs three).
  8. Token cutoff: the share is of the tokens that may fall, rounded; they are drawn without

@@ -10892,6 +10892,19 @@ def test_probes_of_unlike_settings_have_unlike_recipes():
     assert r3f.recipe_of_layer(args) == "converged, texts of 16 tokens"
 
 
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_probes_of_several_seeds_say_which(seeds, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda args: None)
+    monkeypatch.setattr(r3f, "probe_encoder", lambda *given: [(seed, 10, 0.5) for seed in seeds])
+    args = argparse.Namespace(probe_recipe="converged", by_hand=[], seeds=seeds)
+    world = types.SimpleNamespace(say=print)
+    lines = list(r3f.probe_task("toy", {"runs/a": ("path", [])}, args, world))
+    assert [line["seed"] for line in lines] == seeds
+    told = capsys.readouterr().out.splitlines()
+    endings = ["runs/a"] if seeds == [0] else ["runs/a, seed 0", "runs/a, seed 1"]
+    assert [line.split("  ")[-1] for line in told] == endings
+
+
 def test_a_chain_of_runs_is_told_link_by_link(newcomers_runs, tmp_path):
     newcomers_runs[1].result()
     first = newcomers_runs[0] / "toy-model/toy/std-0"
