@@ -1184,52 +1184,57 @@ def flags():
     positive = common.number(float, 0, above=True)
     home = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))
 
-    g = p.add_argument_group("G-Tuning")
-    g.add_argument("--alpha", type=weight, default=1.0, help="weight of L_T, Eq. 6")
-    g.add_argument("--beta", type=weight, default=0.5, help="weight of L_G, Eq. 6")
+    g = p.add_argument_group(
+        "G-Tuning", "D: the discriminator, which tells vectors f(x) of the task from others.")
+    g.add_argument("--alpha", type=weight, default=1.0,
+                   help="weight of L_T, the task's loss, Eq. 6")
+    g.add_argument("--beta", type=weight, default=0.5,
+                   help="weight of L_G, f's loss by D, Eq. 6")
     g.add_argument("--gp_weight", type=weight, default=10.0,
-                   help="lambda, Eq. 3: weight of the gradient penalty")
+                   help="lambda, Eq. 3: weight of the penalty on D's gradient")
     g.add_argument("--epsilon", default="normal", choices=["normal", "uniform"],
-                   help="distribution of e, Eq. 4 (choice 4)")
+                   help="distribution of e, Eq. 4: where that penalty is taken (choice 4)")
     g.add_argument("--T", type=common.number(int, 1), default=5, metavar="T",
-                   help="steps on D for one on f, Algorithm 1; the paper tries 3 5 7 9")
+                   help="T, Algorithm 1: steps on D for one on f; the paper tries 3 5 7 9")
     g.add_argument("--d_lr", type=positive, default=1e-4, help="learning rate of D")
     g.add_argument("--d_betas", type=common.number(float, 0, 0.99999), nargs=2,
                    default=[0.9, 0.999], help="betas of D's Adam")
     g.add_argument("--unlabeled", default="Salesforce/wikitext:wikitext-103-raw-v1:train",
-                   metavar="M", help="a text file; a csv, tsv, json or jsonl with a column text; "
-                                     "or ID:CONFIG:SPLIT of the hub")
+                   metavar="M", help="general text: a text file; a csv, tsv, json or jsonl with a "
+                                     "column text; or ID:CONFIG:SPLIT of the hub")
     g.add_argument("--keep", default="best", choices=["best", "last"],
-                   help="the state that counts (choice 13)")
+                   help="the state that counts: the best looked at, or the last (choice 13)")
 
-    g = p.add_argument_group("f, and the states of g")
+    g = p.add_argument_group(
+        "f, and the states of g", "f(x): a sentence's vector, by the frozen model g, then h.")
     g.add_argument("--layers", type=common.number(int, 1), default=3, metavar="N",
-                   help="transformer layers of h, and of D")
-    g.add_argument("--pooling", default="cls", choices=["cls", "mean"], help="f(x), choice 2")
+                   help="transformer layers of h, the adapter, and of D")
+    g.add_argument("--pooling", default="cls", choices=["cls", "mean"],
+                   help="f(x): the first token's vector, or the mean of all (choice 2)")
     g.add_argument("--feature_length", type=weight, default=4.0, metavar="L",
                    help="length of f(x); 0: sqrt(H) (choice 11)")
     g.add_argument("--pair_mode", default="separate", choices=["separate", "joint"],
-                   help="choice 6")
+                   help="sentences of a pair each through f, or as one text (choice 6)")
     g.add_argument("--tune", default="adapter", choices=["adapter", "all"],
-                   help="all: g too (FT, Appendix A)")
+                   help="all: g learns too, not h alone (FT, Appendix A)")
     g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
-                   help="f's learning rate after the warm-up (choice 12)")
+                   help="f's learning rate after the warm-up falls to 0, or stays (choice 12)")
     g.add_argument("--no_cache", action="store_true",
-                   help="encode every batch again; the same numbers")
+                   help="encode every batch again, and keep no states; the same numbers")
     g.add_argument("--cache_dir", default=os.path.join(home, "states"), metavar="DIR",
-                   help="folder of g's states")
+                   help="folder of g's states, which are made once")
 
     g = p.add_argument_group("Self-Teach, Figure 2, retrieval")
     g.add_argument("--teacher", default="", metavar="RUN",
                    help="self-teach: the folder of a finished run of any script")
     g.add_argument("--teach_weight", type=weight, default=1.0,
-                   help="self-teach: w (choice 14)")
+                   help="self-teach: w, weight of the KL to the teacher (choice 14)")
     g.add_argument("--embed", action="store_true",
-                   help="Figure 2: f(x) in domain and out (the first of --eval_tasks)")
+                   help="Figure 2: a map of f(x) in domain and out (the first of --eval_tasks)")
     g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
                    help="the map of --embed: by t-SNE, or by two principal axes (embed-pca.html)")
     g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
-                   help="tatoeba, bucc: retrieve by the vectors of that block of g (f's)")
+                   help="tatoeba, bucc: retrieve by the mean of that block of g (f(x); choice 15)")
     return p
 
 

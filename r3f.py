@@ -1020,40 +1020,50 @@ def flags():
     import common
     p = common.parser(__doc__, [*METHODS], ["r3f"])
     weight = common.number(float, 0)
-    above_0 = common.number(float, 0, above=True)
-    g = p.add_argument_group("R3F and R4F")
+    positive = common.number(float, 0, above=True)
+
+    g = p.add_argument_group(
+        "R3F and R4F", "z: noise on the word embeddings. KL: how far it moves the prediction.")
     g.add_argument("--lam", type=weight, default=1.0,
-                   help="lambda, Eq. 3; the paper tries 0.1 0.5 1 5; also SMART's")
+                   help="lambda, Eq. 3: weight of the KL, also of SMART's; the paper tries "
+                        "0.1 0.5 1 5")
     g.add_argument("--eps", type=common.number(float, 0, 1000), default=1e-5,
-                   help="sigma, Eq. 4; of SMART the bound of z")
+                   help="sigma, Eq. 4: size of z; of SMART its bound")
     g.add_argument("--noise", default="uniform", choices=["uniform", "normal"],
-                   help="distribution of z, Eq. 4")
+                   help="distribution of z, Eq. 4: U(-eps, eps) or N(0, eps^2)")
     g.add_argument("--stop_grad", default="none", choices=["none", "noised"],
-                   help="choice 3: noised is a third cheaper")
+                   help="noised: no gradient through the pass with z, a third cheaper (choice 3)")
     g.add_argument("--share_dropout", action="store_true",
-                   help="choice 2: both passes use the same dropout masks")
+                   help="both passes have the same dropout masks: only z differs (choice 2)")
     g.add_argument("--label_smoothing", type=common.number(float, 0, 0.5), default=0.0,
-                   metavar="E", help="weight of all other words or classes in the loss")
+                   metavar="E", help="e: weight of all other words or classes in CE (choice 8)")
     g.add_argument("--reduction", default="token", choices=["token", "sentence", "released"],
-                   help="choice 7: of the KL of labels by position")
-    g = p.add_argument_group("its rivals")
-    g.add_argument("--alpha", type=weight, default=1.0, help="R-Drop: weight of the KL")
-    g.add_argument("--smart_sigma", type=above_0, default=1e-5, help="SMART: deviation of z_0")
-    g.add_argument("--smart_eta", type=weight, default=1e-3, help="SMART: length of an ascent")
-    g.add_argument("--smart_steps", type=common.number(int, 1), default=1, help="SMART: ascents, K")
-    g.add_argument("--bregman", type=weight, default=0.0, help="SMART: mu; its paper: 1")
-    g.add_argument("--adv_steps", type=common.number(int, 1), default=2, help="FreeLB: ascents, K")
+                   help="of tags and texts: what the KL is a mean over (choice 7)")
+
+    g = p.add_argument_group(
+        "its rivals", "SMART and FreeLB seek a z that hurts, in K steps.")
+    g.add_argument("--alpha", type=weight, default=1.0, help="R-Drop: alpha, weight of the KL")
+    g.add_argument("--smart_sigma", type=positive, default=1e-5,
+                   help="SMART: sigma, standard deviation of the first z")
+    g.add_argument("--smart_eta", type=weight, default=1e-3, help="SMART: eta, length of a step")
+    g.add_argument("--smart_steps", type=common.number(int, 1), default=1, help="SMART: K, steps")
+    g.add_argument("--bregman", type=weight, default=0.0,
+                   help="SMART: mu, weight of the KL to the averaged weights' prediction; "
+                        "its paper: 1")
+    g.add_argument("--adv_steps", type=common.number(int, 1), default=2, help="FreeLB: K, steps")
     g.add_argument("--adv_lr", type=weight, default=0.1,
-                   help="FreeLB: length of an ascent; a GLUE task has its release's")
-    g.add_argument("--adv_init", type=weight, default=0.6, help="FreeLB: size of z_0")
+                   help="FreeLB: length of a step; a GLUE task has its release's")
+    g.add_argument("--adv_init", type=weight, default=0.6, help="FreeLB: size of the first z")
     g.add_argument("--adv_eps", type=weight, default=0.0, help="FreeLB: bound of |z|; 0: none")
+
     g = p.add_argument_group("probes of finished runs (section 4.1)")
     g.add_argument("--probe", nargs="+", default=[], metavar="RUN",
                    help="a linear layer on the frozen encoder of each, and on the untuned one")
     g.add_argument("--probe_tasks", nargs="+", default=[], metavar="NAME",
-                   help="what the linear layers learn")
+                   help="the tasks that the linear layers learn")
     g.add_argument("--probe_recipe", default="paper", choices=["paper", "converged"],
-                   help="paper: Table 5's rate and updates, which cannot converge")
+                   help="paper: Table 5's rate and updates, which cannot converge; converged: the "
+                        "layer of least cross entropy")
     return p
 
 

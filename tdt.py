@@ -1423,31 +1423,39 @@ def flags():
     import common
     p = common.parser(__doc__, [*METHODS], ["tdt"])
     weight = common.number(float, 0)
-    g = p.add_argument_group("TDT and TDT-hard")
+
+    g = p.add_argument_group(
+        "TDT and TDT-hard", "c: confidence, from 0 to 1, that a token matters; C: all of them. "
+        "L_C: the loss with the tokens that matter. L_R: the prediction from the others must lie "
+        "apart.")
     g.add_argument("--alpha", type=weight, default=2.0,
                    help="weight of L_C, Eq. 7; the paper tries 0.5 2 4")
     g.add_argument("--beta", type=weight, default=1.0,
                    help="weight of L_R, Eq. 7; the paper tries 0.5 1")
-    g.add_argument("--gamma", type=weight, default=0.0, help="weight of ||C||_2, Eq. 4; choice 3")
+    g.add_argument("--gamma", type=weight, default=0.0,
+                   help="weight of ||C||_2, which pulls all c to 0, Eq. 4 (choice 3)")
     g.add_argument("--margin", type=weight, default=0.0,
-                   help="m, Eq. 6; the paper tries 0 2; choice 10")
-    g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"], help="mu_0, Eq. 3")
+                   help="m, Eq. 6: how far apart; the paper tries 0 2 (choice 10)")
+    g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"],
+                   help="mu_0, Eq. 3: what takes the place of tokens that do not matter")
     g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0,
-                   help="temperature of tdt-hard, Eq. 9")
+                   help="tdt-hard: temperature of its random choice, Eq. 9")
     g.add_argument("--c_lr", type=weight, default=1e-2, metavar="LR",
-                   help="peak learning rate of the confidence layer; 0: the encoder's; choice 9")
+                   help="peak learning rate of the confidence layer; 0: the encoder's (choice 9)")
     g.add_argument("--variant", default="paper", choices=["paper", "released"],
-                   help="choice 4; what the authors ran is released with --batching padded "
-                        "--max_length 256, as their mu_0 counts the padding to 256")
+                   help="released: the loss of the authors' code (choice 4). What they ran is this "
+                        "with --batching padded --max_length 256, as their mu_0 counts the padding "
+                        "to 256")
     g.add_argument("--keep_special", action="store_true",
-                   help="choice 5: special tokens are never perturbed")
+                   help="special tokens are never perturbed (choice 5)")
 
-    g = p.add_argument_group("token cutoff, choice 8")
+    g = p.add_argument_group("token cutoff (choice 8)")
     g.add_argument("--cutoff_rate", type=common.number(float, 0, 1), default=0.1, metavar="R",
-                   help="share of the tokens that falls")
+                   help="share of the tokens that is cut")
     g.add_argument("--cutoff_a", type=weight, default=1.0, metavar="A",
-                   help="weight of CE without them")
-    g.add_argument("--cutoff_b", type=weight, default=1.0, metavar="B", help="weight of JS")
+                   help="a: weight of the loss without them")
+    g.add_argument("--cutoff_b", type=weight, default=1.0, metavar="B",
+                   help="b: weight of JS, how far the prediction moves without them")
 
     g = p.add_argument_group("analyses (section 4), after training or of finished runs (--run)")
     g.add_argument("--explain", nargs="+", default=[], metavar="TEXT",
