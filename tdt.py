@@ -474,8 +474,7 @@ class TokenCutoff(torch.nn.Module):
 
 @dataclass
 class Analyses:
-    """What is to be looked at besides what the flags say, and in which runs."""
-    finished: dict                 # {folder: results} of --run
+    """What the flags ask to look at in trained models, and in those of which runs."""
     runs: dict                     # {seed: {method: folder}}, finished
     texts: list                    # to explain; of a pair both sentences, with ||| between them
     figures: bool                  # any of Figures 3 to 6: they are about the evaluation set
@@ -486,17 +485,13 @@ class Analyses:
         return bool(self.figures or self.texts)
 
 
-def read_analyses(args):
-    """The Analyses that the flags ask for.
-
-    With --run, args become those of the first run, but for what was set by hand.
-    """
+def read_analyses(args, runs):
+    """The Analyses that the flags ask for. runs {folder: results}: those of --run, or none."""
     import common
-    finished = common.take_runs(args, METHODS)
     texts = texts_to_explain(args.explain, args.explain_file)
     figures = bool(args.confidences or args.tsne or args.perturb or args.drop)
     rates = [rate for rate in dict.fromkeys(args.rates) if rate > 0]
-    asked = Analyses(finished, runs_by_seed(finished), texts, figures, rates)
+    asked = Analyses(runs_by_seed(runs), texts, figures, rates)
     if "rates" in args.by_hand and not (args.drop or args.perturb):
         raise common.UserError("--rates: needs --drop or --perturb")
     if "draws" in args.by_hand and not args.perturb:
@@ -1298,10 +1293,10 @@ def check_texts(args, asked):
                                    f"row of {args.task} is")
 
 
-def use_finished(args, asked, world, started):
+def use_finished(args, runs, asked, world, started):
     """--run: scores, predictions and analyses of finished runs. To explain a text needs no data."""
     import common
-    common.refuse_other_flags(args, asked.finished, free=["max_length"])
+    common.refuse_other_flags(args, runs, free=["max_length"])
     to_score = not asked.any or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
     if to_score or asked.figures:
@@ -1313,9 +1308,9 @@ def use_finished(args, asked, world, started):
     methods = {method for folders in asked.runs.values() for method in folders}
     check_tokenizer(args, tokenizer, methods, asked)
     check_texts(args, asked)
-    results = [*asked.finished.values()]
+    results = [*runs.values()]
     if to_score:
-        results = common.use_models(args, asked.finished, setup, world, started)
+        results = common.use_models(args, runs, setup, world, started)
     if asked.any:
         analyse(args, asked, setup, tokenizer, world)
     return results
@@ -1602,25 +1597,29 @@ def setup_for(method, setup, perturb):
     return replace(setup, train=train)
 
 
+def check(args, task):
+    """UserError if a method or Figure 3 is not for this kind of task."""
+    import common
+    common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
+    check_figure_3(args, task)
+
+
 def main(argv=None):
-    """Trains every --method with every seed, and analyses them. Returns results.json of each."""
+    """Trains every --method with every seed, and analyses them. Returns their results."""
     import common
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
-    asked = read_analyses(args)
+    runs = common.take_runs(args, METHODS)
+    asked = read_analyses(args, runs)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
     perturb = what_to_perturb(args.task, args.keep_special)
 
-    def check(task):
-        common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
-        check_figure_3(args, task)
-
     with common.processes(args) as world:
-        if asked.finished:
-            return use_finished(args, asked, world, started)
-        setup = common.prepare(
-            args, world, check, perturb=perturb or "cutoff" in args.method)      # see setup_for
+        if runs:
+            return use_finished(args, runs, asked, world, started)
+        setup = common.prepare(args, world, functools.partial(check, args),
+                               perturb=perturb or "cutoff" in args.method)       # see setup_for
         check_tokenizer(args, setup.tokenizer, args.method, asked)
         check_texts(args, asked)
 
