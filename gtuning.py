@@ -367,8 +367,7 @@ class GTuning(torch.nn.Module):
     def from_pretrained(cls, folder, plm=None):
         """In eval mode. plm: the encoder, if it should not be loaded by the name (or path) that
         was saved."""
-        path = os.path.join(folder, "gtuning.pt")
-        saved = torch.load(path, weights_only=True, map_location="cpu")
+        saved = read_saved(folder)
         if plm is None:
             from transformers import AutoModel
             name = folder if saved["settings"]["tune_plm"] else saved["plm"]
@@ -377,6 +376,12 @@ class GTuning(torch.nn.Module):
         f = cls(plm, **saved["settings"])
         f.load_state_dict({**f.state_dict(), **saved["h"]})
         return f.eval()
+
+
+def read_saved(folder):
+    """The dict that GTuning.save_pretrained wrote into this folder, on the CPU."""
+    path = os.path.join(folder, "gtuning.pt")
+    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 class Discriminator(torch.nn.Module):
@@ -573,6 +578,7 @@ def draw_like_the_task(args, setup, wanted, world):
 
     Of pairs the two are neighbours in M (choice 14). They repeat if they are fewer than `wanted`.
     """
+    import common
     import data
     from datasets import Dataset
     columns = ["sentence1", "sentence2"][:len(setup.task.columns)]
@@ -581,8 +587,8 @@ def draw_like_the_task(args, setup, wanted, world):
         texts = rows["text"][:]
         count = len(texts) // len(columns)
         if not count:
-            raise data.UserError(f"--unlabeled {args.unlabeled}: must hold two sentences, for a "
-                                 "pair")
+            raise common.UserError(f"--unlabeled {args.unlabeled}: must hold two sentences, for "
+                                   "a pair")
         table = {"label": list(range(count))}
         for i, column in enumerate(columns):
             table[column] = texts[i::len(columns)][:count]
@@ -930,8 +936,7 @@ def args_of_start(args, folder, results, world):
     if args.run:
         args.path = common.find_model(args.model, world)
         if results["args"]["post_train"]:              # what that made is known to the model alone
-            path = os.path.join(folder, "model", "gtuning.pt")
-            args.path = torch.load(path, weights_only=True, map_location="cpu")["plm"]
+            args.path = read_saved(os.path.join(folder, "model"))["plm"]
     return args
 
 
@@ -957,12 +962,12 @@ def labels_of(folder):
     """The labels of a finished run, in the order of their numbers."""
     import common
     import data
-    path = os.path.join(folder, "model", "gtuning.pt")
+    path = os.path.join(folder, "model")
     try:
-        labels = torch.load(path, weights_only=True, map_location="cpu")["id2label"]
+        labels = read_saved(path)["id2label"]
         return [labels[number] for number in sorted(labels)]
     except Exception as error:
-        raise common.UserError(f"--run {folder}: cannot read its labels in {path}: "
+        raise common.UserError(f"--run {folder}: cannot read its labels in {path}/gtuning.pt: "
                                f"{data.first_line(error)}") from None
 
 
@@ -1316,26 +1321,28 @@ def step_on_f(algorithm, method):
 
 def check_flags(args):
     """UserError if flags do not go together. Sets those that follow from --embed."""
-    from common import UserError
+    import common
     if args.embed and args.profile:
-        raise UserError("--embed: cannot go together with --profile, which trains nothing")
+        raise common.UserError("--embed: cannot go together with --profile, which trains nothing")
     if "projection" in args.by_hand and not args.embed:
-        raise UserError("--projection: needs --embed")
+        raise common.UserError("--projection: needs --embed")
     if len(args.batching) > 1:
         given = " ".join(args.batching)
-        raise UserError(f"--batching {given}: must be one name here; r3f.py compares several")
+        raise common.UserError(f"--batching {given}: must be one name here; r3f.py compares "
+                               "several")
     if args.choosing:
         args.embed = False                             # such a run has no model
     if args.embed:
         args.score_validation = True                   # its first set is the text in domain
     if args.embed and not args.eval_tasks:
-        raise UserError("--embed: needs --eval_tasks; the first of them is the text out of domain")
+        raise common.UserError("--embed: needs --eval_tasks; the first of them is the text out of "
+                               "domain")
     if args.max_steps == 1 and "gtuning" in args.method:
-        raise UserError("--max_steps 1: must be at least 2 for gtuning, whose phases have N/2 "
-                        "steps")
+        raise common.UserError("--max_steps 1: must be at least 2 for gtuning, whose phases have "
+                               "N/2 steps")
     if args.weight_noise and args.tune == "adapter":
-        raise UserError(f"--weight_noise {args.weight_noise:g}: needs --tune all; a frozen g stays "
-                        "as it was pre-trained")
+        raise common.UserError(f"--weight_noise {args.weight_noise:g}: needs --tune all; a frozen "
+                               "g stays as it was pre-trained")
 
 
 def main(argv=None):
