@@ -401,6 +401,7 @@ class Discriminator(torch.nn.Module):
 
 
 def at_least_fp32(f):
+    """A vector of lower precision in fp32; one in fp64 stays so."""
     return f.to(torch.promote_types(f.dtype, torch.float32))
 
 
@@ -494,7 +495,7 @@ class Texts:
     pair: whether a row has two sentences, apart. M: a Split, or None where no method wants it.
     taught, teacher_logits: what Self-Teach learns from, a Split and (rows, C), or None.
     folder: where the states lie; None: every batch is encoded again, with the same numbers.
-    cached {(what g's weights hash to, split): the split with its states}.
+    cached {(digest of g's weights, split): the split with its states}.
     """
 
     def __init__(self, args, setup, world):
@@ -520,8 +521,8 @@ class Texts:
         if "self-teach" in args.method:
             self.taught = draw_like_the_task(args, setup, rows, world)
             self.teacher_logits = logits_of_teacher(args, setup, self.taught, self.pair, world)
-        self.encoder = None                            # the last g, and what its weights hash to
-        self.digest = ""
+        self.encoder = None                            # the last g
+        self.digest = ""                               # of its weights
         self.cached = {}
 
     def with_states(self, f, split):
@@ -539,7 +540,7 @@ class Texts:
         return self.cached[key]
 
     def sets_with_states(self, f, sets):
-        """The same for sets {name: (task, split)} that are scored: its time is not training's."""
+        """The same for sets {name: (task, split)} to score. Its time counts as evaluation."""
         started = time.monotonic()
         found = {name: (task, self.with_states(f, split)) for name, (task, split) in sets.items()}
         self.world.evaluating += time.monotonic() - started
@@ -547,7 +548,7 @@ class Texts:
 
 
 def draw_general(args, setup, wanted, world):
-    """M of choice 7: `wanted` single sentences of general text, encoded. Fewer if there are."""
+    """M of choice 7, encoded: `wanted` single sentences of general text, or all if fewer."""
     import data
     with world.in_turns():
         rows = data.general_text(args.unlabeled, wanted)
@@ -757,7 +758,7 @@ class Algorithm1:
     def update_f(self, batch, **joint):
         """A step on f: by Eq. 2, or with D, alpha and beta by Eq. 6. Returns (loss, stats)."""
         import common
-        module = self.f                                # names of the other scripts' loops
+        module = self.f                                # the other scripts' names, for `update`
         optimizer = self.optimizer
         schedule = self.schedule
         args = self.args
@@ -896,9 +897,9 @@ def mean_vectors(f, layer, attention_mask, **inputs):
 
 
 def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
-    """common.evaluate, and the accuracies of the sets to retrieve from (choice 15).
+    """The scores of all sets as common.evaluate gives them, also of retrieval (choice 15).
 
-    texts: the Texts that may have g's states; None: all is encoded.
+    texts: the Texts that have g's states; None: g encodes all sets again.
     """
     import common
     by_logits = {}
@@ -935,7 +936,7 @@ def args_of_start(args, folder, results, world):
     args.weight_noise = results["args"]["weight_noise"]
     if args.run:
         args.path = common.find_model(args.model, world)
-        if results["args"]["post_train"]:              # what that made is known to the model alone
+        if results["args"]["post_train"]:              # the g that this made has a path of its own
             args.path = read_saved(os.path.join(folder, "model"))["plm"]
     return args
 
@@ -1264,7 +1265,7 @@ def recipe(args):
 # ----------------------------------------------------------------------------------  the experiment
 
 def count_steps_on_f(args, setup):
-    """N of Algorithm 1, choice 8."""
+    """N of Algorithm 1 (choice 8); by --epochs at least 2, so that each phase has a step."""
     import common
     rows = len(common.training_rows(setup, args, args.seeds[0]))
     per_epoch = math.ceil(rows / args.batch_size)
@@ -1280,6 +1281,7 @@ def phase_ends(method, N):
 
 
 def tell_phases(args, N, world):
+    """Says how many steps each phase of gtuning has."""
     if "gtuning" in args.method:
         end_1, end_2, end_3 = phase_ends("gtuning", N)
         world.say(f"  phases      N = {N} steps on f, {end_1} in phase 1 and {end_3 - end_2} in "
@@ -1291,7 +1293,8 @@ def profile(args, setup, texts, world):
     import common
 
     def make(method, its_texts):
-        algorithm = Algorithm1(args, method, args.seeds[0], 10**6, setup, its_texts, world)
+        N = 10**6                                      # more than are timed
+        algorithm = Algorithm1(args, method, args.seeds[0], N, setup, its_texts, world)
         return algorithm.x_t, step_on_f(algorithm, method)
 
     encoded = copy.copy(texts)

@@ -215,16 +215,19 @@ class R3F(torch.nn.Module):
 
 
 def word_embeddings(model):
-    """The module that looks up the encoder's words; an encoder-decoder's own one may go unused."""
+    """The module that looks up the encoder's words.
+
+    The whole of an encoder-decoder has one too, but its encoder need not use that.
+    """
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     return encoder.get_input_embeddings()
 
 
 @contextlib.contextmanager
 def noise_added(model, noise_for):
-    """Inside, the encoder reads the word embeddings x + noise_for(x), both (B, n, H). One pass.
+    """Inside, for one pass, the encoder reads x + noise_for(x) for its word embeddings x (B, n, H).
 
-    RuntimeError if the pass did not go through the encoder's word embeddings exactly once.
+    RuntimeError if that pass did not go through the encoder's word embeddings exactly once.
     """
     is_xlnet = model.config.model_type == "xlnet"                   # its x is (n, B, H)
     calls = []
@@ -429,17 +432,18 @@ def logits_of(model, inputs):
     head = model.get_output_embeddings()
     head_is_plain = type(head) is torch.nn.Linear and head.bias is None     # no LoRA, no hook
     if bias is None or not head_is_plain or head._forward_hooks:
-        return model(**inputs, use_cache=False).logits              # it is for decoding, and large
+        # A cache of keys and values is for decoding word by word, and large.
+        return model(**inputs, use_cache=False).logits
 
-    # What BART and its kin do, but for a second tensor of the logits' size, in fp32 whatever the
-    # autocast, which their sum with the bias would be.
+    # These are the logits of BART and its kin. They themselves add the bias in a step of its own,
+    # which makes a second tensor of this size, and in fp32 even under autocast.
     states = model.base_model(**inputs, use_cache=False).last_hidden_state
     return F.linear(states, head.weight, bias[0])                   # (B, m, V)
 
 
 # same: stack
 def stack(inputs, views):
-    """The batch, `views` times below itself: as many passes in one. (B, n) -> (views B, n)."""
+    """The batch repeated `views` times, as many passes in one: (B, n) -> (views B, n)."""
     stacked = {}
     for name, value in inputs.items():
         stacked[name] = torch.cat([value] * views) if torch.is_tensor(value) else value
@@ -904,7 +908,7 @@ def probe_encoder(path, task, rows, args, bar, world):
 
 
 def recipe_of_layer(args):
-    """How the linear layer was made, for the report, which compares equal ones alone."""
+    """How the linear layer was made. The report compares only probes of which this is the same."""
     words = args.probe_recipe
     if "max_length" in args.by_hand:                   # without it each encoder has its own
         words += f", texts of {args.max_length} tokens"
@@ -1166,9 +1170,9 @@ def build_method(method, model, args):
 
 
 def with_kl_weights(module, batch, world):
-    """A step's micro-batches, each with the weight of its R, which may be a mean over rows.
+    """A step's micro-batches, with kl_weight for each where the R of an R3F is a mean over rows.
 
-    module: an R3F, or another method, whose batches stay as they are.
+    Where R is a mean over labels ("token"), and for the rivals, they stay as they are.
     """
     import common
     if getattr(module, "reduction", "token") == "token":

@@ -180,7 +180,7 @@ def real_tokens(inputs):
 
 # same: stack
 def stack(inputs, views):
-    """The batch, `views` times below itself: as many passes in one. (B, n) -> (views B, n)."""
+    """The batch repeated `views` times, as many passes in one: (B, n) -> (views B, n)."""
     stacked = {}
     for name, value in inputs.items():
         stacked[name] = torch.cat([value] * views) if torch.is_tensor(value) else value
@@ -560,18 +560,18 @@ def runs_by_seed(runs):
 
 @dataclass
 class Evaluation:
-    """The set that the figures are about, and its tokens, all rows' in a line."""
+    """The set that the figures are about, and its tokens, those of all rows one after another."""
     setup: object
     world: object
     name: str
     split: object
     ids: object                                                          # (tokens,)
-    row: object                                                          # (tokens,), whose it is
+    row: object                                                          # (tokens,), their rows
     is_word: object                                                      # (tokens,), not special
 
     def file_of(self, figure, folder):
-        """The path of a figure's files, without their ending. Of another set than the runs' own
-        they have its name, so that they replace none of those."""
+        """The path of a figure's files, without their ending. If the set is not the runs' own
+        validation set, its name is in the path: files of several sets can lie side by side."""
         is_own = self.name in self.setup.task.validation.split()
         return os.path.join(folder, figure if is_own else f"{figure}-{self.name}")
 
@@ -969,9 +969,10 @@ def drop_words(modules, folders, chosen_by, c, rates, evaluation):
 
 
 def perturb_words(modules, folders, chosen_by, rates, draws, evaluation):
-    """Figure 5 of one seed: its curves, in the folder of Figure 6, or else of the first method.
+    """Figure 5 of one seed: its curves, for which words are drawn at random.
 
-    chosen_by: as in `drop_words`; None if no method has confidences. These words are random ones.
+    They are written where Figure 6 is, in the folder of the method chosen_by; if no method has
+    confidences (None), in that of the first method.
     """
     kinds = {"[MASK]": {}, "other word": {"sampled": True}}
     curves = measure_curves(modules, kinds, rates, draws, evaluation)
@@ -981,7 +982,8 @@ def perturb_words(modules, folders, chosen_by, rates, draws, evaluation):
 
 
 def write_curves(folder, figure, curves, evaluation, **more):
-    """FIGURE.json. more: `confidences`, the run whose confidences are used, and others."""
+    """Writes FIGURE.json in the folder. more: further entries, such as `confidences`, the run whose
+    confidences are used."""
     import common
     metric = evaluation.setup.task.metric_names[0]
     values = {f"{method}, {kind}": curve for (method, kind), curve in curves.items()}
@@ -1100,7 +1102,7 @@ def clouds_of(module, split, cls_token, world, name, given=None):
 def nearest_has_class(x, originals, labels):
     """Share of the points whose nearest original is of their class: (n, H), (n, H), (n,).
 
-    Point i was made of original i, which does not count: it lies near by making.
+    Original i does not count for point i, which was made from it and so lies near it in any case.
     """
     import common
     import numpy as np
@@ -1577,8 +1579,8 @@ def write_model(method, module, untrained, folder):
 
 
 def what_to_perturb(task, keep_special):
-    """Which tokens may be perturbed, for the tokeniser: those of a column, by its name; all but
-    special ones, True; or all, False."""
+    """Which tokens may be perturbed, as common.prepare and data.encode take it: the name of the
+    column whose tokens may be; True, all but the special ones; or False, all."""
     import data
     if task in data.TASKS and data.TASKS[task].perturb:
         return data.TASKS[task].perturb
