@@ -428,6 +428,7 @@ def gradient_norm(D, f_t, f_u, epsilon=None):
 def gradient_penalty(D, f_t, f_u, epsilon=None):
     """E (||grad D(z)||_2 - 1)^2 of Eq. 3: a scalar. Arguments as of gradient_norm.
 
+    discriminator_loss does not call this: it computes the same from the norms, which it logs too.
     D(z) = (3, 4) z has the norm 5 everywhere: the penalty is 16.
     """
     return gradient_norm(D, f_t, f_u, epsilon).sub(1).square().mean()
