@@ -367,8 +367,7 @@ class GTuning(torch.nn.Module):
     def from_pretrained(cls, folder, plm=None):
         """In eval mode. plm: the encoder, if it should not be loaded by the name (or path) that
         was saved."""
-        path = os.path.join(folder, "gtuning.pt")
-        saved = torch.load(path, weights_only=True, map_location="cpu")
+        saved = read_saved(folder)
         if plm is None:
             from transformers import AutoModel
             name = folder if saved["settings"]["tune_plm"] else saved["plm"]
@@ -377,6 +376,12 @@ class GTuning(torch.nn.Module):
         f = cls(plm, **saved["settings"])
         f.load_state_dict({**f.state_dict(), **saved["h"]})
         return f.eval()
+
+
+def read_saved(folder):
+    """The dict that GTuning.save_pretrained wrote into this folder, on the CPU."""
+    path = os.path.join(folder, "gtuning.pt")
+    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 class Discriminator(torch.nn.Module):
@@ -396,6 +401,7 @@ class Discriminator(torch.nn.Module):
 
 
 def at_least_fp32(f):
+    """A vector of lower precision in fp32; one in fp64 stays so."""
     return f.to(torch.promote_types(f.dtype, torch.float32))
 
 
@@ -422,6 +428,7 @@ def gradient_norm(D, f_t, f_u, epsilon=None):
 def gradient_penalty(D, f_t, f_u, epsilon=None):
     """E (||grad D(z)||_2 - 1)^2 of Eq. 3: a scalar. Arguments as of gradient_norm.
 
+    discriminator_loss does not call this: it computes the same from the norms, which it logs too.
     D(z) = (3, 4) z has the norm 5 everywhere: the penalty is 16.
     """
     return gradient_norm(D, f_t, f_u, epsilon).sub(1).square().mean()
@@ -489,7 +496,7 @@ class Texts:
     pair: whether a row has two sentences, apart. M: a Split, or None where no method wants it.
     taught, teacher_logits: what Self-Teach learns from, a Split and (rows, C), or None.
     folder: where the states lie; None: every batch is encoded again, with the same numbers.
-    cached {(what g's weights hash to, split): the split with its states}.
+    cached {(digest of g's weights, split): the split with its states}.
     """
 
     def __init__(self, args, setup, world):
@@ -515,8 +522,8 @@ class Texts:
         if "self-teach" in args.method:
             self.taught = draw_like_the_task(args, setup, rows, world)
             self.teacher_logits = logits_of_teacher(args, setup, self.taught, self.pair, world)
-        self.encoder = None                            # the last g, and what its weights hash to
-        self.digest = ""
+        self.encoder = None                            # the last g
+        self.digest = ""                               # of its weights
         self.cached = {}
 
     def with_states(self, f, split):
@@ -534,7 +541,7 @@ class Texts:
         return self.cached[key]
 
     def sets_with_states(self, f, sets):
-        """The same for sets {name: (task, split)} that are scored: its time is not training's."""
+        """The same for sets {name: (task, split)} to score. Its time counts as evaluation."""
         started = time.monotonic()
         found = {name: (task, self.with_states(f, split)) for name, (task, split) in sets.items()}
         self.world.evaluating += time.monotonic() - started
@@ -542,7 +549,7 @@ class Texts:
 
 
 def draw_general(args, setup, wanted, world):
-    """M of choice 7: `wanted` single sentences of general text, encoded. Fewer if there are."""
+    """M of choice 7, encoded: `wanted` single sentences of general text, or all if fewer."""
     import data
     with world.in_turns():
         rows = data.general_text(args.unlabeled, wanted)
@@ -573,6 +580,7 @@ def draw_like_the_task(args, setup, wanted, world):
 
     Of pairs the two are neighbours in M (choice 14). They repeat if they are fewer than `wanted`.
     """
+    import common
     import data
     from datasets import Dataset
     columns = ["sentence1", "sentence2"][:len(setup.task.columns)]
@@ -581,8 +589,8 @@ def draw_like_the_task(args, setup, wanted, world):
         texts = rows["text"][:]
         count = len(texts) // len(columns)
         if not count:
-            raise data.UserError(f"--unlabeled {args.unlabeled}: must hold two sentences, for a "
-                                 "pair")
+            raise common.UserError(f"--unlabeled {args.unlabeled}: must hold two sentences, for "
+                                   "a pair")
         table = {"label": list(range(count))}
         for i, column in enumerate(columns):
             table[column] = texts[i::len(columns)][:count]
@@ -751,7 +759,7 @@ class Algorithm1:
     def update_f(self, batch, **joint):
         """A step on f: by Eq. 2, or with D, alpha and beta by Eq. 6. Returns (loss, stats)."""
         import common
-        module = self.f                                # names of the other scripts' loops
+        module = self.f                                # the other scripts' names, for `update`
         optimizer = self.optimizer
         schedule = self.schedule
         args = self.args
@@ -890,9 +898,9 @@ def mean_vectors(f, layer, attention_mask, **inputs):
 
 
 def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
-    """common.evaluate, and the accuracies of the sets to retrieve from (choice 15).
+    """The scores of all sets as common.evaluate gives them, also of retrieval (choice 15).
 
-    texts: the Texts that may have g's states; None: all is encoded.
+    texts: the Texts that have g's states; None: g encodes all sets again.
     """
     import common
     by_logits = {}
@@ -929,9 +937,8 @@ def args_of_start(args, folder, results, world):
     args.weight_noise = results["args"]["weight_noise"]
     if args.run:
         args.path = common.find_model(args.model, world)
-        if results["args"]["post_train"]:              # what that made is known to the model alone
-            path = os.path.join(folder, "model", "gtuning.pt")
-            args.path = torch.load(path, weights_only=True, map_location="cpu")["plm"]
+        if results["args"]["post_train"]:              # the g that this made has a path of its own
+            args.path = read_saved(os.path.join(folder, "model"))["plm"]
     return args
 
 
@@ -957,12 +964,12 @@ def labels_of(folder):
     """The labels of a finished run, in the order of their numbers."""
     import common
     import data
-    path = os.path.join(folder, "model", "gtuning.pt")
+    path = os.path.join(folder, "model")
     try:
-        labels = torch.load(path, weights_only=True, map_location="cpu")["id2label"]
+        labels = read_saved(path)["id2label"]
         return [labels[number] for number in sorted(labels)]
     except Exception as error:
-        raise common.UserError(f"--run {folder}: cannot read its labels in {path}: "
+        raise common.UserError(f"--run {folder}: cannot read its labels in {path}/gtuning.pt: "
                                f"{data.first_line(error)}") from None
 
 
@@ -1184,52 +1191,57 @@ def flags():
     positive = common.number(float, 0, above=True)
     home = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))
 
-    g = p.add_argument_group("G-Tuning")
-    g.add_argument("--alpha", type=weight, default=1.0, help="weight of L_T, Eq. 6")
-    g.add_argument("--beta", type=weight, default=0.5, help="weight of L_G, Eq. 6")
+    g = p.add_argument_group(
+        "G-Tuning", "D: the discriminator, which tells vectors f(x) of the task from others.")
+    g.add_argument("--alpha", type=weight, default=1.0,
+                   help="weight of L_T, the task's loss, Eq. 6")
+    g.add_argument("--beta", type=weight, default=0.5,
+                   help="weight of L_G, f's loss by D, Eq. 6")
     g.add_argument("--gp_weight", type=weight, default=10.0,
-                   help="lambda, Eq. 3: weight of the gradient penalty")
+                   help="lambda, Eq. 3: weight of the penalty on D's gradient")
     g.add_argument("--epsilon", default="normal", choices=["normal", "uniform"],
-                   help="distribution of e, Eq. 4 (choice 4)")
+                   help="distribution of e, Eq. 4: where that penalty is taken (choice 4)")
     g.add_argument("--T", type=common.number(int, 1), default=5, metavar="T",
-                   help="steps on D for one on f, Algorithm 1; the paper tries 3 5 7 9")
+                   help="T, Algorithm 1: steps on D for one on f; the paper tries 3 5 7 9")
     g.add_argument("--d_lr", type=positive, default=1e-4, help="learning rate of D")
     g.add_argument("--d_betas", type=common.number(float, 0, 0.99999), nargs=2,
                    default=[0.9, 0.999], help="betas of D's Adam")
     g.add_argument("--unlabeled", default="Salesforce/wikitext:wikitext-103-raw-v1:train",
-                   metavar="M", help="a text file; a csv, tsv, json or jsonl with a column text; "
-                                     "or ID:CONFIG:SPLIT of the hub")
+                   metavar="M", help="general text: a text file; a csv, tsv, json or jsonl with a "
+                                     "column text; or ID:CONFIG:SPLIT of the hub")
     g.add_argument("--keep", default="best", choices=["best", "last"],
-                   help="the state that counts (choice 13)")
+                   help="the state that counts: the best looked at, or the last (choice 13)")
 
-    g = p.add_argument_group("f, and the states of g")
+    g = p.add_argument_group(
+        "f, and the states of g", "f(x): a sentence's vector, by the frozen model g, then h.")
     g.add_argument("--layers", type=common.number(int, 1), default=3, metavar="N",
-                   help="transformer layers of h, and of D")
-    g.add_argument("--pooling", default="cls", choices=["cls", "mean"], help="f(x), choice 2")
+                   help="transformer layers of h, the adapter, and of D")
+    g.add_argument("--pooling", default="cls", choices=["cls", "mean"],
+                   help="f(x): the first token's vector, or the mean of all (choice 2)")
     g.add_argument("--feature_length", type=weight, default=4.0, metavar="L",
                    help="length of f(x); 0: sqrt(H) (choice 11)")
     g.add_argument("--pair_mode", default="separate", choices=["separate", "joint"],
-                   help="choice 6")
+                   help="sentences of a pair each through f, or as one text (choice 6)")
     g.add_argument("--tune", default="adapter", choices=["adapter", "all"],
-                   help="all: g too (FT, Appendix A)")
+                   help="all: g learns too, not h alone (FT, Appendix A)")
     g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
-                   help="f's learning rate after the warm-up (choice 12)")
+                   help="f's learning rate after the warm-up falls to 0, or stays (choice 12)")
     g.add_argument("--no_cache", action="store_true",
-                   help="encode every batch again; the same numbers")
+                   help="encode every batch again, and keep no states; the same numbers")
     g.add_argument("--cache_dir", default=os.path.join(home, "states"), metavar="DIR",
-                   help="folder of g's states")
+                   help="folder of g's states, which are made once")
 
     g = p.add_argument_group("Self-Teach, Figure 2, retrieval")
     g.add_argument("--teacher", default="", metavar="RUN",
                    help="self-teach: the folder of a finished run of any script")
     g.add_argument("--teach_weight", type=weight, default=1.0,
-                   help="self-teach: w (choice 14)")
+                   help="self-teach: w, weight of the KL to the teacher (choice 14)")
     g.add_argument("--embed", action="store_true",
-                   help="Figure 2: f(x) in domain and out (the first of --eval_tasks)")
+                   help="Figure 2: a map of f(x) in domain and out (the first of --eval_tasks)")
     g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
                    help="the map of --embed: by t-SNE, or by two principal axes (embed-pca.html)")
     g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
-                   help="tatoeba, bucc: retrieve by the vectors of that block of g (f's)")
+                   help="tatoeba, bucc: retrieve by the mean of that block of g (f(x); choice 15)")
     return p
 
 
@@ -1254,7 +1266,7 @@ def recipe(args):
 # ----------------------------------------------------------------------------------  the experiment
 
 def count_steps_on_f(args, setup):
-    """N of Algorithm 1, choice 8."""
+    """N of Algorithm 1 (choice 8); by --epochs at least 2, so that each phase has a step."""
     import common
     rows = len(common.training_rows(setup, args, args.seeds[0]))
     per_epoch = math.ceil(rows / args.batch_size)
@@ -1270,6 +1282,7 @@ def phase_ends(method, N):
 
 
 def tell_phases(args, N, world):
+    """Says how many steps each phase of gtuning has."""
     if "gtuning" in args.method:
         end_1, end_2, end_3 = phase_ends("gtuning", N)
         world.say(f"  phases      N = {N} steps on f, {end_1} in phase 1 and {end_3 - end_2} in "
@@ -1281,7 +1294,8 @@ def profile(args, setup, texts, world):
     import common
 
     def make(method, its_texts):
-        algorithm = Algorithm1(args, method, args.seeds[0], 10**6, setup, its_texts, world)
+        N = 10**6                                      # more than are timed
+        algorithm = Algorithm1(args, method, args.seeds[0], N, setup, its_texts, world)
         return algorithm.x_t, step_on_f(algorithm, method)
 
     encoded = copy.copy(texts)
@@ -1311,26 +1325,28 @@ def step_on_f(algorithm, method):
 
 def check_flags(args):
     """UserError if flags do not go together. Sets those that follow from --embed."""
-    from common import UserError
+    import common
     if args.embed and args.profile:
-        raise UserError("--embed: cannot go together with --profile, which trains nothing")
+        raise common.UserError("--embed: cannot go together with --profile, which trains nothing")
     if "projection" in args.by_hand and not args.embed:
-        raise UserError("--projection: needs --embed")
+        raise common.UserError("--projection: needs --embed")
     if len(args.batching) > 1:
         given = " ".join(args.batching)
-        raise UserError(f"--batching {given}: must be one name here; r3f.py compares several")
+        raise common.UserError(f"--batching {given}: must be one name here; r3f.py compares "
+                               "several")
     if args.choosing:
         args.embed = False                             # such a run has no model
     if args.embed:
         args.score_validation = True                   # its first set is the text in domain
     if args.embed and not args.eval_tasks:
-        raise UserError("--embed: needs --eval_tasks; the first of them is the text out of domain")
+        raise common.UserError("--embed: needs --eval_tasks; the first of them is the text out of "
+                               "domain")
     if args.max_steps == 1 and "gtuning" in args.method:
-        raise UserError("--max_steps 1: must be at least 2 for gtuning, whose phases have N/2 "
-                        "steps")
+        raise common.UserError("--max_steps 1: must be at least 2 for gtuning, whose phases have "
+                               "N/2 steps")
     if args.weight_noise and args.tune == "adapter":
-        raise UserError(f"--weight_noise {args.weight_noise:g}: needs --tune all; a frozen g stays "
-                        "as it was pre-trained")
+        raise common.UserError(f"--weight_noise {args.weight_noise:g}: needs --tune all; a frozen "
+                               "g stays as it was pre-trained")
 
 
 def main(argv=None):

@@ -215,16 +215,19 @@ class R3F(torch.nn.Module):
 
 
 def word_embeddings(model):
-    """The module that looks up the encoder's words; an encoder-decoder's own one may go unused."""
+    """The module that looks up the encoder's words.
+
+    The whole of an encoder-decoder has one too, but its encoder need not use that.
+    """
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     return encoder.get_input_embeddings()
 
 
 @contextlib.contextmanager
 def noise_added(model, noise_for):
-    """Inside, the encoder reads the word embeddings x + noise_for(x), both (B, n, H). One pass.
+    """Inside, for one pass, the encoder reads x + noise_for(x) for its word embeddings x (B, n, H).
 
-    RuntimeError if the pass did not go through the encoder's word embeddings exactly once.
+    RuntimeError if that pass did not go through the encoder's word embeddings exactly once.
     """
     is_xlnet = model.config.model_type == "xlnet"                   # its x is (n, B, H)
     calls = []
@@ -429,17 +432,18 @@ def logits_of(model, inputs):
     head = model.get_output_embeddings()
     head_is_plain = type(head) is torch.nn.Linear and head.bias is None     # no LoRA, no hook
     if bias is None or not head_is_plain or head._forward_hooks:
-        return model(**inputs, use_cache=False).logits              # it is for decoding, and large
+        # A cache of keys and values is for decoding word by word, and large.
+        return model(**inputs, use_cache=False).logits
 
-    # What BART and its kin do, but for a second tensor of the logits' size, in fp32 whatever the
-    # autocast, which their sum with the bias would be.
+    # These are the logits of BART and its kin. They themselves add the bias in a step of its own,
+    # which makes a second tensor of this size, and in fp32 even under autocast.
     states = model.base_model(**inputs, use_cache=False).last_hidden_state
     return F.linear(states, head.weight, bias[0])                   # (B, m, V)
 
 
 # same: stack
 def stack(inputs, views):
-    """The batch, `views` times below itself: as many passes in one. (B, n) -> (views B, n)."""
+    """The batch repeated `views` times, as many passes in one: (B, n) -> (views B, n)."""
     stacked = {}
     for name, value in inputs.items():
         stacked[name] = torch.cat([value] * views) if torch.is_tensor(value) else value
@@ -904,7 +908,7 @@ def probe_encoder(path, task, rows, args, bar, world):
 
 
 def recipe_of_layer(args):
-    """How the linear layer was made, for the report, which compares equal ones alone."""
+    """How the linear layer was made. The report compares only probes of which this is the same."""
     words = args.probe_recipe
     if "max_length" in args.by_hand:                   # without it each encoder has its own
         words += f", texts of {args.max_length} tokens"
@@ -1020,40 +1024,50 @@ def flags():
     import common
     p = common.parser(__doc__, [*METHODS], ["r3f"])
     weight = common.number(float, 0)
-    above_0 = common.number(float, 0, above=True)
-    g = p.add_argument_group("R3F and R4F")
+    positive = common.number(float, 0, above=True)
+
+    g = p.add_argument_group(
+        "R3F and R4F", "z: noise on the word embeddings. KL: how far it moves the prediction.")
     g.add_argument("--lam", type=weight, default=1.0,
-                   help="lambda, Eq. 3; the paper tries 0.1 0.5 1 5; also SMART's")
+                   help="lambda, Eq. 3: weight of the KL, also of SMART's; the paper tries "
+                        "0.1 0.5 1 5")
     g.add_argument("--eps", type=common.number(float, 0, 1000), default=1e-5,
-                   help="sigma, Eq. 4; of SMART the bound of z")
+                   help="sigma, Eq. 4: size of z; of SMART its bound")
     g.add_argument("--noise", default="uniform", choices=["uniform", "normal"],
-                   help="distribution of z, Eq. 4")
+                   help="distribution of z, Eq. 4: U(-eps, eps) or N(0, eps^2)")
     g.add_argument("--stop_grad", default="none", choices=["none", "noised"],
-                   help="choice 3: noised is a third cheaper")
+                   help="noised: no gradient through the pass with z, a third cheaper (choice 3)")
     g.add_argument("--share_dropout", action="store_true",
-                   help="choice 2: both passes use the same dropout masks")
+                   help="both passes have the same dropout masks: only z differs (choice 2)")
     g.add_argument("--label_smoothing", type=common.number(float, 0, 0.5), default=0.0,
-                   metavar="E", help="weight of all other words or classes in the loss")
+                   metavar="E", help="e: weight of all other words or classes in CE (choice 8)")
     g.add_argument("--reduction", default="token", choices=["token", "sentence", "released"],
-                   help="choice 7: of the KL of labels by position")
-    g = p.add_argument_group("its rivals")
-    g.add_argument("--alpha", type=weight, default=1.0, help="R-Drop: weight of the KL")
-    g.add_argument("--smart_sigma", type=above_0, default=1e-5, help="SMART: deviation of z_0")
-    g.add_argument("--smart_eta", type=weight, default=1e-3, help="SMART: length of an ascent")
-    g.add_argument("--smart_steps", type=common.number(int, 1), default=1, help="SMART: ascents, K")
-    g.add_argument("--bregman", type=weight, default=0.0, help="SMART: mu; its paper: 1")
-    g.add_argument("--adv_steps", type=common.number(int, 1), default=2, help="FreeLB: ascents, K")
+                   help="of tags and texts: what the KL is a mean over (choice 7)")
+
+    g = p.add_argument_group(
+        "its rivals", "SMART and FreeLB seek a z that hurts, in K steps.")
+    g.add_argument("--alpha", type=weight, default=1.0, help="R-Drop: alpha, weight of the KL")
+    g.add_argument("--smart_sigma", type=positive, default=1e-5,
+                   help="SMART: sigma, standard deviation of the first z")
+    g.add_argument("--smart_eta", type=weight, default=1e-3, help="SMART: eta, length of a step")
+    g.add_argument("--smart_steps", type=common.number(int, 1), default=1, help="SMART: K, steps")
+    g.add_argument("--bregman", type=weight, default=0.0,
+                   help="SMART: mu, weight of the KL to the averaged weights' prediction; "
+                        "its paper: 1")
+    g.add_argument("--adv_steps", type=common.number(int, 1), default=2, help="FreeLB: K, steps")
     g.add_argument("--adv_lr", type=weight, default=0.1,
-                   help="FreeLB: length of an ascent; a GLUE task has its release's")
-    g.add_argument("--adv_init", type=weight, default=0.6, help="FreeLB: size of z_0")
+                   help="FreeLB: length of a step; a GLUE task has its release's")
+    g.add_argument("--adv_init", type=weight, default=0.6, help="FreeLB: size of the first z")
     g.add_argument("--adv_eps", type=weight, default=0.0, help="FreeLB: bound of |z|; 0: none")
+
     g = p.add_argument_group("probes of finished runs (section 4.1)")
     g.add_argument("--probe", nargs="+", default=[], metavar="RUN",
                    help="a linear layer on the frozen encoder of each, and on the untuned one")
     g.add_argument("--probe_tasks", nargs="+", default=[], metavar="NAME",
-                   help="what the linear layers learn")
+                   help="the tasks that the linear layers learn")
     g.add_argument("--probe_recipe", default="paper", choices=["paper", "converged"],
-                   help="paper: Table 5's rate and updates, which cannot converge")
+                   help="paper: Table 5's rate and updates, which cannot converge; converged: the "
+                        "layer of least cross entropy")
     return p
 
 
@@ -1156,9 +1170,9 @@ def build_method(method, model, args):
 
 
 def with_kl_weights(module, batch, world):
-    """A step's micro-batches, each with the weight of its R, which may be a mean over rows.
+    """A step's micro-batches, with kl_weight for each where the R of an R3F is a mean over rows.
 
-    module: an R3F, or another method, whose batches stay as they are.
+    Where R is a mean over labels ("token"), and for the rivals, they stay as they are.
     """
     import common
     if getattr(module, "reduction", "token") == "token":

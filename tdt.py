@@ -180,7 +180,7 @@ def real_tokens(inputs):
 
 # same: stack
 def stack(inputs, views):
-    """The batch, `views` times below itself: as many passes in one. (B, n) -> (views B, n)."""
+    """The batch repeated `views` times, as many passes in one: (B, n) -> (views B, n)."""
     stacked = {}
     for name, value in inputs.items():
         stacked[name] = torch.cat([value] * views) if torch.is_tensor(value) else value
@@ -474,8 +474,7 @@ class TokenCutoff(torch.nn.Module):
 
 @dataclass
 class Analyses:
-    """What is to be looked at besides what the flags say, and in which runs."""
-    finished: dict                 # {folder: results} of --run
+    """What the flags ask to look at in trained models, and in those of which runs."""
     runs: dict                     # {seed: {method: folder}}, finished
     texts: list                    # to explain; of a pair both sentences, with ||| between them
     figures: bool                  # any of Figures 3 to 6: they are about the evaluation set
@@ -486,17 +485,13 @@ class Analyses:
         return bool(self.figures or self.texts)
 
 
-def read_analyses(args):
-    """The Analyses that the flags ask for.
-
-    With --run, args become those of the first run, but for what was set by hand.
-    """
+def read_analyses(args, runs):
+    """The Analyses that the flags ask for. runs {folder: results}: those of --run, or none."""
     import common
-    finished = common.take_runs(args, METHODS)
     texts = texts_to_explain(args.explain, args.explain_file)
     figures = bool(args.confidences or args.tsne or args.perturb or args.drop)
     rates = [rate for rate in dict.fromkeys(args.rates) if rate > 0]
-    asked = Analyses(finished, runs_by_seed(finished), texts, figures, rates)
+    asked = Analyses(runs_by_seed(runs), texts, figures, rates)
     if "rates" in args.by_hand and not (args.drop or args.perturb):
         raise common.UserError("--rates: needs --drop or --perturb")
     if "draws" in args.by_hand and not args.perturb:
@@ -565,18 +560,18 @@ def runs_by_seed(runs):
 
 @dataclass
 class Evaluation:
-    """The set that the figures are about, and its tokens, all rows' in a line."""
+    """The set that the figures are about, and its tokens, those of all rows one after another."""
     setup: object
     world: object
     name: str
     split: object
     ids: object                                                          # (tokens,)
-    row: object                                                          # (tokens,), whose it is
+    row: object                                                          # (tokens,), their rows
     is_word: object                                                      # (tokens,), not special
 
     def file_of(self, figure, folder):
-        """The path of a figure's files, without their ending. Of another set than the runs' own
-        they have its name, so that they replace none of those."""
+        """The path of a figure's files, without their ending. If the set is not the runs' own
+        validation set, its name is in the path: files of several sets can lie side by side."""
         is_own = self.name in self.setup.task.validation.split()
         return os.path.join(folder, figure if is_own else f"{figure}-{self.name}")
 
@@ -974,9 +969,10 @@ def drop_words(modules, folders, chosen_by, c, rates, evaluation):
 
 
 def perturb_words(modules, folders, chosen_by, rates, draws, evaluation):
-    """Figure 5 of one seed: its curves, in the folder of Figure 6, or else of the first method.
+    """Figure 5 of one seed: its curves, for which words are drawn at random.
 
-    chosen_by: as in `drop_words`; None if no method has confidences. These words are random ones.
+    They are written where Figure 6 is, in the folder of the method chosen_by; if no method has
+    confidences (None), in that of the first method.
     """
     kinds = {"[MASK]": {}, "other word": {"sampled": True}}
     curves = measure_curves(modules, kinds, rates, draws, evaluation)
@@ -986,7 +982,8 @@ def perturb_words(modules, folders, chosen_by, rates, draws, evaluation):
 
 
 def write_curves(folder, figure, curves, evaluation, **more):
-    """FIGURE.json. more: `confidences`, the run whose confidences are used, and others."""
+    """Writes FIGURE.json in the folder. more: further entries, such as `confidences`, the run whose
+    confidences are used."""
     import common
     metric = evaluation.setup.task.metric_names[0]
     values = {f"{method}, {kind}": curve for (method, kind), curve in curves.items()}
@@ -1105,7 +1102,7 @@ def clouds_of(module, split, cls_token, world, name, given=None):
 def nearest_has_class(x, originals, labels):
     """Share of the points whose nearest original is of their class: (n, H), (n, H), (n,).
 
-    Point i was made of original i, which does not count: it lies near by making.
+    Original i does not count for point i, which was made from it and so lies near it in any case.
     """
     import common
     import numpy as np
@@ -1298,10 +1295,10 @@ def check_texts(args, asked):
                                    f"row of {args.task} is")
 
 
-def use_finished(args, asked, world, started):
+def use_finished(args, runs, asked, world, started):
     """--run: scores, predictions and analyses of finished runs. To explain a text needs no data."""
     import common
-    common.refuse_other_flags(args, asked.finished, free=["max_length"])
+    common.refuse_other_flags(args, runs, free=["max_length"])
     to_score = not asked.any or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
     if to_score or asked.figures:
@@ -1313,9 +1310,9 @@ def use_finished(args, asked, world, started):
     methods = {method for folders in asked.runs.values() for method in folders}
     check_tokenizer(args, tokenizer, methods, asked)
     check_texts(args, asked)
-    results = [*asked.finished.values()]
+    results = [*runs.values()]
     if to_score:
-        results = common.use_models(args, asked.finished, setup, world, started)
+        results = common.use_models(args, runs, setup, world, started)
     if asked.any:
         analyse(args, asked, setup, tokenizer, world)
     return results
@@ -1423,31 +1420,39 @@ def flags():
     import common
     p = common.parser(__doc__, [*METHODS], ["tdt"])
     weight = common.number(float, 0)
-    g = p.add_argument_group("TDT and TDT-hard")
+
+    g = p.add_argument_group(
+        "TDT and TDT-hard", "c: confidence, from 0 to 1, that a token matters; C: all of them. "
+        "L_C: the loss with the tokens that matter. L_R: the prediction from the others must lie "
+        "apart.")
     g.add_argument("--alpha", type=weight, default=2.0,
                    help="weight of L_C, Eq. 7; the paper tries 0.5 2 4")
     g.add_argument("--beta", type=weight, default=1.0,
                    help="weight of L_R, Eq. 7; the paper tries 0.5 1")
-    g.add_argument("--gamma", type=weight, default=0.0, help="weight of ||C||_2, Eq. 4; choice 3")
+    g.add_argument("--gamma", type=weight, default=0.0,
+                   help="weight of ||C||_2, which pulls all c to 0, Eq. 4 (choice 3)")
     g.add_argument("--margin", type=weight, default=0.0,
-                   help="m, Eq. 6; the paper tries 0 2; choice 10")
-    g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"], help="mu_0, Eq. 3")
+                   help="m, Eq. 6: how far apart; the paper tries 0 2 (choice 10)")
+    g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"],
+                   help="mu_0, Eq. 3: what takes the place of tokens that do not matter")
     g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0,
-                   help="temperature of tdt-hard, Eq. 9")
+                   help="tdt-hard: temperature of its random choice, Eq. 9")
     g.add_argument("--c_lr", type=weight, default=1e-2, metavar="LR",
-                   help="peak learning rate of the confidence layer; 0: the encoder's; choice 9")
+                   help="peak learning rate of the confidence layer; 0: the encoder's (choice 9)")
     g.add_argument("--variant", default="paper", choices=["paper", "released"],
-                   help="choice 4; what the authors ran is released with --batching padded "
-                        "--max_length 256, as their mu_0 counts the padding to 256")
+                   help="released: the loss of the authors' code (choice 4). What they ran is this "
+                        "with --batching padded --max_length 256, as their mu_0 counts the padding "
+                        "to 256")
     g.add_argument("--keep_special", action="store_true",
-                   help="choice 5: special tokens are never perturbed")
+                   help="special tokens are never perturbed (choice 5)")
 
-    g = p.add_argument_group("token cutoff, choice 8")
+    g = p.add_argument_group("token cutoff (choice 8)")
     g.add_argument("--cutoff_rate", type=common.number(float, 0, 1), default=0.1, metavar="R",
-                   help="share of the tokens that falls")
+                   help="share of the tokens that is cut")
     g.add_argument("--cutoff_a", type=weight, default=1.0, metavar="A",
-                   help="weight of CE without them")
-    g.add_argument("--cutoff_b", type=weight, default=1.0, metavar="B", help="weight of JS")
+                   help="a: weight of the loss without them")
+    g.add_argument("--cutoff_b", type=weight, default=1.0, metavar="B",
+                   help="b: weight of JS, how far the prediction moves without them")
 
     g = p.add_argument_group("analyses (section 4), after training or of finished runs (--run)")
     g.add_argument("--explain", nargs="+", default=[], metavar="TEXT",
@@ -1574,8 +1579,8 @@ def write_model(method, module, untrained, folder):
 
 
 def what_to_perturb(task, keep_special):
-    """Which tokens may be perturbed, for the tokeniser: those of a column, by its name; all but
-    special ones, True; or all, False."""
+    """Which tokens may be perturbed, as common.prepare and data.encode take it: the name of the
+    column whose tokens may be; True, all but the special ones; or False, all."""
     import data
     if task in data.TASKS and data.TASKS[task].perturb:
         return data.TASKS[task].perturb
@@ -1594,25 +1599,29 @@ def setup_for(method, setup, perturb):
     return replace(setup, train=train)
 
 
+def check(args, task):
+    """UserError if a method or Figure 3 is not for this kind of task."""
+    import common
+    common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
+    check_figure_3(args, task)
+
+
 def main(argv=None):
-    """Trains every --method with every seed, and analyses them. Returns results.json of each."""
+    """Trains every --method with every seed, and analyses them. Returns their results."""
     import common
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
-    asked = read_analyses(args)
+    runs = common.take_runs(args, METHODS)
+    asked = read_analyses(args, runs)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
     perturb = what_to_perturb(args.task, args.keep_special)
 
-    def check(task):
-        common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
-        check_figure_3(args, task)
-
     with common.processes(args) as world:
-        if asked.finished:
-            return use_finished(args, asked, world, started)
-        setup = common.prepare(
-            args, world, check, perturb=perturb or "cutoff" in args.method)      # see setup_for
+        if runs:
+            return use_finished(args, runs, asked, world, started)
+        setup = common.prepare(args, world, functools.partial(check, args),
+                               perturb=perturb or "cutoff" in args.method)       # see setup_for
         check_tokenizer(args, setup.tokenizer, args.method, asked)
         check_texts(args, asked)
 

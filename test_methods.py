@@ -7618,14 +7618,15 @@ def test_a_regression_is_explained_and_token_cutoff_refuses_it(tmp_path, cache):
 def test_a_finished_run_brings_its_own_flags(toy, copied):
     """Not those of the toy recipe, whose task is the default."""
     args = parse("tdt", "--run", str(copied), "--drop")
-    asked = tdt.read_analyses(args)
+    runs = common.take_runs(args, tdt.METHODS)
+    asked = tdt.read_analyses(args, runs)
     results = load(copied / "results.json")
     assert asked.runs == {0: {"tdt": str(copied)}}
     assert args.task == "custom" and args.own_labels == ["a", "b"]
     assert args.model == str(copied / "model")
     assert args.max_length == results["args"]["max_length"] and args.threads == 0
     args = parse("tdt", "--run", str(copied), "--drop", "--threads", "2", "--max_length", "9")
-    tdt.read_analyses(args)
+    tdt.read_analyses(args, common.take_runs(args, tdt.METHODS))
     assert args.threads == 2 and args.max_length == 9
 
 
@@ -7779,7 +7780,7 @@ def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path,
 
 def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain(toy):
     tokenizer = types.SimpleNamespace(is_fast=False, mask_token_id=4)
-    asked = tdt.read_analyses(parse("tdt", "--method", "tdt", "--explain", "great cast"))
+    asked = tdt.read_analyses(parse("tdt", "--method", "tdt", "--explain", "great cast"), {})
     with pytest.raises(UserError, match="fast tokenizer"):
         tdt.check_tokenizer(parse("tdt"), tokenizer, ["tdt"], asked)
 
