@@ -70,9 +70,9 @@ Choices, where the paper is silent (its authors released no code):
 14. Self-Teach is FILTER's loss (Fang et al., 2021), whose teacher sees translations; the paper
     does not say what it sees here. It is x_u; of pairs two neighbouring sentences of M. The
     --teacher is a finished run on the same task with the same --model, of any script, in eval mode,
-    its logits computed once. The paper's row is of a tuned g: --tune all, taught by plain
-    fine-tuning (r3f.py --method std). In a regression the KL is the squared error. Tags and answers
-    have none here.
+    its logits computed once. We read the paper's row as one of a tuned g: --tune all, taught by
+    plain fine-tuning (r3f.py --method std). In a regression the KL is the squared error. Tags and
+    answers have none here.
 15. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
     tokens whatever --pooling; --retrieve_layer takes the mean of a block of g in its place.
 16. Figure 2 (--embed): t-SNE as in the paper. It keeps no distances, so a table of numbers that are
@@ -1246,7 +1246,8 @@ def flags():
 
 
 def recipe(args):
-    """Section 3.1: batches of 32, accumulated over two, Adam, 5 + 5 epochs; lr from its list."""
+    """Section 3.1: batches of 32, accumulated over two, Adam, 5 + 5 epochs. The rate is one of its
+    list, for a g that is tuned a low one."""
     if args.task.removesuffix("-food") in ("toy", "toy-tag", "toy-qa"):
         return "toy", {
             "model": "toy", "lr": 1e-3, "epochs": 20, "batch_size": 16, "precision": "fp32",
@@ -1254,6 +1255,8 @@ def recipe(args):
             "method": ["adapter", "gtuning"], "seeds": [0, 1, 2]}
     values = {"model": "FacebookAI/roberta-large", "lr": 1e-4, "epochs": 10, "batch_size": 64,
               "micro_batch_size": 32, "weight_decay": 0.0}
+    if args.tune == "all":
+        values["lr"] = 1e-5
     lengths = {"pos": 128, "ner": 128, "xquad": 384, "mlqa": 384, "tydiqa": 384}
     if args.task.startswith(("xnli", "paws-x")) or args.task in lengths:
         values["model"] = "FacebookAI/xlm-roberta-large"

@@ -562,7 +562,7 @@ class RDrop(torch.nn.Module):
     One stacked pass of 2B rows. stats "kl" is KL_S.
     a. The mean of the two CE is that of the release's README. The paper adds them, as the release's
        BERT file does (alpha 0.5), so its alpha of 0.1, 0.5 and 1 on GLUE is 0.05, 0.25 and 0.5
-       here. The RoBERTa file has the CE of one sample only, alpha 0.7.
+       here. The RoBERTa file has half the CE of one sample, alpha 0.7.
     b. KL_S is averaged over the examples, as CE is; the release sums it over the batch.
     """
 

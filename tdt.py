@@ -49,9 +49,10 @@ Choices, where the paper is silent or the authors' release does otherwise:
  7. Regression: d is the squared error between two predictions, on the scale of the labels, and so
     is m. Inference: one plain pass (the release runs three).
  8. Token cutoff: the share is of the tokens that may fall, rounded; they are drawn without
-    replacement, special tokens never fall, CE(x) is part of the loss, and JS is the mean of
-    KL(p_i || their mean). Its release draws with replacement, lets [CLS] fall, leaves CE(x) out,
-    and has the KL in the other direction. As there, tokens fall after LayerNorm and dropout.
+    replacement, special tokens never fall (the class alone, without `perturbable`, spares the
+    first token), CE(x) is part of the loss, and JS is the mean of KL(p_i || their mean). Its
+    release draws with replacement, lets [CLS] fall, leaves CE(x) out, and has the KL in the other
+    direction. As there, tokens fall after LayerNorm and dropout.
  9. The confidence layer starts at random (std 0.02, bias 0) and learns at a rate of its own,
     --c_lr, of which the paper says nothing. At the encoder's its weights hardly leave that start,
     and so the order of the words is the random one: 0.97 is the rank correlation with the start,
@@ -300,6 +301,7 @@ class TDT(torch.nn.Module):
     def confidence(self, **inputs):
         """C (B, n), 0 at padding; for TDT-hard the probability that a token is kept.
 
+        Call .eval() before: in train mode e has dropout.
         Of tokens that must stay it is what the layer says, not the 1 that training uses.
         """
         c = None
@@ -1440,9 +1442,9 @@ def flags():
     g.add_argument("--c_lr", type=weight, default=1e-2, metavar="LR",
                    help="peak learning rate of the confidence layer; 0: the encoder's (choice 9)")
     g.add_argument("--variant", default="paper", choices=["paper", "released"],
-                   help="released: the loss of the authors' code (choice 4). What they ran is this "
-                        "with --batching padded --max_length 256, as their mu_0 counts the padding "
-                        "to 256")
+                   help="released: the loss of the authors' code (choice 4). What their script "
+                        "runs is this with --alpha 1 --beta 2 --c_lr 0, and with --batching padded "
+                        "--max_length 256, as their mu_0 counts the padding to 256")
     g.add_argument("--keep_special", action="store_true",
                    help="special tokens are never perturbed (choice 5)")
 

@@ -9118,11 +9118,12 @@ def test_profile_times_the_steps_from_states_and_from_texts(tiny_folder, small, 
 
 
 def test_the_recipe_is_that_of_section_3_1():
-    def recipe(task):
-        return gtuning.recipe(argparse.Namespace(task=task, model=None))
+    def recipe(task, tune="adapter"):
+        return gtuning.recipe(argparse.Namespace(task=task, model=None, tune=tune))
 
     name, values = recipe("sst2")
     assert name == "gtuning: section 3.1"
+    assert values["lr"] == 1e-4 and recipe("sst2", tune="all")[1]["lr"] == 1e-5
     assert values["model"] == "FacebookAI/roberta-large"
     assert (values["batch_size"], values["micro_batch_size"], values["epochs"]) == (64, 32, 10)
     for task in ("xnli", "paws-x"):
