@@ -1040,7 +1040,7 @@ def test_a_group_is_scored_on_the_split_that_is_named_where_there_is_one(monkeyp
         further("paws-x:nope")
 
 
-def test_what_is_skipped_is_said(tiny_folder, monkeypatch, cache, capsys):
+def test_what_is_skipped_is_said(tiny_folder, monkeypatch, capsys):
     args = parse("r3f", "--model", tiny_folder)
     rows = data.load(args)
     rows = rows._replace(warnings=["one", "two"])
@@ -1889,7 +1889,7 @@ def test_a_recipes_warm_up_keeps_its_share_when_the_length_is_set():
     assert parse("tdt", "--task", "sst2", "--max_steps", 50, "--warmup", 7).warmup == 7
 
 
-def test_a_warm_up_of_all_steps_is_refused(tiny_folder, tmp_path, cache):
+def test_a_warm_up_of_all_steps_is_refused(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="--warmup 6: must be less than the 6 steps"):
         run("r3f", tiny_folder, tmp_path, "--warmup", 6)
 
@@ -1910,7 +1910,7 @@ def test_a_recipe_sees_the_model_that_init_from_brings(tmp_path):
         assert args.lr == learning_rate and args.model == str(tmp_path / "run/model")
 
 
-def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, cache, capsys):
+def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, capsys):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_samples", 100)
     told = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert len(told) <= 10 and "train 100 of 320" in " ".join(told)
@@ -1937,7 +1937,7 @@ def test_cut_rows_are_told_of_whole_rows(capsys):
     assert "rows        validation 2\n" in told and "cut rows: validation 1 of 2\n" in told
 
 
-def test_the_flags_of_a_method_are_told(tiny_folder, tmp_path, cache, capsys):
+def test_the_flags_of_a_method_are_told(tiny_folder, tmp_path, capsys):
     run("tdt", tiny_folder, tmp_path, "--method", "tdt", "--mu0", "zero", "--max_steps", 1)
     told = capsys.readouterr().out
     line, = [line for line in told.splitlines() if line.startswith("  defaults ")]
@@ -1946,7 +1946,7 @@ def test_the_flags_of_a_method_are_told(tiny_folder, tmp_path, cache, capsys):
     assert "tau" not in line and "cutoff_rate" not in line                    # of other methods
 
 
-def test_the_rate_is_told_where_no_recipe_sets_it(tiny_folder, tmp_path, cache, capsys):
+def test_the_rate_is_told_where_no_recipe_sets_it(tiny_folder, tmp_path, capsys):
     write(tmp_path / "t.csv", "text,label\n" + "good film,a\ndull plot,b\n" * 8)
     run("r3f", tiny_folder, tmp_path, "--train_file", tmp_path / "t.csv", "--validation_file",
         tmp_path / "t.csv", "--method", "std", "--batch_size", 4)
@@ -1976,14 +1976,14 @@ def test_a_full_disk_in_a_search_is_one_line(tmp_path, monkeypatch):
         common.write_search(args, "std", [["--lr=1"]], [0.5], ["--lr=1"])
 
 
-def test_flags_of_other_methods_are_said_to_have_no_effect(tiny_folder, tmp_path, cache, capsys):
+def test_flags_of_other_methods_are_said_to_have_no_effect(tiny_folder, tmp_path, capsys):
     run("r3f", tiny_folder, tmp_path / "1", "--method", "std", "--lam", 3, "--lr", "1e-4")
     assert "  no effect   lam 3.0: not of std\n" in capsys.readouterr().out
     run("r3f", tiny_folder, tmp_path / "2", "--method", "std", "r3f", "--lam", 3)
     assert "no effect" not in capsys.readouterr().out
 
 
-def test_empty_texts_are_counted(tiny_folder, tmp_path, cache, capsys):
+def test_empty_texts_are_counted(tiny_folder, tmp_path, capsys):
     lines = ["sentence1,sentence2,label", "good film,x,a", '"  ",y,b', '"",z,a', 'dull,"",b'] * 4
     lines = lines[:1] + [line for line in lines if not line.startswith("sentence1")]
     write(tmp_path / "train.csv", "\n".join(lines))
@@ -2033,7 +2033,7 @@ def test_a_signal_in_the_first_seconds_shows_no_traceback(tmp_path):
     assert process.communicate()[0] == "" and process.returncode == -signal.SIGINT
 
 
-def test_a_signal_is_not_taken_for_a_model_that_cannot_be_loaded(tiny_folder, tmp_path, cache,
+def test_a_signal_is_not_taken_for_a_model_that_cannot_be_loaded(tiny_folder, tmp_path,
                                                                  monkeypatch):
     def load(*args, **how):
         common.on_signal(signal.SIGINT, None)
@@ -2058,8 +2058,9 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capfd):
         common.on_signal(signal.SIGTERM, None)
 
 
-def test_a_signal_while_the_last_step_is_saved_stops_before_the_end_is_evaluated(
-        tiny_folder, tmp_path, cache, monkeypatch):
+def test_a_signal_while_the_last_step_is_saved_stops_before_the_end_is_evaluated(tiny_folder,
+                                                                                 tmp_path,
+                                                                                 monkeypatch):
     save = common.Run.save
 
     def save_meanwhile(run):
@@ -2084,7 +2085,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         common.World(parse("r3f"))
 
 
-def test_signal_handlers_are_restored_when_a_run_ends(tiny_folder, tmp_path, cache):
+def test_signal_handlers_are_restored_when_a_run_ends(tiny_folder, tmp_path):
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     run("r3f", tiny_folder, tmp_path, "--method", "std")
@@ -2093,7 +2094,7 @@ def test_signal_handlers_are_restored_when_a_run_ends(tiny_folder, tmp_path, cac
     assert not common.signals["caught"] and not common.signals["in_step"]
 
 
-def test_fp32_is_fp32_and_tf32_a_choice_of_its_own(tiny_folder, tmp_path, cache):
+def test_fp32_is_fp32_and_tf32_a_choice_of_its_own():
     before = torch.get_float32_matmul_precision()
     for precision, expected in (("fp32", "highest"), ("tf32", "high"), ("bf16", "highest")):
         with common.processes(parse("r3f", "--precision", precision)) as world:
@@ -2102,7 +2103,7 @@ def test_fp32_is_fp32_and_tf32_a_choice_of_its_own(tiny_folder, tmp_path, cache)
     torch.set_float32_matmul_precision(before)
 
 
-def test_nothing_of_torch_is_replaced(tiny_folder, tmp_path, cache):
+def test_nothing_of_torch_is_replaced(tiny_folder, tmp_path):
     """Its dropout, layer norm, cross entropy and the others, after a script's set-up."""
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     for name, function in OF_TORCH.items():
@@ -2128,7 +2129,7 @@ def test_nobody_reads_a_model_before_rank_0_has_written_it(tmp_path):
 
 # -------------------------------------------------------------------- 3  model, optimizer, backward
 
-def test_a_tokenizer_with_more_words_than_embeddings_is_refused(tiny_folder, tmp_path, cache):
+def test_a_tokenizer_with_more_words_than_embeddings_is_refused(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "more")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["novel"])
@@ -2137,7 +2138,7 @@ def test_a_tokenizer_with_more_words_than_embeddings_is_refused(tiny_folder, tmp
         run("r3f", folder, tmp_path / "out")
 
 
-def test_a_model_without_a_limit_takes_what_its_tokenizer_does(tiny_folder, tmp_path, cache):
+def test_a_model_without_a_limit_takes_what_its_tokenizer_does(tiny_folder, tmp_path):
     """XLNet's config says that it has -1 positions."""
     folder = str(shutil.copytree(tiny_folder, tmp_path / "xlnet"))
     name, settings = ARCHITECTURES["xlnet"]
@@ -2148,7 +2149,7 @@ def test_a_model_without_a_limit_takes_what_its_tokenizer_does(tiny_folder, tmp_
     assert result["args"]["max_length"] == 64
 
 
-def test_a_model_folder_without_a_tokenizer_is_refused(tiny_folder, tmp_path, cache):
+def test_a_model_folder_without_a_tokenizer_is_refused(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "bare")
     for name in os.listdir(folder):
         if "token" in name:
@@ -2163,7 +2164,7 @@ def test_a_damaged_model_of_a_run_is_told_by_its_folder(tmp_path):
     assert message.startswith(f"{tmp_path}: cannot be loaded by AutoModelForSequenceClassification")
 
 
-def test_micro_batches_give_the_same_gradient(still_folder, cache, monkeypatch):
+def test_micro_batches_give_the_same_gradient(still_folder, monkeypatch):
     monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
     gradients = []
     for micro in (16, 8, 4):
@@ -2213,7 +2214,7 @@ def test_compiled_layers_give_the_same_numbers(script, methods, tiny_folder, sma
 
 # ------------------------------------------------------------------------ 4  predictions and scores
 
-def test_a_model_that_sees_one_class_alone_gets_a_warning(tiny_folder, tmp_path, cache, capsys):
+def test_a_model_that_sees_one_class_alone_gets_a_warning(tiny_folder, tmp_path, capsys):
     rows = [{"text": "good plot", "label": "yes"}] * 30 + [{"text": "bad plot", "label": "no"}] * 2
     path = write_rows(tmp_path / "rows.jsonl", rows)
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_file", path,
@@ -2277,7 +2278,7 @@ def test_a_method_that_cannot_train_a_task_is_refused_before_it_is_read(monkeypa
 @beside
 @pytest.mark.parametrize("script, method", [
     ("r3f", "std"), ("tdt", "tdt-hard"), ("gtuning", "adapter")])
-def test_the_same_command_gives_the_same_bits(script, method, tiny_folder, tmp_path, cache):
+def test_the_same_command_gives_the_same_bits(script, method, tiny_folder, tmp_path):
     """The other methods: those of the next test end with the same bits, killed or not."""
     first, = run(script, tiny_folder, tmp_path / "a", "--method", method)
     second, = run(script, tiny_folder, tmp_path / "b", "--method", method)
@@ -2290,7 +2291,7 @@ def test_the_same_command_gives_the_same_bits(script, method, tiny_folder, tmp_p
 
 @pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt")])
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, method, tiny_folder, tmp_path,
-                                                          cache, monkeypatch):
+                                                          monkeypatch):
     """gtuning, with its phases: below."""
     more = ["--method", method, "--max_steps", 8, "--save_every", 3, "--eval_every", 4,
             "--log_every", 2]
@@ -2311,8 +2312,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, method, tiny_f
         assert [line[key] for line in logs[0]] == [line[key] for line in logs[1]]
 
 
-def test_a_signal_while_the_end_is_evaluated_loses_no_training(tiny_folder, tmp_path, cache,
-                                                               monkeypatch):
+def test_a_signal_while_the_end_is_evaluated_loses_no_training(tiny_folder, tmp_path, monkeypatch):
     def evaluate(*args, **how):
         common.on_signal(signal.SIGINT, None)
 
@@ -2335,8 +2335,8 @@ def unfinished(folder, out, monkeypatch, method="r3f"):
             run("r3f", folder, out, "--method", method, "--save_every", 2)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_folder, tmp_path, cache,
-                                                                  capsys, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_folder, tmp_path, capsys,
+                                                                  monkeypatch):
     unfinished(tiny_folder, tmp_path, monkeypatch)
     newest, before = (tmp_path / f"toy/r3f-0/checkpoint{x}.pt" for x in ("", "-before"))
     good = newest.read_bytes()
@@ -2357,8 +2357,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_folder, t
         run("r3f", tiny_folder, tmp_path, *more)
 
 
-def test_a_checkpoint_of_another_seed_or_method_is_refused(tiny_folder, tmp_path, cache,
-                                                           monkeypatch):
+def test_a_checkpoint_of_another_seed_or_method_is_refused(tiny_folder, tmp_path, monkeypatch):
     unfinished(tiny_folder, tmp_path, monkeypatch)
     for name, wrong, line in (("r3f-1", "--seeds 1", "holds a run of seed 0, not 1"),
                               ("r4f-0", "--method r4f", "holds a run of method r3f, not r4f")):
@@ -2370,8 +2369,7 @@ def test_a_checkpoint_of_another_seed_or_method_is_refused(tiny_folder, tmp_path
         assert log == open(tmp_path / "toy/r3f-0/log.jsonl").read()
 
 
-def test_a_deleted_log_is_not_refilled_with_zeros(tiny_folder, tmp_path, cache, capsys,
-                                                  monkeypatch):
+def test_a_deleted_log_is_not_refilled_with_zeros(tiny_folder, tmp_path, capsys, monkeypatch):
     unfinished(tiny_folder, tmp_path, monkeypatch)
     os.remove(tmp_path / "toy/r3f-0/log.jsonl")
     run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 2, "--resume")
@@ -2380,7 +2378,7 @@ def test_a_deleted_log_is_not_refilled_with_zeros(tiny_folder, tmp_path, cache, 
     assert "has lost lines" in capsys.readouterr().out
 
 
-def test_results_that_are_damaged_are_told(tiny_folder, tmp_path, cache):
+def test_results_that_are_damaged_are_told(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     path = tmp_path / "toy/std-0/results.json"
     for wrong in ('{"task": ', "[1, 2]", "{}", '{"args": {}, "method": "std"}', ""):
@@ -2389,7 +2387,7 @@ def test_results_that_are_damaged_are_told(tiny_folder, tmp_path, cache):
             run("r3f", tiny_folder, tmp_path, "--method", "std")
 
 
-def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path, cache):
+def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     with pytest.raises(UserError, match=r"--lr 0.0005 \(now 0.1\)"):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 0.1)
@@ -2409,8 +2407,8 @@ def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path, cache
     assert os.path.exists(tmp_path / "toy/std-1/model/config.json")
 
 
-def test_a_run_is_found_again_by_another_spelling_of_its_paths(tiny_folder, tmp_path, cache,
-                                                               monkeypatch, capsys):
+def test_a_run_is_found_again_by_another_spelling_of_its_paths(tiny_folder, tmp_path, monkeypatch,
+                                                               capsys):
     rows = [{"text": f"good {i}", "label": "a"} for i in range(20)]
     rows += [{"text": f"bad {i}", "label": "b"} for i in range(20)]
     path = str(tmp_path / "a.jsonl")
@@ -2429,8 +2427,7 @@ def test_values_of_a_search_that_are_one_number_are_tried_once():
     assert grid == {"lr": ["1e-4", "1e-3"], "noise": ["uniform", "normal"]}
 
 
-def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_path, cache,
-                                                            monkeypatch):
+def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_path, monkeypatch):
     """So that --resume in its place, which a stopped run advises, goes on with its flags."""
     both = ["--method", "std", "--seeds", 0, 1]
     run("r3f", tiny_folder, tmp_path, *both)
@@ -2449,7 +2446,7 @@ def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_pat
     assert not os.path.exists(tmp_path / "toy/std-0/results.json")
 
 
-def test_the_report_that_is_named_at_the_end_can_be_made(tiny_folder, tmp_path, cache, capsys):
+def test_the_report_that_is_named_at_the_end_can_be_made(tiny_folder, tmp_path, capsys):
     """Also beside runs of another script, whose recipe has other flags for std."""
     path = write(tmp_path / "a.csv", "text,label\n" + "good,1\nbad,0\n" * 20)
     flags = ["--train_file", path, "--validation_file", path, "--batch_size", 8]
@@ -2462,15 +2459,14 @@ def test_the_report_that_is_named_at_the_end_can_be_made(tiny_folder, tmp_path, 
     assert words[2:] == ["--out", str(tmp_path / "out/custom")]
 
 
-def test_plain_fine_tuning_by_one_recipe_is_one_run_for_all_scripts(tiny_folder, tmp_path, cache,
-                                                                    capsys):
+def test_plain_fine_tuning_by_one_recipe_is_one_run_for_all_scripts(tiny_folder, tmp_path, capsys):
     for one, other in (("r3f", "tdt"), ("tdt", "r3f")):
         first = run(one, tiny_folder, tmp_path / one, "--method", "std")
         second = run(other, tiny_folder, tmp_path / one, "--method", "std", "--alpha", 3)
         assert second == first and "finished before" in capsys.readouterr().out
 
 
-def test_a_further_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, cache):
+def test_a_further_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path):
     path = write(tmp_path / "imdb.csv", "text,label\ngood plot,pos\nbad plot,neg\n")
     flags = ["--method", "std", "--eval_tasks", "imdb", "--local_file", f"imdb={path}"]
     run("r3f", tiny_folder, tmp_path, *flags)
@@ -2480,7 +2476,7 @@ def test_a_further_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_
         run("r3f", tiny_folder, tmp_path, *flags)
 
 
-def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, cache):
+def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path):
     """Also of an unfinished one: a checkpoint holds the same flags."""
     path = tmp_path / "rows.csv"
     rows = "text,label\n" + "good plot,yes\nbad plot,no\n" * 16
@@ -2503,7 +2499,7 @@ def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, ca
         run("r3f", tiny_folder, tmp_path, *flags)
 
 
-def test_a_local_file_whose_rows_have_changed_is_another_run(tmp_path, cache):
+def test_a_local_file_whose_rows_have_changed_is_another_run(tmp_path):
     rows = [{"sentence": "a good plot", "label": i % 2} for i in range(20)]
     path = write_rows(tmp_path / "ood.jsonl", rows)
     args = parse("r3f", "--task", "cola-ood", "--local_file", f"cola-ood={path}")
@@ -2541,7 +2537,7 @@ def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp
     (3, "some would go on at step 0, others at 3"),
     (True, "on some of them .*std-0 is finished, on others it is not")])
 def test_machines_that_do_not_share_their_folder_are_refused(of_another, message, tiny_folder,
-                                                             tmp_path, cache, monkeypatch):
+                                                             tmp_path, monkeypatch):
     def gather(world, found):
         value, = found.values()
         return [value, of_another] if type(value) is type(of_another) else [value]
@@ -2552,7 +2548,7 @@ def test_machines_that_do_not_share_their_folder_are_refused(of_another, message
 
 
 def test_what_one_script_alone_can_do_to_plain_fine_tuning_is_another_run(tiny_folder, tmp_path,
-                                                                         cache, monkeypatch):
+                                                                          monkeypatch):
     run("r3f", tiny_folder, tmp_path / "smooth", "--method", "std", "--label_smoothing", 0.4)
     with pytest.raises(UserError, match="holds a run with --label_smoothing 0.4 .now none."):
         run("tdt", tiny_folder, tmp_path / "smooth", "--method", "std")
@@ -2561,7 +2557,7 @@ def test_what_one_script_alone_can_do_to_plain_fine_tuning_is_another_run(tiny_f
         run("tdt", tiny_folder, tmp_path / "begun", "--method", "std", "--resume")
 
 
-def test_plain_fine_tuning_by_two_recipes_is_two_runs(tiny_folder, tmp_path, cache):
+def test_plain_fine_tuning_by_two_recipes_is_two_runs(tiny_folder, tmp_path):
     """Of a task whose recipes differ, each script has its own folder and finds it again."""
     rows = [{"text": "good plot", "label": "yes"}, {"text": "bad plot", "label": "no"}] * 20
     path = write_rows(tmp_path / "rows.jsonl", rows)
@@ -2572,7 +2568,7 @@ def test_plain_fine_tuning_by_two_recipes_is_two_runs(tiny_folder, tmp_path, cac
     assert sorted(os.listdir(tmp_path / "mine")) == ["std-0", "std-tdt-0"]
 
 
-def test_every_evaluation_is_logged_with_its_seconds(tiny_folder, tmp_path, cache, monkeypatch):
+def test_every_evaluation_is_logged_with_its_seconds(tiny_folder, tmp_path, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     result, = run("r3f", tiny_folder, tmp_path, "--method", "std", "--eval_every", 2)
@@ -2585,7 +2581,7 @@ def test_every_evaluation_is_logged_with_its_seconds(tiny_folder, tmp_path, cach
     assert result["best"]["seconds"] == pytest.approx(best["seconds"], abs=1)  # it is read twice
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, tmp_path, cache, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, tmp_path, monkeypatch):
     rows_of = data.Batches.rows
     seen = {}
 
@@ -2603,7 +2599,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, tmp_path, cache, m
     assert rows.split() == [str(row) for row in seen[int(step) - 1]]
 
 
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tiny_folder, tmp_path, cache,
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tiny_folder, tmp_path,
                                                                     monkeypatch):
     real = torch.save
     saved = []
@@ -2640,8 +2636,7 @@ def test_a_file_that_is_written_in_part_does_not_stay(tmp_path):
     assert os.listdir(tmp_path) == ["report.tsv"] and path.read_text() == "before"
 
 
-def test_a_full_disk_while_the_model_is_written_is_one_line(tiny_folder, tmp_path, cache,
-                                                            monkeypatch):
+def test_a_full_disk_while_the_model_is_written_is_one_line(tiny_folder, tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
     def full(*args, **settings):
@@ -2655,8 +2650,7 @@ def test_a_full_disk_while_the_model_is_written_is_one_line(tiny_folder, tmp_pat
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--resume")
 
 
-def test_a_model_is_on_the_disk_whatever_its_folder_is_called(tiny_folder, tmp_path, cache,
-                                                              monkeypatch):
+def test_a_model_is_on_the_disk_whatever_its_folder_is_called(tiny_folder, tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(common, "sync", synced.append)
     run("r3f", tiny_folder, tmp_path / "[1]", "--method", "std", "--max_steps", 1)
@@ -2700,7 +2694,7 @@ class Bomb:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path, cache):
+def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path):
     bomb = Bomb(str(tmp_path / "ran"))
     os.makedirs(tmp_path / "toy/r3f-0")
     torch.save({"args": bomb, "step": 3}, tmp_path / "toy/r3f-0/checkpoint.pt")
@@ -2718,7 +2712,7 @@ def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path, cache)
     assert not os.path.exists(bomb.mark)
 
 
-def test_no_code_of_a_models_repository_is_run(tiny_folder, tmp_path, cache, capfd, monkeypatch):
+def test_no_code_of_a_models_repository_is_run(tiny_folder, tmp_path, capfd, monkeypatch):
     """Nor is anybody asked whether it should be."""
     folder = shutil.copytree(tiny_folder, tmp_path / "evil")
     config = json.load(open(folder / "config.json"))
@@ -2731,7 +2725,7 @@ def test_no_code_of_a_models_repository_is_run(tiny_folder, tmp_path, cache, cap
     assert not os.path.exists(tmp_path / "ran") and "y/N" not in capfd.readouterr().out
 
 
-def test_the_best_state_is_chosen_by_one_set(cache):
+def test_the_best_state_is_chosen_by_one_set():
     """MNLI's other validation set is scored at the end alone."""
     split = split_of([0, 1, 1])
     sets = {name: (data.TASKS["mnli"], split) for name in ("validation_matched", "mismatched")}
@@ -2749,7 +2743,7 @@ def test_what_is_no_number_from_1_is_refused(text):
 
 # -------------------------------------------------------------------- held-out rows and the search
 
-def test_held_out_rows_are_not_trained_on_and_the_same_for_all_seeds(tiny_folder, cache):
+def test_held_out_rows_are_not_trained_on_and_the_same_for_all_seeds(tiny_folder):
     found = []
     for seed in (0, 1):
         args = parse("r3f", "--model", tiny_folder, "--dev_samples", 40, "--seeds", seed)
@@ -2771,7 +2765,7 @@ SEARCH = ["--method", "std", "r3f", "--grid", "lr=1e-3,1e-5", "lam=1,5", "--dev_
 
 
 @pytest.fixture(scope="module")
-def searched(tiny_folder, tmp_path_factory, cache):
+def searched(tiny_folder, tmp_path_factory):
     """The folder of a finished search, its results and what it said."""
     out = tmp_path_factory.mktemp("searched")
     with contextlib.redirect_stdout(io.StringIO()) as told:
@@ -2817,8 +2811,7 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     assert told.count("\n  searched    lr 0.001") == 2
 
 
-def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, cache, monkeypatch,
-                                           capsys):
+def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, monkeypatch, capsys):
     """And combinations that one seed has tried are not tried by it again."""
     before, _, _ = searched
     out = tmp_path / "out"
@@ -2848,7 +2841,7 @@ def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, cach
     assert names == [("lr=1e-3", "std-4"), ("lr=1e-5", "std-4"), ("", "std-3"), ("", "std-4")]
 
 
-def test_several_seeds_choose_though_a_method_has_nothing_to_choose(tiny_folder, tmp_path, cache):
+def test_several_seeds_choose_though_a_method_has_nothing_to_choose(tiny_folder, tmp_path):
     results = run("r3f", tiny_folder, tmp_path, "--method", "r3f", "std", "--grid", "lam=1,5",
                   "--grid_seeds", 2, "--dev_samples", 40, "--seeds", 3, 4, "--max_steps", 1)
     assert [result["method"] for result in results] == ["r3f", "r3f", "std", "std"]
@@ -2883,7 +2876,7 @@ def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(searched, t
     assert begun == [] and [r["searched"] for r in found] == [r["searched"] for r in whole]
 
 
-def test_a_search_goes_on_where_a_loss_is_not_finite(tiny_folder, tmp_path, cache, capsys):
+def test_a_search_goes_on_where_a_loss_is_not_finite(tiny_folder, tmp_path, capsys):
     flags = ["--method", "std", "--dev_samples", 40, "--max_steps", 3, "--warmup", 0]
     result, = run("r3f", tiny_folder, tmp_path, *flags, "--grid", "lr=1e30,1e-3")
     assert result["args"]["lr"] == 1e-3 and "not finite" in capsys.readouterr().out
@@ -2939,12 +2932,12 @@ def test_a_search_knows_the_files_of_a_run_by_what_is_in_them(tmp_path):
     (["share_dropout=1,0"], "--grid share_dropout: must be a flag with a value"),
     (["max_length=2000,3000"], "--grid, --max_length=2000: --max_length 2000: must be from 4 to"),
 ])
-def test_a_search_of_nothing_is_refused(words, message, tiny_folder, tmp_path, cache):
+def test_a_search_of_nothing_is_refused(words, message, tiny_folder, tmp_path):
     with pytest.raises(UserError, match=message):
         run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--dev_samples", 40, "--grid", *words)
 
 
-def test_a_search_whose_folder_is_taken_is_refused_before_it_begins(tiny_folder, tmp_path, cache):
+def test_a_search_whose_folder_is_taken_is_refused_before_it_begins(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2)
     with pytest.raises(UserError, match="std-0 holds a run with --dev_samples 0 .now 40."):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--dev_samples", 40, "--max_steps", 2,
@@ -2952,8 +2945,7 @@ def test_a_search_whose_folder_is_taken_is_refused_before_it_begins(tiny_folder,
     assert not os.path.exists(tmp_path / "grid")
 
 
-def test_a_wider_search_that_chooses_otherwise_keeps_what_it_has_tried(tiny_folder, tmp_path,
-                                                                      cache):
+def test_a_wider_search_that_chooses_otherwise_keeps_what_it_has_tried(tiny_folder, tmp_path):
     """The way out that it names is one: without the folder of the old choice it goes on."""
     flags = ["--method", "std", "--dev_samples", 40, "--max_steps", 2, "--grid"]
     scores = {"1e-3": 0.5, "1e-4": 0.7}
@@ -3012,8 +3004,8 @@ def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny
     (["--grid", "lr=1e-3,1e-4", "lr=1e-5"], "--grid lr=1e-5: lr stands there twice"),
     (["--dev_samples", 319], "--dev_samples 319: must be at most 304, which leaves 16 of the 320"),
 ])
-def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, tiny_folder, tmp_path,
-                                                                 cache):
+def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, tiny_folder,
+                                                                 tmp_path):
     with pytest.raises(UserError) as caught:
         run("r3f", tiny_folder, tmp_path / "out", "--method", "std", "--dev_samples", 40, *flags)
     assert line in str(caught.value) and "\n" not in str(caught.value)
@@ -3024,7 +3016,7 @@ def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, ti
 
 @pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "adapter")])
 def test_a_finished_run_scores_further_sets_without_training(script, method, tiny_folder, tmp_path,
-                                                             cache, capsys):
+                                                             capsys):
     """It gives the score that it had at the end of its training, and changes nothing else."""
     result, = run(script, tiny_folder, tmp_path, "--method", method)
     folder = tmp_path / f"toy/{method}-0"
@@ -3049,7 +3041,7 @@ def test_a_finished_run_scores_further_sets_without_training(script, method, tin
 @pytest.mark.parametrize("script, method", [("r3f", "std"), ("gtuning", "adapter")])
 @pytest.mark.parametrize("number", [False, True], ids=["classes", "numbers"])
 def test_a_finished_run_predicts_new_rows_when_its_own_files_are_gone(script, method, number,
-                                                                      tiny_folder, tmp_path, cache):
+                                                                      tiny_folder, tmp_path):
     rows = []
     for i, (text, label) in enumerate(REVIEWS):
         rows.append({"words": text, "label": i / 10 if number else label})
@@ -3070,8 +3062,7 @@ def test_a_finished_run_predicts_new_rows_when_its_own_files_are_gone(script, me
     assert list(found["metrics"]) == ["validation", "scored"]
 
 
-def test_what_does_not_fit_a_folder_is_refused_before_anything_is_trained(tiny_folder, tmp_path,
-                                                                          cache):
+def test_what_does_not_fit_a_folder_is_refused_before_anything_is_trained(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--max_steps", 2)
     with pytest.raises(UserError, match="r3f-0 holds a run with --lr 0.0005 .now 0.001."):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "r3f", "--max_steps", 2, "--lr", 1e-3)
@@ -3086,7 +3077,7 @@ def test_what_does_not_fit_a_folder_is_refused_before_anything_is_trained(tiny_f
             "toy")
 
 
-def test_a_file_to_predict_does_not_make_another_run(tiny_folder, tmp_path, cache, capsys):
+def test_a_file_to_predict_does_not_make_another_run(tiny_folder, tmp_path, capsys):
     path = write_rows(tmp_path / "rows.jsonl",
                       [{"text": "good plot", "label": i % 2} for i in range(32)])
     flags = ["--train_file", path, "--validation_file", path, "--max_steps", 2]
@@ -3100,7 +3091,7 @@ def test_a_file_to_predict_does_not_make_another_run(tiny_folder, tmp_path, cach
     common.main_report([str(tmp_path / "custom")])
 
 
-def test_a_finished_run_is_scored_by_a_file_with_other_columns(tiny_folder, tmp_path, cache):
+def test_a_finished_run_is_scored_by_a_file_with_other_columns(tiny_folder, tmp_path):
     """Of a task of the table and of one's own; the flag --model may name the run's own model."""
     rows = [{"review": "good plot", "mood": ["negative", "positive"][i % 2]} for i in range(8)]
     path = write_rows(tmp_path / "other.jsonl", rows)
@@ -3128,7 +3119,7 @@ def test_a_finished_run_is_scored_by_a_file_with_other_columns(tiny_folder, tmp_
 
 
 @pytest.mark.parametrize("pairs_first", [False, True])
-def test_a_run_on_texts_reads_no_pairs_and_the_reverse(pairs_first, tiny_folder, tmp_path, cache):
+def test_a_run_on_texts_reads_no_pairs_and_the_reverse(pairs_first, tiny_folder, tmp_path):
     texts = [{"text": "good plot", "label": i % 2} for i in range(32)]
     pairs = [{"sentence1": "a plot", "sentence2": "it is good", "label": i % 2} for i in range(32)]
     own_rows, others = (pairs, texts) if pairs_first else (texts, pairs)
@@ -3146,7 +3137,7 @@ def test_a_run_on_texts_reads_no_pairs_and_the_reverse(pairs_first, tiny_folder,
     r3f.main(["--run", folder, "--validation_file", path])
 
 
-def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, tmp_path, cache):
+def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     folder = tmp_path / "toy/std-0"
     lines = [{"review": "good plot", "id": "x1"}, {"review": "bad plot", "id": "x2"}]
@@ -3174,7 +3165,7 @@ def test_the_loop_in_gtunings_own_words_trains(still_folder, tmp_path, monkeypat
     assert names["loss"].item() != 0 and {"wasserstein", "penalty"} <= set(names["stats"])
 
 
-def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path, cache, capsys):
+def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path):
     """The vectors and the map that it would have had after its training."""
     argv = ["--method", "adapter", "--eval_tasks", "toy-food", "--max_steps", 2]
     embed = ["--embed", "--projection", "pca"]
@@ -3192,7 +3183,7 @@ def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path, cache, capsys):
     assert (folder.parent / "embed-pca.html").exists()
 
 
-def test_results_tell_the_precision_that_was_used(tiny_folder, tmp_path, cache, capsys):
+def test_results_tell_the_precision_that_was_used(tiny_folder, tmp_path, capsys):
     """Of --precision auto what this machine took; --run may score with another one."""
     flags = ["--method", "std", "--max_steps", 2, "--precision", "auto"]
     result, = run("r3f", tiny_folder, tmp_path, *flags)
@@ -3205,7 +3196,7 @@ def test_results_tell_the_precision_that_was_used(tiny_folder, tmp_path, cache, 
     assert re.search(r"running on .*, fp32$", capsys.readouterr().out, re.M)
 
 
-def test_scores_that_are_there_are_not_overwritten_by_those_of_a_file(tiny_folder, tmp_path, cache):
+def test_scores_that_are_there_are_not_overwritten_by_those_of_a_file(tiny_folder, tmp_path):
     """A run of few rows, scored on a file that is called as its own set is."""
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_samples", 64, "--max_steps", 2)
     folder = tmp_path / "toy/std-0"
@@ -3223,7 +3214,7 @@ def test_scores_that_are_there_are_not_overwritten_by_those_of_a_file(tiny_folde
         r3f.main(["--run", str(folder), "--max_length", "16"])
 
 
-def test_two_commands_that_score_one_run_at_the_same_time_lose_nothing(tiny_folder, tmp_path, cache,
+def test_two_commands_that_score_one_run_at_the_same_time_lose_nothing(tiny_folder, tmp_path,
                                                                        monkeypatch):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2)
     folder = str(tmp_path / "toy/std-0")
@@ -3257,7 +3248,7 @@ def test_two_commands_that_score_one_run_at_the_same_time_lose_nothing(tiny_fold
     assert len(turns) == 1
 
 
-def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_path, cache):
+def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "r3f", "--max_steps", 2)
     std, other = tmp_path / "toy/std-0", tmp_path / "toy/r3f-0"
     found = r3f.main(["--run", str(std), str(other), "--eval_tasks", "toy-food:train"])
@@ -3309,7 +3300,7 @@ def test_what_a_finished_run_cannot_do_is_one_line(flags, line, finished_toy):
 
 
 @pytest.fixture(scope="module")
-def finished_toy(tiny_folder, tmp_path_factory, cache):
+def finished_toy(tiny_folder, tmp_path_factory):
     """The folder of a finished run of std."""
     out = tmp_path_factory.mktemp("finished")
     run("r3f", tiny_folder, out, "--method", "std", "--max_steps", 2)
@@ -3319,8 +3310,7 @@ def finished_toy(tiny_folder, tmp_path_factory, cache):
 # ---------------------------------------------------------------------- 7  tables, pages, --profile
 
 @pytest.mark.parametrize("script", ["r3f", "tdt"])
-def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, tmp_path, cache,
-                                                          capsys):
+def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, tmp_path, capsys):
     """gtuning's: below."""
     seconds = run(script, tiny_folder, tmp_path / "out", "--profile", 1, "--batching", "length",
                   "padded")
@@ -3336,7 +3326,7 @@ def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, t
     assert real["length"] > real["padded"]
 
 
-def test_profile_tells_each_methods_own_memory(tiny_folder, tmp_path, cache, capsys, monkeypatch):
+def test_profile_tells_each_methods_own_memory(tiny_folder, tmp_path, monkeypatch):
     """On a GPU, here a pretended one: each module takes 100 MB, a step 20 MB more for a while."""
     taken = []
     load_model = common.load_model
@@ -3377,7 +3367,7 @@ def test_a_page_is_self_contained_and_escapes():
 REVIEWS = [("really good plot", "yes"), ("bad actor", "no"), ("007", "yes"), ("NA", "no")] * 5
 
 
-def test_your_own_files_train_and_predict(tiny_folder, tmp_path, cache):
+def test_your_own_files_train_and_predict(tiny_folder, tmp_path):
     """Strings as labels; predictions carry the file's ids and probabilities; a name of its own."""
     table = "text,label\n" + "".join(f"{text},{label}\n" for text, label in REVIEWS)
     path = write(tmp_path / "rows.csv", table)
@@ -3395,7 +3385,7 @@ def test_your_own_files_train_and_predict(tiny_folder, tmp_path, cache):
     assert config["id2label"] == {"0": "no", "1": "yes"}
 
 
-def test_a_regression_file_is_for_std_alone(tiny_folder, tmp_path, cache):
+def test_a_regression_file_is_for_std_alone(tiny_folder, tmp_path):
     rows = [{"sentence1": "good plot", "sentence2": "bad plot", "score": i / 10} for i in range(20)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     more = ["--train_file", path, "--validation_file", path, "--label_column", "score",
@@ -3570,14 +3560,14 @@ def refused(script, argv, folder, tiny_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("case", WRONG_FLAGS)
-def test_wrong_flags_are_refused(case, wrong_files, tiny_folder, tmp_path, cache, monkeypatch):
+def test_wrong_flags_are_refused(case, wrong_files, tiny_folder, tmp_path, monkeypatch):
     script, flags, expected = (part.strip() for part in case.split(" | "))
     line = refused(script, shlex.split(flags), wrong_files, tiny_folder, tmp_path, monkeypatch)
     assert expected in line
 
 
 @pytest.mark.parametrize("case", WRONG_FILES)
-def test_wrong_files_are_refused(case, wrong_files, tiny_folder, tmp_path, cache, monkeypatch):
+def test_wrong_files_are_refused(case, wrong_files, tiny_folder, tmp_path, monkeypatch):
     train, validation, flags, expected = (part.strip() for part in case.split("|"))
     argv = shlex.split(flags)
     if train != "-":
@@ -3944,7 +3934,7 @@ def test_without_the_baseline(tmp_path, capsys):
     assert "Difference to more" not in printed(capsys, folder, "--baseline", "more")[0]
 
 
-def test_flags_that_are_the_method(tmp_path, capsys):
+def test_flags_that_are_the_method(tmp_path):
     """A flag of METHOD_FLAGS, or of --by, makes a column of its own."""
     folder = write_runs(tmp_path / "runs", tasks=["rte"])
     for seed in range(2):
@@ -4619,7 +4609,7 @@ def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys
 # -------------------------------------------------------------------------------------- the page
 
 
-def test_page(tmp_path, capsys):
+def test_page(tmp_path):
     """Self-contained: no script, nothing from elsewhere; light and dark; well-formed."""
     from html.parser import HTMLParser
     folder = write_runs(tmp_path / "<runs> & more")
@@ -4654,7 +4644,7 @@ def test_page(tmp_path, capsys):
     assert checker.open == []
 
 
-def test_a_curve_is_named_by_what_was_looked_at(tmp_path, capsys):
+def test_a_curve_is_named_by_what_was_looked_at(tmp_path):
     """By the held-out rows, where the table's scores are those of the validation set."""
     for method in ("std", "more"):
         place = write_run(tmp_path, results_of("rte", method, 0, 50), log=False)
@@ -4695,7 +4685,7 @@ def test_round_numbers(low, high):
     assert np.ptp(np.diff(numbers)) < 1e-9 * (high - low)
 
 
-def test_many_columns_go_below(tmp_path):
+def test_many_columns_go_below():
     header = ["task", "method", *[f"column{i}" for i in range(20)]]
     grid = [["rte", "std", *["1.00"] * 20], ["rte", "more", *["2.00"] * 20]]
     lines = common.text_lines(header, grid, 2, width=60)
@@ -5640,7 +5630,7 @@ def test_smarts_z_makes_fifty_times_the_kl_of_random_noise():
 
 
 @pytest.mark.parametrize("precision, count", [("bf16", 1), ("fp32", 0)])
-def test_smart_in_bf16_is_warned_of(precision, count, tiny_folder, tmp_path, cache, capsys):
+def test_smart_in_bf16_is_warned_of(precision, count, tiny_folder, tmp_path, capsys):
     run("r3f", tiny_folder, tmp_path, "--method", "smart", "--max_steps", 1, "--precision",
         precision)
     assert capsys.readouterr().out.count("warning: smart: in bf16") == count
@@ -6049,7 +6039,7 @@ def test_a_line_break_is_a_word_of_the_toy_language(tiny_bart):
     assert data.collect_texts(ids, None, tokenizer) == [text]
 
 
-def test_padded_batches_are_as_wide_as_they_can_be(cache):
+def test_padded_batches_are_as_wide_as_they_can_be():
     split = random_split(40)
     batches = data.Batches(split, 8, 0, batching="padded", width=50, target_width=20)
     inputs, = batches[0]
@@ -6203,7 +6193,7 @@ def test_a_batch_has_a_size_or_tokens(flags, files):
 
 
 @pytest.mark.parametrize("lam, reduction", [(0.0, "token"), (99.0, "token"), (99.0, "sentence")])
-def test_micro_batches_of_unlike_targets_give_the_same_gradient(lam, reduction, tiny_bart, cache,
+def test_micro_batches_of_unlike_targets_give_the_same_gradient(lam, reduction, tiny_bart,
                                                                 monkeypatch):
     """CE is a mean over the real tokens of the whole batch, the KL over those or over its rows."""
     monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
@@ -6228,7 +6218,7 @@ def test_micro_batches_of_unlike_targets_give_the_same_gradient(lam, reduction, 
     torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-5)
 
 
-def test_a_bart_with_the_tokenizer_of_a_bert_gets_no_token_types(cache):
+def test_a_bart_with_the_tokenizer_of_a_bert_gets_no_token_types():
     task = data.Task("custom", "", "text", kind="generate", label="summary")
     rows = data.read_generate({"text": ["the film is good"], "summary": ["good"]}, task, "here")
     split = data.encode(rows, task, tokenizer_of(), 12, max_target_length=8)
@@ -6287,7 +6277,7 @@ def test_predictions_are_a_json_object_a_line():
 
 # --------------------------------------------------------------------------------------- whole runs
 
-def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, cache, monkeypatch):
+def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, monkeypatch):
     """Batches by tokens; a sample is scored during training, all rows at the end."""
     scored = []
     real = data.score_texts
@@ -6335,9 +6325,8 @@ def food_file(folder):
 
 
 @beside
-def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(
-    tiny_bart, files, tmp_path, cache, monkeypatch
-):
+def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(tiny_bart, files, tmp_path,
+                                                                       monkeypatch):
     flags = [*files, "--method", "r3f", "--batch_tokens", 300, "--max_steps", 7, "--save_every", 2,
              "--eval_every", 3, "--eval_samples", 4, "--max_target_length", 8, "--lr", 1e-3]
     whole, = summarise(tiny_bart, tmp_path / "whole", *flags)
@@ -6363,7 +6352,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(
 
 
 def test_init_from_keeps_the_words_that_writing_shares_with_reading(tiny_bart, files, tmp_path,
-                                                                    cache, capsys):
+                                                                    capsys):
     """A model that writes has no head of its own to draw afresh."""
     flags = [*files, "--method", "std", "--max_steps", 1, "--batch_size", 8,
              "--max_target_length", 8]
@@ -6422,14 +6411,14 @@ def test_a_head_for_other_labels_is_not_used(labels, kept, tiny_folder, tmp_path
 
 # ---------------------------------------------------------------------------------------- bad input
 
-def test_a_model_without_a_decoder_is_refused(tiny_folder, files, tmp_path, cache):
+def test_a_model_without_a_decoder_is_refused(tiny_folder, files, tmp_path):
     message = refusal(summarise, tiny_folder, tmp_path, *files)
     assert message == (f"--model {tiny_folder}: a bert has no decoder, which own needs to write "
                        "texts; must be a model such as facebook/bart-large")
 
 
 @pytest.mark.parametrize("method, others", [("r4f", "std or r3f"), ("smart", "std or r3f")])
-def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files, tmp_path, cache):
+def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files, tmp_path):
     message = refusal(summarise, tiny_bart, tmp_path, *files, "--method", method)
     assert message.startswith(f"--method {method}: must be {others} for own, whose kind is "
                               "generate: R4F finds no head of its own there (paper, section 3.2)")
@@ -6450,7 +6439,7 @@ def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files,
                                         "task generate"),
     ("--task toy-sum --eval_samples 0", "--eval_samples: must be a whole number from 1"),
 ])
-def test_wrong_flags_are_refused_in_one_line_of_summaries(flags, words, tiny_bart, tmp_path, cache):
+def test_wrong_flags_are_refused_in_one_line_of_summaries(flags, words, tiny_bart, tmp_path):
     assert refusal(summarise, tiny_bart, tmp_path, *flags.split()).startswith(words)
 
 
@@ -6477,7 +6466,7 @@ def test_methods_get_the_flags_of_summaries(tiny_bart):
         assert (module.lam, module.label_smoothing, module.reduction) == (lam, 0.2, "sentence")
 
 
-def test_a_recipes_lengths_give_way_to_the_models(tiny_bart, files, cache):
+def test_a_recipes_lengths_give_way_to_the_models(tiny_bart, files):
     args = common.parse(r3f.flags(), [*files, "--model", tiny_bart], r3f.recipe)
     assert args.max_length == 1024
     world = argparse.Namespace(first=None)
@@ -7104,7 +7093,7 @@ def test_recipes_are_those_of_table_7():
     assert parse("tdt", "--task", "sst2").grad_clip == 1.0
 
 
-def test_words_that_always_stay_are_none_of_the_figures(tiny_folder, cache):
+def test_words_that_always_stay_are_none_of_the_figures(tiny_folder):
     """The keywords of csl have a confidence that the method never uses."""
     task = data.TASKS["csl"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
@@ -7296,7 +7285,7 @@ def flags_of(folder):
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory, cache):
+def toy(tmp_path_factory):
     """A folder of finished runs of all methods: (folder, argv, results)."""
     folder = tmp_path_factory.mktemp("tdt")
     save_tiny(folder / "model")
@@ -7549,7 +7538,7 @@ def test_long_analyses_show_how_far_they_are(toy, capsys, monkeypatch):
     assert "tdt, highest, 50%: 40 of 40" in text and "tdt, all words: 40 of 40" in text
 
 
-def test_texts_are_explained_from_a_folder_alone(toy, copied, capsys, tmp_path):
+def test_texts_are_explained_from_a_folder_alone(copied, capsys, tmp_path):
     (tmp_path / "texts").write_text("really boring plot .\n\ngreat cast", encoding="utf-8")
     tdt.main(["--run", str(copied), "--explain", "great plot dull ending",
               "--explain_file", str(tmp_path / "texts")])
@@ -7604,7 +7593,7 @@ def test_with_the_confidences_the_page_has_their_range(copied, monkeypatch):
     assert f"from {low:.2f} to {max(high, low + 0.01):.2f}" in page
 
 
-def test_a_regression_is_explained_and_token_cutoff_refuses_it(tmp_path, cache):
+def test_a_regression_is_explained_and_token_cutoff_refuses_it(tmp_path):
     save_tiny(tmp_path / "model")
     save_rows(tmp_path, number=True)
     argv = flags_of(tmp_path)
@@ -7615,7 +7604,7 @@ def test_a_regression_is_explained_and_token_cutoff_refuses_it(tmp_path, cache):
     assert isinstance(item["prediction"], float) and item["probability"] is None
 
 
-def test_a_finished_run_brings_its_own_flags(toy, copied):
+def test_a_finished_run_brings_its_own_flags(copied):
     """Not those of the toy recipe, whose task is the default."""
     args = parse("tdt", "--run", str(copied), "--drop")
     asked = tdt.read_analyses(args)
@@ -7767,7 +7756,7 @@ def test_wrong_input_gets_one_line(argv, line, folders, monkeypatch):
 
 
 @pytest.mark.parametrize("more", [["--method", "tdt-hard"], ["--drop"], ["--perturb"]], ids=str)
-def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path, cache):
+def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path):
     save_tiny(tmp_path / "model")
     path = tmp_path / "model/tokenizer_config.json"
     settings = {**load(path), "mask_token": None}
@@ -7777,7 +7766,7 @@ def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path,
         tdt.main([*flags_of(tmp_path), "--method", "tdt", *more])
 
 
-def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain(toy):
+def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain():
     tokenizer = types.SimpleNamespace(is_fast=False, mask_token_id=4)
     asked = tdt.read_analyses(parse("tdt", "--method", "tdt", "--explain", "great cast"))
     with pytest.raises(UserError, match="fast tokenizer"):
@@ -7833,7 +7822,7 @@ def flags_on(folder):
 
 
 @pytest.fixture
-def toy_bert(tmp_path, cache):
+def toy_bert(tmp_path):
     """A folder with a model and rows."""
     save_toy_bert(tmp_path / "model")
     save_reviews(tmp_path)
@@ -8017,7 +8006,7 @@ def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_bert
     assert plain["args"]["post_train"] is None
 
 
-def test_post_training_of_split_rows_reads_those_that_are_trained_on(toy_bert, cache, monkeypatch):
+def test_post_training_of_split_rows_reads_those_that_are_trained_on(toy_bert, monkeypatch):
     read = []
 
     def note(model, split, *others):
@@ -8073,15 +8062,13 @@ def test_a_kill_leaves_no_half_of_a_post_trained_model(toy_bert, cache, monkeypa
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
 
 
-def test_a_model_without_a_head_for_masked_words_gets_a_fresh_one_and_a_word(
-    toy_bert, cache, capsys
-):
+def test_a_model_without_a_head_for_masked_words_gets_a_fresh_one_and_a_word(toy_bert, capsys):
     save_toy_bert(toy_bert / "model", "BertModel")
     tdt.main([*flags_on(toy_bert), "--method", "std", "--post_train", "1", "--max_steps", "1"])
     assert "comes without a head for masked words" in capsys.readouterr().out
 
 
-def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert, cache):
+def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert):
     argv = [*flags_on(toy_bert), "--method", "std", "--post_train", "1"]
     with pytest.raises(UserError, match="--post_train: must be a number above 0, got '0'"):
         tdt.main([*argv, "--post_train", "0"])
@@ -8683,7 +8670,7 @@ class Literal:
 @beside
 @pytest.mark.parametrize("pairs", [False, True], ids=["sentences", "pairs"])
 def test_the_script_equals_algorithm_1_read_literally(pairs, still_folder, small, small_pairs,
-                                                      tmp_path, cache, monkeypatch):
+                                                      tmp_path, monkeypatch):
     """With its cache, micro-batches and shortcuts. (A large eps of Adam, for a small one makes
     steps of rounding errors.)"""
     monkeypatch.setattr(torch.optim, "Adam", functools.partial(torch.optim.Adam, eps=1e-2))
@@ -8716,7 +8703,7 @@ def test_the_script_equals_algorithm_1_read_literally(pairs, still_folder, small
         assert_same_state(expected, found, 2e-6)
 
 
-def test_vectors_have_no_dropout_and_leave_f_in_train_mode(tiny_folder, small, tmp_path, cache):
+def test_vectors_have_no_dropout_and_leave_f_in_train_mode(tiny_folder, small):
     """Choice 5; and all sentences are there, each in its place."""
     argv = ["--model", tiny_folder, "--precision", "fp32", "--batch_size", "16", *small]
     args = common.parse(gtuning.flags(), argv, gtuning.recipe)
@@ -8734,7 +8721,7 @@ def test_vectors_have_no_dropout_and_leave_f_in_train_mode(tiny_folder, small, t
         assert torch.allclose(vector, f.features(**inputs)[0], atol=1e-5)
 
 
-def test_the_adapter_alone_takes_all_its_steps_by_equation_2(tiny_folder, small, tmp_path, cache):
+def test_the_adapter_alone_takes_all_its_steps_by_equation_2(tiny_folder, small, tmp_path):
     result, = tune(tiny_folder, tmp_path, *small, "--method", "adapter", "--log_every", 1)
     log = log_of(tmp_path / "custom/adapter-0")
     assert result["steps"] == len(log) == 8
@@ -8743,7 +8730,7 @@ def test_the_adapter_alone_takes_all_its_steps_by_equation_2(tiny_folder, small,
 
 
 def test_n_is_the_number_of_steps_on_f_and_an_odd_one_gives_a_round_more(tiny_folder, small,
-                                                                         tmp_path, cache, capsys):
+                                                                         tmp_path, capsys):
     result, = tune(tiny_folder, tmp_path, *small, "--max_steps", 5, "--T", 2, "--log_every", 1)
     told = capsys.readouterr().out
     assert "N = 5 steps on f, 2 in phase 1 and 3 in phase 3; on D 2 in phase 2, T = 2 for" in told
@@ -8753,8 +8740,7 @@ def test_n_is_the_number_of_steps_on_f_and_an_odd_one_gives_a_round_more(tiny_fo
     assert [line["epoch"] * an_epoch for line in log] == pytest.approx([1, 2, 2, 2, 3, 4, 5])
 
 
-def test_the_bar_says_the_phase_and_counts_its_steps(tiny_folder, small, tmp_path, cache,
-                                                     monkeypatch):
+def test_the_bar_says_the_phase_and_counts_its_steps(tiny_folder, small, tmp_path, monkeypatch):
     bars = []
 
     class Bar(common.Progress):
@@ -8772,8 +8758,7 @@ def test_the_bar_says_the_phase_and_counts_its_steps(tiny_folder, small, tmp_pat
 
 
 @beside
-def test_a_run_killed_in_any_phase_and_resumed_ends_with_the_same_bits(tiny_folder, small,
-                                                                       tmp_path, cache,
+def test_a_run_killed_in_any_phase_and_resumed_ends_with_the_same_bits(tiny_folder, small, tmp_path,
                                                                        monkeypatch):
     more = [*small, "--max_steps", 12, "--save_every", 2, "--eval_every", 4, "--log_every", 2]
     whole, = tune(tiny_folder, tmp_path / "whole", *more)
@@ -8797,7 +8782,7 @@ def test_a_run_killed_in_any_phase_and_resumed_ends_with_the_same_bits(tiny_fold
 # -------------------------------------------------------------------------------- the feature cache
 
 def test_a_kill_while_the_cache_is_built_costs_what_was_not_marked(still_folder, small, tmp_path,
-                                                                   cache, monkeypatch, capsys):
+                                                                   monkeypatch, capsys):
     """And the numbers are the same as without it, and another run finds it."""
     here = str(tmp_path / "states")
     rows = data.toy_rows("film", "validation")
@@ -8838,7 +8823,7 @@ def test_a_kill_while_the_cache_is_built_costs_what_was_not_marked(still_folder,
 
 
 @beside
-def test_a_cache_of_pairs_gives_the_same_numbers(still_folder, small_pairs, tmp_path, cache):
+def test_a_cache_of_pairs_gives_the_same_numbers(still_folder, small_pairs, tmp_path):
     flags = [*small_pairs, "--micro_batch_size", 4, "--pooling", "mean", "--max_steps", 6]
     cached, = tune(still_folder, tmp_path / "a", *flags)
     plain, = tune(still_folder, tmp_path / "b", *flags, "--no_cache")
@@ -8847,7 +8832,7 @@ def test_a_cache_of_pairs_gives_the_same_numbers(still_folder, small_pairs, tmp_
     assert_same_state(with_it, without, 1e-4)
 
 
-def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small, tmp_path, cache,
+def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small, tmp_path,
                                                              monkeypatch):
     full = argparse.Namespace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
@@ -8882,7 +8867,7 @@ def test_states_have_the_type_of_autocast(kind):
     assert f.encode(**inputs).dtype == torch.float32
 
 
-def test_general_text_has_the_form_of_pairs_that_are_encoded_as_one(tiny_folder, tmp_path, cache,
+def test_general_text_has_the_form_of_pairs_that_are_encoded_as_one(tiny_folder, tmp_path,
                                                                     monkeypatch):
     """Else D would tell a pair from a sentence by its form."""
     drawn = []
@@ -8907,8 +8892,7 @@ def test_general_text_has_the_form_of_pairs_that_are_encoded_as_one(tiny_folder,
     assert len(drawn) == 1
 
 
-def test_a_cache_that_torch_cannot_open_is_one_line(still_folder, small, tmp_path, cache,
-                                                   monkeypatch):
+def test_a_cache_that_torch_cannot_open_is_one_line(still_folder, small, tmp_path, monkeypatch):
     def read_only(*args, **more):
         raise RuntimeError("unable to open file: Read-only file system (30)")
 
@@ -8918,7 +8902,7 @@ def test_a_cache_that_torch_cannot_open_is_one_line(still_folder, small, tmp_pat
 
 
 def test_flags_that_change_no_number_of_a_method_are_no_part_of_its_runs(tiny_folder, small,
-                                                                         tmp_path, cache, capsys):
+                                                                         tmp_path, capsys):
     more = [*small, "--method", "adapter"]
     first = tune(tiny_folder, tmp_path, *more)
     again = tune(tiny_folder, tmp_path, *more, "--no_cache", "--cache_dir", tmp_path / "other",
@@ -8947,8 +8931,7 @@ def drawn(monkeypatch):
     return texts
 
 
-def test_general_text_of_a_table_is_its_text_column(drawn, tiny_folder, small, tmp_path, cache,
-                                                    capsys):
+def test_general_text_of_a_table_is_its_text_column(drawn, tiny_folder, small, tmp_path, capsys):
     """Too little of it repeats, which is said."""
     path = write(tmp_path / "m.csv", "id,text,label\n1,good plot good plot,bad actor\n"
                                      "2,boring cast boring cast,bad actor\n")
@@ -8958,8 +8941,7 @@ def test_general_text_of_a_table_is_its_text_column(drawn, tiny_folder, small, t
 
 
 def test_there_are_as_many_sentences_of_general_text_as_of_the_task(drawn, tiny_folder, small,
-                                                                    small_pairs, tmp_path, cache,
-                                                                    capsys):
+                                                                    small_pairs, tmp_path, capsys):
     tune(tiny_folder, tmp_path / "a", *small, "--train_samples", 40)
     assert len(drawn) == 40
     drawn.clear()
@@ -8968,7 +8950,7 @@ def test_there_are_as_many_sentences_of_general_text_as_of_the_task(drawn, tiny_
     assert "they repeat" not in capsys.readouterr().out
 
 
-def test_the_adapter_reads_no_general_text(drawn, tiny_folder, small, tmp_path, cache):
+def test_the_adapter_reads_no_general_text(drawn, tiny_folder, small, tmp_path):
     tune(tiny_folder, tmp_path, *small, "--method", "adapter", "--unlabeled", "nowhere")
     assert drawn == []
 
@@ -9011,8 +8993,9 @@ def test_the_maps_of_figure_2(projection):
         assert reaches[0] != pytest.approx(reaches[1], abs=1)
 
 
-def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(
-        all_toy_rows, tiny_folder, small, tmp_path, quick_maps, cache, capsys):
+def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(all_toy_rows, tiny_folder,
+                                                                     small, tmp_path, quick_maps,
+                                                                     capsys):
     flags = [*small, "--method", "adapter", "gtuning", "--embed", "--eval_tasks", "toy-food"]
     results = tune(tiny_folder, tmp_path, *flags)
     told = capsys.readouterr().out
@@ -9049,8 +9032,7 @@ def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(
     assert (tmp_path / "custom/embed.html").read_text() == page
 
 
-def test_figure_2_of_few_sentences_and_before_training(tiny_folder, quick_maps, tmp_path, cache,
-                                                       capsys):
+def test_figure_2_of_few_sentences_and_before_training(tiny_folder, quick_maps, tmp_path, capsys):
     """A run whose steps change nothing has the cloud of before; 20 points need a lower perplexity.
     """
     rows = data.toy_rows("film", "train")
@@ -9069,7 +9051,7 @@ def test_figure_2_of_few_sentences_and_before_training(tiny_folder, quick_maps, 
     assert "perplexity 6)" in (tmp_path / "custom/embed.html").read_text()
 
 
-def test_figure_2_is_not_drawn_while_flags_are_chosen(tiny_folder, small, tmp_path, cache):
+def test_figure_2_is_not_drawn_while_flags_are_chosen(tiny_folder, small, tmp_path):
     tune(tiny_folder, tmp_path, *small, "--method", "adapter", "--embed", "--eval_tasks",
         "toy-food", "--dev_samples", 20, "--choosing")
     assert not os.path.exists(tmp_path / "custom/embed.html")
@@ -9077,7 +9059,7 @@ def test_figure_2_is_not_drawn_while_flags_are_chosen(tiny_folder, small, tmp_pa
 
 # --------------------------------------------------------------------------------------- the script
 
-def test_seconds_are_those_of_training(tiny_folder, small, tmp_path, cache, monkeypatch):
+def test_seconds_are_those_of_training(tiny_folder, small, tmp_path, monkeypatch):
     """Of D's vectors too; of the states of a set that is scored not."""
     monotonic = time.monotonic
     all_vectors = gtuning.Algorithm1.all_vectors
@@ -9101,8 +9083,7 @@ def test_seconds_are_those_of_training(tiny_folder, small, tmp_path, cache, monk
     assert late > 10**6 and 2000 <= result["train_seconds"] < 3000
 
 
-def test_profile_times_the_steps_from_states_and_from_texts(tiny_folder, small, tmp_path, cache,
-                                                            capsys):
+def test_profile_times_the_steps_from_states_and_from_texts(tiny_folder, small, tmp_path, capsys):
     both = ["--method", "adapter", "gtuning"]
     seconds = tune(tiny_folder, tmp_path / "out", *small, *both, "--profile", 1, "--T", 1)
     rows = re.findall(r"^(\w+, \w+) .* ([\d.]+)$", capsys.readouterr().out, re.M)
@@ -9155,7 +9136,7 @@ WRONG = """
 
 
 @pytest.mark.parametrize("case", WRONG.strip().split("\n"))
-def test_wrong_flags_are_refused_in_one_line(case, tiny_folder, tmp_path, cache, monkeypatch):
+def test_wrong_flags_are_refused_in_one_line(case, tiny_folder, tmp_path, monkeypatch):
     flags, line = (part.strip() for part in case.split(" | "))
     write(tmp_path / "t.txt", "x")
     write(tmp_path / "other.csv", "review,label\nfine,yes\n")
@@ -9170,7 +9151,7 @@ def test_wrong_flags_are_refused_in_one_line(case, tiny_folder, tmp_path, cache,
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_is_no_encoder_is_refused(tiny_folder, small, tmp_path, cache):
+def test_a_model_that_is_no_encoder_is_refused(tiny_folder, small, tmp_path):
     folder = str(shutil.copytree(tiny_folder, tmp_path / "bart"))
     config = transformers.BartConfig(**TWO_SIDED | {"vocab_size": 200, "pad_token_id": 0})
     transformers.BartForSequenceClassification(config).save_pretrained(folder)
@@ -9247,7 +9228,7 @@ def tag_rows(*sentences):
     return data.read_tags({"tokens": words, "tags": tags}, TAGS, "here")
 
 
-def test_the_first_piece_of_a_word_has_its_tag(cache):
+def test_the_first_piece_of_a_word_has_its_tag():
     rows = tag_rows(("the untolded plot", "0 2 1"), ("good", "1"))
     split = data.encode(rows, TAGS, tokenizer_of(), 12)
     first = split.collate(np.array([0]))
@@ -9259,7 +9240,7 @@ def test_the_first_piece_of_a_word_has_its_tag(cache):
     assert not any(name.startswith("note_") for name in both)
 
 
-def test_a_long_sentence_is_split_and_no_word_is_lost(cache):
+def test_a_long_sentence_is_split_and_no_word_is_lost():
     rows = tag_rows(("the untold plot is good is bad", "0 1 2 0 1 2 0"), ("the film", "0 1"))
     split = data.encode(rows, TAGS, tokenizer_of(), 6)
     texts = [pieces(split.collate(np.array([i]))["input_ids"][0]) for i in range(len(split))]
@@ -9278,7 +9259,7 @@ def test_a_long_sentence_is_split_and_no_word_is_lost(cache):
     assert split.collate(np.array([1]))["labels"].tolist() == [[-100] * 4]
 
 
-def test_a_word_without_a_piece_is_an_error_and_not_left_out(cache):
+def test_a_word_without_a_piece_is_an_error_and_not_left_out():
     words = ["the", "\u200b", "film"]
     rows = data.read_tags({"tokens": [words], "tags": [["DET", "NOUN", "VERB"]]}, TAGS, "here")
     split = data.encode(rows, TAGS, tokenizer_of(), 12)
@@ -9288,7 +9269,7 @@ def test_a_word_without_a_piece_is_an_error_and_not_left_out(cache):
     assert scores["f1"] == pytest.approx(4 / 5)
 
 
-def test_whole_sentences_are_drawn(cache):
+def test_whole_sentences_are_drawn():
     rows = tag_rows(*[("the film is good is bad", "0 1 2 0 1 2")] * 9)
     split = data.encode(rows, TAGS, tokenizer_of(), 6)
     chosen = data.subset(split, 4, 0)
@@ -9321,7 +9302,7 @@ def test_every_language_has_a_row():
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
-def test_a_space_that_belongs_to_a_piece_is_no_word(cache, kind):
+def test_a_space_that_belongs_to_a_piece_is_no_word(kind):
     """As RoBERTa and GPT-2 (byte-level) and XLM-R (metaspace) have it."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -9363,7 +9344,7 @@ def tagged(tmp_path_factory):
 
 
 @beside
-def test_gtuning_learns_tags_with_and_without_the_cache(tagged, tagger, tmp_path, cache):
+def test_gtuning_learns_tags_with_and_without_the_cache(tagged, tagger, tmp_path):
     def no_cache(name, *more):
         return run_on_tags(gtuning, tagger, tmp_path / name, *tagged, "--T", 1, *more)
 
@@ -9383,8 +9364,7 @@ def test_gtuning_learns_tags_with_and_without_the_cache(tagged, tagger, tmp_path
         assert len(line["tokens"]) == len(line["tags"])
 
 
-def test_small_passes_are_one_batch_whatever_their_number_of_words(tagged, tagger, tmp_path,
-                                                                   cache):
+def test_small_passes_are_one_batch_whatever_their_number_of_words(tagged, tagger, tmp_path):
     folder = tmp_path / "still"
     model = transformers.BertForMaskedLM.from_pretrained(tagger)
     model.config.hidden_dropout_prob = 0.0
@@ -9424,7 +9404,7 @@ def gradient_of_a_round(folder, flags, micro):
     return gradients, stats, [common.count_labels(inputs["labels"]) for inputs in x_t]
 
 
-def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path, cache):
+def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path):
     """L_T is a mean over labels, L_G one over sentences: of tags the parts weigh differently."""
     folder = without_dropout(tagger, tmp_path / "still")
     whole, told, _ = gradient_of_a_round(folder, tagged, 12)
@@ -9436,13 +9416,13 @@ def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path, 
 
 
 @pytest.mark.parametrize("method", ["std", "r3f"])
-def test_r3f_learns_tags(method, tagged, tagger, tmp_path, cache):
+def test_r3f_learns_tags(method, tagged, tagger, tmp_path):
     flags = [word for word in tagged if word != "--unlabeled" and not word.endswith(".txt")]
     result, = run_on_tags(r3f, tagger, tmp_path, *flags, "--method", method, "--max_steps", 30)
     assert result["metrics"]["validation"]["f1"] > 0.9
 
 
-def test_the_toy_tags_are_learned_from_films_and_scored_on_food(tiny_folder, tmp_path, cache):
+def test_the_toy_tags_are_learned_from_films_and_scored_on_food(tiny_folder, tmp_path):
     result, = run("r3f", tiny_folder, tmp_path, "--task", "toy-tag", "--method", "std", "--lr",
                   "1e-2", "--max_steps", 40)
     assert [*result["metrics"]] == ["validation", "toy-tag-food"]
@@ -9524,7 +9504,7 @@ def test_an_answer_stands_where_its_text_is_nearest():
                           english, "here")["id"][:] == ["b"]
 
 
-def test_question_and_context_are_one_text_in_windows(cache, monkeypatch):
+def test_question_and_context_are_one_text_in_windows(monkeypatch):
     monkeypatch.setattr(data, "STRIDE", 3)
     context = "the film was dull . the untold plot was good ."
     table = span_rows(("a", "is it ?", context, "untold plot", 24))
@@ -9555,7 +9535,7 @@ def test_question_and_context_are_one_text_in_windows(cache, monkeypatch):
         assert data.best_answers([odd, odd, odd], split) == {0: ""}
 
 
-def test_spans_are_at_most_30_tokens_long(cache):
+def test_spans_are_at_most_30_tokens_long():
     context = " ".join(["the film was dull ."] * 8)
     rows = data.read_span(span_rows(("a", "?", context, "film", 4)), QUESTIONS, "here")
     split = data.encode(rows, QUESTIONS, tokenizer_of(), 64)
@@ -9565,7 +9545,7 @@ def test_spans_are_at_most_30_tokens_long(cache):
     assert data.best_answers([longer], split) == {0: ""}
 
 
-def test_windows_cover_a_text_and_are_a_stride_apart(cache):
+def test_windows_cover_a_text_and_are_a_stride_apart():
     context = " ".join(["the film was dull ."] * 140)                 # 700 tokens
     rows = data.read_span(span_rows(("a", "is ?", context, "film", 4)), QUESTIONS, "here")
     split = data.encode(rows, QUESTIONS, tokenizer_of(), 375)         # 370 are for the context
@@ -9578,7 +9558,7 @@ def test_windows_cover_a_text_and_are_a_stride_apart(cache):
     assert found == [(0, 370), (128, 498), (256, 626), (384, 700)]
 
 
-def test_a_long_question_is_cut(cache):
+def test_a_long_question_is_cut():
     rows = data.read_span(span_rows(
         ("a", "is it bad ? " * 9, "the film was dull .", "film", 4)), QUESTIONS, "here")
     split = data.encode(rows, QUESTIONS, tokenizer_of(), 16)
@@ -9607,7 +9587,7 @@ def test_every_language_has_its_questions():
 
 
 @beside
-def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
+def test_gtuning_learns_to_answer(tagger, tmp_path):
     rng = np.random.default_rng(0)
     rows = []
     for number in range(40):
@@ -9636,7 +9616,7 @@ def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
     assert len(answers) == 40 and answers["english-0"] == "soup"
 
 
-def test_the_toy_questions_are_trained_on_films_and_scored_on_food(tiny_folder, tmp_path, cache,
+def test_the_toy_questions_are_trained_on_films_and_scored_on_food(tiny_folder, tmp_path,
                                                                    monkeypatch):
     evaluate = gtuning.evaluate_sets
     words = {}                                         # of the texts of each set
@@ -9700,7 +9680,7 @@ def sentences(tmp_path_factory):
 @pytest.mark.parametrize("more, block", [([], None), (["--retrieve_layer", 1], 1),
                                          (["--tune", "all"], None)])
 def test_identical_sentences_find_each_other(more, block, tagged, sentences, tagger, tmp_path,
-                                             cache, monkeypatch):
+                                             monkeypatch):
     """By f, or by a block of g."""
     mean_vectors, features = gtuning.mean_vectors, gtuning.GTuning.features
     asked, used = set(), set()
@@ -9739,7 +9719,7 @@ def test_a_block_of_g_gives_its_mean(tagger):
     torch.testing.assert_close(gtuning.mean_vectors(f, None, **inputs), mean.features(**inputs))
 
 
-def test_retrieval_is_gtunings_and_trains_nothing(sentences, tagged, tagger, tmp_path, cache):
+def test_retrieval_is_gtunings_and_trains_nothing(sentences, tagged, tagger, tmp_path):
     ner_file = tagged[tagged.index("--local_file") + 1]
     flags = ["--task", "ner", "--local_file", ner_file, f"tatoeba-deu={sentences}", "--eval_tasks",
              "tatoeba-deu"]
@@ -9773,7 +9753,7 @@ def test_f_has_its_length_and_the_output_layer_reads_the_same(pooling, length, t
     torch.testing.assert_close(again.features(**inputs), f.features(**inputs))
 
 
-def test_the_rate_decays_or_stays(tagged, tagger, tmp_path, cache):
+def test_the_rate_decays_or_stays(tagged, tagger, tmp_path):
     for schedule, last in (("decay", 0.01 / 6), ("constant", 0.01)):     # at 0 after the last step
         run_on_tags(gtuning, tagger, tmp_path / schedule, *tagged, "--method", "gtuning", "--T", 1,
             "--log_every", 1, "--schedule", schedule, "--cache_dir", tmp_path / "states")
@@ -9782,7 +9762,7 @@ def test_the_rate_decays_or_stays(tagged, tagger, tmp_path, cache):
         assert rates[-1] == pytest.approx(last)
 
 
-def test_the_best_state_counts_or_the_last(tagged, tagger, tmp_path, cache):
+def test_the_best_state_counts_or_the_last(tagged, tagger, tmp_path):
     """At a rate far too high the last state is not the best."""
     found = {}
     for keep in ("best", "last"):
@@ -9828,8 +9808,7 @@ def labelled(request, tmp_path_factory):
     return ["--train_file", path, "--validation_file", path, "--unlabeled", str(general)]
 
 
-def test_self_teach_learns_from_labels_and_from_a_finished_run(labelled, tagger, tmp_path,
-                                                               cache):
+def test_self_teach_learns_from_labels_and_from_a_finished_run(labelled, tagger, tmp_path):
     flags = [*labelled, "--max_length", 24, "--cache_dir", tmp_path / "states", "--log_every", 1]
     run_on_tags(gtuning, tagger, tmp_path / "a", *flags, "--method", "adapter")
     teacher = ["--method", "self-teach", "--teacher", tmp_path / "a" / "custom" / "adapter-0"]
@@ -9848,7 +9827,7 @@ def test_self_teach_learns_from_labels_and_from_a_finished_run(labelled, tagger,
         assert line["loss"] == line["l_t"]
 
 
-def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, cache, monkeypatch):
+def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, monkeypatch):
     """Its logits are those of its own forward pass, of pairs on both sentences as one text."""
     flags = [*labelled, "--max_length", 24]
     seen = {}
@@ -9884,7 +9863,7 @@ def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, cache, monkeypatc
         assert seen["logits"].std(0).max() > 1e-4
 
 
-def test_self_teach_of_a_regression_is_the_squared_error(tagger, tmp_path, cache):
+def test_self_teach_of_a_regression_is_the_squared_error(tagger, tmp_path):
     rows = [{"text": f"film is {word}", "label": value}
             for word, value in (("good", 4.5), ("bad", 0.5)) for _ in range(8)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
@@ -9904,7 +9883,7 @@ def test_self_teach_of_a_regression_is_the_squared_error(tagger, tmp_path, cache
     assert gtuning.kl_to_teacher(*numbers).item() == pytest.approx((0.25 + 4) / 2)
 
 
-def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_path, cache):
+def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_path):
     with pytest.raises(UserError, match="--teacher is missing: must be the folder"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach")
     run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "adapter", "--name", "other")
@@ -9935,7 +9914,7 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
                     tmp_path / "b/custom/adapter-0")
 
 
-def test_each_of_several_runs_is_scored_with_its_own_g(tagged, tagger, tmp_path, cache):
+def test_each_of_several_runs_is_scored_with_its_own_g(tagged, tagger, tmp_path):
     """A frozen one is --model's, a tuned one lies in the run's folder."""
     trained = []
     for seed, tune in enumerate(["adapter", "all"]):
@@ -9951,7 +9930,7 @@ def test_each_of_several_runs_is_scored_with_its_own_g(tagged, tagger, tmp_path,
     assert [result["metrics"] for result in together] == alone[::-1]
 
 
-def test_the_average_of_a_group_is_over_all_that_was_scored(tagged, tagger, tmp_path, cache):
+def test_the_average_of_a_group_is_over_all_that_was_scored(tagged, tagger, tmp_path):
     task, files = tagged[:2], tagged[2:6]
     rows = pathlib.Path(files[-1].partition("=")[2]).read_text()
     files[-1] = "ner-fr=" + write(tmp_path / "fr.jsonl", rows.replace("B-LOC", "B-PER"))
@@ -9970,7 +9949,7 @@ def test_the_average_of_a_group_is_over_all_that_was_scored(tagged, tagger, tmp_
 
 
 def test_epochs_are_of_the_rows_that_are_trained_on_however_they_were_split(tagged, tagger,
-                                                                            tmp_path, cache):
+                                                                            tmp_path):
     flags = [*tagged[:5], "--eval_tasks", "ner-de", "--train_samples", 24, "--max_length", 6]
     runs = []
     for script, method, more in ((r3f, "std", []), (gtuning, "adapter", tagged[-4:-2])):
@@ -9980,7 +9959,7 @@ def test_epochs_are_of_the_rows_that_are_trained_on_however_they_were_split(tagg
     assert runs[0]["steps"] == runs[1]["steps"] > 2 * 24 / 8
 
 
-def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, cache, monkeypatch):
+def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, monkeypatch):
     """With the cache and without; and --run has it again."""
     monkeypatch.setitem(common.POST_TRAINING, "lr", 0.01)
     logs = {}
@@ -10951,7 +10930,7 @@ def test_what_a_probe_cannot_do_is_refused(words, newcomers_runs, tmp_path):
 
 
 def test_each_probed_encoder_reads_with_its_own_tokenizer_and_length(newcomers_runs, tiny_folder,
-                                                                     tmp_path, cache, monkeypatch):
+                                                                     tmp_path, monkeypatch):
     """By its task's recipe, not by the toy task's: one whose model has another vocabulary."""
     newcomers_runs[1].result()
     toy = newcomers_runs[0] / "toy-model/toy/std-0"
