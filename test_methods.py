@@ -99,6 +99,9 @@ ARCHITECTURES = {
     "llama": ("LlamaConfig", DECODER | {"num_key_value_heads": 4}),
 }
 
+# Those that TDT and G-Tuning take.
+ENCODERS = [name for name in ARCHITECTURES if name != "bart"]
+
 GENERATORS = {
     "bart": ("BartConfig", TWO_SIDED | {"pad_token_id": 1}),
     "t5": ("T5Config", dict(vocab_size=99, d_model=32, num_layers=2, num_heads=4, d_kv=8, d_ff=64,
@@ -144,6 +147,23 @@ def batch(name="bert", rows=4, n=9, num_labels=3):
     return torch.arange(rows) % num_labels, {"input_ids": ids, "attention_mask": mask}
 
 
+def padded(inputs, model, more=3):
+    """The same rows with more padding."""
+    side = (more, 0) if model.config.model_type == "xlnet" else (0, more)
+    pad = model.config.pad_token_id or 0
+    wider = {}
+    for name, value in inputs.items():
+        fill = pad if name == "input_ids" else 0
+        wider[name] = torch.nn.functional.pad(value, side, value=fill)
+    return wider
+
+
+def bert_tokenizer(words, **settings):
+    """A BERT tokenizer of these words."""
+    vocabulary = {word: i for i, word in enumerate(words)}
+    return transformers.BertTokenizerFast(vocab=vocabulary, **settings)
+
+
 def softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
@@ -152,6 +172,19 @@ def softmax(x):
 def wide_tiny(name="bert", num_labels=3, dropout=False, seed=0, spread=0.5):
     """A random classifier whose weights are so large that small faults in a loss are seen."""
     return tiny(name, num_labels, dropout, seed, spread)
+
+
+def passes_of(method, labels, inputs):
+    """The number of rows in each pass of one step."""
+    seen = []
+
+    def hook(module, args, settings):
+        seen.append(len(args[0] if args else settings["input_ids"]))
+
+    handle = method.model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    method(labels, **inputs)
+    handle.remove()
+    return seen
 
 
 def write(path, text):
@@ -164,6 +197,11 @@ def write(path, text):
     return str(path)
 
 
+def read_json(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
 def lines_of(objects):
     """Objects as jsonl."""
     return "".join(json.dumps(row) + "\n" for row in objects)
@@ -171,7 +209,13 @@ def lines_of(objects):
 
 def write_rows(path, rows):
     """A jsonl file of dicts. Returns the path."""
-    return write(path, lines_of(rows))
+    return write_rows(path, rows)
+
+
+def read_lines(path):
+    """The objects of a jsonl file."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -255,9 +299,7 @@ def tiny_folder(tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.BertConfig(**SMALL | {"vocab_size": len(words)})
     transformers.BertForMaskedLM(config).save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
-    tokenizer.save_pretrained(folder)
+    bert_tokenizer(words, model_max_length=64).save_pretrained(folder)
     return folder
 
 
@@ -271,7 +313,7 @@ def without_dropout(folder, to):
     """A copy of the model's folder, without dropout."""
     to = str(shutil.copytree(folder, to))
     path = f"{to}/config.json"
-    config = json.load(open(path))
+    config = read_json(path)
     config["hidden_dropout_prob"] = 0.0
     config["attention_probs_dropout_prob"] = 0.0
     json.dump(config, open(path, "w"))
@@ -317,8 +359,7 @@ def assert_same_weights(a, b, tolerance=0.0):
 
 def log_of(folder, key="loss"):
     """The lines of a run's log that have this key."""
-    lines = [json.loads(line) for line in open(f"{folder}/log.jsonl", encoding="utf-8")]
-    return [line for line in lines if key in line]
+    return [line for line in read_lines(f"{folder}/log.jsonl") if key in line]
 
 
 def killed_at(monkeypatch, steps):
@@ -369,7 +410,7 @@ def own(train, validation=None, **given):
 
 def refusal(call, *arguments):
     """What a call says when it refuses wrong input: one line."""
-    with pytest.raises(data.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         call(*arguments)
     message = str(caught.value)
     assert "\n" not in message
@@ -429,9 +470,15 @@ def test_a_kind_names_a_class_of_transformers(name):
     assert hasattr(transformers, data.KINDS[name].auto_class)
 
 
+GROUP_SIZES = {
+    "xnli": 15, "paws-x": 7, "pos": 33, "ner": 40, "xquad": 11, "mlqa": 7, "tydiqa": 9,
+    "bucc": 4, "tatoeba": 36,
+}
+
+
 def test_groups_are_the_languages_of_the_papers():
-    assert len(data.GROUPS["xnli"]) == 15
-    assert len(data.GROUPS["paws-x"]) == 7
+    sizes = {name: len(names) for name, names in data.GROUPS.items()}
+    assert sizes == GROUP_SIZES
     for names in data.GROUPS.values():
         assert set(names) <= set(data.TASKS)
 
@@ -621,7 +668,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 @pytest.mark.parametrize("labels, names", [
     (["yes", "no", "no"], ["no", "yes"]),
-    (["10", "9", "-1"], ["-1", "9", "10"]),
+    (["10", "9", "-1"], ["-1", "9", "10"]),                             # a class, no hidden label
     (["+1", "-1", "+1"], ["-1", "+1"]),
     (["1", "01", "01"], ["01", "1"]),
     (["1", "\u00b2", "1"], ["1", "\u00b2"]),                            # a digit that is no number
@@ -634,8 +681,11 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 ])
 def test_what_the_labels_are_tells_the_kind(labels, names, tmp_path):
     rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
-    task = data.load(own(write(tmp_path / "t.jsonl", lines_of(rows)))).task
+    loaded = data.load(own(write_rows(tmp_path / "t.jsonl", rows)))
+    task = loaded.task
     assert task.label_names == names
+    if names:                                          # a number is a name, too, not an index
+        assert loaded.train["label"][:] == [names.index(str(label)) for label in labels]
     assert task.kind == ("classify" if names else "regress")
     assert task.metrics == ("accuracy" if names else "pearson spearman")
 
@@ -664,7 +714,7 @@ def test_columns_can_be_named_also_with_a_space_in_the_name(tmp_path):
 
 def test_a_column_that_is_not_used_may_hold_objects(tmp_path):
     row = {"text": "a", "label": "yes", "meta": [{"source": 1}]}
-    path = write(tmp_path / "t.jsonl", lines_of([row]))
+    path = write_rows(tmp_path / "t.jsonl", [row])
     assert data.read_file(path, "--train_file")["text"] == ["a"]
     path = write(tmp_path / "two.json", json.dumps([row, {**row, "label": "no"}]))
     assert data.load(own(path)).train["text"][:] == ["a", "a"]
@@ -682,7 +732,7 @@ def test_an_infinite_label_among_numbers_is_refused_with_its_row(label, tmp_path
 def test_both_own_files_are_read_and_the_test_file_without_labels(tmp_path):
     train = write(tmp_path / "train.csv", GOOD)
     validation = write(tmp_path / "validation.tsv", "label\ttext\nno\tc\n")
-    test = write(tmp_path / "test.jsonl", lines_of([{"text": "d"}, {"text": ["e", "f"]}]))
+    test = write_rows(tmp_path / "test.jsonl", [{"text": "d"}, {"text": ["e", "f"]}])
     rows = data.load(own(train, validation, test_file=test))
     assert rows.train.to_dict() == {"text": ["good plot", "bad actor"], "label": [1, 0]}
     assert rows.validation["validation"].to_dict() == {"text": ["c"], "label": [0]}
@@ -734,17 +784,11 @@ def test_labels_that_may_not_be_meant_get_a_warning(labels, told, tmp_path):
         assert sum("is predicted, not scored" in line for line in warnings) == count
 
 
-def test_a_number_in_an_own_file_is_a_name_not_an_index(tmp_path):
-    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 2}, {"text": "c", "label": 2}]
-    loaded = data.load(own(write(tmp_path / "t.jsonl", lines_of(rows))))
-    assert loaded.task.label_names == ["1", "2"]
-    assert loaded.train["label"][:] == [0, 1, 1]
-
-
 @pytest.mark.parametrize("cells, words", [
     ({"label": 1}, "row 7: label 1 is a number, that of row 1 ('no') a string"),
     ({"label": True}, "row 7: label True is a truth value, that of row 1 ('no') a string"),
     ({"label": None}, "row 7: no label in column 'label' (--label_column)"),
+    ({"label": ""}, "row 7: no label in column 'label' (--label_column)"),
     ({"label": " nan "}, "row 7: no label in column 'label' (--label_column)"),
     ({"label": ["no"]}, "row 7: label ['no'] must be a word or a number"),
     ({"text": None}, "row 7: no text in column 'text'"),
@@ -758,7 +802,7 @@ def test_a_number_in_an_own_file_is_a_name_not_an_index(tmp_path):
 def test_a_cell_that_does_not_fit_is_refused_with_its_row(cells, words, tmp_path):
     rows = [{"text": "a", "label": ["no", "yes"][i % 2]} for i in range(9)]
     rows[6].update(cells)
-    path = write(tmp_path / "t.jsonl", lines_of(rows))
+    path = write_rows(tmp_path / "t.jsonl", rows)
     message = refusal(data.load, own(path))
     assert message.removeprefix("--train_file ").startswith(f"{path}: {words}")
 
@@ -891,7 +935,7 @@ def test_a_local_file_stands_in_for_the_hub(tmp_path):
         {"id": 3, "sentence1": "a", "sentence2": "b", "label": "1"},
         {"id": 4, "sentence1": "c", "sentence2": "d", "label": "0"},
     ]
-    path = write(tmp_path / "test_public.json", lines_of(rows))
+    path = write_rows(tmp_path / "test_public.json", rows)
     given = settings(local_file=[f"bustm={path}"])
     read = data.read("bustm", "validation", given)
     assert read["label"][:] == [1, 0]
@@ -908,7 +952,7 @@ def test_a_local_file_stands_in_for_the_hub(tmp_path):
 ])
 def test_labels_of_a_local_file_are_names_or_ids(label, index, tmp_path):
     row = {"question1": "a", "question2": "b", "label": label}
-    given = settings(local_file=[f"qqp={write(tmp_path / 'q.jsonl', lines_of([row]))}"])
+    given = settings(local_file=[f"qqp={write_rows(tmp_path / 'q.jsonl', [row])}"])
     assert data.read("qqp", "validation", given)["label"][:] == [index]
 
 
@@ -1087,16 +1131,7 @@ def pairs_file(folder, labels):
     rows = [{"sentence1": "a", "sentence2": "b"} for _ in range(3)]
     for row, label in zip(rows, labels or []):
         row["label"] = label
-    return write(folder / "pairs.jsonl", lines_of(rows))
-
-
-@pytest.mark.parametrize("labels, row", HIDDEN)
-def test_a_hidden_label_is_refused_with_its_row(labels, row, tmp_path):
-    task = data.TASKS["bustm"]
-    given = settings(task="bustm", local_file=[f"bustm={pairs_file(tmp_path, labels)}"])
-    rows = data.read("bustm", "train", given)
-    message = refusal(data.refuse_hidden, task, rows, "--task bustm: split train")
-    assert message.startswith(f"--task bustm: split train: row {row} has a hidden label (-1")
+    return write_rows(folder / "pairs.jsonl", rows)
 
 
 def test_a_local_file_that_is_all_splits_gets_a_warning(tmp_path):
@@ -1157,13 +1192,6 @@ def test_own_numbers_that_are_all_hidden_are_refused(tmp_path):
     assert message.startswith(f"--validation_file {hidden}: row 1 has a hidden label")
 
 
-def test_an_own_class_may_be_called_minus_one(tmp_path):
-    path = write(tmp_path / "t.csv", "text,label\na,-1\nb,0\nc,1\n")
-    rows = data.load(own(path))
-    assert rows.task.label_names == ["-1", "0", "1"]
-    assert rows.train["label"][:] == [0, 1, 2]
-
-
 def test_rows_that_are_only_predicted_may_have_hidden_labels(monkeypatch):
     hub_of(monkeypatch, train=pairs_of([0, 1]), validation=pairs_of([1]), test=pairs_of([-1, -1]))
     rows = data.load(settings(task="afqmc", predict=["test"]))
@@ -1188,7 +1216,7 @@ def general_file(folder, name):
         return write(folder / name, TEXT)
     rows = [{"label": "a label of many words", "text": line} for line in TEXT.split("\n")]
     if name.endswith("jsonl"):
-        return write(folder / name, lines_of(rows))
+        return write_rows(folder / name, rows)
     if name.endswith("one.json"):                                       # a document in one cell
         return write(folder / name, json.dumps([{"text": TEXT}]))
     file = io.StringIO()
@@ -1216,12 +1244,6 @@ def test_general_text_is_in_a_fixed_order(tmp_path):
     assert ten == [sentences[i] for i in (4, 19, 6, 2, 13, 16, 3, 11, 10, 8)]
 
 
-def test_general_text_can_be_fewer_than_asked_for(tmp_path):
-    path = general_file(tmp_path, "m.txt")
-    assert len(data.general_text(path, 2)) == 2
-    assert len(data.general_text(path, 5000)) == 4
-
-
 def test_general_text_of_the_hub_is_its_column_text(monkeypatch):
     calls = hub_of(monkeypatch, dev=datasets.Dataset.from_dict({"text": TEXT.split("\n")}))
     assert sorted(data.general_text("a/b:c:dev", 10)["text"]) == sorted(SENTENCES)
@@ -1235,15 +1257,26 @@ def test_general_text_of_the_toy_language():
     assert len(data.general_text("toy", 300)) == 300
 
 
-@pytest.mark.parametrize("name, text, words", [
+@pytest.mark.parametrize("name, content, words", [
     ("t.txt", "No .\n", "holds no sentence of ten characters or more"),
     ("t.csv", "label\nthis is no text column\n", "no column 'text' among ['label']"),
     ("t.csv", "text\na\n'b,c\n", "row 2 has 2 cells, the header 1"),
+    ("latin.csv", b"text\ncaf\xe9\n", "must be text in UTF-8"),
+    ("nowhere.csv", None, "no such file"),
+    ("nowhere.txt", None, "no such file"),
+    ("folder.csv/", None, "is a directory"),
     ("no/such:corpus", None, "must be a text file, or ID:CONFIG:SPLIT of the hub: Unknown split"),
 ])
-def test_general_text_that_is_none_is_refused(name, text, words, tmp_path, monkeypatch):
+def test_general_text_that_is_none_is_refused(name, content, words, tmp_path, monkeypatch):
     hub_of(monkeypatch)
-    where = write(tmp_path / name, text) if text else name
+    monkeypatch.chdir(tmp_path)
+    where = name.rstrip("/")
+    if name.endswith("/"):
+        os.mkdir(where)
+    if isinstance(content, str):
+        write(where, content)
+    elif content:
+        pathlib.Path(where).write_bytes(content)
     assert refusal(data.general_text, where, 5).startswith(f"--unlabeled {where}: {words}")
 
 
@@ -1253,8 +1286,7 @@ def test_general_text_that_is_none_is_refused(name, text, words, tmp_path, monke
 def tokenizer(tmp_path, monkeypatch):
     """A BERT tokenizer of the toy language; what is encoded is cached in the test's own folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    words = {word: i for i, word in enumerate(data.toy_vocabulary())}
-    return transformers.BertTokenizerFast(vocab=words)
+    return bert_tokenizer(data.toy_vocabulary())
 
 
 PAIR = data.Task("custom", text="a b", labels="no yes")
@@ -1378,13 +1410,6 @@ def test_a_batch_can_be_padded_on_the_left():
     batch = split_of([2, 1, 3], left=True).collate(np.array([1, 0, 2]))
     assert batch["input_ids"].tolist() == [[7, 7, 6], [7, 5, 5], [7, 7, 7]]
     assert batch["attention_mask"].tolist() == [[0, 0, 1], [0, 1, 1], [1, 1, 1]]
-
-
-def test_labels_of_many_numbers_are_one_more_field():
-    split = split_of([2, 3])
-    lists = data.Field(np.array([4, 5, 6], np.int32), np.array([0, 1, 3]), -100)
-    split = data.Split({**split.fields, "labels": lists})
-    assert split.collate(np.array([0, 1]))["labels"].tolist() == [[4, -100], [5, 6]]
 
 
 def test_take_keeps_some_rows():
@@ -1586,10 +1611,6 @@ def test_metrics_by_hand(name, predictions, labels, value):
     assert found == pytest.approx(value, abs=1e-12)
 
 
-def test_ties_share_their_rank():
-    assert data.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
-
-
 def test_classes_are_scored_by_the_names_of_their_labels():
     task = data.TASKS["qqp"]                                            # not_duplicate, duplicate
     trained = data.TASKS["mnli"]                                        # entailment first
@@ -1674,17 +1695,6 @@ def test_own_predicted_numbers_have_the_ids_of_the_file():
     assert written(task, [[7.5]]) == "index\tprediction\n0\t7.5\n"
     assert written(task, [[7.5]], ["a7"]) == "index\tid\tprediction\n0\ta7\t7.5\n"
     assert written(task, [[4.7e-5]]) == "index\tprediction\n0\t4.7e-05\n"
-
-
-def test_ids_go_from_the_file_to_the_predictions(tokenizer, tmp_path):
-    train = write(tmp_path / "train.csv", GOOD)
-    test = write(tmp_path / "test.csv", "id,text\n07,good plot\n08,bad plot\n")
-    rows = data.load(own(train, test_file=test))
-    split = data.encode(rows.unscored["test"], rows.task, tokenizer, 32)
-    _, text = data.KINDS["classify"].file("test", rows.task, np.zeros((2, 2)), split)
-    cells = [line.split("\t") for line in text.splitlines()]
-    assert cells[0] == ["index", "id", "prediction", "p(no)", "p(yes)"]
-    assert [line[1] for line in cells[1:]] == ["07", "08"]
 
 
 # --------------------------------------------------------------------------------- the toy language
@@ -1899,15 +1909,6 @@ def test_of_epochs_and_steps_one_holds():
     assert args.max_steps == 3000 and args.epochs is None
     args = parse("tdt", "--task", "sst2", "--epochs", 2)
     assert args.epochs == 2 and args.max_steps is None
-
-
-def test_a_recipe_sees_the_model_that_init_from_brings(tmp_path):
-    """TDT's recipe for large models, by the size of the finished run's model."""
-    os.makedirs(tmp_path / "run/model")
-    for hidden_size, learning_rate in ((768, 4e-5), (1024, 2e-5)):
-        write(tmp_path / "run/model/config.json", json.dumps({"hidden_size": hidden_size}))
-        args = parse("tdt", "--task", "sst2", "--init_from", tmp_path / "run")
-        assert args.lr == learning_rate and args.model == str(tmp_path / "run/model")
 
 
 def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, capsys):
@@ -2262,7 +2263,7 @@ def test_a_saved_tokenizer_cuts_and_pads_nothing(tiny_folder, tmp_path, monkeypa
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "tokenised"))
     for name in ("made", "found"):
         run("r3f", tiny_folder, tmp_path / name, "--max_steps", 1)
-        saved = json.load(open(tmp_path / name / "toy/r3f-0/model/tokenizer.json"))
+        saved = read_json(tmp_path / name / "toy/r3f-0/model/tokenizer.json")
         assert saved["truncation"] is None and saved["padding"] is None
 
 
@@ -2381,7 +2382,10 @@ def test_a_deleted_log_is_not_refilled_with_zeros(tiny_folder, tmp_path, capsys,
 def test_results_that_are_damaged_are_told(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     path = tmp_path / "toy/std-0/results.json"
-    for wrong in ('{"task": ', "[1, 2]", "{}", '{"args": {}, "method": "std"}', ""):
+    results = read_json(path)
+    without_seed = {name: value for name, value in results.items() if name != "seed"}
+    for wrong in ('{"task": ', "[1, 2]", "{}", "", json.dumps({**results, "method": ["std"]}),
+                  json.dumps(without_seed)):
         write(path, wrong)
         with pytest.raises(UserError, match="results.json: is damaged"):
             run("r3f", tiny_folder, tmp_path, "--method", "std")
@@ -2487,7 +2491,7 @@ def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path):
 
     # A run from before a file was digested is told by the path.
     saved = tmp_path / "custom/std-0/results.json"
-    results = json.load(open(saved))
+    results = read_json(saved)
     older = copy.deepcopy(results)
     del older["args"]["validation_file_digest"]
     write(saved, json.dumps(older))
@@ -2499,22 +2503,16 @@ def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path):
         run("r3f", tiny_folder, tmp_path, *flags)
 
 
-def test_a_local_file_whose_rows_have_changed_is_another_run(tmp_path):
-    rows = [{"sentence": "a good plot", "label": i % 2} for i in range(20)]
-    path = write_rows(tmp_path / "ood.jsonl", rows)
-    args = parse("r3f", "--task", "cola-ood", "--local_file", f"cola-ood={path}")
+@pytest.mark.parametrize("flags, of, name", [
+    (["--task", "cola-ood"], "cola-ood", "local_file_digest"),
+    (["--task", "mnli", "--eval_tasks", "xnli"], "xnli-de", "local_file xnli-de_digest"),
+], ids=["of the task", "of one of a group"])
+def test_a_local_file_whose_rows_have_changed_is_another_run(flags, of, name, tmp_path):
+    path = write(tmp_path / "rows.jsonl", "some rows")
+    args = parse("r3f", *flags, "--local_file", f"{of}={path}")
     before = common.digests_of_files(args)
-    write_rows(tmp_path / "ood.jsonl", rows[::-1])
-    assert [*before] == ["local_file_digest"] and common.digests_of_files(args) != before
-
-
-def test_so_is_a_local_file_of_a_task_of_a_group(tmp_path):
-    path = write_rows(tmp_path / "de.jsonl", [{"premise": "a", "hypothesis": "b", "label": 0}])
-    args = parse("r3f", "--task", "mnli", "--eval_tasks", "xnli", "--local_file", f"xnli-de={path}")
-    before = common.digests_of_files(args)
-    write_rows(tmp_path / "de.jsonl", [{"premise": "a", "hypothesis": "c", "label": 0}])
-    assert [*before] == ["local_file xnli-de_digest"]
-    assert common.digests_of_files(args) != before
+    write(path, "some others")
+    assert [*before] == [name] and common.digests_of_files(args) != before
 
 
 def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp_path, monkeypatch):
@@ -2624,18 +2622,6 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tiny_folder,
     assert state["step"] == 3 and not glob.glob(str(tmp_path / "toy/r3f-0/*.tmp"))
 
 
-def test_a_file_that_is_written_in_part_does_not_stay(tmp_path):
-    def full(file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "report.tsv"
-    write(path, "before")
-    with pytest.raises(OSError):
-        common.replace_file(str(path), full)
-    assert os.listdir(tmp_path) == ["report.tsv"] and path.read_text() == "before"
-
-
 def test_a_full_disk_while_the_model_is_written_is_one_line(tiny_folder, tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
@@ -2715,7 +2701,7 @@ def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path):
 def test_no_code_of_a_models_repository_is_run(tiny_folder, tmp_path, capfd, monkeypatch):
     """Nor is anybody asked whether it should be."""
     folder = shutil.copytree(tiny_folder, tmp_path / "evil")
-    config = json.load(open(folder / "config.json"))
+    config = read_json(folder / "config.json")
     config.update(model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"})
     write(folder / "config.json", json.dumps(config))
     write(folder / "evil.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -2779,13 +2765,13 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
         ("std", 3), ("std", 4), ("r3f", 3), ("r3f", 4)]
     tried = {}
     for method, cells in (("std", 2), ("r3f", 4)):     # std has no use for lam
-        search = json.load(open(out / f"toy/search-{method}.json"))
+        search = read_json(out / f"toy/search-{method}.json")
         tried[method] = [" ".join(cell["flags"]) for cell in search["tried"]]
         assert len(tried[method]) == cells and search["held_out_rows"] == 40
         for cell in search["tried"]:
             name = ",".join(flag.removeprefix("--") for flag in cell["flags"])
             folder = out / "grid" / name / "toy" / f"{method}-3"
-            found = json.load(open(folder / "results.json"))
+            found = read_json(folder / "results.json")
             assert list(found["metrics"]) == ["held-out"]
             assert cell["score"] == found["metrics"]["held-out"]["accuracy"]
             assert not (folder / "model").exists()     # of the search only the score is wanted
@@ -2796,7 +2782,7 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
                 assert result["args"]["lr"] == float(best["flags"][0].removeprefix("--lr="))
                 assert "validation" in result["metrics"] and "held-out" in result["metrics"]
     assert tried["std"] == ["--lr=1e-3", "--lr=1e-5"]
-    saved = json.load(open(out / "toy/r3f-4/results.json"))
+    saved = read_json(out / "toy/r3f-4/results.json")
     assert saved["searched"] == {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
     scores = [100 * cell["score"] for cell in search["tried"]]
     tie = ", the first of equals" if scores.count(max(scores)) > 1 else ""
@@ -2826,14 +2812,14 @@ def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, monk
     monkeypatch.setattr(common.Run, "begin", count)
     run("r3f", tiny_folder, out, "--method", "std", "--grid", "lr=1e-3,1e-5", "--grid_seeds", 2,
         "--dev_samples", 40, "--seeds", 3, 4, "--max_steps", 4)
-    found = json.load(open(out / "toy/search-std.json"))
+    found = read_json(out / "toy/search-std.json")
     assert found["seeds"] == [3, 4]
     told = capsys.readouterr().out
     assert told.count(" on the held-out rows, the mean of 2 seeds\n") == 2
     assert re.search(r"^\d+ s with the search$", told, re.M)
     for cell in found["tried"]:
         folder = out / "grid" / cell["flags"][0].removeprefix("--") / "toy"
-        each = [json.load(open(folder / f"std-{seed}/results.json")) for seed in (3, 4)]
+        each = [read_json(folder / f"std-{seed}/results.json") for seed in (3, 4)]
         scores = [results["metrics"]["held-out"]["accuracy"] for results in each]
         assert cell["score"] == pytest.approx(sum(scores) / 2)
     names = [(path.parts[-3] if "grid" in path.parts else "", path.name)
@@ -2880,7 +2866,7 @@ def test_a_search_goes_on_where_a_loss_is_not_finite(tiny_folder, tmp_path, caps
     flags = ["--method", "std", "--dev_samples", 40, "--max_steps", 3, "--warmup", 0]
     result, = run("r3f", tiny_folder, tmp_path, *flags, "--grid", "lr=1e30,1e-3")
     assert result["args"]["lr"] == 1e-3 and "not finite" in capsys.readouterr().out
-    search = json.load(open(tmp_path / "toy/search-std.json"))
+    search = read_json(tmp_path / "toy/search-std.json")
     assert [cell["score"] for cell in search["tried"]][0] == "not finite"
     with pytest.raises(RunError, match="--grid lr=1e30,1e29: no loss of std is finite"):
         run("r3f", tiny_folder, tmp_path / "none", *flags, "--grid", "lr=1e30,1e29")
@@ -2965,20 +2951,20 @@ def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny
     finished, whole, _ = searched
     tried = {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
     out = shutil.copytree(finished, tmp_path / "again")
-    chosen = json.load(open(out / "toy/search-r3f.json"))["chosen"]
+    chosen = read_json(out / "toy/search-r3f.json")["chosen"]
     flags = ["--method", "r3f", *SEARCH[SEARCH.index("--dev_samples"):]]
     words = [flag.removeprefix("--") for flag in chosen]
     again = run("r3f", tiny_folder, out, *flags, "--grid", *words)
     assert [r["searched"] for r in again] == [tried] * 2
 
     path = out / "toy/r3f-3/results.json"
-    saved = json.load(open(path))
+    saved = read_json(path)
     saved["searched"] = {"lr": ["1e-3", "5"]}
     write(path, json.dumps(saved))
     run("r3f", tiny_folder, out, *flags, "--grid", *words)
     values = {flag: [value] for flag, value in (word.split("=") for word in words)}
-    assert json.load(open(path))["searched"]["lam"] == values["lam"]
-    assert set(json.load(open(path))["searched"]["lr"]) == {"1e-3", "5", *values["lr"]}
+    assert read_json(path)["searched"]["lam"] == values["lam"]
+    assert set(read_json(path)["searched"]["lr"]) == {"1e-3", "5", *values["lr"]}
 
     begin = common.Run.begin
 
@@ -2990,7 +2976,7 @@ def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny
     monkeypatch.setattr(common.Run, "begin", begin_the_first)
     with pytest.raises(KeyError):
         run("r3f", tiny_folder, tmp_path / "killed", *flags, "--grid", *words)
-    first = json.load(open(tmp_path / "killed/toy/r3f-3/results.json"))
+    first = read_json(tmp_path / "killed/toy/r3f-3/results.json")
     assert first["searched"] == values
     assert not os.path.exists(tmp_path / "killed/toy/r3f-4/results.json")
 
@@ -3006,9 +2992,8 @@ def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny
 ])
 def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, tiny_folder,
                                                                  tmp_path):
-    with pytest.raises(UserError) as caught:
-        run("r3f", tiny_folder, tmp_path / "out", "--method", "std", "--dev_samples", 40, *flags)
-    assert line in str(caught.value) and "\n" not in str(caught.value)
+    argv = ["--method", "std", "--dev_samples", 40, *flags]
+    assert line in refusal(run, "r3f", tiny_folder, tmp_path / "out", *argv)
     assert not glob.glob(f"{tmp_path}/out/**/log.jsonl", recursive=True)
 
 
@@ -3026,7 +3011,7 @@ def test_a_finished_run_scores_further_sets_without_training(script, method, tin
     (folder / "results.json").write_text(json.dumps(shortened))
 
     found, = SCRIPTS[script].main(["--run", str(folder), "--eval_tasks", "toy-food"])
-    assert found == json.load(open(folder / "results.json")) == result
+    assert found == read_json(folder / "results.json") == result
     assert list(found["metrics"]) == ["validation", "toy-food"]
     assert_same_weights(trained, weights(folder))
     assert (folder / "log.jsonl").read_bytes() == log
@@ -3177,7 +3162,7 @@ def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path):
     one, other = (np.load(path / "embed.npz") for path in (wanted / "adapter-0", folder))
     for name in ("in_domain", "out_of_domain"):
         assert np.allclose(one[name], other[name], atol=1e-6)
-    values = [load(path / "embed-pca.json")["values"] for path in (wanted, folder.parent)]
+    values = [read_json(path / "embed-pca.json")["values"] for path in (wanted, folder.parent)]
     for name in values[0]:
         assert values[0][name] == pytest.approx(values[1][name], abs=1e-5)
     assert (folder.parent / "embed-pca.html").exists()
@@ -3200,13 +3185,13 @@ def test_scores_that_are_there_are_not_overwritten_by_those_of_a_file(tiny_folde
     """A run of few rows, scored on a file that is called as its own set is."""
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_samples", 64, "--max_steps", 2)
     folder = tmp_path / "toy/std-0"
-    before = json.load(open(folder / "results.json"))["metrics"]
+    before = read_json(folder / "results.json")["metrics"]
     rows = [{"text": "good plot", "label": "positive"}, {"text": "bad plot", "label": "negative"}]
     for name in ("validation", "toy-food", "test"):
         path = write_rows(tmp_path / f"{name}.jsonl", rows)
         flag = "--test_file" if name == "test" else "--validation_file"
         r3f.main(["--run", str(folder), flag, path, "--text_columns", "text"])
-    after = json.load(open(folder / "results.json"))["metrics"]
+    after = read_json(folder / "results.json")["metrics"]
     assert {name: after[name] for name in before} == before
     assert list(after)[2:] == ["validation-jsonl", "toy-food-jsonl"]
     assert (folder / "predictions-test-jsonl.tsv").exists()
@@ -3229,7 +3214,7 @@ def test_two_commands_that_score_one_run_at_the_same_time_lose_nothing(tiny_fold
     monkeypatch.setattr(common, "evaluate", evaluate_while_another_does)
     result, = r3f.main(["--run", folder, "--eval_tasks", "toy-food:test"])
     assert [*result["metrics"]] == ["validation", "toy-food", "test", "toy-food/test"]
-    assert load(f"{folder}/results.json") == result
+    assert read_json(f"{folder}/results.json") == result
 
     read_scored = common.read_scored
     turns = []
@@ -3261,13 +3246,12 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
     assert [len(result["metrics"]) for result in found] == [4, 3]
 
     def changed(name, value):
-        results = json.load(open(other / "results.json"))
+        results = read_json(other / "results.json")
         changed = {**results, name: value, "args": {**results["args"], name: value}}
         (other / "results.json").write_text(json.dumps(changed))
-        with pytest.raises(UserError) as caught:
-            r3f.main(["--run", str(std), str(other), "--eval_tasks", "toy-food"])
+        message = refusal(r3f.main, ["--run", str(std), str(other), "--eval_tasks", "toy-food"])
         (other / "results.json").write_text(json.dumps(results))
-        return str(caught.value)
+        return message
 
     assert changed("task", "sst2") == (f"--run {other}: is a run of sst2; must be of toy, as "
                                        "--task or the one before")
@@ -3294,9 +3278,7 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
     (["--eval_tasks", "stsb"], "--eval_tasks stsb: is of the kind regress"),
 ])
 def test_what_a_finished_run_cannot_do_is_one_line(flags, line, finished_toy):
-    with pytest.raises(UserError) as caught:
-        r3f.main(["--run", finished_toy, *flags])
-    assert line in str(caught.value) and "\n" not in str(caught.value)
+    assert line in refusal(r3f.main, ["--run", finished_toy, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -3356,12 +3338,6 @@ def test_flops_are_those_of_the_matrix_products():
     assert common.count_flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 8 * 16 * 4
 
 
-def test_a_page_is_self_contained_and_escapes():
-    page = common.html_page("a < b", "b { color: red }", "<p>x</p>")
-    assert "a &lt; b" in page and "<p>x</p>" in page and "color: red" in page
-    assert "<script" not in page and "http" not in page and "prefers-color-scheme" in page
-
-
 # ----------------------------------------------------------------------------------- your own files
 
 REVIEWS = [("really good plot", "yes"), ("bad actor", "no"), ("007", "yes"), ("NA", "no")] * 5
@@ -3381,7 +3357,7 @@ def test_your_own_files_train_and_predict(tiny_folder, tmp_path):
     index, name, prediction, no, yes = lines[1].split("\t")
     assert (index, name) == ("0", "a7") and abs(float(no) + float(yes) - 1) < 1e-3
     assert prediction == ("yes" if float(yes) > float(no) else "no")
-    config = json.load(open(tmp_path / "out/reviews/std-0/model/config.json"))
+    config = read_json(tmp_path / "out/reviews/std-0/model/config.json")
     assert config["id2label"] == {"0": "no", "1": "yes"}
 
 
@@ -3396,96 +3372,72 @@ def test_a_regression_file_is_for_std_alone(tiny_folder, tmp_path):
         run("r3f", tiny_folder, tmp_path / "out", "--method", "r3f", *more)
 
 
-# One case a line: the script, its flags, and what the one line must say.
+# One case a line: the flags, and what the one line must say.
 WRONG_FLAGS = """
-r3f | --task colla | --task colla: no such task; did you mean cola
-r3f | --method r5f | --method: invalid choice: 'r5f'
-r3f | --lam -1 | --lam: must be a number from 0, got '-1'
-r3f | --eps nan | --eps: must be a number from 0 to 1000, got 'nan'
-r3f | --lr 0 | --lr: must be a number above 0, got '0'
-r3f | --lr inf | --lr: must be
-r3f | --lr fast | --lr: must be
-r3f | --batch_size 0 | --batch_size: must be a whole number from 1
-r3f | --batch_size 2.5 | --batch_size
-r3f | --batch_size 999 | --batch_size 999: must be at most the 320
-r3f | --seeds -1 | --seeds: must be
-r3f | --epochs 0 | --epochs: must be a number above 0
-r3f | --max_steps 0 | --max_steps: must be
-r3f | --epochs 1 --max_steps 3 | not allowed with
-r3f | --warmup -1 | --warmup: must be
-r3f | --noise laplace | --noise: invalid choice: 'laplace'
-r3f | --max_length 0 | --max_length: must be a whole number from 4
-r3f | --max_length 65 | --max_length 65: must be from 4 to 64
-r3f | --learning_rate 1 | --learning_rate: no such flag; did you mean --lr?
-r3f | --batchsize=1 | --batchsize=1: no such flag; did you mean --batch_size?
-r3f | extra | extra: belongs to no flag; --help lists all
-r3f | --zzz | --zzz: no such flag; --help lists all
-r3f | --eval_tasks imbd | --eval_tasks imbd: no such task; did you mean imdb
-r3f | --train_samples 8 | --train_samples 8: must be at least --batch_size
-r3f | --train_samples 321 | --train_samples 321: must be at most the 320
-r3f | --precision fp16 | --precision: invalid choice
-r3f | --betas 0.9 1.0 | --betas: must be
-r3f | --grad_clip -0.1 | --grad_clip: must be
-r3f | --profile -1 | --profile
-r3f | --threads -1 | --threads
-r3f | --batching length random | --batching length random: must be one name
-r3f | --name ../x | --name: must be letters
-r3f | --name sst2 | --name: must be letters
-r3f | --name grid | --name: must be letters
-r3f | --name mine | --name mine: is for your own files; toy has its own
-r3f | --text_columns a b | --text_columns a b: is for your own files
-r3f | --model no/such-model | --model no/such-model
-r3f | --model NOPAD | no pad token
-r3f | --model EMPTY | --model
-r3f | --model NOWEIGHTS | cannot be loaded by AutoModelForSequenceClassification
-r3f | --init_from nowhere | --init_from nowhere: must be
-r3f | --init_from NOWEIGHTS-0 | --init_from NOWEIGHTS-0: cannot be loaded by AutoModelFor
-r3f | --task cola-ood | --local_file cola-ood=FILE
-r3f | --output_dir AFILE | --output_dir
-r3f | --predict nope | --predict nope: toy has no split nope
-r3f | --eps 1e39 | --eps: must be a number from 0 to 1000
-r3f | --local_file foo | --local_file foo: must be NAME=FILE
-r3f | --local_file imdbb=good.csv | --local_file imdbb=good.csv: must be
-r3f | --resume --overwrite | not allowed with
-r3f | --model= | --model: must not be empty
-r3f | --output_dir= | --output_dir: must not be empty
-r3f | --max_target_length 9 | --max_target_length 9: is for texts that are written; toy has labels
-r3f | --reduction sentence | --reduction sentence: is for labels by position; toy has one a row
-r3f | --grid_seeds 2 | --grid_seeds: needs --grid
-r3f | --grid lr=1,2 --dev_samples 20 --grid_seeds 9 | --grid_seeds 9: must be at most the number
-r3f | --probe_recipe converged | --probe_recipe converged: needs --probe
-r3f | --probe run --probe_tasks rte --probe_recipe converged --lr 1e-3 | --lr: cannot go together
-gtuning | --cache_dir AFILE/x | --cache_dir: cannot make the folder AFILE/x: Not a directory; use
+--task colla | --task colla: no such task; did you mean cola
+--method r5f | --method: invalid choice: 'r5f'
+--lam -1 | --lam: must be a number from 0, got '-1'
+--eps nan | --eps: must be a number from 0 to 1000, got 'nan'
+--lr 0 | --lr: must be a number above 0, got '0'
+--lr inf | --lr: must be
+--lr fast | --lr: must be
+--batch_size 0 | --batch_size: must be a whole number from 1
+--batch_size 2.5 | --batch_size
+--seeds -1 | --seeds: must be
+--epochs 0 | --epochs: must be a number above 0
+--max_steps 0 | --max_steps: must be
+--epochs 1 --max_steps 3 | not allowed with
+--warmup -1 | --warmup: must be
+--noise laplace | --noise: invalid choice: 'laplace'
+--max_length 0 | --max_length: must be a whole number from 4
+--max_length 65 | --max_length 65: must be from 4 to 64
+--learning_rate 1 | --learning_rate: no such flag; did you mean --lr?
+--batchsize=1 | --batchsize=1: no such flag; did you mean --batch_size?
+extra | extra: belongs to no flag; --help lists all
+--zzz | --zzz: no such flag; --help lists all
+--train_samples 8 | --train_samples 8: must be at least --batch_size
+--train_samples 321 | --train_samples 321: must be at most the 320
+--precision fp16 | --precision: invalid choice
+--betas 0.9 1.0 | --betas: must be
+--grad_clip -0.1 | --grad_clip: must be
+--profile -1 | --profile
+--threads -1 | --threads
+--batching length random | --batching length random: must be one name
+--name ../x | --name: must be letters
+--name sst2 | --name: must be letters
+--name grid | --name: must be letters
+--name mine | --name mine: is for your own files; toy has its own
+--text_columns a b | --text_columns a b: is for your own files
+--model no/such-model | --model no/such-model
+--model NOPAD | no pad token
+--model EMPTY | --model
+--model NOWEIGHTS | cannot be loaded by AutoModelForSequenceClassification
+--init_from nowhere | --init_from nowhere: must be
+--init_from NOWEIGHTS-0 | --init_from NOWEIGHTS-0: cannot be loaded by AutoModelFor
+--output_dir AFILE | --output_dir
+--eps 1e39 | --eps: must be a number from 0 to 1000
+--resume --overwrite | not allowed with
+--model= | --model: must not be empty
+--output_dir= | --output_dir: must not be empty
+--max_target_length 9 | --max_target_length 9: is for texts that are written; toy has labels
+--reduction sentence | --reduction sentence: is for labels by position; toy has one a row
+--grid_seeds 2 | --grid_seeds: needs --grid
+--grid lr=1,2 --dev_samples 20 --grid_seeds 9 | --grid_seeds 9: must be at most the number
+--probe_recipe converged | --probe_recipe converged: needs --probe
+--probe run --probe_tasks rte --probe_recipe converged --lr 1e-3 | --lr: cannot go together
 """.strip().splitlines()
 
-# One case a line: training file, validation file, further flags, and what the line must say.
+# One case a line: training file, validation file, further flags, and what the line must say. What
+# is wrong within a file: in the tests of data.py.
 WRONG_FILES = """
-good.csv | - | | --validation_file: both
-- | - | --test_file good.csv | --train_file and --validation_file: both
-good.csv | good.csv | --task toy | --task toy: cannot go together
-no.csv | good.csv | | no.csv: no such file
-dir.csv | good.csv | | dir.csv: is a directory
-t.txt | good.csv | | t.txt: must end in .csv
-empty.csv | good.csv | | empty.csv: is empty
-header.csv | good.csv | | header.csv: has no rows
-latin.csv | good.csv | | latin.csv: must be text in UTF-8
-bad.jsonl | good.csv | | bad.jsonl: cannot be read as jsonl
-hole.jsonl | good.csv | | hole.jsonl: row 7: no text in column 'text'
-gap.csv | good.csv | | gap.csv: row 7: no label in column 'label'
-good.csv | nan.csv | | nan.csv: row 7: no label in column 'label'
-twice.csv | good.csv | | twice.csv: column 'text' stands twice
-good.csv | good.csv | --predict test | --predict test: is for tasks of the table
-other.csv | good.csv | | no column text
-good.csv | other.csv | | --text_columns text: no such column in other.csv
-good.csv | good.csv | --text_columns a | --text_columns a: no such column in good.csv
-good.csv | good.csv | --text_columns a b c | must be one or two names
-good.csv | good.csv | --text_columns text text | --text_columns text text: must be different names
-good.csv | good.csv | --label_column y | --label_column y: no such column in good.csv
-good.csv | unseen.csv | | label 'maybe' is not in the training file
-same.csv | same.csv | | all labels are 'no'
-one.csv | one.csv | | all labels are
-good.csv | good.csv | --batch_size 64 | --batch_size 64: must be at most the 40
-good.csv | good.csv | --test_file other.csv | --test_file other.csv: no column text
+good.jsonl | - | | --validation_file: both
+- | - | --test_file good.jsonl | --train_file and --validation_file: both
+good.jsonl | good.jsonl | --task toy | --task toy: cannot go together
+no.csv | good.jsonl | | no.csv: no such file
+hole.jsonl | good.jsonl | | hole.jsonl: row 7: no text in column 'text'
+good.jsonl | nan.jsonl | | nan.jsonl: row 7: no label in column 'label'
+good.jsonl | good.jsonl | --text_columns a b c | must be one or two names
+good.jsonl | good.jsonl | --text_columns text text | --text_columns text text: must be different names
 """.strip().splitlines()
 
 
@@ -3494,46 +3446,24 @@ def wrong_files(tmp_path_factory, tiny_folder):
     """A folder of files and models that are wrong, each in one way."""
     folder = tmp_path_factory.mktemp("wrong")
     labels = ["no", "yes"]
-    good = "".join(f"good plot {i},{labels[i % 2]}\n" for i in range(40))
-    same = "fine,no\n" * 40
-    texts = {
-        "good.csv": good, "same.csv": same, "one.csv": "fine,yes\n", "header.csv": "",
-        "unseen.csv": "fine,maybe\n"}
-    for name, text in texts.items():
-        write(folder / name, "text,label\n" + text)
-    for name, label in (("gap.csv", ""), ("nan.csv", "nan")):
-        lines = [f"fine,{label if i == 6 else labels[i % 2]}\n" for i in range(40)]
-        write(folder / name, "text,label\n" + "".join(lines))
-    write(folder / "twice.csv", "text,label,text\na,yes,b\n")
-    write(folder / "other.csv", "review,label\nfine,yes\n")
-    write(folder / "t.txt", "x")
-    write(folder / "empty.csv", "")
+    rows = [{"text": f"good plot {i}", "label": labels[i % 2]} for i in range(40)]
+    write_rows(folder / "good.jsonl", rows)
+    write_rows(folder / "nan.jsonl", [*rows[:6], {"text": "fine", "label": "nan"}, *rows[7:]])
+    write_rows(folder / "hole.jsonl", [*rows[:6], {"label": "yes"}, *rows[7:]])
     write(folder / "AFILE", "x")
-    write(folder / "bad.jsonl", '{"text": "a", "label"\n')
-    rows = [{"text": "fine", "label": labels[i % 2]} for i in range(40)]
-    del rows[6]["text"]
-    write_rows(folder / "hole.jsonl", rows)
-    (folder / "latin.csv").write_bytes("text,label\ncaf\xe9,yes\n".encode("latin-1"))
-    for name, results in (("R3F", {"method": "r3f"}), ("NOTHING", {}),
-                          ("TDT", {"method": "tdt", "task": "toy"})):
-        os.makedirs(folder / name)
-        whole = {"args": {}, "metrics": {}, "seed": 0, "task": "toy", **results}
-        write(folder / name / "results.json", json.dumps(whole if results else {}))
-    os.makedirs(folder / "dir.csv")
     os.makedirs(folder / "EMPTY")
     for name in ("NOPAD", "NOWEIGHTS"):
         shutil.copytree(tiny_folder, folder / name)
     os.remove(folder / "NOWEIGHTS/model.safetensors")
     shutil.copytree(folder / "NOWEIGHTS", folder / "NOWEIGHTS-0/model")
     path = folder / "NOPAD/tokenizer_config.json"
-    settings = json.load(open(path))
-    settings["pad_token"] = None
-    json.dump(settings, open(path, "w"))
+    settings = {**read_json(path), "pad_token": None}
+    write(path, json.dumps(settings))
     return folder
 
 
-def refused(script, argv, folder, tiny_folder, tmp_path, monkeypatch):
-    """The one line with which these flags are refused. No model may be loaded before."""
+def refused(argv, folder, tiny_folder, tmp_path, monkeypatch):
+    """The one line with which r3f.py refuses these flags. No model may be loaded before."""
     real = transformers.AutoModelForSequenceClassification.from_pretrained
 
     def load(*args, **how):
@@ -3552,17 +3482,13 @@ def refused(script, argv, folder, tiny_folder, tmp_path, monkeypatch):
         base += ["--max_steps", "2"]
     if "--output_dir" not in argv:
         base += ["--output_dir", str(tmp_path)]
-    with pytest.raises(UserError) as error:
-        SCRIPTS[script].main([*base, *argv])
-    line = str(error.value)
-    assert "\n" not in line.strip()
-    return line
+    return refusal(r3f.main, [*base, *argv])
 
 
 @pytest.mark.parametrize("case", WRONG_FLAGS)
 def test_wrong_flags_are_refused(case, wrong_files, tiny_folder, tmp_path, monkeypatch):
-    script, flags, expected = (part.strip() for part in case.split(" | "))
-    line = refused(script, shlex.split(flags), wrong_files, tiny_folder, tmp_path, monkeypatch)
+    flags, expected = case.split(" | ")
+    line = refused(shlex.split(flags), wrong_files, tiny_folder, tmp_path, monkeypatch)
     assert expected in line
 
 
@@ -3574,7 +3500,7 @@ def test_wrong_files_are_refused(case, wrong_files, tiny_folder, tmp_path, monke
         argv += ["--train_file", train]
     if validation != "-":
         argv += ["--validation_file", validation]
-    line = refused("r3f", argv, wrong_files, tiny_folder, tmp_path, monkeypatch)
+    line = refused(argv, wrong_files, tiny_folder, tmp_path, monkeypatch)
     assert expected in line
 
 
@@ -3750,7 +3676,7 @@ def write_run(folder, results, log=True):
         for step in (40, 80):
             metrics = {"validation": {"accuracy": score * step / 80}}
             lines.append({"step": step, "seconds": step / 10, "metrics": metrics})
-        (place / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(place / "log.jsonl", lines)
     return place
 
 
@@ -3777,10 +3703,7 @@ def printed(capsys, *argv):
 
 def refused_report(*argv):
     """The one line that main_report ends with."""
-    with pytest.raises(UserError) as error:
-        common.main_report([*map(str, argv)])
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return refusal(common.main_report, [*map(str, argv)])
 
 
 # ------------------------------------------------------------------------------------ the report
@@ -3840,12 +3763,6 @@ def test_over_tasks(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "3 shared seeds can show nothing: the exact test's smallest p is 0.25" in out
     assert "6 tasks can show nothing: with 2 methods compared" in " ".join(out.split())
-
-
-def test_an_axis_has_round_numbers():
-    assert common.round_numbers(0, 1) == [0, 0.2, 0.4, 0.6000000000000001, 0.8, 1]
-    for least in (0.1, 100.0):                         # of a third of the range; rounded below it
-        assert len(common.round_numbers(0, 3 * math.nextafter(least, 0))) in range(3, 9)
 
 
 def test_costs_are_of_the_whole_training(tmp_path):
@@ -4525,7 +4442,7 @@ def write_probes(folder, chain=("sst2", "rte", "cola"), seeds=3):
                         "method": method, "run_seed": seed, "links": chain[:n],
                         "score": 0.6 + place / 10 + n / 100 + seed / 1000})
     os.makedirs(folder, exist_ok=True)
-    return write(folder / "probes.jsonl", lines_of(lines))
+    return write_rows(folder / "probes.jsonl", lines)
 
 
 def test_probes_are_a_table_and_figures(tmp_path, capsys):
@@ -4541,11 +4458,11 @@ def test_probes_are_a_table_and_figures(tmp_path, capsys):
     assert "chain sst2, rte, cola; 0: untuned" in page
 
     # A chain that was probed at its end alone has dots; so has an encoder that was never tuned.
-    lines = [json.loads(line) for line in open(path)]
+    lines = read_lines(path)
     ends = [line for line in lines if len(line.get("links", [])) == 3]
     for name, chosen in (("end", ends), ("none", [{**lines[0], "method": None}])):
         os.makedirs(tmp_path / name)
-        write(tmp_path / name / "probes.jsonl", lines_of(chosen))
+        write_rows(tmp_path / name / "probes.jsonl", chosen)
     assert "after sst2 rte cola, two" in printed(capsys, tmp_path / "end")[0]
     page = (tmp_path / "end/report.html").read_text()
     assert "<polyline" not in page and ">two, sst2, rte, cola</text>" in page
@@ -4567,9 +4484,9 @@ def test_each_chain_of_probes_has_a_figure(tmp_path):
     lines = []
     for chain in (("sst2", "rte", "cola"), ("cola", "rte")):
         path = write_probes(tmp_path / chain[0], chain)
-        lines += [line for line in map(json.loads, open(path)) if line["task"] == "sst2"]
+        lines += [line for line in read_lines(path) if line["task"] == "sst2"]
     lines.append({**lines[-1], "links": ["mrpc"], "score": 0.9})
-    path = write(tmp_path / "probes.jsonl", lines_of(lines))
+    path = write_rows(tmp_path / "probes.jsonl", lines)
     probes = common.read_probes([common.find_files(path)], [])
     first, second, dots = common.probe_figures(probes)
     assert "chain cola, rte; 0" in first and "chain sst2, rte, cola; 0" in second
@@ -4596,9 +4513,9 @@ def test_an_interval_over_rows_of_nothing_is_refused(tmp_path):
 def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys):
     folder = write_runs(tmp_path / "runs", 2, ["rte"])
     path = write_probes(folder / "probed")
+    line = read_lines(path)[0]
     with open(path, "a") as file:
         file.write('{"task": "sst2"}\n[1]\n')
-        line = json.loads(open(path).readline())
         file.write(json.dumps({**line, "links": [5], "method": "one"}) + "\nhalf")
     out, err = printed(capsys, folder)
     assert "Probes, in percent" in out and "rte" in out
@@ -4678,11 +4595,19 @@ def test_dots_svg_has_a_dot_for_each_value():
 
 @pytest.mark.parametrize("low, high", [(0, 1), (59.3, 64.1), (-0.02, 0.031), (3, 120000),
                                        (0, 3), (0, 299), (0, 0.0006)])
-def test_round_numbers(low, high):
+def test_an_axis_has_a_few_round_numbers(low, high):
     numbers = common.round_numbers(low, high)
+    if (low, high) == (0, 1):
+        assert numbers == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert 3 <= len(numbers) <= 8 and common.round_numbers(low, low) == [low]
     assert all(low - 1e-9 <= number <= high + 1e-9 for number in numbers)
     assert np.ptp(np.diff(numbers)) < 1e-9 * (high - low)
+
+
+@pytest.mark.parametrize("least", [0.1, 100.0])
+def test_an_axis_whose_range_is_rounded_has_enough_numbers(least):
+    """Of a third of the range, rounded below it."""
+    assert 3 <= len(common.round_numbers(0, 3 * math.nextafter(least, 0))) <= 8
 
 
 def test_many_columns_go_below():
@@ -4853,32 +4778,12 @@ def same_gradients(a, b, tolerance=1e-6):
     return True
 
 
-def passes_of(method, labels, inputs):
-    """The number of rows in each pass of one step."""
-    seen = []
-
-    def hook(module, args, settings):
-        seen.append(len(args[0] if args else settings["input_ids"]))
-
-    handle = method.model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-    method(labels, **inputs)
-    handle.remove()
-    return seen
-
-
 # -------------------------------------------------------------------- R3F: the terms of Eq. 3
 
 
 def numpy_kl(a, b):
     p, q = softmax(a), softmax(b)
     return (p * np.log(p / q)).sum(-1) + (q * np.log(q / p)).sum(-1)
-
-
-def test_the_symmetric_kl_is_numpys():
-    a, b = np.random.default_rng(0).normal(size=(2, 5, 4))
-    ours = r3f.symmetric_kl(torch.tensor(a), torch.tensor(b))
-    assert ours.shape == (5,)
-    assert np.allclose(ours.numpy(), numpy_kl(a, b), atol=1e-5)
 
 
 def test_the_symmetric_kl_of_a_quarter_and_a_half_is_a_quarter_of_ln_3():
@@ -4996,12 +4901,9 @@ def test_the_noise_arrives_and_padding_is_inert(name, monkeypatch):
     # BART's head wants its last token at the end, XLNet's its padding at the start.
     if name == "bart":
         return
-    side = (3, 0) if name == "xlnet" else (0, 3)
-    wider = {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], side),
-             "input_ids": torch.nn.functional.pad(inputs["input_ids"], side,
-                                                  value=model.config.pad_token_id or 0)}
     monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
     method = r3f.R3F(wide_tiny(name), eps=0.5)
+    wider = padded(inputs, model)
     assert abs(method(labels, **inputs)[0] - method(labels, **wider)[0]) < 1e-4
 
 
@@ -5198,12 +5100,12 @@ def test_a_negative_label_by_position_is_no_class():
             r3f.R3F(tiny_tagger()).train(training)(labels, **inputs)
 
 
-@pytest.mark.parametrize("rows", [2, 6, 8])
-def test_labels_by_position_of_other_rows_are_refused(rows):
+@pytest.mark.parametrize("rows, positions", [(2, 9), (6, 9), (8, 9), (4, 7)])
+def test_labels_that_do_not_stand_below_the_logits_are_refused(rows, positions):
     labels, inputs = batch_to_tag()
-    other = labels.repeat(2, 1)[:rows]
+    other = labels.repeat(2, 1)[:rows, :positions]
     for training in (True, False):
-        said = rf"labels \({rows}, 9\) do not fit logits \(4, 9, 5\)"
+        said = rf"labels \({rows}, {positions}\) do not fit logits \(4, 9, 5\)"
         with pytest.raises(ValueError, match=said):
             r3f.R3F(tiny_tagger()).train(training)(other, **inputs)
 
@@ -5408,24 +5310,16 @@ def test_labels_are_shifted_for_the_decoder_and_its_own_inputs_are_kept():
         r3f.R3F(other)(labels, **inputs)
 
 
-def test_a_pass_without_any_label_has_the_loss_0():
-    """One of several small ones, of a sentence whose words have no piece."""
-    model, (labels, inputs) = tiny_tagger(dropout=False), batch_to_tag()
-    none = torch.full_like(labels, -100)
-    for lam in (0.0, 1.0):
-        loss, _ = r3f.R3F(model, lam=lam, eps=0.1)(none, **inputs)
-        loss.backward()
-        assert loss.item() == 0
-    assert not any(g.isnan().any() or g.abs().max() > 0 for g in gradients_of(model).values())
-    f = gtuning.GTuning(tiny().base_model, 5, by_token="tag")
-    loss, _ = f(none, **inputs)
-    assert loss.item() == 0
-
-
-def test_labels_that_do_not_stand_below_the_logits_are_an_error():
-    labels, inputs = batch_to_tag()
-    with pytest.raises(ValueError, match=r"labels \(4, 7\) do not fit logits \(4, 9, "):
-        r3f.R3F(tiny_tagger())(labels[:, :7], **inputs)
+@pytest.mark.parametrize("method", [
+    r3f.R3F, functools.partial(r3f.R3F, lam=0.0), r3f.RDrop, r3f.SMART, r3f.FreeLB,
+    lambda model: gtuning.GTuning(model.base_model, 5, by_token="tag")])
+def test_a_pass_without_any_label_has_the_loss_0(method):
+    """One of several small ones, of sentences whose words have no piece."""
+    model, (labels, inputs) = tiny_tagger(), batch_to_tag()
+    loss, stats = method(model)(torch.full_like(labels, -100), **inputs)
+    loss.backward()
+    assert loss == 0 and not any(stats.values())
+    assert not any(g.isnan().any() or g.any() for g in gradients_of(model).values())
 
 
 def test_eval_mode_of_generation_is_the_plain_smoothed_loss():
@@ -5546,13 +5440,6 @@ def test_rivals_take_labels_by_position(method, settings, kind):
         assert stats["kl"] > 0.1
     if wider is not None:
         assert abs(run(wider)[0] / loss - 1) < 1e-5
-
-
-@pytest.mark.parametrize("method", [r3f.R3F, r3f.RDrop, r3f.SMART, r3f.FreeLB])
-def test_rows_without_any_label_have_no_loss(method):
-    labels, inputs = batch_to_tag()
-    loss, stats = method(tiny_tagger())(torch.full_like(labels, -100), **inputs)
-    assert loss == stats["ce"] == stats["kl"] == 0
 
 
 # -------------------------------------------------------------------- the rivals: formulas
@@ -5772,13 +5659,6 @@ def test_freelbs_gradient_is_that_of_backward_in_turn(settings, num_labels):
     assert same_gradients(ours, gradients_of(model), tolerance=2e-5)
 
 
-def test_freelbs_ascents_raise_the_loss():
-    model, (labels, inputs) = tiny(dropout=False), batch()
-    losses = [r3f.FreeLB(model, steps=steps, adv_lr=0.2, init=0.0)(labels, **inputs)[0].item()
-              for steps in (1, 2, 4)]
-    assert losses[0] < losses[1] < losses[2]
-
-
 @pytest.mark.parametrize("build", [lambda model: r3f.FreeLB(model, adv_lr=0.3, init=0.0),
                                    lambda model: r3f.SMART(model, eps=0.05, sigma=0.01, eta=0.1)])
 def test_micro_batches_of_a_rival_give_the_whole_batchs_gradient(build):
@@ -5868,10 +5748,6 @@ def split_of_both(lengths, target_lengths):
 def random_split(n, seed=0, low=5, high=40):
     rng = np.random.default_rng(seed)
     return split_of_both(rng.integers(low, high, n), rng.integers(2, 12, n))
-
-
-def predictions_of(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
 # -------------------------------------------------------------------------------------------- ROUGE
@@ -6302,12 +6178,12 @@ def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, monkeypatch):
         assert [line["step"] for line in log_of(folder, "metrics")] == [3, 6]
         assert all(line["examples_per_second"] > 0 for line in log_of(folder))
 
-        written = predictions_of(folder / "predictions-validation.jsonl")
+        written = read_lines(folder / "predictions-validation.jsonl")
         assert [line["id"] for line in written] == [f"test {i}" for i in range(20)]
         scores = [data.rouge(line["prediction"], line["reference"])["rouge1"] for line in written]
         assert np.mean(scores) == pytest.approx(result["metrics"]["validation"]["rouge1"])
-        assert len(predictions_of(folder / "predictions-toy-sum-food.jsonl")) == 3
-        line, = predictions_of(folder / "predictions-test.jsonl")
+        assert len(read_lines(folder / "predictions-toy-sum-food.jsonl")) == 3
+        line, = read_lines(folder / "predictions-test.jsonl")
         assert line["reference"] is None
 
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "model")
@@ -6537,39 +6413,12 @@ def test_the_toy_task_runs_with_its_own_model(tmp_path, cache, monkeypatch):
 
 # ------------------------------------------------------------------------------------  tiny models
 
-TDT_ARCHITECTURES = [name for name in ARCHITECTURES if name != "bart"]
-
-
-def padded(inputs, model, more=3):
-    """The same rows with more padding."""
-    side = (more, 0) if model.config.model_type == "xlnet" else (0, more)
-    pad = model.config.pad_token_id or 0
-    wider = {}
-    for name, value in inputs.items():
-        fill = pad if name == "input_ids" else 0
-        wider[name] = torch.nn.functional.pad(value, side, value=fill)
-    return wider
-
-
 def wide(module):
     """Confidences well apart, so that a fault in them shows."""
     source = torch.Generator().manual_seed(2)
     torch.nn.init.normal_(module.confidence_layer.weight, std=0.8, generator=source)
     torch.nn.init.constant_(module.confidence_layer.bias, 0.3)
     return module.train()
-
-
-def batch_sizes(model, call):
-    """Rows of each pass through the model during a call."""
-    sizes = []
-
-    def count(module, args, kwargs):
-        sizes.append(len(kwargs["input_ids"]))
-
-    handle = model.register_forward_pre_hook(count, with_kwargs=True)
-    call()
-    handle.remove()
-    return sizes
 
 
 def numpy_logits(model, e, mask):
@@ -6768,7 +6617,7 @@ def test_no_needless_view_is_computed(options, passes):
     model = wide_tiny()
     labels, inputs = batch()
     module = wide(tdt.TDT(model, **options))
-    assert batch_sizes(model, lambda: module(labels, **inputs)) == [4 * passes]
+    assert passes_of(module, labels, inputs) == [4 * passes]
     plain = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
     torch.testing.assert_close(module(labels, **inputs)[1]["ce"], plain.detach())
 
@@ -6780,7 +6629,7 @@ def test_without_weights_or_in_eval_mode_tdt_is_plain():
     assert torch.equal(tdt.TDT(model, alpha=0, beta=0).train()(labels, **inputs)[0], plain)
     module = tdt.TDT(model).eval()
     assert torch.equal(module(labels, **inputs)[0], plain)
-    assert batch_sizes(model, lambda: module(labels, **inputs)) == [4]
+    assert passes_of(module, labels, inputs) == [4]
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -6872,7 +6721,7 @@ def test_wrong_arguments_are_refused(options):
 
 
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("name", TDT_ARCHITECTURES)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_the_perturbation_arrives_on_every_architecture(name, hard):
     model = wide_tiny(name)
     labels, inputs = batch(name)
@@ -7008,12 +6857,12 @@ def test_token_cutoff_makes_one_stacked_pass():
     model = wide_tiny()
     labels, inputs = batch()
     module = tdt.TokenCutoff(model)
-    assert batch_sizes(model, lambda: module(labels, **inputs)) == [8]
+    assert passes_of(module, labels, inputs) == [8]
     module = tdt.TokenCutoff(model, a=0.0, b=0.0)
-    assert batch_sizes(model, lambda: module(labels, **inputs)) == [4]
+    assert passes_of(module, labels, inputs) == [4]
 
 
-@pytest.mark.parametrize("name", TDT_ARCHITECTURES)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_token_cutoff_arrives_on_every_architecture(name):
     model = wide_tiny(name)
     labels, inputs = batch(name)
@@ -7025,20 +6874,6 @@ def test_token_cutoff_arrives_on_every_architecture(name):
     nothing = torch.zeros_like(inputs["input_ids"])
     _, stats = module(labels, perturbable=nothing, **inputs)
     assert stats["js"] < 1e-6
-
-
-def test_a_fallen_token_is_not_seen_by_the_others():
-    """Another word in its place changes nothing."""
-    model = wide_tiny()
-    labels, inputs = batch()
-    module = tdt.TokenCutoff(model, rate=1.0)
-    only = torch.zeros_like(inputs["input_ids"])
-    only[:, 2] = 1
-    other = inputs["input_ids"].clone()
-    other[:, 2] = 7
-    a = module(labels, perturbable=only, **inputs)[1]["ce_cut"]
-    b = module(labels, perturbable=only, **{**inputs, "input_ids": other})[1]["ce_cut"]
-    torch.testing.assert_close(a, b)
 
 
 def test_a_fallen_token_is_zero_where_the_encoder_begins():
@@ -7078,6 +6913,7 @@ def length_of(*argv):
 
 
 def test_recipes_are_those_of_table_7():
+    assert tdt.recipe(argparse.Namespace(task="cola", model=None))[0] == "tdt: Table 7"
     assert length_of("--task", "mnli") == (128, 10000, 1000, 4e-5)
     assert length_of("--task", "cola") == (64, 2000, 200, 2e-5)
     assert length_of("--task", "ocnli") == (64, 3000, 300, 4e-5)
@@ -7117,18 +6953,12 @@ def test_a_folder_is_large_by_its_width_and_not_by_its_name(tmp_path, monkeypatc
     task = ["--task", "cola"]
     assert length_of(*task, "--model", str(tmp_path / "wide/model"))[0] == 32
     assert length_of(*task, "--init_from", str(tmp_path / "wide"))[0] == 32
+    args = parse("tdt", *task, "--init_from", tmp_path / "wide")
+    assert args.model == str(tmp_path / "wide/model")
     assert length_of(*task, "--model", str(tmp_path / "large/model"))[0] == 64
     assert length_of(*task, "--init_from", str(tmp_path / "large"))[0] == 64
     monkeypatch.chdir(tmp_path / "wide/model")
     assert length_of(*task)[0] == 64                   # nor is a config that happens to lie here
-
-
-def test_a_recipe_has_a_name_and_its_warmup_keeps_its_share():
-    name, values = tdt.recipe(argparse.Namespace(task="cola", model=None))
-    assert name == "tdt: Table 7" and values["max_steps"] == 2000
-    assert parse("tdt", "--task", "cola", "--epochs", "2").warmup == pytest.approx(0.1)
-    assert parse("tdt", "--task", "cola", "--max_steps", "50").warmup == pytest.approx(0.1)
-    assert parse("tdt", "--task", "cola", "--max_steps", "50", "--warmup", "7").warmup == 7
 
 
 def test_plain_fine_tuning_of_the_toy_task_is_that_of_r3f():
@@ -7190,7 +7020,7 @@ def test_random_words_become_mask_or_another_word_of_their_row():
 
 def test_a_word_has_the_largest_confidence_of_its_pieces():
     names = "[PAD] [UNK] [CLS] [SEP] [MASK] un ##bear ##able plot !".split()
-    tokenizer = transformers.BertTokenizerFast(vocab={name: i for i, name in enumerate(names)})
+    tokenizer = bert_tokenizer(names)
     text = "Unbearable  plot!"
     encoded = tokenizer(text, return_offsets_mapping=True)
     c = [0.99, 0.2, 0.7, 0.3, 0.4, 0.1, 0.98]
@@ -7252,35 +7082,46 @@ def test_the_table_has_a_deviation_only_of_several_scores(capsys):
 # ---------------------------------------------------------------------------  analyses: whole runs
 
 
-def save_tiny(folder, **tokenizer_settings):
-    """A small BERT over the toy words, with its tokenizer."""
-    words = data.toy_vocabulary()
+WORDS = data.toy_vocabulary()
+
+
+def small_bert(**more):
+    """The settings of a BERT over the toy words, of one narrow layer."""
+    settings = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1,
+                    num_attention_heads=2, intermediate_size=32, max_position_embeddings=64)
+    return transformers.BertConfig(**settings | more)
+
+
+def save_toy_bert(folder, kind="BertForMaskedLM", mask_token="[MASK]"):
+    """A small BERT over the toy words, with its tokenizer. Returns the folder."""
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64)
-    transformers.BertModel(config).save_pretrained(folder)
-    tokenizer = transformers.BertTokenizerFast(
-        vocab={word: i for i, word in enumerate(words)}, model_max_length=64, **tokenizer_settings)
-    tokenizer.save_pretrained(folder)
+    getattr(transformers, kind)(small_bert()).save_pretrained(folder)
+    bert_tokenizer(WORDS, model_max_length=64).save_pretrained(folder)
+    path = os.path.join(folder, "tokenizer_config.json")
+    settings = {**read_json(path), "mask_token": mask_token}
+    write(path, json.dumps(settings))
+    return str(folder)
 
 
-def save_rows(folder, number=False):
-    """train.jsonl and validation.jsonl; number: labels with a point."""
+def save_reviews(folder, number=False, pairs=False):
+    """train.jsonl and validation.jsonl of film reviews; number: labels with a point."""
     rows = data.toy_rows("film", "train")
     for name, n in (("train", 64), ("validation", 40)):
         lines = []
         for i, row in enumerate(rows.select(range(n))):
             label = i % 7 + 0.5 if number else "ab"[row["label"]]
-            lines.append(json.dumps({"text": row["text"], "label": label}) + "\n")
-        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(lines)
+            line = {"text": row["text"], "label": label}
+            if pairs:
+                line = {"sentence1": row["text"], "sentence2": f"great {row['text']}",
+                        "label": label}
+            lines.append(line)
+        write_rows(os.path.join(folder, f"{name}.jsonl"), lines)
 
 
-def flags_of(folder):
+def flags_on(folder):
     return ["--train_file", f"{folder}/train.jsonl", "--validation_file",
             f"{folder}/validation.jsonl", "--model", f"{folder}/model", "--output_dir",
-            f"{folder}/runs", "--batch_size", "16", "--max_steps", "6", "--lr", "1e-3",
+            f"{folder}/runs", "--batch_size", "16", "--max_steps", "4", "--lr", "1e-3",
             "--precision", "fp32", "--threads", "1"]
 
 
@@ -7288,9 +7129,9 @@ def flags_of(folder):
 def toy(tmp_path_factory):
     """A folder of finished runs of all methods: (folder, argv, results)."""
     folder = tmp_path_factory.mktemp("tdt")
-    save_tiny(folder / "model")
-    save_rows(folder)
-    argv = [*flags_of(folder), "--method", "std", "tdt", "tdt-hard", "cutoff"]
+    save_toy_bert(folder / "model", "BertModel")
+    save_reviews(folder)
+    argv = [*flags_on(folder), "--max_steps", "6", "--method", "std", "tdt", "tdt-hard", "cutoff"]
     return folder, argv, tdt.main(argv)
 
 
@@ -7303,11 +7144,6 @@ def copied(toy, tmp_path):
     """A copy of the tdt run, which a test may change."""
     shutil.copytree(run_of(toy[0]), tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def load(path):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def test_runs_save_plain_models(toy):
@@ -7326,37 +7162,17 @@ def test_runs_save_plain_models(toy):
 def test_logs_have_the_terms_of_each_loss(toy):
     for method, terms in (("tdt", "ce ce_pos l_c l_r confidence confidence_std"),
                           ("cutoff", "ce ce_cut js"), ("std", "ce")):
-        with open(run_of(toy[0], method) / "log.jsonl") as file:
-            lines = [json.loads(line) for line in file]
-        logged = [line for line in lines if "loss" in line][-1]
+        logged = log_of(run_of(toy[0], method))[-1]
         assert set(terms.split()) <= set(logged)
 
 
-def test_the_untrained_confidences_are_those_of_the_start_also_when_resumed(
-        toy, tmp_path, monkeypatch):
-    folder, argv, _ = toy
+def test_the_untrained_confidences_are_those_of_the_start(toy):
+    """Also when resumed: a run that was killed saves the same files."""
+    folder, _, _ = toy
     start = torch.load(run_of(folder) / "model/confidence-start.pt", weights_only=True)
     trained = torch.load(run_of(folder) / "model/confidence.pt", weights_only=True)
     assert start["bias"].item() == 0 and trained["bias"].item() != 0
     assert not torch.equal(start["weight"], trained["weight"])
-
-    log = common.Run.log
-
-    def breaks(self, *terms, **plain):
-        if self.step == 4:
-            raise KeyError("killed")
-        log(self, *terms, **plain)
-
-    parts = [*argv, "--method", "tdt", "--output_dir", str(tmp_path), "--save_every", "2"]
-    monkeypatch.setattr(common.Run, "log", breaks)
-    with pytest.raises(KeyError):
-        tdt.main(parts)
-    monkeypatch.setattr(common.Run, "log", log)
-    tdt.main([*parts, "--resume"])
-    for name in ("confidence-start", "confidence"):
-        whole = torch.load(run_of(folder) / f"model/{name}.pt", weights_only=True)
-        resumed = torch.load(tmp_path / f"custom/tdt-0/model/{name}.pt", weights_only=True)
-        assert torch.equal(whole["weight"], resumed["weight"])
 
 
 def test_special_tokens_fall_in_no_batch_of_token_cutoff(toy, tmp_path, monkeypatch):
@@ -7388,7 +7204,7 @@ def test_drop_shows_the_untrained_layer_beside_the_trained_one(toy, capsys):
     tdt.main([*argv, "--drop", "--rates", "0.5"])
     assert os.stat(run_of(folder, "std") / "results.json").st_mtime_ns == stamp
     text = capsys.readouterr().out
-    drop = load(run_of(folder) / "drop.json")
+    drop = read_json(run_of(folder) / "drop.json")
     kinds = ["highest", "lowest", "highest, untrained", "lowest, untrained"]
     methods = ["std", "tdt", "tdt-hard", "cutoff"]
     assert list(drop["values"]) == [f"{m}, {kind}" for m in methods for kind in kinds]
@@ -7438,7 +7254,7 @@ def test_an_untrained_layer_with_the_trained_weights_gives_the_same_curves(copie
     trained = torch.load(path / "confidence.pt", weights_only=True)
     torch.save(trained, path / "confidence-start.pt")
     tdt.main(["--run", str(copied), "--drop", "--rates", "0.3", "0.6"])
-    drop = load(copied / "drop.json")
+    drop = read_json(copied / "drop.json")
     assert drop["correlation_with_start"] == 1
     for by in ("highest", "lowest"):
         assert drop["values"][f"tdt, {by}"] == drop["values"][f"tdt, {by}, untrained"]
@@ -7450,7 +7266,7 @@ def test_an_untrained_layer_with_the_trained_weights_gives_the_same_curves(copie
     highest, lowest, *untrained = damaged
     assert np.array_equal(untrained, [lowest, highest])
     assert not np.array_equal(highest, lowest)
-    drop = load(copied / "drop.json")
+    drop = read_json(copied / "drop.json")
     assert drop["correlation_with_start"] == -1
     assert drop["values"]["tdt, highest"] == drop["values"]["tdt, lowest, untrained"]
 
@@ -7506,7 +7322,7 @@ def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys, monkeypatch):
 
     monkeypatch.setattr(tdt, "damage", note)
     tdt.main([*argv, "--perturb", "--draws", "3", "--rates", "0", "0.5"])
-    values = load(run_of(folder) / "perturb.json")["values"]
+    values = read_json(run_of(folder) / "perturb.json")["values"]
     assert len(values["tdt, [MASK]"]["0.5"]) == 3 and len(values["tdt, [MASK]"]["0.0"]) == 1
     assert len(masked) == 3                            # the same three for every method
     assert "cutoff, other word" in values
@@ -7518,7 +7334,7 @@ def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys, monkeypatch):
 def test_confidences_are_counted_and_named(toy, capsys):
     folder, argv, _ = toy
     tdt.main([*argv, "--confidences"])
-    found = load(run_of(folder) / "confidences.json")
+    found = read_json(run_of(folder) / "confidences.json")
     assert sum(found["counts"]) == found["tokens"] and 0 < found["mean"] < 1
     assert not set(found["mean_by_token"]) & {"[CLS]", "[SEP]", "[PAD]"}
     assert "plot" in found["mean_by_token"]
@@ -7543,7 +7359,7 @@ def test_texts_are_explained_from_a_folder_alone(copied, capsys, tmp_path):
     tdt.main(["--run", str(copied), "--explain", "great plot dull ending",
               "--explain_file", str(tmp_path / "texts")])
     text = capsys.readouterr().out
-    items = load(copied / "explain.json")
+    items = read_json(copied / "explain.json")
     words = [[word for word, _, _ in item["words"]] for item in items]
     assert words == [["great", "plot", "dull", "ending"], ["really", "boring", "plot", "."],
                      ["great", "cast"]]
@@ -7572,7 +7388,7 @@ def test_an_earlier_page_is_not_overwritten(copied):
         tdt.main(["--run", str(copied), "--explain", text])
     for name, text in (("explain", "great cast"), ("explain-2", "dull plot"),
                        ("explain-3", "bad ending")):
-        assert [item["text"] for item in load(copied / f"{name}.json")] == [text]
+        assert [item["text"] for item in read_json(copied / f"{name}.json")] == [text]
         assert text.split()[0] in (copied / f"{name}.html").read_text(encoding="utf-8")
 
 
@@ -7594,13 +7410,13 @@ def test_with_the_confidences_the_page_has_their_range(copied, monkeypatch):
 
 
 def test_a_regression_is_explained_and_token_cutoff_refuses_it(tmp_path):
-    save_tiny(tmp_path / "model")
-    save_rows(tmp_path, number=True)
-    argv = flags_of(tmp_path)
+    save_toy_bert(tmp_path / "model")
+    save_reviews(tmp_path, number=True)
+    argv = flags_on(tmp_path)
     with pytest.raises(UserError, match="--method cutoff: must be std or tdt or tdt-hard"):
         tdt.main([*argv, "--method", "cutoff"])
     tdt.main([*argv, "--method", "tdt", "--explain", "great cast"])
-    item, = load(run_of(tmp_path) / "explain.json")
+    item, = read_json(run_of(tmp_path) / "explain.json")
     assert isinstance(item["prediction"], float) and item["probability"] is None
 
 
@@ -7608,7 +7424,7 @@ def test_a_finished_run_brings_its_own_flags(copied):
     """Not those of the toy recipe, whose task is the default."""
     args = parse("tdt", "--run", str(copied), "--drop")
     asked = tdt.read_analyses(args)
-    results = load(copied / "results.json")
+    results = read_json(copied / "results.json")
     assert asked.runs == {0: {"tdt": str(copied)}}
     assert args.task == "custom" and args.own_labels == ["a", "b"]
     assert args.model == str(copied / "model")
@@ -7663,15 +7479,10 @@ def folders(toy, tmp_path_factory):
     """Where folders of runs lie that are not what --run wants, and TDT and AGAIN, which are."""
     here = tmp_path_factory.mktemp("folders")
     run = run_of(toy[0])
-    results = load(f"{run}/results.json")
+    results = read_json(f"{run}/results.json")
     texts = {
         "R3F": json.dumps({**results, "method": "r3f"}),
-        "ODD": json.dumps({**results, "method": ["tdt"]}),
-        "SHORT": json.dumps({"method": "tdt"}),
-        "NOSEED": json.dumps({name: results[name] for name in results if name != "seed"}),
-        "LIST": "[1]",
         "TORN": '{"method": ',
-        "NOTHING": "{}",
         "NOMODEL": json.dumps(results),
     }
     for name, text in texts.items():
@@ -7695,14 +7506,7 @@ def folders(toy, tmp_path_factory):
 WANTED = "must be the folder of a finished run of std, tdt, tdt-hard, cutoff: "
 BAD = [
     (["--run", "R3F", "--drop"], f"--run R3F: {WANTED}its method is r3f"),
-    (["--run", "ODD", "--drop"],
-     f"--run ODD: {WANTED}ODD/results.json: is damaged ('method' is missing or wrong"),
-    (["--run", "SHORT", "--drop"], f"--run SHORT: {WANTED}SHORT/results.json: is damaged"),
-    (["--run", "NOSEED", "--drop"],
-     f"--run NOSEED: {WANTED}NOSEED/results.json: is damaged ('seed' is missing"),
-    (["--run", "LIST", "--drop"], f"--run LIST: {WANTED}LIST/results.json: is damaged"),
     (["--run", "TORN", "--drop"], f"--run TORN: {WANTED}TORN/results.json: is damaged"),
-    (["--run", "NOTHING", "--drop"], f"--run NOTHING: {WANTED}"),
     (["--run", "nowhere", "--drop"], f"--run nowhere: {WANTED}"),
     (["--run", ".", "--drop"], f"--run .: {WANTED}it holds several, such as ./"),
     (["--run", "NOMODEL", "--drop"], f"--run NOMODEL: {WANTED}it has no model"),
@@ -7749,21 +7553,15 @@ BAD = [
 @pytest.mark.parametrize("argv, line", BAD, ids=[" ".join(argv) for argv, _ in BAD])
 def test_wrong_input_gets_one_line(argv, line, folders, monkeypatch):
     monkeypatch.chdir(folders)
-    with pytest.raises(UserError) as error:
-        tdt.main(argv)
-    message = str(error.value)
-    assert line in message and "\n" not in message.strip(), message
+    assert line in refusal(tdt.main, argv)
 
 
 @pytest.mark.parametrize("more", [["--method", "tdt-hard"], ["--drop"], ["--perturb"]], ids=str)
 def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path):
-    save_tiny(tmp_path / "model")
-    path = tmp_path / "model/tokenizer_config.json"
-    settings = {**load(path), "mask_token": None}
-    path.write_text(json.dumps(settings))
-    save_rows(tmp_path)
+    save_toy_bert(tmp_path / "model", mask_token=None)
+    save_reviews(tmp_path)
     with pytest.raises(UserError, match="must have a mask token for tdt-hard, --drop and"):
-        tdt.main([*flags_of(tmp_path), "--method", "tdt", *more])
+        tdt.main([*flags_on(tmp_path), "--method", "tdt", *more])
 
 
 def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain():
@@ -7780,46 +7578,6 @@ def test_a_folder_that_cannot_be_written_ends_the_analyses_with_one_line(tmp_pat
 
 
 # ==========================================================  tdt.py: learning confidences, Figure 3
-
-WORDS = data.toy_vocabulary()
-
-
-def save_toy_bert(folder, kind="BertForMaskedLM", mask_token="[MASK]"):
-    """A small BERT over the toy words, with its tokenizer. Returns the folder."""
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64)
-    getattr(transformers, kind)(config).save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64).save_pretrained(folder)
-    path = os.path.join(folder, "tokenizer_config.json")
-    settings = {**load(path), "mask_token": mask_token}
-    write(path, json.dumps(settings))
-    return str(folder)
-
-
-def save_reviews(folder, number=False, pairs=False):
-    """train.jsonl and validation.jsonl; number: labels with a point."""
-    rows = data.toy_rows("film", "train")
-    for name, n in (("train", 64), ("validation", 40)):
-        lines = []
-        for i, row in enumerate(rows.select(range(n))):
-            label = i % 7 + 0.5 if number else "ab"[row["label"]]
-            line = {"text": row["text"], "label": label}
-            if pairs:
-                line = {"sentence1": row["text"], "sentence2": f"great {row['text']}",
-                        "label": label}
-            lines.append(line)
-        write_rows(os.path.join(folder, f"{name}.jsonl"), lines)
-
-
-def flags_on(folder):
-    return ["--train_file", f"{folder}/train.jsonl", "--validation_file",
-            f"{folder}/validation.jsonl", "--model", f"{folder}/model", "--output_dir",
-            f"{folder}/runs", "--batch_size", "16", "--max_steps", "4", "--lr", "1e-3",
-            "--precision", "fp32", "--threads", "1"]
-
 
 @pytest.fixture
 def toy_bert(tmp_path):
@@ -7886,27 +7644,6 @@ def test_plain_fine_tuning_knows_no_rate_of_the_layer(toy_bert, capsys):
     tdt.main([*argv, "--c_lr", "0.1"])
     tdt.main([*argv, "--c_lr", "0.2"])
     assert "finished before" in capsys.readouterr().out
-
-
-def test_a_killed_run_with_a_rate_of_its_own_resumes_with_the_same_bits(toy_bert, monkeypatch):
-    argv = [*flags_on(toy_bert), "--method", "tdt", "--c_lr", "0.03", "--save_every", "1"]
-    tdt.main([*argv, "--output_dir", str(toy_bert / "whole")])
-    log = common.Run.log
-
-    def breaks(self, *terms, **plain):
-        if self.step == 2:
-            raise KeyError("killed")
-        log(self, *terms, **plain)
-
-    monkeypatch.setattr(common.Run, "log", breaks)
-    with pytest.raises(KeyError):
-        tdt.main([*argv, "--output_dir", str(toy_bert / "parts")])
-    monkeypatch.setattr(common.Run, "log", log)
-    tdt.main([*argv, "--output_dir", str(toy_bert / "parts"), "--resume"])
-    assert torch.equal(confidence_of(toy_bert / "whole"), confidence_of(toy_bert / "parts"))
-    whole = weights_of(toy_bert / "whole/custom/tdt-0/model")
-    parts = weights_of(toy_bert / "parts/custom/tdt-0/model")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 # -------------------------------------------------------------------------------- the main metric
@@ -8080,9 +7817,8 @@ def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert):
         vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=0)
     save_toy_bert(toy_bert / "model")
     transformers.GPT2LMHeadModel(config).save_pretrained(toy_bert / "model")
-    with pytest.raises(UserError, match="must be a model that predicts masked words") as error:
-        tdt.main([*argv, "--overwrite"])
-    assert "\n" not in str(error.value)
+    message = refusal(tdt.main, [*argv, "--overwrite"])
+    assert "must be a model that predicts masked words" in message
 
 
 # ------------------------------------------------------------------------- Figure 3, the clouds
@@ -8102,8 +7838,7 @@ def test_the_numbers_of_clouds_by_hand():
 
 def encoded(n=12):
     """A Split of toy rows, of different lengths."""
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    tokenizer = transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
+    tokenizer = bert_tokenizer(WORDS, model_max_length=64)
     rows = data.toy_rows("film", "train").select(range(n))
     return data.encode(rows, data.TASKS["toy"], tokenizer, 64), tokenizer
 
@@ -8115,9 +7850,7 @@ WORLD = types.SimpleNamespace(
 
 def small_tdt(**options):
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64, initializer_range=0.5)
+    config = small_bert(num_hidden_layers=2, initializer_range=0.5)
     model = transformers.BertForSequenceClassification(config)
     module = tdt.TDT(model, **options)
     torch.nn.init.normal_(module.confidence_layer.weight, std=0.8)
@@ -8177,13 +7910,13 @@ def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_ber
     argv = [*flags_on(toy_bert), "--method", "std", "tdt", "tdt-hard"]
     tdt.main([*argv, "--tsne"])
     runs = toy_bert / "runs/custom"
-    found = load(runs / "tdt-0/tsne.json")
+    found = read_json(runs / "tdt-0/tsne.json")
     assert found["rows"] == 40 and found["set"] == "validation"
     assert list(found["values"]) == ["tdt", "std", "tdt-hard"]
     for numbers in found["values"].values():
         assert len([name for name in numbers if name.startswith("separation")]) == 3
         assert all(0 <= numbers[f"accuracy, {name}"] <= 1 for name in tdt.MARKS)
-    score = load(runs / "std-0/results.json")["metrics"]["validation"]["accuracy"]
+    score = read_json(runs / "std-0/results.json")["metrics"]["validation"]["accuracy"]
     assert found["values"]["std"]["accuracy, original"] == pytest.approx(score, abs=1e-4)
 
     page = (runs / "tdt-0/tsne.html").read_text()
@@ -8200,14 +7933,14 @@ def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_ber
     # A few rows have a smaller perplexity. Which run comes first does not matter.
     for folders in ([runs / "std-0", runs / "tdt-0"], [runs / "tdt-0", runs / "std-0"]):
         tdt.main(["--run", *map(str, folders), "--tsne", "9"])
-        fewer = load(runs / "tdt-0/tsne.json")
+        fewer = read_json(runs / "tdt-0/tsne.json")
         assert fewer["rows"] == 9 and list(fewer["values"]) == ["tdt", "std"]
         assert "perplexity 8" in (runs / "tdt-0/tsne.html").read_text()
 
     # Two seeds that have no method in common have no means.
     capsys.readouterr()
     shutil.copytree(runs / "tdt-hard-0", runs / "tdt-hard-1")
-    results = load(runs / "tdt-hard-1/results.json")
+    results = read_json(runs / "tdt-hard-1/results.json")
     write(runs / "tdt-hard-1/results.json", json.dumps({**results, "seed": 1}))
     tdt.main(["--run", str(runs / "tdt-0"), str(runs / "tdt-hard-1"), "--tsne", "9"])
     assert "means over" not in capsys.readouterr().out
@@ -8237,9 +7970,6 @@ def test_a_map_that_cannot_be_made_is_refused_in_one_line(toy_bert):
 # ======================================================================================  gtuning.py
 
 # ------------------------------------------------------------------------------------------ helpers
-
-ENCODERS = [name for name in ARCHITECTURES if name != "bart"]
-
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
@@ -8392,20 +8122,6 @@ def test_the_critic_is_fp32_and_its_loss_reaches_d_alone():
     assert D.output.weight.grad.abs().sum() > 0
 
 
-def test_e_of_0_makes_z_the_labelled_vectors():
-    D = gtuning.Discriminator(8)
-    f_t, f_u = clouds()
-    at_f_t = gtuning.gradient_penalty(D, f_t, f_t)
-    assert torch.isclose(gtuning.gradient_penalty(D, f_t, f_u, torch.zeros(6, 1)), at_f_t)
-    assert not torch.isclose(gtuning.gradient_penalty(D, f_t, f_u, torch.ones(6, 1)), at_f_t)
-
-
-def test_no_example_of_the_critic_depends_on_another():
-    D = gtuning.Discriminator(8)
-    f_t, _ = clouds()
-    assert torch.allclose(D(f_t)[2:3], D(f_t[2:3]), atol=1e-5)
-
-
 @pytest.mark.parametrize("n_t, n_u", [(3, 1), (4, 2), (1, 3), (2, 5)])
 def test_unequal_numbers_of_both_texts_have_each_its_own_mean(n_t, n_u):
     """And z of Eq. 4 takes the first of both, as many as the smaller number (choice 9)."""
@@ -8499,11 +8215,7 @@ def test_every_encoder_is_frozen_cacheable_and_blind_to_padding(name, pooling):
     from_states = f.features(inputs["attention_mask"], states)
     assert torch.allclose(features, from_states, atol=1e-6)
 
-    side = (3, 0) if name == "xlnet" else (0, 3)
-    pad = f.config.pad_token_id or 0
-    wider = {"input_ids": torch.nn.functional.pad(inputs["input_ids"], side, value=pad),
-             "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], side)}
-    assert torch.allclose(features, f.features(**wider), atol=1e-3)
+    assert torch.allclose(features, f.features(**padded(inputs, f.plm)), atol=1e-3)
 
     # By hand: all tokens through all layers, then the first real one or their mean.
     hidden = states
@@ -9003,7 +8715,7 @@ def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(all_toy_row
     assert page.count("<figure>") == 3 and "http" not in page and "<script" not in page
     assert "prefers-color-scheme: dark" in page and "perplexity 30" in page
     assert "64 sentences of validation" in page and "200 sentences of toy-food" in page
-    written = load(tmp_path / "custom/embed.json")
+    written = read_json(tmp_path / "custom/embed.json")
     assert written["sets"] == {"validation": 64, "toy-food": 200}
     assert [*written["values"]["separation"]] == ["before training", "adapter-0", "gtuning-0"]
     for result in results:
@@ -9027,7 +8739,7 @@ def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(all_toy_row
     tune(tiny_folder, tmp_path, *flags, "--projection", "pca")
     again = capsys.readouterr().out
     assert line[0] in again and "finished before" in again
-    assert load(tmp_path / "custom/embed-pca.json")["values"] == written["values"]
+    assert read_json(tmp_path / "custom/embed-pca.json")["values"] == written["values"]
     assert "principal axes" in (tmp_path / "custom/embed-pca.html").read_text()
     assert (tmp_path / "custom/embed.html").read_text() == page
 
@@ -9044,7 +8756,7 @@ def test_figure_2_of_few_sentences_and_before_training(tiny_folder, quick_maps, 
     tune(tiny_folder, tmp_path, "--train_file", path, "--validation_file", path, "--eval_tasks",
          "toy-food", "--local_file", f"toy-food={food}", "--method", "adapter", "--embed",
          "--max_steps", 2, "--lr", "1e-30")
-    values = load(tmp_path / "custom/embed.json")["values"]["separation"]
+    values = read_json(tmp_path / "custom/embed.json")["values"]["separation"]
     assert values["adapter-0"] == pytest.approx(values["before training"], abs=1e-6)
     assert values["adapter-0"] > 0.1
     assert "t-SNE, perplexity 6" in capsys.readouterr().out
@@ -9124,11 +8836,8 @@ WRONG = """
 --layers 0                  | --layers: must be
 --max_steps 1               | --max_steps 1: must be at least 2
 --weight_noise 0.15         | --weight_noise 0.15: needs --tune all
---unlabeled no/such:corpus  | --unlabeled no/such:corpus: must be a text file, or ID:CONFIG:SPLIT
 --unlabeled t.txt           | --unlabeled t.txt: holds no sentence
---unlabeled dir.csv         | --unlabeled dir.csv: is a directory
---unlabeled latin.csv       | --unlabeled latin.csv: must be text in UTF-8
---unlabeled other.csv       | --unlabeled other.csv: no column 'text' among ['review', 'label']
+--cache_dir file/x          | --cache_dir: cannot make the folder file/x: Not a directory; use
 --train_file good.csv --validation_file good.csv --embed | --embed: needs --eval_tasks
 --embed --eval_tasks toy-food --profile 1 | --embed: cannot go together with --profile
 --train_file good.csv --validation_file good.csv --projection pca | --projection: needs --embed
@@ -9139,16 +8848,12 @@ WRONG = """
 def test_wrong_flags_are_refused_in_one_line(case, tiny_folder, tmp_path, monkeypatch):
     flags, line = (part.strip() for part in case.split(" | "))
     write(tmp_path / "t.txt", "x")
-    write(tmp_path / "other.csv", "review,label\nfine,yes\n")
+    write(tmp_path / "file", "x")
     write(tmp_path / "good.csv", "text,label\n" + "good plot,yes\nbad plot,no\n" * 20)
-    (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,yes\n".encode("latin-1"))
-    os.makedirs(tmp_path / "dir.csv")
     monkeypatch.chdir(tmp_path)
     length = [] if "--max_steps" in flags else ["--max_steps", "2"]
-    with pytest.raises(UserError) as error:
-        gtuning.main(["--model", tiny_folder, "--seeds", "0", *length, *flags.split()])
-    assert line in str(error.value)
-    assert "\n" not in str(error.value)
+    argv = ["--model", tiny_folder, "--seeds", "0", *length, *flags.split()]
+    assert line in refusal(gtuning.main, argv)
 
 
 def test_a_model_that_is_no_encoder_is_refused(tiny_folder, small, tmp_path):
@@ -9184,8 +8889,7 @@ def tagger(tmp_path_factory):
 
 
 def tokenizer_of():
-    vocabulary = {word: i for i, word in enumerate(TAG_WORDS)}
-    return transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
+    return bert_tokenizer(TAG_WORDS, model_max_length=64)
 
 
 def pieces(ids):
@@ -9293,8 +8997,7 @@ def test_tags_are_read_by_name_whatever_their_order():
             data.read_tags({"tokens": [["a", "b"]], "tags": tags}, TAGS, "here")
 
 
-def test_every_language_has_a_row():
-    assert len(data.GROUPS["pos"]) == 33 and len(data.GROUPS["ner"]) == 40
+def test_a_language_of_tags_has_its_config_and_is_scored_on_its_test_set():
     assert data.TASKS["pos-de"].config == "udpos.German"
     assert data.TASKS["ner-yo"].config == "PAN-X.yo"
     for name in data.GROUPS["pos"] + data.GROUPS["ner"]:
@@ -9358,28 +9061,10 @@ def test_gtuning_learns_tags_with_and_without_the_cache(tagged, tagger, tmp_path
         assert a["metrics"]["validation"]["f1"] > 0.9
 
     path = tmp_path / "a" / "ner" / "adapter-0" / "predictions-validation.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_lines(path)
     assert len(lines) == 40
     for line in lines:
         assert len(line["tokens"]) == len(line["tags"])
-
-
-def test_small_passes_are_one_batch_whatever_their_number_of_words(tagged, tagger, tmp_path):
-    folder = tmp_path / "still"
-    model = transformers.BertForMaskedLM.from_pretrained(tagger)
-    model.config.hidden_dropout_prob = 0.0
-    model.save_pretrained(folder)
-    tokenizer_of().save_pretrained(folder)
-    learned = []
-    for size in (8, 3):
-        out = tmp_path / str(size)
-        run_on_tags(gtuning, str(folder), out, *tagged, "--method", "adapter",
-                    "--micro_batch_size", size, "--adam_eps", 0.01, "--cache_dir",
-                    tmp_path / "states", "--keep", "last")
-        path = out / "ner" / "adapter-0" / "model" / "gtuning.pt"
-        learned.append(torch.load(path, weights_only=True)["h"])
-    for name, weight in learned[0].items():
-        torch.testing.assert_close(weight, learned[1][name], atol=1e-5, rtol=0)
 
 
 def gradient_of_a_round(folder, flags, micro):
@@ -9415,10 +9100,10 @@ def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path):
         assert told_too[term].item() == pytest.approx(told[term].item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["std", "r3f"])
-def test_r3f_learns_tags(method, tagged, tagger, tmp_path):
+def test_r3f_learns_tags(tagged, tagger, tmp_path):
+    """std does so on the toy tags, below."""
     flags = [word for word in tagged if word != "--unlabeled" and not word.endswith(".txt")]
-    result, = run_on_tags(r3f, tagger, tmp_path, *flags, "--method", method, "--max_steps", 30)
+    result, = run_on_tags(r3f, tagger, tmp_path, *flags, "--method", "r3f", "--max_steps", 30)
     assert result["metrics"]["validation"]["f1"] > 0.9
 
 
@@ -9579,9 +9264,7 @@ def test_answers_of_another_form_are_refused_with_their_row(answers):
     assert message.startswith("q.json: row 1: column 'answers' holds half a character")
 
 
-def test_every_language_has_its_questions():
-    sizes = {group: len(data.GROUPS[group]) for group in ("xquad", "mlqa", "tydiqa")}
-    assert sizes == {"xquad": 11, "mlqa": 7, "tydiqa": 9}
+def test_mlqa_alone_has_rules_by_language():
     assert data.TASKS["mlqa-zh"].language == "zh" and not data.TASKS["xquad-zh"].language
     assert data.TASKS["tydiqa"].id_prefix == "english-"
 
@@ -9612,7 +9295,7 @@ def test_gtuning_learns_to_answer(tagger, tmp_path):
     assert cached["metrics"]["validation"]["f1"] == pytest.approx(
         encoded["metrics"]["validation"]["f1"], abs=0.02)
     path = tmp_path / "a" / "tydiqa" / "gtuning-0" / "predictions-validation.json"
-    answers = json.loads(path.read_text())
+    answers = read_json(path)
     assert len(answers) == 40 and answers["english-0"] == "soup"
 
 
@@ -9662,7 +9345,6 @@ def test_the_nearest_candidate_by_the_cosine_is_chosen_of_all():
 def test_tatoeba_is_asked_in_english_and_bucc_in_the_other_language():
     assert data.TASKS["tatoeba-deu"].columns == ["target_sentence", "source_sentence"]
     assert data.TASKS["bucc-zh"].columns == ["source_sentence", "target_sentence"]
-    assert len(data.GROUPS["tatoeba"]) == 36 and len(data.GROUPS["bucc"]) == 4
     rows = data.read_retrieve({"source_sentence": ["soup\n"], "target_sentence": ["film"]},
                               RETRIEVE, "here")
     assert rows[0] == {"target_sentence": "film", "source_sentence": "soup", "label": 0}
@@ -9757,8 +9439,8 @@ def test_the_rate_decays_or_stays(tagged, tagger, tmp_path):
     for schedule, last in (("decay", 0.01 / 6), ("constant", 0.01)):     # at 0 after the last step
         run_on_tags(gtuning, tagger, tmp_path / schedule, *tagged, "--method", "gtuning", "--T", 1,
             "--log_every", 1, "--schedule", schedule, "--cache_dir", tmp_path / "states")
-        lines = (tmp_path / schedule / "ner" / "gtuning-0" / "log.jsonl").read_text().splitlines()
-        rates = [line["lr"] for line in map(json.loads, lines) if line.get("phase") == 3]
+        log = log_of(tmp_path / schedule / "ner/gtuning-0", "phase")
+        rates = [line["lr"] for line in log if line["phase"] == 3]
         assert rates[-1] == pytest.approx(last)
 
 
@@ -9770,9 +9452,8 @@ def test_the_best_state_counts_or_the_last(tagged, tagger, tmp_path):
                       "--keep", keep, "--lr", 0.3, "--eval_every", 1, "--max_steps", 5,
                       "--cache_dir", tmp_path / "states")
         found[keep] = result
-        lines = (tmp_path / keep / "ner" / "adapter-0" / "log.jsonl").read_text().splitlines()
-        seen = [line["metrics"]["validation"]["f1"] for line in map(json.loads, lines)
-                if "metrics" in line]
+        log = log_of(tmp_path / keep / "ner/adapter-0", "metrics")
+        seen = [line["metrics"]["validation"]["f1"] for line in log]
         wanted = max(seen) if keep == "best" else seen[-1]
         assert result["metrics"]["validation"]["f1"] == wanted
     assert found["last"]["best"] is None
@@ -9815,9 +9496,7 @@ def test_self_teach_learns_from_labels_and_from_a_finished_run(labelled, tagger,
     logs = {}
     for name, more in {"taught": [], "encoded": ["--no_cache"], "0": ["--teach_weight", 0]}.items():
         run_on_tags(gtuning, tagger, tmp_path / name, *flags, *teacher, *more)
-        path = tmp_path / name / "custom" / "self-teach-0" / "log.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        logs[name] = [line for line in lines if "kl" in line]
+        logs[name] = log_of(tmp_path / name / "custom/self-teach-0", "kl")
     assert len(logs["taught"]) == 6
     for line, encoded in zip(logs["taught"], logs["encoded"]):
         assert line["loss"] == pytest.approx(line["l_t"] + line["kl"], abs=1e-5)
@@ -9887,8 +9566,6 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
     with pytest.raises(UserError, match="--teacher is missing: must be the folder"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach")
     run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "adapter", "--name", "other")
-    for where in ("nowhere.csv", "nowhere.txt"):
-        assert refusal(data.general_texts, where) == f"--unlabeled {where}: no such file"
     assert "must be a text file, or ID:CONFIG:SPLIT" in refusal(data.general_texts, "")
     with pytest.raises(UserError, match="its task is other, must be custom"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach", "--teacher",
@@ -9898,7 +9575,7 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
 
     damaged = tmp_path / "damaged/custom/adapter-0"
     shutil.copytree(tmp_path / "other/adapter-0", damaged)
-    results = json.loads((damaged / "results.json").read_text())
+    results = read_json(damaged / "results.json")
     (damaged / "results.json").write_text(json.dumps({**results, "task": "custom"}))
     (damaged / "model/gtuning.pt").write_bytes(b"x")
     with pytest.raises(UserError, match="--teacher .*adapter-0: cannot be loaded: "):
@@ -9970,8 +9647,7 @@ def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, monkeypa
                     "--train_samples", 32, *more)
         logs[name] = []
         for seed in (0, 1):
-            path = tmp_path / name / f"custom/adapter-{seed}/log.jsonl"
-            logs[name] += [json.loads(line) for line in path.read_text().splitlines()]
+            logs[name] += read_lines(tmp_path / name / f"custom/adapter-{seed}/log.jsonl")
     assert len(logs["cached"]) == len(logs["encoded"]) > 12
     for cached, encoded in zip(logs["cached"], logs["encoded"]):
         if "loss" in cached:
@@ -9982,7 +9658,7 @@ def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, monkeypa
     weights = []
     for seed in (0, 1):
         folder = tmp_path / f"cached/custom/adapter-{seed}"
-        results = json.loads((folder / "results.json").read_text())
+        results = read_json(folder / "results.json")
         world = types.SimpleNamespace(device="cpu")
         f = gtuning.load_f(str(folder), results, None, None, world)
         weights.append(f.plm.state_dict()["embeddings.word_embeddings.weight"])
@@ -10386,7 +10062,7 @@ def test_two_processes_end_like_one(name, runs_of_two, tmp_path, monkeypatch):
     folders = [folder / f"{one['task']}/{one['method']}-0"
                for folder in (tmp_path, runs_of_two.folder / name)]
     assert os.path.exists(folders[1] / "results.json"), told
-    both = json.load(open(folders[1] / "results.json"))
+    both = read_json(folders[1] / "results.json")
     assert both["world_size"] == 2 and both["metrics"] == one["metrics"]
     assert_same_weights(weights(folders[0]), weights(folders[1]), 1e-5)
 
@@ -10402,7 +10078,7 @@ def test_two_processes_end_like_one(name, runs_of_two, tmp_path, monkeypatch):
 def predicted(path):
     """The texts or labels that a file of predictions holds."""
     if path.suffix == ".jsonl":
-        return predictions_of(path)
+        return read_lines(path)
     table = list(csv.reader(open(path, encoding="utf-8"), delimiter="\t"))
     column = table[0].index("prediction")
     return [row[column] for row in table[1:]]
@@ -10697,7 +10373,7 @@ def test_a_run_of_the_toy_model_is_the_same_wherever_the_model_lies(newcomers_ru
     newcomers_runs[1].result()                         # has pre-trained the model
     argv = ["--output_dir", str(tmp_path), "--seeds", "0", "--max_steps", "2", "--method", "std"]
     r3f.main(argv)
-    results = json.load(open(tmp_path / "toy/std-0/results.json"))
+    results = read_json(tmp_path / "toy/std-0/results.json")
     assert results["model"] == "toy" and cache not in json.dumps(results["args"])
     found = common.toy_model
     monkeypatch.setattr(common, "toy_model",
@@ -10755,7 +10431,7 @@ def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path
     tokenizer("a call of its own", truncation=True, max_length=4, padding="max_length")
     common.save_made(model, tokenizer, folder)
     assert transformers.AutoConfig.from_pretrained(folder).model_type == "bert"
-    saved = json.load(open(f"{folder}/tokenizer.json"))
+    saved = read_json(f"{folder}/tokenizer.json")
     assert saved["truncation"] is None and saved["padding"] is None
 
 
@@ -10773,6 +10449,14 @@ def test_a_model_that_cannot_be_saved_leaves_nothing(tiny_folder, tmp_path):
 
 # --------------------------------------------------------------------------------- probes of runs
 
+@pytest.fixture
+def std_run(newcomers_runs):
+    """The folder of the finished run of std on the toy task."""
+    folder, future = newcomers_runs
+    future.result()
+    return folder / "toy-model/toy/std-0"
+
+
 def probe(out, *words):
     """The lines of r3f.py --probe."""
     return r3f.main(["--output_dir", str(out), *map(str, words)])
@@ -10789,8 +10473,7 @@ def test_a_probe_finds_what_a_model_was_trained_for(newcomers_runs, all_toy_rows
     lines = probe(tmp_path / "a", *words)
     assert (run / "model/model.safetensors").read_bytes() == weights
     assert probe(tmp_path / "b", *words) == lines
-    written = (tmp_path / "a/probes.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in written] == lines
+    assert read_lines(tmp_path / "a/probes.jsonl") == lines
 
     found = {(line["task"], line["run"]): line for line in lines}
     tuned = found["toy", str(run)]
@@ -10802,11 +10485,9 @@ def test_a_probe_finds_what_a_model_was_trained_for(newcomers_runs, all_toy_rows
     assert len(found) == 4
 
 
-def test_a_probe_by_the_papers_recipe_hardly_moves(newcomers_runs, tmp_path, monkeypatch):
+def test_a_probe_by_the_papers_recipe_hardly_moves(std_run, tmp_path, monkeypatch):
     """Its layer starts at the same place for every encoder, and moves by lr * updates / 2."""
-    newcomers_runs[1].result()
-    run = newcomers_runs[0] / "toy-model/toy/std-0"
-    words = ["--probe", run, "--probe_tasks", "toy", "--lr", "1e-5", "--max_steps", "50"]
+    words = ["--probe", std_run, "--probe_tasks", "toy", "--lr", "1e-5", "--max_steps", "50"]
     build = common.build_optimizer
     starts = []
 
@@ -10835,11 +10516,8 @@ def test_a_probe_by_the_papers_recipe_hardly_moves(newcomers_runs, tmp_path, mon
     assert hits > 0.95
 
 
-def test_a_probe_tells_what_training_on_nonsense_has_destroyed(newcomers_runs, all_toy_rows,
-                                                               tmp_path):
+def test_a_probe_tells_what_training_on_nonsense_has_destroyed(std_run, all_toy_rows, tmp_path):
     """The films' own labels from an encoder that went on with drawn ones, far or a little."""
-    newcomers_runs[1].result()
-    first = newcomers_runs[0] / "toy-model/toy/std-0"
     rows = data.toy_rows("film", "train")
     drawn = np.random.default_rng(0).integers(0, 2, len(rows))
     nonsense = tmp_path / "nonsense.csv"
@@ -10847,11 +10525,11 @@ def test_a_probe_tells_what_training_on_nonsense_has_destroyed(newcomers_runs, a
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         writer.writerows(zip(rows["text"], drawn))
-    runs = [first]
+    runs = [std_run]
     for rate in (1e-5, 1e-2):
         out = tmp_path / f"{rate:g}"
         r3f.main(["--train_file", str(nonsense), "--validation_file", str(nonsense), "--name",
-                  "nonsense", "--init_from", str(first), "--method", "std", "--lr", str(rate),
+                  "nonsense", "--init_from", str(std_run), "--method", "std", "--lr", str(rate),
                   "--max_steps", "30", "--batch_size", "16", "--output_dir", str(out)])
         runs.append(out / "nonsense/std-0")
     lines = probe(tmp_path, "--probe", *runs, "--probe_tasks", "toy", "--probe_recipe", "converged")
@@ -10884,14 +10562,12 @@ def test_probes_of_several_seeds_say_which(seeds, monkeypatch, capsys):
     assert [line.split("  ")[-1] for line in told] == endings
 
 
-def test_a_chain_of_runs_is_told_link_by_link(newcomers_runs, tmp_path):
-    newcomers_runs[1].result()
-    first = newcomers_runs[0] / "toy-model/toy/std-0"
+def test_a_chain_of_runs_is_told_link_by_link(std_run, tmp_path):
     second = tmp_path / "second"
-    shutil.copytree(first, second)
-    results = json.loads((first / "results.json").read_text())
+    shutil.copytree(std_run, second)
+    results = read_json(std_run / "results.json")
     results["task"] = "toy-food"
-    results["args"]["init_from"] = str(first)
+    results["args"]["init_from"] = str(std_run)
     (second / "results.json").write_text(json.dumps(results))
     lines = probe(tmp_path, "--probe", second, "--probe_tasks", "toy", "--max_steps", "1")
     assert [line["run"] for line in lines] == ["untuned toy", str(second)]
@@ -10902,7 +10578,7 @@ def test_a_chain_of_runs_is_told_link_by_link(newcomers_runs, tmp_path):
     message = refusal(probe, tmp_path, "--probe", second, "--probe_tasks", "toy")
     assert message.endswith(f"it was started from {tmp_path}/gone, which is none")
     (tmp_path / "file").write_text("")
-    message = refusal(probe, tmp_path / "file", "--probe", first, "--probe_tasks", "toy")
+    message = refusal(probe, tmp_path / "file", "--probe", std_run, "--probe_tasks", "toy")
     assert message.startswith(f"--output_dir {tmp_path}/file: cannot write")
 
 
@@ -10920,26 +10596,20 @@ def test_probes_of_nothing_are_refused(words, message, tmp_path):
     ["--batch_tokens", 500], ["--run", "a"], ["--dev_samples", 9, "--grid", "lr=1,2"],
     ["--dev_samples", 9], ["--profile", 3], ["--predict", "test"], ["--method", "r4f"],
     ["--main_metric", "accuracy"], ["--grad_clip", 1]])
-def test_what_a_probe_cannot_do_is_refused(words, newcomers_runs, tmp_path):
-    newcomers_runs[1].result()
-    folder = newcomers_runs[0] / "toy-model/toy/std-0"
+def test_what_a_probe_cannot_do_is_refused(words, std_run, tmp_path):
     flag = words[0]
-    words = [str(folder) if word == "a" else word for word in words]
-    message = refusal(probe, tmp_path, "--probe", folder, "--probe_tasks", "toy", *words)
+    words = [str(std_run) if word == "a" else word for word in words]
+    message = refusal(probe, tmp_path, "--probe", std_run, "--probe_tasks", "toy", *words)
     assert message == f"{flag}: cannot go together with --probe"
 
 
-def test_each_probed_encoder_reads_with_its_own_tokenizer_and_length(newcomers_runs, tiny_folder,
+def test_each_probed_encoder_reads_with_its_own_tokenizer_and_length(std_run, tiny_folder,
                                                                      tmp_path, monkeypatch):
     """By its task's recipe, not by the toy task's: one whose model has another vocabulary."""
-    newcomers_runs[1].result()
-    toy = newcomers_runs[0] / "toy-model/toy/std-0"
-    other = transformers.BertTokenizerFast(
-        vocab={word: i for i, word in enumerate(sorted(data.toy_vocabulary()[:50]))},
-        model_max_length=32)
+    other = bert_tokenizer(sorted(data.toy_vocabulary()[:50]), model_max_length=32)
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 1)
     folder = tmp_path / "toy/std-0"
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     results["model"] = str(folder / "model")
     (folder / "results.json").write_text(json.dumps(results))
     other.save_pretrained(folder / "model")
@@ -10951,14 +10621,12 @@ def test_each_probed_encoder_reads_with_its_own_tokenizer_and_length(newcomers_r
         return encode(rows, task, tokenizer, max_length)
 
     monkeypatch.setattr(data, "encode", note)
-    probe(tmp_path, "--probe", folder, toy, "--probe_tasks", "toy", "--max_steps", 1)
+    probe(tmp_path, "--probe", folder, std_run, "--probe_tasks", "toy", "--max_steps", 1)
     assert seen == {50: 32, len(data.toy_vocabulary()): 64}
 
 
-def test_a_probe_is_as_long_as_it_is_told(newcomers_runs, tmp_path, monkeypatch):
+def test_a_probe_is_as_long_as_it_is_told(std_run, tmp_path, monkeypatch):
     """--epochs over the updates of the task's recipe."""
-    newcomers_runs[1].result()
-    run = newcomers_runs[0] / "toy-model/toy/std-0"
     rows = data.toy_rows("film", "validation").select(range(64)).rename_column("text", "sentence")
     monkeypatch.setattr(data, "read", lambda name, split, args: rows)
     lengths = []
@@ -10968,14 +10636,12 @@ def test_a_probe_is_as_long_as_it_is_told(newcomers_runs, tmp_path, monkeypatch)
         return torch.nn.Linear(x.shape[1], classes)
 
     monkeypatch.setattr(r3f, "fit_by_recipe", untrained)
-    words = ["--probe", run, "--probe_tasks", "sst2"]
+    words = ["--probe", std_run, "--probe_tasks", "sst2"]
     probe(tmp_path, *words)
     probe(tmp_path, *words, "--epochs", 2)
     assert lengths == [(None, 20935)] * 2 + [(2.0, None)] * 2
 
 
-def test_a_probe_learns_classes_alone(newcomers_runs, tmp_path):
-    newcomers_runs[1].result()
-    run = newcomers_runs[0] / "toy-model/toy/std-0"
-    message = refusal(probe, tmp_path, "--probe", run, "--probe_tasks", "stsb")
+def test_a_probe_learns_classes_alone(std_run, tmp_path):
+    message = refusal(probe, tmp_path, "--probe", std_run, "--probe_tasks", "stsb")
     assert message == "--probe_tasks stsb: its kind is regress, must be classify"
