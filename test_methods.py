@@ -3,9 +3,24 @@
     python -m pytest -q
 
 No network: the toy language and tiny random models only. On the CPU, also where there is a GPU. One
-thread: with small models several only wait for each other. In the order of the files: data.py,
-common.py, r3f.py, tdt.py, gtuning.py. Last come the tests of processes of their own, which run
-beside all the others from the start.
+thread: with small models several only wait for each other.
+
+To find a test, search for the title of its section:
+
+    helpers                               tiny models, files, runs: what several sections use
+    data.py                               tasks, files, batches, metrics, the toy language
+    common.py, and the promises           in the numbered order of common.py's own sections
+    common.py: the report                 statistics, tables, kept lines, probes, pages, maps
+    r3f.py                                R3F, R4F, labels by position, the rivals
+    r3f.py: summaries                     ROUGE, batches by tokens, texts that are written
+    tdt.py                                TDT, token cutoff, the analyses of finished runs
+    tdt.py: c_lr, the main metric, post-training, Figure 3
+    gtuning.py                            the critic, f, Algorithm 1, the cache, Figure 2
+    gtuning.py: tags, answers, retrieval  and Self-Teach
+    the methods, in one's own project     wrapped around models of other kinds
+    processes of their own                torchrun, kills, the toy world; they run beside all others
+
+In each section: formulas by hand or against numpy, then limits, then whole runs, then wrong input.
 """
 import argparse
 import collections
@@ -66,7 +81,7 @@ datasets.disable_progress_bars()
 SCRIPTS = {"r3f": r3f, "tdt": tdt, "gtuning": gtuning}
 
 
-# =========================================================================================  helpers
+# ========================================================================================== helpers
 
 SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              intermediate_size=64, max_position_embeddings=64, pad_token_id=0)
@@ -187,6 +202,22 @@ def passes_of(method, labels, inputs):
     return seen
 
 
+def encoder_words(model):
+    """The module of the encoder's word embeddings."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+    return encoder.get_input_embeddings()
+
+
+def gradients_of(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(a, b, tolerance=1e-6):
+    assert a.keys() == b.keys() and max(g.abs().max() for g in a.values()) > 1e-4
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=tolerance, rtol=1e-4), name
+
+
 def write(path, text):
     """Writes the text as it stands; a name that ends in .gz is compressed. Returns the path."""
     path = pathlib.Path(path)
@@ -209,7 +240,7 @@ def lines_of(objects):
 
 def write_rows(path, rows):
     """A jsonl file of dicts. Returns the path."""
-    return write_rows(path, rows)
+    return write(path, lines_of(rows))
 
 
 def read_lines(path):
@@ -380,12 +411,38 @@ def noise_that_is_not_drawn(self, x):
     return self.eps * x.roll(1, -1)
 
 
+def returned_by(monkeypatch, owner, name):
+    """What each call of this function returns from now on: a list that grows."""
+    real = getattr(owner, name)
+    found = []
+
+    def note(*args, **more):
+        found.append(real(*args, **more))
+        return found[-1]
+
+    monkeypatch.setattr(owner, name, note)
+    return found
+
+
+def folders_begun(monkeypatch):
+    """The folder of each run that begins from now on: a list that grows."""
+    begin = common.Run.begin
+    folders = []
+
+    def note(run, *args, **parts):
+        folders.append(pathlib.Path(run.folder))
+        begin(run, *args, **parts)
+
+    monkeypatch.setattr(common.Run, "begin", note)
+    return folders
+
+
 def made_again(self, *terms, **plain):
     """In place of Run.log, where no step is left to be made."""
     pytest.fail(f"step {self.step} is made again")
 
 
-# =========================================================================================  data.py
+# ========================================================================================== data.py
 
 # ------------------------------------------------------------------------------------------ helpers
 
@@ -712,6 +769,16 @@ def test_columns_can_be_named_also_with_a_space_in_the_name(tmp_path):
     assert one.train["Review Text"][:] == ["a", "c"]
 
 
+def test_text_columns_in_another_order_are_read_as_they_are(tmp_path):
+    path = write(tmp_path / "t.csv", "sentence1,sentence2,query,label\nA,B,C,\nD,E,F,\n")
+    for columns, wanted in ((["sentence2", "sentence1"], ["B", "A"]),
+                            (["query", "sentence1"], ["C", "A"])):
+        given = settings(task="mrpc", test_file=str(path), text_columns=columns)
+        rows = data.read_own(given, "test_file", data.TASKS["mrpc"])
+        assert [rows[0]["sentence1"], rows[0]["sentence2"]] == wanted
+        assert rows["label"][:] == [-1, -1]            # the blank column is none
+
+
 def test_a_column_that_is_not_used_may_hold_objects(tmp_path):
     row = {"text": "a", "label": "yes", "meta": [{"source": 1}]}
     path = write_rows(tmp_path / "t.jsonl", [row])
@@ -980,6 +1047,13 @@ def test_a_local_file_that_no_set_reads_is_refused(own, tmp_path):
     data.refuse_unread_files(given)
 
 
+def test_a_local_file_that_is_all_splits_gets_a_warning(tmp_path):
+    given = settings(task="bustm", local_file=[f"bustm={pairs_file(tmp_path, [0, 1, 1])}"],
+                     batch_size=2)
+    line, = data.load(given).warnings
+    assert line.startswith("--local_file bustm: is all splits of bustm")
+
+
 def test_a_further_local_file_joins_that_of_the_runs_own_task():
     results = {"task": "bustm", "args": {"local_file": ["bustm=a.csv", "rte=c.csv"]}}
     given = settings(run=["r"], by_hand=["local_file"], local_file=["hans=b.csv"])
@@ -1132,23 +1206,6 @@ def pairs_file(folder, labels):
     for row, label in zip(rows, labels or []):
         row["label"] = label
     return write_rows(folder / "pairs.jsonl", rows)
-
-
-def test_a_local_file_that_is_all_splits_gets_a_warning(tmp_path):
-    given = settings(task="bustm", local_file=[f"bustm={pairs_file(tmp_path, [0, 1, 1])}"],
-                     batch_size=2)
-    line, = data.load(given).warnings
-    assert line.startswith("--local_file bustm: is all splits of bustm")
-
-
-def test_text_columns_in_another_order_are_read_as_they_are(tmp_path):
-    path = write(tmp_path / "t.csv", "sentence1,sentence2,query,label\nA,B,C,\nD,E,F,\n")
-    for columns, wanted in ((["sentence2", "sentence1"], ["B", "A"]),
-                            (["query", "sentence1"], ["C", "A"])):
-        given = settings(task="mrpc", test_file=str(path), text_columns=columns)
-        rows = data.read_own(given, "test_file", data.TASKS["mrpc"])
-        assert [rows[0]["sentence1"], rows[0]["sentence2"]] == wanted
-        assert rows["label"][:] == [-1, -1]            # the blank column is none
 
 
 @pytest.mark.parametrize("labels, row", HIDDEN)
@@ -1670,26 +1727,6 @@ def test_own_predictions_have_probabilities_and_the_ids_of_the_file():
         "1\tb8\tvery good\t0.0000\t1.0000\n")
 
 
-def test_predictions_that_cannot_be_written_leave_those_that_are_there(tmp_path, monkeypatch):
-    path = tmp_path / "predictions-test.tsv"
-    write(path, "before")
-    split = split_of([1])
-    setup = argparse.Namespace(task=data.TASKS["stsb"], kind=data.KINDS["regress"])
-    world = argparse.Namespace(rank=0, say=print)
-
-    def full(file):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(common.RunError, match=f"cannot write {path}: No space left"):
-            common.write_predictions(str(tmp_path), "test", [[1.0]], split, setup, world)
-    assert os.listdir(tmp_path) == [path.name] and path.read_text() == "before"
-    common.write_predictions(str(tmp_path), "test", [[1.0]], split, setup, world)
-    assert os.listdir(tmp_path) == [path.name]
-    assert path.read_text() == "index\tprediction\n0\t1.000\n"
-
-
 def test_own_predicted_numbers_have_the_ids_of_the_file():
     task = data.Task("custom", text="text", kind="regress", metrics="pearson spearman")
     assert written(task, [[7.5]]) == "index\tprediction\n0\t7.5\n"
@@ -1811,7 +1848,7 @@ def test_a_local_file_is_described_and_a_wrong_one_refused(tmp_path, capsys):
     assert refusal(data.main, ["imbd"]) == "task imbd: no such task; did you mean imdb?"
 
 
-# =====================================================================  common.py, and the promises
+# ====================================================================== common.py, and the promises
 
 # ---------------------------------------------------------------------------------------- the style
 
@@ -1870,24 +1907,20 @@ def test_the_layers_are_not_reversed():
         assert not re.search(r"\b(r4f|tdt-hard|discriminator|triplet)\b", text), name
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_copied_script_says_what_it_is_good_for_alone(script, tmp_path):
-    shutil.copy(os.path.join(HERE, f"{script}.py"), tmp_path)
-    done = subprocess.run([sys.executable, f"{script}.py"], capture_output=True, text=True,
-                          cwd=tmp_path)
-    assert done.returncode == 2 and "need common.py and data.py beside it" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_help_loads_neither_transformers_nor_datasets(script):
-    path = os.path.join(HERE, f"{script}.py")
-    code = (f"import sys, runpy; sys.argv = [{path!r}, '--help']\n"
-            f"try: runpy.run_path({path!r}, run_name='__main__')\n"
-            "except SystemExit: print({'transformers', 'datasets'} & set(sys.modules))")
+def test_the_help_loads_neither_transformers_nor_datasets():
+    code = "import sys, runpy\n"
+    for script in SCRIPTS:
+        path = os.path.join(HERE, f"{script}.py")
+        code += (f"sys.argv = [{path!r}, '--help']\n"
+                 f"try: runpy.run_path({path!r}, run_name='__main__')\n"
+                 "except SystemExit: pass\n"
+                 "print('LOADED', {'transformers', 'datasets'} & set(sys.modules))\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert "--seeds" in done.stdout and done.stdout.endswith("\nset()\n"), done.stderr
-    assert "recipe from the paper overrides" in " ".join(done.stdout.split())
+    *of_scripts, end = done.stdout.split("LOADED set()\n")
+    assert len(of_scripts) == len(SCRIPTS) and end == "", done.stderr
+    for text in of_scripts:
+        assert "--seeds" in text
+        assert "recipe from the paper overrides" in " ".join(text.split())
 
 
 # ----------------------------------------------------------------------------------------- 1  flags
@@ -1902,6 +1935,19 @@ def test_a_recipes_warm_up_keeps_its_share_when_the_length_is_set():
 def test_a_warm_up_of_all_steps_is_refused(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="--warmup 6: must be less than the 6 steps"):
         run("r3f", tiny_folder, tmp_path, "--warmup", 6)
+
+
+@pytest.mark.parametrize("text", ["1" * 400, "nan", "1e400", "0", "x"])
+def test_what_is_no_number_from_1_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number from 1"):
+        common.number(int, 1)(text)
+
+
+def test_a_method_that_cannot_train_a_task_is_refused_before_it_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "load", lambda *args: pytest.fail("read"))
+    line = "--method tdt: must be of another script for pos, whose kind is tag"
+    assert line in refusal(tdt.main, ["--task", "pos", "--model", "toy", "--output_dir",
+                                      str(tmp_path)])
 
 
 def test_of_epochs_and_steps_one_holds():
@@ -1952,29 +1998,6 @@ def test_the_rate_is_told_where_no_recipe_sets_it(tiny_folder, tmp_path, capsys)
     run("r3f", tiny_folder, tmp_path, "--train_file", tmp_path / "t.csv", "--validation_file",
         tmp_path / "t.csv", "--method", "std", "--batch_size", 4)
     assert "  defaults    lr 1e-05, " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("rank, local_rank, before", [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
-def test_each_machine_makes_its_folders_once(rank, local_rank, before, monkeypatch):
-    """Two machines of two processes: rank 0, then the other machine's first, then the others."""
-    seen = []
-    monkeypatch.setattr(common.World, "barrier", lambda self: seen.append("barrier"))
-    world = common.World.__new__(common.World)
-    world.rank = rank
-    world.local_rank = local_rank
-    with world.in_turns():
-        seen.append("block")
-    assert seen.index("block") == before and len(seen) == 3
-
-
-def test_a_full_disk_in_a_search_is_one_line(tmp_path, monkeypatch):
-    def full(path, write):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(common, "replace_file", full)
-    args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9, seeds=[0], grid_seeds=1)
-    with pytest.raises(common.RunError, match="search-std.json: No space left"):
-        common.write_search(args, "std", [["--lr=1"]], [0.5], ["--lr=1"])
 
 
 def test_flags_of_other_methods_are_said_to_have_no_effect(tiny_folder, tmp_path, capsys):
@@ -2112,6 +2135,46 @@ def test_nothing_of_torch_is_replaced(tiny_folder, tmp_path):
             assert getattr(torch.nn.functional, name) is function, name
 
 
+def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, capsys):
+    """The first process says it at once; the others leave it ten seconds to end them."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(sys, "argv", ["r3f.py", "--batch_size", "7"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, seconds, who in ((0, 0, ""), (1, 10, "rank 1: ")):
+        monkeypatch.setenv("RANK", str(rank))
+        assert common.cli(r3f.main) == 2
+        line = f"r3f.py: {who}--batch_size 7: must be divisible by the 2 processes\n"
+        assert capsys.readouterr().err == line and waited.pop() == seconds
+
+
+def test_a_full_gpu_is_told_in_a_line(monkeypatch, capsys):
+    """At once by the process whose GPU it is: the others wait for it."""
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "
+                                     "total capacity of 23.65 GiB.")
+
+    monkeypatch.setattr(sys, "argv", ["r3f.py"])
+    monkeypatch.setenv("RANK", "3")
+    assert common.cli(main) == 1
+    told, = capsys.readouterr().err.splitlines()
+    assert told == ("r3f.py: rank 3: CUDA out of memory. Tried to allocate 2.00 GiB. A pass in "
+                    "training needs less with a smaller --micro_batch_size (and --overwrite)")
+
+
+@pytest.mark.parametrize("rank, local_rank, before", [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
+def test_each_machine_makes_its_folders_once(rank, local_rank, before, monkeypatch):
+    """Two machines of two processes: rank 0, then the other machine's first, then the others."""
+    seen = []
+    monkeypatch.setattr(common.World, "barrier", lambda self: seen.append("barrier"))
+    world = common.World.__new__(common.World)
+    world.rank = rank
+    world.local_rank = local_rank
+    with world.in_turns():
+        seen.append("block")
+    assert seen.index("block") == before and len(seen) == 3
+
+
 def test_nobody_reads_a_model_before_rank_0_has_written_it(tmp_path):
     """Run.finish ends with a barrier, on every rank."""
     for rank, expected in enumerate([["written", "barrier"], ["barrier"]]):
@@ -2163,6 +2226,117 @@ def test_a_damaged_model_of_a_run_is_told_by_its_folder(tmp_path):
     setup = types.SimpleNamespace(kind=data.KINDS["classify"], task=data.TASKS["toy"])
     message = refusal(common.load_model, parse("r3f"), setup, 0, None, str(tmp_path))
     assert message.startswith(f"{tmp_path}: cannot be loaded by AutoModelForSequenceClassification")
+
+
+def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
+    """Also where the old one would fit, as in a chain of tasks with two classes each."""
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_folder)
+    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
+    tuned.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    setup = argparse.Namespace(
+        kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=tokenizer)
+    world = argparse.Namespace(device="cpu", say=print)
+    heads = []
+    for seed in (0, 0, 1):
+        args = argparse.Namespace(
+            path=str(tmp_path), model="m", init_from="run", weight_noise=0.0,
+            post_train=None)
+        model = common.load_model(args, setup, seed, world)
+        torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight,
+                                   tuned.bert.embeddings.word_embeddings.weight)
+        heads.append(model.classifier.weight)
+    assert heads[0].abs().max() < 0.2
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize("labels, kept", [
+    (["negative", "positive"], True),
+    (["NEGATIVE", "POSITIVE"], True),
+    (["positive", "negative"], False),
+    (["LABEL_0", "LABEL_1"], False),
+])
+def test_a_head_for_other_labels_is_not_used(labels, kept, tiny_folder, tmp_path, capsys):
+    """Or for these in another order."""
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tiny_folder, id2label=dict(enumerate(labels)))
+    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
+    tuned.save_pretrained(tmp_path)
+    setup = argparse.Namespace(
+        kind=data.KINDS["classify"], task=data.TASKS["toy"],
+        tokenizer=transformers.AutoTokenizer.from_pretrained(tiny_folder))
+    args = argparse.Namespace(path=str(tmp_path), model="m", init_from="", weight_noise=0.0,
+                              post_train=None)
+    model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
+    assert (model.classifier.weight == 7).all().item() == kept
+    assert ("m: its head is not used; a fresh one of 2" in capsys.readouterr().out) != kept
+    assert [*model.config.id2label.values()] == data.TASKS["toy"].label_names
+
+
+@pytest.mark.parametrize("make, settings", [
+    (common.toy_model, [common.TOY_BERT, common.TOY_BERT_TRAINING]),
+    (common.toy_writer, [common.TOY_BART, common.TOY_BART_TRAINING])])
+def test_a_toy_model_of_other_text_or_settings_is_another(make, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setattr(os.path, "exists", lambda path: True)           # so it is found, not made
+    folder = make(None)
+    for table in settings:
+        for name in table:
+            with monkeypatch.context() as patch:
+                patch.setitem(table, name, 7)
+                assert make(None) != folder, name
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "toy_corpus", lambda: ["film"])
+        assert make(None) != folder
+    assert make(None) == folder
+
+
+def test_a_cache_that_cannot_be_made_is_told_in_one_line(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "file"))
+    assert refusal(common.made_folder, "toy").startswith("HF_HOME: cannot make the folder")
+    rows = data.toy_rows("film", "validation").select(range(4))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file"))
+    message = refusal(data.encode, rows, data.TASKS["toy"], tokenizer_of(), 12)
+    assert message.startswith("HF_HOME: cannot make the folder")
+
+
+def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path, monkeypatch):
+    """The slower one finds it there and takes it; what is damaged is made again."""
+    model = transformers.AutoModel.from_pretrained(tiny_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    folder = str(tmp_path / "made")
+
+    def while_the_other_saves(path):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 0)
+            assert common.save_made(model, tokenizer, folder) == folder
+        os.makedirs(path, exist_ok=True)
+        write(f"{path}/slower", "")
+
+    slower = types.SimpleNamespace(save_pretrained=while_the_other_saves)
+    assert common.save_made(slower, tokenizer, folder) == folder
+    assert os.listdir(tmp_path) == ["made"]
+    assert "slower" not in os.listdir(folder)
+    os.remove(f"{folder}/config.json")
+    tokenizer("a call of its own", truncation=True, max_length=4, padding="max_length")
+    common.save_made(model, tokenizer, folder)
+    assert transformers.AutoConfig.from_pretrained(folder).model_type == "bert"
+    saved = read_json(f"{folder}/tokenizer.json")
+    assert saved["truncation"] is None and saved["padding"] is None
+
+
+def test_a_model_that_cannot_be_saved_leaves_nothing(tiny_folder, tmp_path):
+    model = transformers.AutoModel.from_pretrained(tiny_folder)
+
+    def fail(path):
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    with pytest.raises(common.RunError, match="cannot write .*made: No space left on device"):
+        tokenizer = types.SimpleNamespace(is_fast=False, save_pretrained=fail)
+        common.save_made(model, tokenizer, str(tmp_path / "made"))
+    assert os.listdir(tmp_path) == []
 
 
 def test_micro_batches_give_the_same_gradient(still_folder, monkeypatch):
@@ -2253,6 +2427,26 @@ def test_a_long_text_that_all_rows_are_predicted_as_is_cut(capsys):
         assert told.endswith(" ...'\n") and len(told) < 130
 
 
+def test_predictions_that_cannot_be_written_leave_those_that_are_there(tmp_path, monkeypatch):
+    path = tmp_path / "predictions-test.tsv"
+    write(path, "before")
+    split = split_of([1])
+    setup = argparse.Namespace(task=data.TASKS["stsb"], kind=data.KINDS["regress"])
+    world = argparse.Namespace(rank=0, say=print)
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(common.RunError, match=f"cannot write {path}: No space left"):
+            common.write_predictions(str(tmp_path), "test", [[1.0]], split, setup, world)
+    assert os.listdir(tmp_path) == [path.name] and path.read_text() == "before"
+    common.write_predictions(str(tmp_path), "test", [[1.0]], split, setup, world)
+    assert os.listdir(tmp_path) == [path.name]
+    assert path.read_text() == "index\tprediction\n0\t1.000\n"
+
+
 def test_the_windows_of_questions_have_no_prediction_of_their_own():
     assert [name for name, kind in data.KINDS.items() if kind.in_words is None] == [
         "span", "retrieve"]
@@ -2265,13 +2459,6 @@ def test_a_saved_tokenizer_cuts_and_pads_nothing(tiny_folder, tmp_path, monkeypa
         run("r3f", tiny_folder, tmp_path / name, "--max_steps", 1)
         saved = read_json(tmp_path / name / "toy/r3f-0/model/tokenizer.json")
         assert saved["truncation"] is None and saved["padding"] is None
-
-
-def test_a_method_that_cannot_train_a_task_is_refused_before_it_is_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "load", lambda *args: pytest.fail("read"))
-    line = "--method tdt: must be of another script for pos, whose kind is tag"
-    assert line in refusal(tdt.main, ["--task", "pos", "--model", "toy", "--output_dir",
-                                      str(tmp_path)])
 
 
 # ----------------------------------------------------------------------------------------- 5  a run
@@ -2424,11 +2611,6 @@ def test_a_run_is_found_again_by_another_spelling_of_its_paths(tiny_folder, tmp_
     run("r3f", tiny_folder + "/", out, "--method", "std", "--train_file", "a.jsonl",
         "--validation_file", "./a.jsonl")
     assert "finished before" in capsys.readouterr().out
-
-
-def test_values_of_a_search_that_are_one_number_are_tried_once():
-    grid = common.read_grid(["lr=1e-4,0.0001,1E-4,1e-3", "noise=uniform,normal,uniform"])
-    assert grid == {"lr": ["1e-4", "1e-3"], "noise": ["uniform", "normal"]}
 
 
 def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_path, monkeypatch):
@@ -2721,13 +2903,12 @@ def test_the_best_state_is_chosen_by_one_set():
     assert [*setup.scored] == [*sets]
 
 
-@pytest.mark.parametrize("text", ["1" * 400, "nan", "1e400", "0", "x"])
-def test_what_is_no_number_from_1_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number from 1"):
-        common.number(int, 1)(text)
+# --------------------------------------------------- 5  a run: held-out rows and the search, --grid
 
+def test_values_of_a_search_that_are_one_number_are_tried_once():
+    grid = common.read_grid(["lr=1e-4,0.0001,1E-4,1e-3", "noise=uniform,normal,uniform"])
+    assert grid == {"lr": ["1e-4", "1e-3"], "noise": ["uniform", "normal"]}
 
-# -------------------------------------------------------------------- held-out rows and the search
 
 def test_held_out_rows_are_not_trained_on_and_the_same_for_all_seeds(tiny_folder):
     found = []
@@ -2802,14 +2983,7 @@ def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, monk
     before, _, _ = searched
     out = tmp_path / "out"
     shutil.copytree(before / "grid", out / "grid")
-    begun = []
-    begin = common.Run.begin
-
-    def count(run, *args, **kwargs):
-        begun.append(run.folder)
-        begin(run, *args, **kwargs)
-
-    monkeypatch.setattr(common.Run, "begin", count)
+    begun = folders_begun(monkeypatch)
     run("r3f", tiny_folder, out, "--method", "std", "--grid", "lr=1e-3,1e-5", "--grid_seeds", 2,
         "--dev_samples", 40, "--seeds", 3, 4, "--max_steps", 4)
     found = read_json(out / "toy/search-std.json")
@@ -2822,8 +2996,7 @@ def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, monk
         each = [read_json(folder / f"std-{seed}/results.json") for seed in (3, 4)]
         scores = [results["metrics"]["held-out"]["accuracy"] for results in each]
         assert cell["score"] == pytest.approx(sum(scores) / 2)
-    names = [(path.parts[-3] if "grid" in path.parts else "", path.name)
-             for path in map(pathlib.Path, begun)]
+    names = [(path.parts[-3] if "grid" in path.parts else "", path.name) for path in begun]
     assert names == [("lr=1e-3", "std-4"), ("lr=1e-5", "std-4"), ("", "std-3"), ("", "std-4")]
 
 
@@ -2838,14 +3011,7 @@ def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(searched, t
     """And no finished cell or seed is run again."""
     finished, whole, _ = searched
     out = tmp_path / "killed"
-    begun = []
-    begin = common.Run.begin
-
-    def note(self, *arguments, **parts):
-        begun.append(os.path.relpath(self.folder, out))
-        begin(self, *arguments, **parts)
-
-    monkeypatch.setattr(common.Run, "begin", note)
+    begun = folders_begun(monkeypatch)
     killed_at(monkeypatch, [2, 3, 2])
     for _ in range(3):
         with pytest.raises(KeyError):
@@ -2870,6 +3036,16 @@ def test_a_search_goes_on_where_a_loss_is_not_finite(tiny_folder, tmp_path, caps
     assert [cell["score"] for cell in search["tried"]][0] == "not finite"
     with pytest.raises(RunError, match="--grid lr=1e30,1e29: no loss of std is finite"):
         run("r3f", tiny_folder, tmp_path / "none", *flags, "--grid", "lr=1e30,1e29")
+
+
+def test_a_full_disk_in_a_search_is_one_line(tmp_path, monkeypatch):
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common, "replace_file", full)
+    args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9, seeds=[0], grid_seeds=1)
+    with pytest.raises(common.RunError, match="search-std.json: No space left"):
+        common.write_search(args, "std", [["--lr=1"]], [0.5], ["--lr=1"])
 
 
 def test_a_search_is_found_again_where_the_model_sets_the_length(tmp_path):
@@ -2997,7 +3173,7 @@ def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, ti
     assert not glob.glob(f"{tmp_path}/out/**/log.jsonl", recursive=True)
 
 
-# ------------------------------------------------------------------------ finished runs, used again
+# ------------------------------------------------------------------- 5  a run: finished ones, --run
 
 @pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "adapter")])
 def test_a_finished_run_scores_further_sets_without_training(script, method, tiny_folder, tmp_path,
@@ -3134,22 +3310,6 @@ def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, t
     assert header.startswith("index\tid\tprediction") and first.startswith("0\tx1\t")
 
 
-def test_the_loop_in_gtunings_own_words_trains(still_folder, tmp_path, monkeypatch):
-    """The one that its first comment gives to projects of one's own."""
-    monkeypatch.chdir(tmp_path)
-    code = gtuning.__doc__.partition("in a project of your own")[2].partition("\n\n")[2]
-    torch.manual_seed(0)
-    ids = torch.randint(5, 30, (8, 6))
-    x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    names = {**vars(gtuning), "AutoModel": transformers.AutoModel, "name": still_folder,
-             "batches": [(x, torch.arange(8) % 2, x)] * 3,
-             "d_batches": itertools.repeat((x, x), 15)}
-    exec(textwrap.dedent(code), names)
-    loaded = gtuning.GTuning.from_pretrained("my-f")
-    assert torch.allclose(loaded.logits(**x), names["f"].eval().logits(**x), atol=1e-6)
-    assert names["loss"].item() != 0 and {"wasserstein", "penalty"} <= set(names["stats"])
-
-
 def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path):
     """The vectors and the map that it would have had after its training."""
     argv = ["--method", "adapter", "--eval_tasks", "toy-food", "--max_steps", 2]
@@ -3233,6 +3393,16 @@ def test_two_commands_that_score_one_run_at_the_same_time_lose_nothing(tiny_fold
     assert len(turns) == 1
 
 
+def test_scores_of_several_runs_at_once_all_join_the_results(tmp_path):
+    folder = write_runs(tmp_path / "runs", 1, ["rte"]) / "rte" / "std-0"
+    sets = [f"set-{number}" for number in range(12)]
+    with ThreadPoolExecutor(len(sets)) as pool:
+        for added in [pool.submit(common.add_scores, folder, {name: {"accuracy": 0.5}})
+                      for name in sets]:
+            added.result()
+    assert {"validation", *sets} <= set(common.read_results(folder)["metrics"])
+
+
 def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "r3f", "--max_steps", 2)
     std, other = tmp_path / "toy/std-0", tmp_path / "toy/r3f-0"
@@ -3264,6 +3434,14 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
                                         "must be another one")
 
 
+@pytest.fixture(scope="module")
+def finished_toy(tiny_folder, tmp_path_factory):
+    """The folder of a finished run of std."""
+    out = tmp_path_factory.mktemp("finished")
+    run("r3f", tiny_folder, out, "--method", "std", "--max_steps", 2)
+    return str(out / "toy/std-0")
+
+
 @pytest.mark.parametrize("flags, line", [
     (["--grid", "lr=1,2"], "--grid: cannot go together with --run"),
     (["--output_dir", "elsewhere"], "--output_dir: cannot go together with --run"),
@@ -3279,14 +3457,6 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
 ])
 def test_what_a_finished_run_cannot_do_is_one_line(flags, line, finished_toy):
     assert line in refusal(r3f.main, ["--run", finished_toy, *flags])
-
-
-@pytest.fixture(scope="module")
-def finished_toy(tiny_folder, tmp_path_factory):
-    """The folder of a finished run of std."""
-    out = tmp_path_factory.mktemp("finished")
-    run("r3f", tiny_folder, out, "--method", "std", "--max_steps", 2)
-    return str(out / "toy/std-0")
 
 
 # ---------------------------------------------------------------------- 7  tables, pages, --profile
@@ -3338,7 +3508,7 @@ def test_flops_are_those_of_the_matrix_products():
     assert common.count_flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 8 * 16 * 4
 
 
-# ----------------------------------------------------------------------------------- your own files
+# ------------------------------------------------------------------ your own files, and wrong input
 
 REVIEWS = [("really good plot", "yes"), ("bad actor", "no"), ("007", "yes"), ("NA", "no")] * 5
 
@@ -3437,7 +3607,7 @@ no.csv | good.jsonl | | no.csv: no such file
 hole.jsonl | good.jsonl | | hole.jsonl: row 7: no text in column 'text'
 good.jsonl | nan.jsonl | | nan.jsonl: row 7: no label in column 'label'
 good.jsonl | good.jsonl | --text_columns a b c | must be one or two names
-good.jsonl | good.jsonl | --text_columns text text | --text_columns text text: must be different names
+good.jsonl | good.jsonl | --text_columns text text | text text: must be different names
 """.strip().splitlines()
 
 
@@ -3504,9 +3674,9 @@ def test_wrong_files_are_refused(case, wrong_files, tiny_folder, tmp_path, monke
     assert expected in line
 
 
-# ===========================================================================  common.py: the report
+# ============================================================================ common.py: the report
 
-# -------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 def test_wilcoxon_by_hand():
@@ -3536,7 +3706,7 @@ def test_wilcoxon_counts_all_patterns():
             assert common.wilcoxon(differences) == pytest.approx(count / 2**len(kept), abs=1e-12)
 
 
-def test_wilcoxon_limits():
+def test_wilcoxon_of_few_of_many_and_of_ties():
     assert common.wilcoxon([]) == 1
     assert common.wilcoxon([0.0, 0.0]) == 1
     smallest = [common.wilcoxon(np.arange(1, n + 1)) for n in (3, 5, 6, 8, 10)]
@@ -3550,7 +3720,7 @@ def test_wilcoxon_limits():
     assert common.wilcoxon(tied) == common.wilcoxon([1, 1, -1]) == 1
 
 
-def test_needed():
+def test_how_many_differences_are_needed_to_show_one():
     """6 differences reach .05, 5 do not; of 12 methods together it takes 9."""
     assert common.needed() == 6
     assert common.needed(12) == 9
@@ -3574,7 +3744,7 @@ def test_t_interval_by_hand():
     assert common.t_interval([2, 2, 2]) == (2, 2)
 
 
-def test_t_quantiles():
+def test_the_quantiles_of_t_are_those_of_its_density():
     """97.5 % of Student's density, added up, lies below each."""
     for df in (1, 2, 5, 12, 30, 31, 60):
         values = np.arange(df + 1) - (df / 2)          # mean 0, df + 1 of them
@@ -3586,7 +3756,7 @@ def test_t_quantiles():
         assert np.trapezoid(density, grid) == pytest.approx(0.475, abs=5e-6)
 
 
-def test_paired_bootstrap():
+def test_the_bootstrap_draws_the_same_rows_for_both_methods():
     """The same rows for both methods: what both get wrong alike takes no part in the interval."""
     rng = np.random.default_rng(0)
     labels = rng.integers(2, size=200)
@@ -3644,7 +3814,7 @@ def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
         assert "scored.npz: is damaged" in refused_report(folder, "--rows")
 
 
-# -------------------------------------------------------------------------------- made-up runs
+# ------------------------------------------------------------------------------------- made-up runs
 
 FLAGS = {"lr": 5e-5, "train_samples": 1000, "model": "some/model", "max_length": 512}
 STD = [60, 62, 61, 63, 60, 64, 62, 61]
@@ -3706,10 +3876,10 @@ def refused_report(*argv):
     return refusal(common.main_report, [*map(str, argv)])
 
 
-# ------------------------------------------------------------------------------------ the report
+# --------------------------------------------------------------------------------------- the report
 
 
-def test_numbers(tmp_path, capsys):
+def test_the_numbers_of_a_report_by_hand(tmp_path, capsys):
     """By hand: std 60 62 61 63 60 64 62 61; the differences are 2 1 2 1 3 1 2 1."""
     write_runs(tmp_path / "runs", tasks=["rte"])
     table, = common.main_report([str(tmp_path / "runs")])
@@ -3744,7 +3914,7 @@ def test_only_shared_seeds_are_paired(tmp_path, capsys):
     assert difference.mean == pytest.approx(10 / 6)
 
 
-def test_over_tasks(tmp_path, capsys):
+def test_a_difference_over_tasks_is_corrected_for_the_methods_compared(tmp_path, capsys):
     """Six tasks, a further method of no difference: Holm doubles the smaller p."""
     tasks = ["rte", "mrpc", "cola", "sst2", "qqp", "qnli"]
     folder = write_runs(tmp_path / "runs", 3, tasks)
@@ -3825,7 +3995,7 @@ def test_methods_on_other_rows_of_the_same_file_are_refused(tmp_path):
     common.main_report([str(tmp_path), "--differ", "train_file_digest"])
 
 
-def test_no_difference_and_worse():
+def test_what_is_better_worse_or_not_shown():
     none = common.summarise_differences([1.0, -1.0, 2.0, -2.0, 0.5, -0.6])
     assert none.verdict() == "no difference shown"
     worse = common.summarise_differences([-1.0, -1.1, -1.2, -0.9, -1.3, -1.4])
@@ -3841,7 +4011,7 @@ def test_no_difference_and_worse():
     assert math.isnan(alone.std) and alone.p == 1
 
 
-def test_without_the_baseline(tmp_path, capsys):
+def test_without_the_baseline_scores_are_told_alone(tmp_path, capsys):
     folder = tmp_path / "runs"
     write_run(folder, results_of("rte", "more", 0, 60))
     out, _ = printed(capsys, folder)
@@ -3851,7 +4021,7 @@ def test_without_the_baseline(tmp_path, capsys):
     assert "Difference to more" not in printed(capsys, folder, "--baseline", "more")[0]
 
 
-def test_flags_that_are_the_method(tmp_path):
+def test_flags_that_are_a_method_make_columns(tmp_path):
     """A flag of METHOD_FLAGS, or of --by, makes a column of its own."""
     folder = write_runs(tmp_path / "runs", tasks=["rte"])
     for seed in range(2):
@@ -3874,7 +4044,7 @@ def test_without_std_the_adapter_is_the_baseline(tmp_path):
     assert common.main_report([str(folder)])[0].baseline == "std"
 
 
-# ------------------------------------------------------------------------------------ kept lines
+# --------------------------------------------------------------------------------------- kept lines
 
 
 def test_lines_give_the_same_tables(tmp_path, capsys):
@@ -4228,7 +4398,7 @@ def test_each_file_of_lines_is_a_table(tmp_path, capsys):
     assert out == printed(capsys, small)[0]
 
 
-# --------------------------------------------------------------------------- what is refused, wrong
+# ------------------------------------------------------------- what is refused, and what is damaged
 
 
 def test_unlike_flags_are_refused(tmp_path, capsys):
@@ -4313,7 +4483,7 @@ def test_a_state_that_was_chosen_on_the_scored_set_is_told(tmp_path, capsys):
     assert "its scores are too high, for std alone." in " ".join(out.split())
 
 
-def test_one_run_twice(tmp_path):
+def test_a_run_that_is_there_twice_counts_once_if_its_scores_agree(tmp_path):
     folder = write_runs(tmp_path / "a", 2, ["rte"])
     write_run(tmp_path / "b", results_of("rte", "std", 0, STD[0], {"sick": STD[0] - 9}))
     table, = common.main_report([str(folder), str(folder), str(tmp_path / "b")])
@@ -4323,7 +4493,7 @@ def test_one_run_twice(tmp_path):
     assert "rte std, seed 0: is in" in said and "report them apart" in said
 
 
-def test_wrong_places(tmp_path):
+def test_places_without_runs_are_refused(tmp_path):
     assert "nowhere: must be a folder" in refused_report(tmp_path / "nowhere")
     assert "must hold a finished run" in refused_report(tmp_path)
     good = write_runs(tmp_path / "good", 2, ["rte"])
@@ -4338,6 +4508,12 @@ def test_wrong_places(tmp_path):
     (tmp_path / "file").write_text("")
     assert "--out" in refused_report(good, "--out", tmp_path / "file" / "out")
     assert "--keep" in refused_report(good, "--keep", tmp_path / "rows.jsonl")
+
+
+def test_an_interval_over_rows_of_nothing_is_refused(tmp_path):
+    write_runs(tmp_path / "runs", 2, ["rte"])
+    assert "--rows: must be of folders with runs" in refused_report(tmp_path / "runs", "--rows")
+    assert "--rows: must be a whole number from 100" in refused_report(tmp_path, "--rows", 1)
 
 
 DAMAGE = {
@@ -4364,7 +4540,7 @@ def test_damaged_results_are_left_out(tmp_path, capsys, kind):
     assert out.startswith("runs: 15 runs")
 
 
-def test_half_written_logs_and_lines(tmp_path, capsys):
+def test_half_written_logs_and_lines_are_left_out(tmp_path, capsys):
     folder = write_runs(tmp_path / "runs", tasks=["rte"])
     kept = tmp_path / "kept.jsonl"
     whole, _ = printed(capsys, folder, "--keep", kept)
@@ -4403,8 +4579,7 @@ def test_the_report_follows_links_and_counts_a_run_once(tmp_path, capsys):
     assert len(common.find_files(str(tmp_path / "linked")).finished) == 4
 
 
-def test_different_machines(tmp_path, capsys):
-    """Seconds of two machines are not compared."""
+def test_seconds_of_two_machines_are_not_compared(tmp_path, capsys):
     folder = write_runs(tmp_path / "runs", 2, ["rte"])
     for seed in range(2):
         path = folder / "rte" / f"more-{seed}" / "results.json"
@@ -4425,7 +4600,7 @@ def test_seconds_on_an_unknown_machine_have_no_figure(tmp_path, capsys):
     assert "seconds on" not in page and "Learning curves" in page
 
 
-# ------------------------------------------------------------------------------------ the probes
+# --------------------------------------------------------------------------------------- the probes
 
 
 def write_probes(folder, chain=("sst2", "rte", "cola"), seeds=3):
@@ -4494,22 +4669,6 @@ def test_each_chain_of_probes_has_a_figure(tmp_path):
     assert ">two, mrpc</text>" in dots and "cola</text>" not in dots
 
 
-def test_scores_of_several_runs_at_once_all_join_the_results(tmp_path):
-    folder = write_runs(tmp_path / "runs", 1, ["rte"]) / "rte" / "std-0"
-    sets = [f"set-{number}" for number in range(12)]
-    with ThreadPoolExecutor(len(sets)) as pool:
-        for added in [pool.submit(common.add_scores, folder, {name: {"accuracy": 0.5}})
-                      for name in sets]:
-            added.result()
-    assert {"validation", *sets} <= set(common.read_results(folder)["metrics"])
-
-
-def test_an_interval_over_rows_of_nothing_is_refused(tmp_path):
-    write_runs(tmp_path / "runs", 2, ["rte"])
-    assert "--rows: must be of folders with runs" in refused_report(tmp_path / "runs", "--rows")
-    assert "--rows: must be a whole number from 100" in refused_report(tmp_path, "--rows", 1)
-
-
 def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys):
     folder = write_runs(tmp_path / "runs", 2, ["rte"])
     path = write_probes(folder / "probed")
@@ -4523,10 +4682,10 @@ def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys
         f"{path}:{number}: is damaged" for number in (27, 28, 29, 30)]
 
 
-# -------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
-def test_page(tmp_path):
+def test_the_page_of_a_report_needs_no_other_file(tmp_path):
     """Self-contained: no script, nothing from elsewhere; light and dark; well-formed."""
     from html.parser import HTMLParser
     folder = write_runs(tmp_path / "<runs> & more")
@@ -4610,7 +4769,7 @@ def test_an_axis_whose_range_is_rounded_has_enough_numbers(least):
     assert 3 <= len(common.round_numbers(0, 3 * math.nextafter(least, 0))) <= 8
 
 
-def test_many_columns_go_below():
+def test_columns_that_do_not_fit_go_below():
     header = ["task", "method", *[f"column{i}" for i in range(20)]]
     grid = [["rte", "std", *["1.00"] * 20], ["rte", "more", *["2.00"] * 20]]
     lines = common.text_lines(header, grid, 2, width=60)
@@ -4620,7 +4779,7 @@ def test_many_columns_go_below():
     assert sum(line.strip().startswith("std") for line in lines) == len(lines) // 5
 
 
-def test_program_needs_no_torch(tmp_path):
+def test_the_report_needs_no_torch(tmp_path):
     """python common.py FOLDER, and its exit status."""
     write_runs(tmp_path / "runs", 2, ["rte"])
     for place, status, said in (("runs", 0, ""), ("none", 2, "must be a folder")):
@@ -4633,7 +4792,7 @@ def test_program_needs_no_torch(tmp_path):
         assert said in done.stderr and done.stderr.count("\n") == bool(status)
 
 
-# ------------------------------------------------------------------------------------------ t-SNE
+# ---------------------------------------------------------------------------------- maps of vectors
 
 
 def test_affinities_have_the_entropy():
@@ -4723,9 +4882,9 @@ def test_tsne_refuses_too_few_points():
         common.tsne(np.ones((100, 3)))
 
 
-# ==========================================================================================  r3f.py
+# =========================================================================================== r3f.py
 
-# -------------------------------------------------------------------- tiny models
+# -------------------------------------------------------------------------------------- tiny models
 
 
 def tiny_generator(name="bart", dropout=True, spread=None):
@@ -4761,24 +4920,7 @@ def batch_to_tag():
     return labels, inputs
 
 
-def encoder_words(model):
-    """The module of the encoder's word embeddings."""
-    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
-    return encoder.get_input_embeddings()
-
-
-def gradients_of(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def same_gradients(a, b, tolerance=1e-6):
-    assert a.keys() == b.keys() and max(g.abs().max() for g in a.values()) > 1e-4
-    for name in a:
-        assert torch.allclose(a[name], b[name], atol=tolerance, rtol=1e-4), name
-    return True
-
-
-# -------------------------------------------------------------------- R3F: the terms of Eq. 3
+# -------------------------------------------------------------------------- R3F: the terms of Eq. 3
 
 
 def numpy_kl(a, b):
@@ -4881,7 +5023,7 @@ def test_stop_grad_noised_holds_the_noised_prediction_constant():
     clean, noised = noised_by_hand(model, inputs, 0.5, seed=3)
     ce = torch.nn.functional.cross_entropy(clean, labels)
     (ce + 50 * r3f.symmetric_kl(clean, noised.detach()).mean()).backward()
-    assert same_gradients(gradients_of(model), cut, tolerance=1e-5)
+    assert_same_gradients(gradients_of(model), cut, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -4943,7 +5085,7 @@ def test_plain_regression_is_the_squared_error():
     assert abs(loss.item() - ((scores - labels.numpy()) ** 2).mean()) < 1e-6
 
 
-# -------------------------------------------------------------------- R4F
+# ---------------------------------------------------------------------------------------------- R4F
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra", "bart", "gpt2"])
 def test_r4f_gives_the_head_the_norm_1_and_saves_it_plain(name, tmp_path):
@@ -5038,25 +5180,6 @@ def test_r4f_refuses_a_head_that_it_cannot_bound():
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_the_logits_of_a_generator_are_the_models_own(name):
-    """Also with a bias on them; under autocast in bf16, half the size."""
-    torch.manual_seed(0)
-    kind, settings = GENERATORS[name]
-    model = built("AutoModelForSeq2SeqLM", kind, settings).eval()
-    if hasattr(model, "final_logits_bias"):
-        model.final_logits_bias.normal_()
-    labels = torch.randint(6, 99, (3, 5))
-    ids = torch.randint(6, 99, (3, 7))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    wanted = model(**inputs, labels=labels).logits
-    inputs = r3f.with_decoder_inputs(model, labels, inputs)
-    assert torch.allclose(r3f.logits_of(model, inputs), wanted, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = r3f.logits_of(model, inputs)
-    assert logits.dtype == torch.bfloat16 and torch.allclose(logits.float(), wanted, atol=0.1)
-
-
-@pytest.mark.parametrize("name", GENERATORS)
 def test_r4f_is_refused_where_g_has_no_weights_of_its_own(name):
     with pytest.raises(ValueError, match="section 3.2"):
         r3f.spectral_normalize(tiny_generator(name))
@@ -5067,7 +5190,7 @@ def test_r4f_normalises_the_head_of_a_tagger():
     assert hasattr(model.classifier, "parametrizations")
 
 
-# -------------------------------------------------------------------- labels by position
+# ------------------------------------------------------------------------------- labels by position
 
 def numpy_smoothed(logits, y, e):
     """LS: the weight 1 - e on the label, e / (V - 1) on each other word."""
@@ -5085,6 +5208,25 @@ def numpy_by_position(clean, noised, labels, lam, e, reduction):
     kl = {"token": kl[real].mean(), "sentence": kl[real].sum() / rows,
           "released": kl.sum() / rows}[reduction]
     return ce + lam * kl, ce, kl
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_logits_of_a_generator_are_the_models_own(name):
+    """Also with a bias on them; under autocast in bf16, half the size."""
+    torch.manual_seed(0)
+    kind, settings = GENERATORS[name]
+    model = built("AutoModelForSeq2SeqLM", kind, settings).eval()
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()
+    labels = torch.randint(6, 99, (3, 5))
+    ids = torch.randint(6, 99, (3, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    wanted = model(**inputs, labels=labels).logits
+    inputs = r3f.with_decoder_inputs(model, labels, inputs)
+    assert torch.allclose(r3f.logits_of(model, inputs), wanted, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = r3f.logits_of(model, inputs)
+    assert logits.dtype == torch.bfloat16 and torch.allclose(logits.float(), wanted, atol=0.1)
 
 
 def test_a_regression_has_no_labels_to_smooth():
@@ -5181,7 +5323,7 @@ def test_the_gradient_of_generation_is_that_of_the_plain_formula(reduction, stop
     kl = r3f.symmetric_kl(clean, noised)
     kl = {"token": kl[real].mean(), "sentence": kl[real].sum() / 4, "released": kl.sum() / 4}
     (3 * (ce + 0.7 * kl[reduction])).backward()
-    assert same_gradients(ours, gradients_of(model), tolerance=1e-5)
+    assert_same_gradients(ours, gradients_of(model), tolerance=1e-5)
 
 
 def test_a_large_vocabulary_goes_through_softmax_in_parts(monkeypatch):
@@ -5348,7 +5490,7 @@ def test_tags_are_a_mean_over_the_labels_that_are_there():
     assert torch.allclose(plain, model(**inputs, labels=labels).loss)
 
 
-# -------------------------------------------------------------------- the rivals: limits
+# ------------------------------------------------------------------------------- the rivals: limits
 
 @pytest.mark.parametrize("method, off", [
     (r3f.RDrop, dict(alpha=0.0)), (r3f.SMART, dict(lam=0.0)), (r3f.SMART, dict(eps=0.0)),
@@ -5442,7 +5584,7 @@ def test_rivals_take_labels_by_position(method, settings, kind):
         assert abs(run(wider)[0] / loss - 1) < 1e-5
 
 
-# -------------------------------------------------------------------- the rivals: formulas
+# ----------------------------------------------------------------------------- the rivals: formulas
 
 def test_r_drop_is_its_formula_in_numpy():
     model, (labels, inputs) = tiny(spread=0.3), batch()
@@ -5502,7 +5644,7 @@ def test_smart_is_its_formula_with_the_ascent_by_hand(steps):
     assert torch.equal(after, torch.get_rng_state())
     model.zero_grad()
     by_hand.backward()
-    assert same_gradients(ours, gradients_of(model), tolerance=1e-5)
+    assert_same_gradients(ours, gradients_of(model), tolerance=1e-5)
 
 
 def test_smarts_z_makes_fifty_times_the_kl_of_random_noise():
@@ -5523,16 +5665,10 @@ def test_smart_in_bf16_is_warned_of(precision, count, tiny_folder, tmp_path, cap
     assert capsys.readouterr().out.count("warning: smart: in bf16") == count
 
 
-def test_smarts_z_stays_within_eps_and_off_the_padding():
+def test_smarts_z_stays_within_eps_and_off_the_padding(monkeypatch):
     model, (labels, inputs) = tiny(), batch()
     method = r3f.SMART(model, sigma=1.0, eps=0.02, eta=0.01)
-    ascended, seen = method.ascended, []
-
-    def watched(*arguments):
-        seen.append(ascended(*arguments))
-        return seen[-1]
-
-    method.ascended = watched
+    seen = returned_by(monkeypatch, method, "ascended")
     method(labels, **inputs)
     z, mask = seen[0], inputs["attention_mask"]
     assert abs(z.abs().max() - 0.02) < 1e-7 and z[mask == 0].abs().max() == 0
@@ -5656,7 +5792,7 @@ def test_freelbs_gradient_is_that_of_backward_in_turn(settings, num_labels):
         z = torch.stack(moved)
     assert abs(loss - sum(losses) / len(losses)) < 1e-5 and stats["ce"] == loss
     assert torch.equal(after, torch.get_rng_state())
-    assert same_gradients(ours, gradients_of(model), tolerance=2e-5)
+    assert_same_gradients(ours, gradients_of(model), tolerance=2e-5)
 
 
 @pytest.mark.parametrize("build", [lambda model: r3f.FreeLB(model, adv_lr=0.3, init=0.0),
@@ -5676,10 +5812,10 @@ def test_micro_batches_of_a_rival_give_the_whole_batchs_gradient(build):
         (part / 2).backward()
         parts.append(part)
     assert abs(loss - sum(parts) / 2) < 1e-5
-    assert same_gradients(gradients_of(model), whole, tolerance=1e-5)
+    assert_same_gradients(gradients_of(model), whole, tolerance=1e-5)
 
 
-# ===============================================================================  r3f.py: summaries
+# ================================================================================ r3f.py: summaries
 
 # ------------------------------------------------------------------------------------------ helpers
 
@@ -6240,51 +6376,6 @@ def test_init_from_keeps_the_words_that_writing_shares_with_reading(tiny_bart, f
     assert_same_weights(weights(tmp_path / "own"), weights(tmp_path / "again/own"), 1e-12)
 
 
-def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
-    """Also where the old one would fit, as in a chain of tasks with two classes each."""
-    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_folder)
-    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
-    tuned.save_pretrained(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
-    setup = argparse.Namespace(
-        kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=tokenizer)
-    world = argparse.Namespace(device="cpu", say=print)
-    heads = []
-    for seed in (0, 0, 1):
-        args = argparse.Namespace(
-            path=str(tmp_path), model="m", init_from="run", weight_noise=0.0,
-            post_train=None)
-        model = common.load_model(args, setup, seed, world)
-        torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight,
-                                   tuned.bert.embeddings.word_embeddings.weight)
-        heads.append(model.classifier.weight)
-    assert heads[0].abs().max() < 0.2
-    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-
-
-@pytest.mark.parametrize("labels, kept", [
-    (["negative", "positive"], True),
-    (["NEGATIVE", "POSITIVE"], True),
-    (["positive", "negative"], False),
-    (["LABEL_0", "LABEL_1"], False),
-])
-def test_a_head_for_other_labels_is_not_used(labels, kept, tiny_folder, tmp_path, capsys):
-    """Or for these in another order."""
-    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tiny_folder, id2label=dict(enumerate(labels)))
-    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
-    tuned.save_pretrained(tmp_path)
-    setup = argparse.Namespace(
-        kind=data.KINDS["classify"], task=data.TASKS["toy"],
-        tokenizer=transformers.AutoTokenizer.from_pretrained(tiny_folder))
-    args = argparse.Namespace(path=str(tmp_path), model="m", init_from="", weight_noise=0.0,
-                              post_train=None)
-    model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
-    assert (model.classifier.weight == 7).all().item() == kept
-    assert ("m: its head is not used; a fresh one of 2" in capsys.readouterr().out) != kept
-    assert [*model.config.id2label.values()] == data.TASKS["toy"].label_names
-
-
 # ---------------------------------------------------------------------------------------- bad input
 
 def test_a_model_without_a_decoder_is_refused(tiny_folder, files, tmp_path):
@@ -6409,9 +6500,9 @@ def test_the_toy_task_runs_with_its_own_model(tmp_path, cache, monkeypatch):
     assert len(glob.glob(f"{cache}/toy-bart/*/config.json")) == 1
 
 
-# ==========================================================================================  tdt.py
+# =========================================================================================== tdt.py
 
-# ------------------------------------------------------------------------------------  tiny models
+# -------------------------------------------------------------------------------------- tiny models
 
 def wide(module):
     """Confidences well apart, so that a fault in them shows."""
@@ -6494,7 +6585,7 @@ def numpy_tdt(module, labels, inputs, perturbable=None):
     return loss, {"ce": numpy_ce(p, y), "ce_pos": numpy_ce(p_pos, y), "l_c": l_c, "l_r": l_r}
 
 
-# -------------------------------------------------------------------------------------  TDT: maths
+# --------------------------------------------------------------------------------------- TDT: maths
 
 def test_triplet_loss_is_the_hand_worked_number():
     """P = (1/4, 3/4), P+ = (1/2, 1/2), P- = (3/4, 1/4): 2 + 2 ln 2 - 7 ln(3) / 4."""
@@ -6690,14 +6781,7 @@ def test_noise_as_mu_0_is_drawn_anew():
 def test_losses_are_fp32_under_autocast(monkeypatch):
     module = wide(tdt.TDT(wide_tiny()))
     labels, inputs = batch()
-    passes = module.passes
-    made = []
-
-    def note(*args, **more):
-        made.append(passes(*args, **more))
-        return made[-1]
-
-    monkeypatch.setattr(module, "passes", note)
+    made = returned_by(monkeypatch, module, "passes")
     with torch.autocast("cpu", torch.bfloat16):
         loss, stats = module(labels, **inputs)
         c = module.confidence(**inputs)
@@ -6769,7 +6853,7 @@ def test_a_perturbation_of_other_rows_is_an_error(monkeypatch):
         module(labels, **inputs)
 
 
-# ------------------------------------------------------------------------------------  token cutoff
+# ------------------------------------------------------------------------------------- token cutoff
 
 def test_jensen_shannon_is_the_hand_worked_number():
     """a = (1/4, 3/4), b = (3/4, 1/4): both KL to (1/2, 1/2) are (3 ln 3) / 4 - ln 2."""
@@ -6903,7 +6987,7 @@ def test_token_cutoff_refuses_wrong_arguments_and_regression():
         tdt.TokenCutoff(wide_tiny(num_labels=1))
 
 
-# ------------------------------------------------------------------------------  flags and recipes
+# -------------------------------------------------------------------------------- flags and recipes
 
 
 def length_of(*argv):
@@ -6978,7 +7062,7 @@ def test_help_says_what_the_authors_ran(capsys):
     assert "--batching padded --max_length 256" in text
 
 
-# -------------------------------------------------------------------------------  analyses: pieces
+# --------------------------------------------------------------------------------- analyses: pieces
 
 def two_rows():
     """[CLS] a b c d [SEP] and [CLS] e f [SEP] as an Evaluation, and their confidences."""
@@ -7079,7 +7163,7 @@ def test_the_table_has_a_deviation_only_of_several_scores(capsys):
     assert rows["std"] == ["10.00", "-", "20.00", "-"]
 
 
-# ---------------------------------------------------------------------------  analyses: whole runs
+# ----------------------------------------------------------------------------- analyses: whole runs
 
 
 WORDS = data.toy_vocabulary()
@@ -7243,13 +7327,7 @@ def test_the_control_of_figure_6_is_paired_by_seed():
 
 def test_an_untrained_layer_with_the_trained_weights_gives_the_same_curves(copied, monkeypatch):
     """And one with their opposite gives the others."""
-    real, damaged = tdt.damage, []
-
-    def damage(*args, **which):
-        damaged.append(real(*args, **which))
-        return damaged[-1]
-
-    monkeypatch.setattr(tdt, "damage", damage)
+    damaged = returned_by(monkeypatch, tdt, "damage")
     path = copied / "model"
     trained = torch.load(path / "confidence.pt", weights_only=True)
     torch.save(trained, path / "confidence-start.pt")
@@ -7472,7 +7550,7 @@ def test_a_run_trained_on_a_gpu_is_read_without_one(copied, monkeypatch):
     assert given[0]["map_location"] == "cpu" and given[0]["weights_only"]
 
 
-# ----------------------------------------------------------------------------------  wrong input
+# -------------------------------------------------------------------------------------- wrong input
 
 @pytest.fixture(scope="module")
 def folders(toy, tmp_path_factory):
@@ -7577,7 +7655,7 @@ def test_a_folder_that_cannot_be_written_ends_the_analyses_with_one_line(tmp_pat
         common.write_file(str(tmp_path / "no" / "drop.json"), "{}", world)
 
 
-# ==========================================================  tdt.py: learning confidences, Figure 3
+# =========================================== tdt.py: c_lr, the main metric, post-training, Figure 3
 
 @pytest.fixture
 def toy_bert(tmp_path):
@@ -7597,7 +7675,7 @@ def post_trained_folders(cache):
     return {os.path.join(folder, name) for name in os.listdir(folder)}
 
 
-# --------------------------------------------------------------- the confidence layer's own rate
+# ------------------------------------------------------------------ the confidence layer's own rate
 
 def test_a_part_of_a_module_learns_at_its_own_rate_by_the_same_schedule():
     args = types.SimpleNamespace(
@@ -7646,7 +7724,7 @@ def test_plain_fine_tuning_knows_no_rate_of_the_layer(toy_bert, capsys):
     assert "finished before" in capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------- the main metric
+# ---------------------------------------------------------------------------------- the main metric
 
 def test_the_main_metric_of_stsb_is_that_of_table_6():
     args = common.parse(tdt.flags(), ["--task", "stsb"], tdt.recipe)
@@ -7672,7 +7750,7 @@ def test_the_main_metric_comes_first_and_the_best_state_is_chosen_by_it(toy_bert
         tdt.main([*argv, "pearson"])
 
 
-# ------------------------------------------------------------------- masked words, post-training
+# ---------------------------------------------------------------------- masked words, post-training
 
 def test_of_the_words_that_are_hidden_80_percent_are_masked_and_10_changed():
     torch.manual_seed(0)
@@ -7821,7 +7899,7 @@ def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert):
     assert "must be a model that predicts masked words" in message
 
 
-# ------------------------------------------------------------------------- Figure 3, the clouds
+# ----------------------------------------------------------------------------- Figure 3, the clouds
 
 def test_the_numbers_of_clouds_by_hand():
     a = np.array([[0.0, 0.0], [0.0, 2.0]])
@@ -7967,7 +8045,7 @@ def test_a_map_that_cannot_be_made_is_refused_in_one_line(toy_bert):
         tdt.main([*argv, "--tsne", "--overwrite"])
 
 
-# ======================================================================================  gtuning.py
+# ======================================================================================= gtuning.py
 
 # ------------------------------------------------------------------------------------------ helpers
 
@@ -8049,7 +8127,7 @@ class Line(torch.nn.Module):
         return z @ self.w
 
 
-# -------------------------------------------------------------------------------------- the critic
+# --------------------------------------------------------------------------------------- the critic
 
 def test_the_critics_loss_by_hand():
     """w = (3, 4): the gradient's norm is 5, the penalty 16. The means of D are 3 and 4."""
@@ -8582,14 +8660,7 @@ def test_states_have_the_type_of_autocast(kind):
 def test_general_text_has_the_form_of_pairs_that_are_encoded_as_one(tiny_folder, tmp_path,
                                                                     monkeypatch):
     """Else D would tell a pair from a sentence by its form."""
-    drawn = []
-    real = gtuning.draw_like_the_task
-
-    def draw(*args):
-        drawn.append(real(*args))
-        return drawn[-1]
-
-    monkeypatch.setattr(gtuning, "draw_like_the_task", draw)
+    drawn = returned_by(monkeypatch, gtuning, "draw_like_the_task")
     rows = [{"sentence1": "a plot", "sentence2": "it is good", "label": i % 2} for i in range(32)]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     flags = ["--method", "gtuning", "--train_file", path, "--validation_file", path,
@@ -8864,7 +8935,7 @@ def test_a_model_that_is_no_encoder_is_refused(tiny_folder, small, tmp_path):
         tune(folder, tmp_path / "out", *small, "--method", "adapter")
 
 
-# ============================================================  gtuning.py: tags, answers, retrieval
+# ============================================================= gtuning.py: tags, answers, retrieval
 
 # ------------------------------------------------------------------------------------------ helpers
 
@@ -8894,6 +8965,17 @@ def tokenizer_of():
 
 def pieces(ids):
     return " ".join(tokenizer_of().convert_ids_to_tokens(ids))
+
+
+def two_texts():
+    """[CLS] film soup [SEP] and [CLS] is [SEP] [PAD]."""
+    return {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
+            "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+
+
+def general_text(folder, lines=60):
+    """A text file of two sentences, again and again."""
+    return write(folder / "general.txt", "the film is good .\nthe soup is bad .\n" * (lines // 2))
 
 
 def run_on_tags(script, folder, out, *more):
@@ -9039,22 +9121,21 @@ def tagged(tmp_path_factory):
         rows.append({"tokens": words.tolist(), "ner_tags": tags})
     folder = tmp_path_factory.mktemp("tags")
     path = write_rows(folder / "tags.jsonl", rows)
-    general = folder / "general.txt"
-    general.write_text("the film is good .\nthe soup is bad .\n" * 30)
+    general = general_text(folder)
     files = [f"{name}={path}" for name in ("ner", "ner-de", "ner-fr")]
     return ["--task", "ner", "--local_file", *files, "--eval_tasks", "ner-de", "ner-fr",
-            "--unlabeled", str(general), "--predict", "validation"]
+            "--unlabeled", general, "--predict", "validation"]
 
 
 @beside
 def test_gtuning_learns_tags_with_and_without_the_cache(tagged, tagger, tmp_path):
-    def no_cache(name, *more):
+    def learn(name, *more):
         return run_on_tags(gtuning, tagger, tmp_path / name, *tagged, "--T", 1, *more)
 
     states = ["--cache_dir", tmp_path / "states"]
     flags = ["--method", "adapter", "gtuning", "--max_steps", 20]
-    cached = no_cache("a", *flags, *states)
-    encoded = no_cache("b", *flags, "--no_cache")
+    cached = learn("a", *flags, *states)
+    encoded = learn("b", *flags, "--no_cache")
     for a, b in zip(cached, encoded):
         for name in a["metrics"]:
             assert a["metrics"][name] == pytest.approx(b["metrics"][name], abs=0.02)
@@ -9095,7 +9176,7 @@ def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path):
     whole, told, _ = gradient_of_a_round(folder, tagged, 12)
     parts, told_too, counts = gradient_of_a_round(folder, tagged, 4)
     assert len(counts) == 3 and max(counts) > 1.5 * min(counts)          # or it proves nothing
-    assert same_gradients(whole, parts, 1e-5)
+    assert_same_gradients(whole, parts, 1e-5)
     for term in ("l_t", "l_g"):
         assert told_too[term].item() == pytest.approx(told[term].item(), abs=1e-5)
 
@@ -9119,8 +9200,7 @@ def test_the_toy_tags_are_learned_from_films_and_scored_on_food(tiny_folder, tmp
 def test_of_tags_d_reads_the_mean_and_the_output_layer_each_token(tagger):
     plm = transformers.AutoModel.from_pretrained(tagger)
     f = gtuning.GTuning(plm, 3, by_token="tag").eval()
-    inputs = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
-              "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    inputs = two_texts()
     logits = f.logits(**inputs)
     assert logits.shape == (2, 4, 3)
     features = f.features(**inputs)
@@ -9282,8 +9362,7 @@ def test_gtuning_learns_to_answer(tagger, tmp_path):
                      "answers": answer})
     path = write_rows(tmp_path / "questions.jsonl", rows)
     files = [f"{name}={path}" for name in ("tydiqa", "tydiqa-english")]
-    general = tmp_path / "general.txt"
-    general.write_text("the film is good .\nthe soup is bad .\n" * 60)
+    general = general_text(tmp_path, 120)
     flags = ["--task", "tydiqa", "--local_file", *files, "--eval_tasks", "tydiqa-english",
              "--unlabeled", general, "--predict", "validation", "--method", "gtuning", "--T", 1,
              "--max_steps", 40, "--eval_every", 20, "--max_length", 16]
@@ -9390,8 +9469,7 @@ def test_identical_sentences_find_each_other(more, block, tagged, sentences, tag
 def test_a_block_of_g_gives_its_mean(tagger):
     plm = transformers.AutoModel.from_pretrained(tagger)
     f = gtuning.GTuning(plm, 3).eval()
-    inputs = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
-              "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    inputs = two_texts()
     found = gtuning.mean_vectors(f, 1, **inputs)
     states = plm.eval()(**inputs, output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(found[0], states[0].mean(0))
@@ -9414,7 +9492,7 @@ def test_retrieval_is_gtunings_and_trains_nothing(sentences, tagged, tagger, tmp
             f"tatoeba-deu={sentences}", "--method", "adapter")
 
 
-# ---------------------------------------------------------------------- length, rate, what is kept
+# ----------------------------------------------------------------------- length, rate, what is kept
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("length", [4.0, 1.0, 0.0])
@@ -9425,8 +9503,7 @@ def test_f_has_its_length_and_the_output_layer_reads_the_same(pooling, length, t
     f = gtuning.GTuning(plm, 3, pooling=pooling, length=length).eval()
     torch.manual_seed(0)
     usual = gtuning.GTuning(plm, 3, pooling=pooling).eval()
-    inputs = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
-              "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    inputs = two_texts()
     wanted = torch.full((2,), length or 32 ** 0.5)
     torch.testing.assert_close(f.features(**inputs).norm(dim=1), wanted, atol=1e-3, rtol=0)
     torch.testing.assert_close(f.logits(**inputs), usual.logits(**inputs), atol=1e-5, rtol=0)
@@ -9484,9 +9561,8 @@ def labelled(request, tmp_path_factory):
         rows.append(row)
     folder = tmp_path_factory.mktemp("labelled")
     path = write_rows(folder / "rows.jsonl", rows)
-    general = folder / "general.txt"
-    general.write_text("the film is good .\nthe soup is bad .\n" * 60)
-    return ["--train_file", path, "--validation_file", path, "--unlabeled", str(general)]
+    general = general_text(folder, 120)
+    return ["--train_file", path, "--validation_file", path, "--unlabeled", general]
 
 
 def test_self_teach_learns_from_labels_and_from_a_finished_run(labelled, tagger, tmp_path):
@@ -9546,7 +9622,7 @@ def test_self_teach_of_a_regression_is_the_squared_error(tagger, tmp_path):
     rows = [{"text": f"film is {word}", "label": value}
             for word, value in (("good", 4.5), ("bad", 0.5)) for _ in range(8)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    general = write(tmp_path / "general.txt", "the film is good .\nthe soup is bad .\n" * 8)
+    general = general_text(tmp_path, 16)
     flags = ["--train_file", path, "--validation_file", path, "--unlabeled", general,
              "--max_length", 24, "--cache_dir", tmp_path / "states", "--log_every", 1,
              "--batch_size", 8, "--max_steps", 2]
@@ -9667,7 +9743,7 @@ def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, monkeypa
         assert (a - b).abs().max() > 1e-3
 
 
-# ===============================================================  the methods, in one's own project
+# ================================================================ the methods, in one's own project
 
 def wrapped(num_labels):
     """{name: method} around a model without dropout, all of the same weights."""
@@ -9750,6 +9826,22 @@ def test_methods_in_double_precision():
     f_t, f_u = torch.randn(2, 4, 32, dtype=torch.float64)
     assert gtuning.discriminator_loss(D, f_t, f_u)[0].dtype == torch.float64
     assert gtuning.generator_loss(D, f_u).dtype == torch.float64
+
+
+def test_the_loop_in_gtunings_own_words_trains(still_folder, tmp_path, monkeypatch):
+    """The one that its first comment gives to projects of one's own."""
+    monkeypatch.chdir(tmp_path)
+    code = gtuning.__doc__.partition("in a project of your own")[2].partition("\n\n")[2]
+    torch.manual_seed(0)
+    ids = torch.randint(5, 30, (8, 6))
+    x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    names = {**vars(gtuning), "AutoModel": transformers.AutoModel, "name": still_folder,
+             "batches": [(x, torch.arange(8) % 2, x)] * 3,
+             "d_batches": itertools.repeat((x, x), 15)}
+    exec(textwrap.dedent(code), names)
+    loaded = gtuning.GTuning.from_pretrained("my-f")
+    assert torch.allclose(loaded.logits(**x), names["f"].eval().logits(**x), atol=1e-6)
+    assert names["loss"].item() != 0 and {"wasserstein", "penalty"} <= set(names["stats"])
 
 
 def test_confidences_that_are_read_have_no_graph():
@@ -9888,7 +9980,7 @@ def test_a_mask_may_be_of_bools():
                                f.logits(attention_mask=mask, **inputs))
 
 
-# =========================================================================  processes of their own
+# =========================================================================== processes of their own
 
 # Each fixture of this list starts something in other processes and returns a future of its end.
 # They start before the first test, in this order, and run beside the tests above. After them come
@@ -9950,12 +10042,15 @@ def write_into(path):
     os.dup2(sys.stdout.fileno(), 2)
 
 
-# -------------------------------------------------------------------------------- one file, copied
+# --------------------------------------------------------------------------------- one file, copied
 
 @pytest.fixture(scope="session")
 def copied_alone(second_process, tmp_path_factory):
-    """The future of the imports of all scripts, each in a folder that holds nothing else."""
-    code = "import sys\n"
+    """The future of the imports of all scripts, each in a folder that holds nothing else.
+
+    Then each is started there as a program.
+    """
+    code = "import sys, runpy\n"
     for script in SCRIPTS:
         folder = tmp_path_factory.mktemp("alone")
         shutil.copy(os.path.join(HERE, f"{script}.py"), folder)
@@ -9963,15 +10058,19 @@ def copied_alone(second_process, tmp_path_factory):
                  f"import {script}\n"
                  f"loaded = {{'transformers', 'datasets', 'common', 'data'}} & set(sys.modules)\n"
                  f"print({script!r}, loaded)\n"
-                 f"del sys.modules[{script!r}]\n")
+                 f"del sys.modules[{script!r}]\n"
+                 f"try: runpy.run_path({str(folder / script)!r} + '.py', run_name='__main__')\n"
+                 "except SystemExit as end: print(end.code)\n")
     command = [sys.executable, "-I", "-c", code]
     return second_process.submit(subprocess.run, command, capture_output=True, text=True)
 
 
-def test_one_file_copied_alone_imports(copied_alone):
-    """transformers is not loaded by it."""
+def test_one_file_copied_alone_imports_and_says_what_it_is_good_for(copied_alone):
+    """transformers is not loaded by it. As a program it ends with one line, and status 2."""
     done = copied_alone.result()
-    assert done.stdout == "r3f set()\ntdt set()\ngtuning set()\n", done.stderr
+    assert done.stdout == "r3f set()\n2\ntdt set()\n2\ngtuning set()\n2\n", done.stderr
+    told = done.stderr.splitlines()
+    assert len(told) == 3 and all("need common.py and data.py beside it" in line for line in told)
 
 
 # ------------------------------------------------------------------------------------ two processes
@@ -10095,33 +10194,6 @@ def test_of_several_processes_the_first_speaks_once(runs_of_two):
     assert re.search(rf"^\w+\.py: {line}", told, re.M), told           # no rank is named
     own = told.split("elastic")[0]                     # then torchrun gives its own account
     assert "Traceback" not in own, told
-
-
-def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, capsys):
-    """The first process says it at once; the others leave it ten seconds to end them."""
-    waited = []
-    monkeypatch.setattr(time, "sleep", waited.append)
-    monkeypatch.setattr(sys, "argv", ["r3f.py", "--batch_size", "7"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, seconds, who in ((0, 0, ""), (1, 10, "rank 1: ")):
-        monkeypatch.setenv("RANK", str(rank))
-        assert common.cli(r3f.main) == 2
-        line = f"r3f.py: {who}--batch_size 7: must be divisible by the 2 processes\n"
-        assert capsys.readouterr().err == line and waited.pop() == seconds
-
-
-def test_a_full_gpu_is_told_in_a_line(monkeypatch, capsys):
-    """At once by the process whose GPU it is: the others wait for it."""
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "
-                                     "total capacity of 23.65 GiB.")
-
-    monkeypatch.setattr(sys, "argv", ["r3f.py"])
-    monkeypatch.setenv("RANK", "3")
-    assert common.cli(main) == 1
-    told, = capsys.readouterr().err.splitlines()
-    assert told == ("r3f.py: rank 3: CUDA out of memory. Tried to allocate 2.00 GiB. A pass in "
-                    "training needs less with a smaller --micro_batch_size (and --overwrite)")
 
 
 # -------------------------------------------------------------------------------- kills and signals
@@ -10381,73 +10453,7 @@ def test_a_run_of_the_toy_model_is_the_same_wherever_the_model_lies(newcomers_ru
     assert r3f.main(argv)[0]["metrics"] == results["metrics"]
 
 
-@pytest.mark.parametrize("make, settings", [
-    (common.toy_model, [common.TOY_BERT, common.TOY_BERT_TRAINING]),
-    (common.toy_writer, [common.TOY_BART, common.TOY_BART_TRAINING])])
-def test_a_toy_model_of_other_text_or_settings_is_another(make, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
-    monkeypatch.setattr(os.path, "exists", lambda path: True)           # so it is found, not made
-    folder = make(None)
-    for table in settings:
-        for name in table:
-            with monkeypatch.context() as patch:
-                patch.setitem(table, name, 7)
-                assert make(None) != folder, name
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "toy_corpus", lambda: ["film"])
-        assert make(None) != folder
-    assert make(None) == folder
-
-
-def test_a_cache_that_cannot_be_made_is_told_in_one_line(tmp_path, monkeypatch):
-    import huggingface_hub.constants
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "file"))
-    assert refusal(common.made_folder, "toy").startswith("HF_HOME: cannot make the folder")
-    rows = data.toy_rows("film", "validation").select(range(4))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file"))
-    message = refusal(data.encode, rows, data.TASKS["toy"], tokenizer_of(), 12)
-    assert message.startswith("HF_HOME: cannot make the folder")
-
-
-def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path, monkeypatch):
-    """The slower one finds it there and takes it; what is damaged is made again."""
-    model = transformers.AutoModel.from_pretrained(tiny_folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
-    folder = str(tmp_path / "made")
-
-    def while_the_other_saves(path):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "getpid", lambda: 0)
-            assert common.save_made(model, tokenizer, folder) == folder
-        os.makedirs(path, exist_ok=True)
-        write(f"{path}/slower", "")
-
-    slower = types.SimpleNamespace(save_pretrained=while_the_other_saves)
-    assert common.save_made(slower, tokenizer, folder) == folder
-    assert os.listdir(tmp_path) == ["made"]
-    assert "slower" not in os.listdir(folder)
-    os.remove(f"{folder}/config.json")
-    tokenizer("a call of its own", truncation=True, max_length=4, padding="max_length")
-    common.save_made(model, tokenizer, folder)
-    assert transformers.AutoConfig.from_pretrained(folder).model_type == "bert"
-    saved = read_json(f"{folder}/tokenizer.json")
-    assert saved["truncation"] is None and saved["padding"] is None
-
-
-def test_a_model_that_cannot_be_saved_leaves_nothing(tiny_folder, tmp_path):
-    model = transformers.AutoModel.from_pretrained(tiny_folder)
-
-    def fail(path):
-        raise OSError(errno.ENOSPC, "No space left on device", path)
-
-    with pytest.raises(common.RunError, match="cannot write .*made: No space left on device"):
-        tokenizer = types.SimpleNamespace(is_fast=False, save_pretrained=fail)
-        common.save_made(model, tokenizer, str(tmp_path / "made"))
-    assert os.listdir(tmp_path) == []
-
-
-# --------------------------------------------------------------------------------- probes of runs
+# ----------------------------------------------------------------------------------- probes of runs
 
 @pytest.fixture
 def std_run(newcomers_runs):
