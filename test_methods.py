@@ -1668,6 +1668,10 @@ def test_metrics_by_hand(name, predictions, labels, value):
     assert found == pytest.approx(value, abs=1e-12)
 
 
+def test_ties_share_their_rank():
+    assert data.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
+
+
 def test_classes_are_scored_by_the_names_of_their_labels():
     task = data.TASKS["qqp"]                                            # not_duplicate, duplicate
     trained = data.TASKS["mnli"]                                        # entailment first
@@ -3498,7 +3502,7 @@ def test_profile_tells_each_methods_own_memory(tiny_folder, tmp_path, monkeypatc
         print_profile(args, world, counted, seconds)
 
     monkeypatch.setattr(common, "print_profile", read)
-    run("r3f", tiny_folder, tmp_path / "out", "--profile", 1)
+    run("r3f", tiny_folder, tmp_path / "out", "--profile", 1, "--batch_size", 4)
     assert list(memory.values()) == [120, 120]
 
 
@@ -8578,7 +8582,7 @@ def test_a_kill_while_the_cache_is_built_costs_what_was_not_marked(still_folder,
     rows = data.toy_rows("film", "validation")
     lines = [f'"{text}",negative\n' for text in rows["text"][:400]]
     long = write(tmp_path / "long.csv", "text,label\n" + "".join(lines))         # of two batches
-    small = [*small, "--validation_file", long]
+    small = [*small, "--validation_file", long, "--max_steps", 4]
     encode = gtuning.GTuning.encode
     encoded = []
     kills = ["after B, M and the first batch of the validation rows"]
@@ -8718,23 +8722,24 @@ def test_general_text_of_a_table_is_its_text_column(drawn, tiny_folder, small, t
     """Too little of it repeats, which is said."""
     path = write(tmp_path / "m.csv", "id,text,label\n1,good plot good plot,bad actor\n"
                                      "2,boring cast boring cast,bad actor\n")
-    tune(tiny_folder, tmp_path / "out", *small, "--unlabeled", path)
+    tune(tiny_folder, tmp_path / "out", *small, "--unlabeled", path, "--max_steps", 2)
     assert sorted(drawn) == ["boring cast boring cast", "good plot good plot"]
     assert "M: 2 sentences, 64 wanted: they repeat" in capsys.readouterr().out
 
 
 def test_there_are_as_many_sentences_of_general_text_as_of_the_task(drawn, tiny_folder, small,
                                                                     small_pairs, tmp_path, capsys):
-    tune(tiny_folder, tmp_path / "a", *small, "--train_samples", 40)
+    tune(tiny_folder, tmp_path / "a", *small, "--train_samples", 40, "--max_steps", 2)
     assert len(drawn) == 40
     drawn.clear()
-    tune(tiny_folder, tmp_path / "b", *small_pairs)
+    tune(tiny_folder, tmp_path / "b", *small_pairs, "--max_steps", 2)
     assert len(drawn) == 2 * 48
     assert "they repeat" not in capsys.readouterr().out
 
 
 def test_the_adapter_reads_no_general_text(drawn, tiny_folder, small, tmp_path):
-    tune(tiny_folder, tmp_path, *small, "--method", "adapter", "--unlabeled", "nowhere")
+    flags = ["--method", "adapter", "--unlabeled", "nowhere", "--max_steps", 2]
+    tune(tiny_folder, tmp_path, *small, *flags)
     assert drawn == []
 
 
@@ -8779,7 +8784,8 @@ def test_the_maps_of_figure_2(projection):
 def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(all_toy_rows, tiny_folder,
                                                                      small, tmp_path, quick_maps,
                                                                      capsys):
-    flags = [*small, "--method", "adapter", "gtuning", "--embed", "--eval_tasks", "toy-food"]
+    flags = [*small, "--method", "adapter", "gtuning", "--embed", "--eval_tasks", "toy-food",
+             "--max_steps", 4]
     results = tune(tiny_folder, tmp_path, *flags)
     told = capsys.readouterr().out
     page = (tmp_path / "custom/embed.html").read_text()
@@ -8867,8 +8873,8 @@ def test_seconds_are_those_of_training(tiny_folder, small, tmp_path, monkeypatch
 
 
 def test_profile_times_the_steps_from_states_and_from_texts(tiny_folder, small, tmp_path, capsys):
-    both = ["--method", "adapter", "gtuning"]
-    seconds = tune(tiny_folder, tmp_path / "out", *small, *both, "--profile", 1, "--T", 1)
+    flags = [*small, "--profile", 1, "--T", 1, "--batch_size", 4]
+    seconds = tune(tiny_folder, tmp_path / "out", *flags, "--method", "adapter", "gtuning")
     rows = re.findall(r"^(\w+, \w+) .* ([\d.]+)$", capsys.readouterr().out, re.M)
     assert [name for name, _ in rows] == [
         "adapter, cached", "gtuning, cached", "adapter, encoded", "gtuning, encoded"]
@@ -8876,7 +8882,7 @@ def test_profile_times_the_steps_from_states_and_from_texts(tiny_folder, small, 
     assert seconds.shape == (3, 1, 4) and (seconds > 0).all()
     assert not os.path.exists(tmp_path / "out")
 
-    tune(tiny_folder, tmp_path / "out", *small, "--profile", 1, "--T", 1, "--tune", "all")
+    tune(tiny_folder, tmp_path / "out", *flags, "--tune", "all")
     assert re.findall(r"^(\w+, \w+) ", capsys.readouterr().out, re.M) == ["gtuning, encoded"]
 
 
