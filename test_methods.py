@@ -4563,13 +4563,8 @@ def test_half_written_logs_and_lines_are_left_out(tmp_path, capsys):
     assert "is damaged" in refused_report(folder, "--keep", kept)
     assert len(kept.read_text().splitlines()) == 16    # and nothing is lost
     line = json.loads(lines[3])
-    assert refusal_of_line({**line, "device": [1]}) == "'device' is wrong"
-
-
-def refusal_of_line(line):
-    with pytest.raises(ValueError) as caught:
-        common.check_line(line)
-    return str(caught.value)
+    with pytest.raises(ValueError, match="^'device' is wrong$"):
+        common.check_line({**line, "device": [1]})
 
 
 def test_the_report_follows_links_and_counts_a_run_once(tmp_path, capsys):
@@ -6803,8 +6798,9 @@ def test_losses_are_fp32_under_autocast(monkeypatch):
 
 @pytest.mark.parametrize("options", [
     {"mu0": "max"}, {"variant": "x"}, {"alpha": -1}, {"tau": 0}, {"hard": True}], ids=str)
-def test_wrong_arguments_are_refused(options):
-    with pytest.raises(ValueError):
+def test_tdt_refuses_what_has_no_meaning(options):
+    name = "mask_token_id" if "hard" in options else next(iter(options))
+    with pytest.raises(ValueError, match=name):
         tdt.TDT(wide_tiny(), **options)
 
 
@@ -7255,7 +7251,7 @@ def test_logs_have_the_terms_of_each_loss(toy):
 
 
 def test_the_untrained_confidences_are_those_of_the_start(toy):
-    """Also when resumed: a run that was killed saves the same files."""
+    """Those of a resumed run: test_a_run_killed_and_resumed_ends_with_the_same_bits."""
     folder, _, _ = toy
     start = torch.load(run_of(folder) / "model/confidence-start.pt", weights_only=True)
     trained = torch.load(run_of(folder) / "model/confidence.pt", weights_only=True)
@@ -8080,13 +8076,9 @@ def small_pairs(tmp_path_factory):
 
 def tune(folder, out, *more):
     """gtuning.py in this process: 8 steps of 16 rows, T 2. The last state counts, not the best."""
-    return gtuning.main(command_line(folder, out, *more))
-
-
-def command_line(folder, out, *more):
     argv = ["--model", folder, "--output_dir", out, "--seeds", 0, "--max_steps", 8, "--T", 2,
             "--batch_size", 16, "--eval_every", 99, "--precision", "fp32", *more]
-    return [str(word) for word in argv]
+    return gtuning.main([str(word) for word in argv])
 
 
 def learned(folder):
@@ -8979,9 +8971,10 @@ def two_texts():
             "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
 
 
-def general_text(folder, lines=60):
-    """A text file of two sentences, again and again."""
-    return write(folder / "general.txt", "the film is good .\nthe soup is bad .\n" * (lines // 2))
+def general_text(folder, sentences=60):
+    """A text file of two sentences in turn."""
+    two = "the film is good .\nthe soup is bad .\n"
+    return write(folder / "general.txt", two * (sentences // 2))
 
 
 def run_on_tags(script, folder, out, *more):
