@@ -3512,6 +3512,12 @@ def test_flops_are_those_of_the_matrix_products():
     assert common.count_flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 8 * 16 * 4
 
 
+def test_a_page_is_self_contained_and_escapes_its_title():
+    page = common.html_page("a < b", "b { color: red }", "<p>x</p>")
+    assert "a &lt; b" in page and "<p>x</p>" in page and "color: red" in page
+    assert "<script" not in page and "http" not in page and "prefers-color-scheme" in page
+
+
 # ------------------------------------------------------------------ your own files, and wrong input
 
 REVIEWS = [("really good plot", "yes"), ("bad actor", "no"), ("007", "yes"), ("NA", "no")] * 5
@@ -9181,7 +9187,7 @@ def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path):
 
 
 def test_r3f_learns_tags(tagged, tagger, tmp_path):
-    """std does so on the toy tags, below."""
+    """Those of files; std learns the toy language's, below."""
     flags = [word for word in tagged if word != "--unlabeled" and not word.endswith(".txt")]
     result, = run_on_tags(r3f, tagger, tmp_path, *flags, "--method", "r3f", "--max_steps", 30)
     assert result["metrics"]["validation"]["f1"] > 0.9
