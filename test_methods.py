@@ -3,9 +3,24 @@
     python -m pytest -q
 
 No network: the toy language and tiny random models only. On the CPU, also where there is a GPU. One
-thread: with small models several only wait for each other. In the order of the files: data.py,
-common.py, r3f.py, tdt.py, gtuning.py. Last come the tests of processes of their own, which run
-beside all the others from the start.
+thread: with small models several only wait for each other.
+
+To find a test, search for the title of its section:
+
+    helpers                               tiny models, files, runs: what several sections use
+    data.py                               tasks, files, batches, metrics, the toy language
+    common.py, and the promises           in the numbered order of common.py's own sections
+    common.py: the report                 statistics, tables, kept lines, probes, pages, maps
+    r3f.py                                R3F, R4F, labels by position, the rivals
+    r3f.py: summaries                     ROUGE, batches by tokens, texts that are written
+    tdt.py                                TDT, token cutoff, the analyses of finished runs
+    tdt.py: c_lr, the main metric, post-training, Figure 3
+    gtuning.py                            the critic, f, Algorithm 1, the cache, Figure 2
+    gtuning.py: tags, answers, retrieval  and Self-Teach
+    the methods, in one's own project     wrapped around models of other kinds
+    processes of their own                torchrun, kills, the toy world; they run beside all others
+
+In each section: formulas by hand or against numpy, then limits, then whole runs, then wrong input.
 """
 import argparse
 import collections
@@ -66,7 +81,7 @@ datasets.disable_progress_bars()
 SCRIPTS = {"r3f": r3f, "tdt": tdt, "gtuning": gtuning}
 
 
-# =========================================================================================  helpers
+# ========================================================================================== helpers
 
 SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              intermediate_size=64, max_position_embeddings=64, pad_token_id=0)
@@ -98,6 +113,9 @@ ARCHITECTURES = {
                                 pad_token_id=0, bos_token_id=1, eos_token_id=2)),
     "llama": ("LlamaConfig", DECODER | {"num_key_value_heads": 4}),
 }
+
+# Those that TDT and G-Tuning take.
+ENCODERS = [name for name in ARCHITECTURES if name != "bart"]
 
 GENERATORS = {
     "bart": ("BartConfig", TWO_SIDED | {"pad_token_id": 1}),
@@ -144,6 +162,23 @@ def batch(name="bert", rows=4, n=9, num_labels=3):
     return torch.arange(rows) % num_labels, {"input_ids": ids, "attention_mask": mask}
 
 
+def padded(inputs, model, more=3):
+    """The same rows with more padding."""
+    side = (more, 0) if model.config.model_type == "xlnet" else (0, more)
+    pad = model.config.pad_token_id or 0
+    wider = {}
+    for name, value in inputs.items():
+        fill = pad if name == "input_ids" else 0
+        wider[name] = torch.nn.functional.pad(value, side, value=fill)
+    return wider
+
+
+def bert_tokenizer(words, **settings):
+    """A BERT tokenizer of these words."""
+    vocabulary = {word: i for i, word in enumerate(words)}
+    return transformers.BertTokenizerFast(vocab=vocabulary, **settings)
+
+
 def softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
@@ -152,6 +187,35 @@ def softmax(x):
 def wide_tiny(name="bert", num_labels=3, dropout=False, seed=0, spread=0.5):
     """A random classifier whose weights are so large that small faults in a loss are seen."""
     return tiny(name, num_labels, dropout, seed, spread)
+
+
+def passes_of(method, labels, inputs):
+    """The number of rows in each pass of one step."""
+    seen = []
+
+    def hook(module, args, settings):
+        seen.append(len(args[0] if args else settings["input_ids"]))
+
+    handle = method.model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    method(labels, **inputs)
+    handle.remove()
+    return seen
+
+
+def encoder_words(model):
+    """The module of the encoder's word embeddings."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+    return encoder.get_input_embeddings()
+
+
+def gradients_of(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(a, b, tolerance=1e-6):
+    assert a.keys() == b.keys() and max(g.abs().max() for g in a.values()) > 1e-4
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=tolerance, rtol=1e-4), name
 
 
 def write(path, text):
@@ -164,6 +228,11 @@ def write(path, text):
     return str(path)
 
 
+def read_json(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
 def lines_of(objects):
     """Objects as jsonl."""
     return "".join(json.dumps(row) + "\n" for row in objects)
@@ -172,6 +241,12 @@ def lines_of(objects):
 def write_rows(path, rows):
     """A jsonl file of dicts. Returns the path."""
     return write(path, lines_of(rows))
+
+
+def read_lines(path):
+    """The objects of a jsonl file."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -255,9 +330,7 @@ def tiny_folder(tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.BertConfig(**SMALL | {"vocab_size": len(words)})
     transformers.BertForMaskedLM(config).save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
-    tokenizer.save_pretrained(folder)
+    bert_tokenizer(words, model_max_length=64).save_pretrained(folder)
     return folder
 
 
@@ -271,7 +344,7 @@ def without_dropout(folder, to):
     """A copy of the model's folder, without dropout."""
     to = str(shutil.copytree(folder, to))
     path = f"{to}/config.json"
-    config = json.load(open(path))
+    config = read_json(path)
     config["hidden_dropout_prob"] = 0.0
     config["attention_probs_dropout_prob"] = 0.0
     json.dump(config, open(path, "w"))
@@ -317,8 +390,7 @@ def assert_same_weights(a, b, tolerance=0.0):
 
 def log_of(folder, key="loss"):
     """The lines of a run's log that have this key."""
-    lines = [json.loads(line) for line in open(f"{folder}/log.jsonl", encoding="utf-8")]
-    return [line for line in lines if key in line]
+    return [line for line in read_lines(f"{folder}/log.jsonl") if key in line]
 
 
 def killed_at(monkeypatch, steps):
@@ -339,12 +411,38 @@ def noise_that_is_not_drawn(self, x):
     return self.eps * x.roll(1, -1)
 
 
+def returned_by(monkeypatch, owner, name):
+    """What each call of this function returns from now on: a list that grows."""
+    real = getattr(owner, name)
+    found = []
+
+    def note(*args, **more):
+        found.append(real(*args, **more))
+        return found[-1]
+
+    monkeypatch.setattr(owner, name, note)
+    return found
+
+
+def folders_begun(monkeypatch):
+    """The folder of each run that begins from now on: a list that grows."""
+    begin = common.Run.begin
+    folders = []
+
+    def note(run, *args, **parts):
+        folders.append(pathlib.Path(run.folder))
+        begin(run, *args, **parts)
+
+    monkeypatch.setattr(common.Run, "begin", note)
+    return folders
+
+
 def made_again(self, *terms, **plain):
     """In place of Run.log, where no step is left to be made."""
     pytest.fail(f"step {self.step} is made again")
 
 
-# =========================================================================================  data.py
+# ========================================================================================== data.py
 
 # ------------------------------------------------------------------------------------------ helpers
 
@@ -369,7 +467,7 @@ def own(train, validation=None, **given):
 
 def refusal(call, *arguments):
     """What a call says when it refuses wrong input: one line."""
-    with pytest.raises(data.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         call(*arguments)
     message = str(caught.value)
     assert "\n" not in message
@@ -429,9 +527,15 @@ def test_a_kind_names_a_class_of_transformers(name):
     assert hasattr(transformers, data.KINDS[name].auto_class)
 
 
+GROUP_SIZES = {
+    "xnli": 15, "paws-x": 7, "pos": 33, "ner": 40, "xquad": 11, "mlqa": 7, "tydiqa": 9,
+    "bucc": 4, "tatoeba": 36,
+}
+
+
 def test_groups_are_the_languages_of_the_papers():
-    assert len(data.GROUPS["xnli"]) == 15
-    assert len(data.GROUPS["paws-x"]) == 7
+    sizes = {name: len(names) for name, names in data.GROUPS.items()}
+    assert sizes == GROUP_SIZES
     for names in data.GROUPS.values():
         assert set(names) <= set(data.TASKS)
 
@@ -621,7 +725,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 @pytest.mark.parametrize("labels, names", [
     (["yes", "no", "no"], ["no", "yes"]),
-    (["10", "9", "-1"], ["-1", "9", "10"]),
+    (["10", "9", "-1"], ["-1", "9", "10"]),                             # a class, no hidden label
     (["+1", "-1", "+1"], ["-1", "+1"]),
     (["1", "01", "01"], ["01", "1"]),
     (["1", "\u00b2", "1"], ["1", "\u00b2"]),                            # a digit that is no number
@@ -634,8 +738,11 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 ])
 def test_what_the_labels_are_tells_the_kind(labels, names, tmp_path):
     rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
-    task = data.load(own(write(tmp_path / "t.jsonl", lines_of(rows)))).task
+    loaded = data.load(own(write_rows(tmp_path / "t.jsonl", rows)))
+    task = loaded.task
     assert task.label_names == names
+    if names:                                          # a number is a name, too, not an index
+        assert loaded.train["label"][:] == [names.index(str(label)) for label in labels]
     assert task.kind == ("classify" if names else "regress")
     assert task.metrics == ("accuracy" if names else "pearson spearman")
 
@@ -662,9 +769,19 @@ def test_columns_can_be_named_also_with_a_space_in_the_name(tmp_path):
     assert one.train["Review Text"][:] == ["a", "c"]
 
 
+def test_text_columns_in_another_order_are_read_as_they_are(tmp_path):
+    path = write(tmp_path / "t.csv", "sentence1,sentence2,query,label\nA,B,C,\nD,E,F,\n")
+    for columns, wanted in ((["sentence2", "sentence1"], ["B", "A"]),
+                            (["query", "sentence1"], ["C", "A"])):
+        given = settings(task="mrpc", test_file=str(path), text_columns=columns)
+        rows = data.read_own(given, "test_file", data.TASKS["mrpc"])
+        assert [rows[0]["sentence1"], rows[0]["sentence2"]] == wanted
+        assert rows["label"][:] == [-1, -1]            # the blank column is none
+
+
 def test_a_column_that_is_not_used_may_hold_objects(tmp_path):
     row = {"text": "a", "label": "yes", "meta": [{"source": 1}]}
-    path = write(tmp_path / "t.jsonl", lines_of([row]))
+    path = write_rows(tmp_path / "t.jsonl", [row])
     assert data.read_file(path, "--train_file")["text"] == ["a"]
     path = write(tmp_path / "two.json", json.dumps([row, {**row, "label": "no"}]))
     assert data.load(own(path)).train["text"][:] == ["a", "a"]
@@ -682,7 +799,7 @@ def test_an_infinite_label_among_numbers_is_refused_with_its_row(label, tmp_path
 def test_both_own_files_are_read_and_the_test_file_without_labels(tmp_path):
     train = write(tmp_path / "train.csv", GOOD)
     validation = write(tmp_path / "validation.tsv", "label\ttext\nno\tc\n")
-    test = write(tmp_path / "test.jsonl", lines_of([{"text": "d"}, {"text": ["e", "f"]}]))
+    test = write_rows(tmp_path / "test.jsonl", [{"text": "d"}, {"text": ["e", "f"]}])
     rows = data.load(own(train, validation, test_file=test))
     assert rows.train.to_dict() == {"text": ["good plot", "bad actor"], "label": [1, 0]}
     assert rows.validation["validation"].to_dict() == {"text": ["c"], "label": [0]}
@@ -734,17 +851,11 @@ def test_labels_that_may_not_be_meant_get_a_warning(labels, told, tmp_path):
         assert sum("is predicted, not scored" in line for line in warnings) == count
 
 
-def test_a_number_in_an_own_file_is_a_name_not_an_index(tmp_path):
-    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 2}, {"text": "c", "label": 2}]
-    loaded = data.load(own(write(tmp_path / "t.jsonl", lines_of(rows))))
-    assert loaded.task.label_names == ["1", "2"]
-    assert loaded.train["label"][:] == [0, 1, 1]
-
-
 @pytest.mark.parametrize("cells, words", [
     ({"label": 1}, "row 7: label 1 is a number, that of row 1 ('no') a string"),
     ({"label": True}, "row 7: label True is a truth value, that of row 1 ('no') a string"),
     ({"label": None}, "row 7: no label in column 'label' (--label_column)"),
+    ({"label": ""}, "row 7: no label in column 'label' (--label_column)"),
     ({"label": " nan "}, "row 7: no label in column 'label' (--label_column)"),
     ({"label": ["no"]}, "row 7: label ['no'] must be a word or a number"),
     ({"text": None}, "row 7: no text in column 'text'"),
@@ -758,7 +869,7 @@ def test_a_number_in_an_own_file_is_a_name_not_an_index(tmp_path):
 def test_a_cell_that_does_not_fit_is_refused_with_its_row(cells, words, tmp_path):
     rows = [{"text": "a", "label": ["no", "yes"][i % 2]} for i in range(9)]
     rows[6].update(cells)
-    path = write(tmp_path / "t.jsonl", lines_of(rows))
+    path = write_rows(tmp_path / "t.jsonl", rows)
     message = refusal(data.load, own(path))
     assert message.removeprefix("--train_file ").startswith(f"{path}: {words}")
 
@@ -891,7 +1002,7 @@ def test_a_local_file_stands_in_for_the_hub(tmp_path):
         {"id": 3, "sentence1": "a", "sentence2": "b", "label": "1"},
         {"id": 4, "sentence1": "c", "sentence2": "d", "label": "0"},
     ]
-    path = write(tmp_path / "test_public.json", lines_of(rows))
+    path = write_rows(tmp_path / "test_public.json", rows)
     given = settings(local_file=[f"bustm={path}"])
     read = data.read("bustm", "validation", given)
     assert read["label"][:] == [1, 0]
@@ -908,7 +1019,7 @@ def test_a_local_file_stands_in_for_the_hub(tmp_path):
 ])
 def test_labels_of_a_local_file_are_names_or_ids(label, index, tmp_path):
     row = {"question1": "a", "question2": "b", "label": label}
-    given = settings(local_file=[f"qqp={write(tmp_path / 'q.jsonl', lines_of([row]))}"])
+    given = settings(local_file=[f"qqp={write_rows(tmp_path / 'q.jsonl', [row])}"])
     assert data.read("qqp", "validation", given)["label"][:] == [index]
 
 
@@ -934,6 +1045,13 @@ def test_a_local_file_that_no_set_reads_is_refused(own, tmp_path):
     given.eval_tasks = []
     given.by_hand = []                                 # those of a run that --run uses
     data.refuse_unread_files(given)
+
+
+def test_a_local_file_that_is_all_splits_gets_a_warning(tmp_path):
+    given = settings(task="bustm", local_file=[f"bustm={pairs_file(tmp_path, [0, 1, 1])}"],
+                     batch_size=2)
+    line, = data.load(given).warnings
+    assert line.startswith("--local_file bustm: is all splits of bustm")
 
 
 def test_a_further_local_file_joins_that_of_the_runs_own_task():
@@ -1040,7 +1158,7 @@ def test_a_group_is_scored_on_the_split_that_is_named_where_there_is_one(monkeyp
         further("paws-x:nope")
 
 
-def test_what_is_skipped_is_said(tiny_folder, monkeypatch, cache, capsys):
+def test_what_is_skipped_is_said(tiny_folder, monkeypatch, capsys):
     args = parse("r3f", "--model", tiny_folder)
     rows = data.load(args)
     rows = rows._replace(warnings=["one", "two"])
@@ -1087,33 +1205,7 @@ def pairs_file(folder, labels):
     rows = [{"sentence1": "a", "sentence2": "b"} for _ in range(3)]
     for row, label in zip(rows, labels or []):
         row["label"] = label
-    return write(folder / "pairs.jsonl", lines_of(rows))
-
-
-@pytest.mark.parametrize("labels, row", HIDDEN)
-def test_a_hidden_label_is_refused_with_its_row(labels, row, tmp_path):
-    task = data.TASKS["bustm"]
-    given = settings(task="bustm", local_file=[f"bustm={pairs_file(tmp_path, labels)}"])
-    rows = data.read("bustm", "train", given)
-    message = refusal(data.refuse_hidden, task, rows, "--task bustm: split train")
-    assert message.startswith(f"--task bustm: split train: row {row} has a hidden label (-1")
-
-
-def test_a_local_file_that_is_all_splits_gets_a_warning(tmp_path):
-    given = settings(task="bustm", local_file=[f"bustm={pairs_file(tmp_path, [0, 1, 1])}"],
-                     batch_size=2)
-    line, = data.load(given).warnings
-    assert line.startswith("--local_file bustm: is all splits of bustm")
-
-
-def test_text_columns_in_another_order_are_read_as_they_are(tmp_path):
-    path = write(tmp_path / "t.csv", "sentence1,sentence2,query,label\nA,B,C,\nD,E,F,\n")
-    for columns, wanted in ((["sentence2", "sentence1"], ["B", "A"]),
-                            (["query", "sentence1"], ["C", "A"])):
-        given = settings(task="mrpc", test_file=str(path), text_columns=columns)
-        rows = data.read_own(given, "test_file", data.TASKS["mrpc"])
-        assert [rows[0]["sentence1"], rows[0]["sentence2"]] == wanted
-        assert rows["label"][:] == [-1, -1]            # the blank column is none
+    return write_rows(folder / "pairs.jsonl", rows)
 
 
 @pytest.mark.parametrize("labels, row", HIDDEN)
@@ -1157,13 +1249,6 @@ def test_own_numbers_that_are_all_hidden_are_refused(tmp_path):
     assert message.startswith(f"--validation_file {hidden}: row 1 has a hidden label")
 
 
-def test_an_own_class_may_be_called_minus_one(tmp_path):
-    path = write(tmp_path / "t.csv", "text,label\na,-1\nb,0\nc,1\n")
-    rows = data.load(own(path))
-    assert rows.task.label_names == ["-1", "0", "1"]
-    assert rows.train["label"][:] == [0, 1, 2]
-
-
 def test_rows_that_are_only_predicted_may_have_hidden_labels(monkeypatch):
     hub_of(monkeypatch, train=pairs_of([0, 1]), validation=pairs_of([1]), test=pairs_of([-1, -1]))
     rows = data.load(settings(task="afqmc", predict=["test"]))
@@ -1188,7 +1273,7 @@ def general_file(folder, name):
         return write(folder / name, TEXT)
     rows = [{"label": "a label of many words", "text": line} for line in TEXT.split("\n")]
     if name.endswith("jsonl"):
-        return write(folder / name, lines_of(rows))
+        return write_rows(folder / name, rows)
     if name.endswith("one.json"):                                       # a document in one cell
         return write(folder / name, json.dumps([{"text": TEXT}]))
     file = io.StringIO()
@@ -1216,12 +1301,6 @@ def test_general_text_is_in_a_fixed_order(tmp_path):
     assert ten == [sentences[i] for i in (4, 19, 6, 2, 13, 16, 3, 11, 10, 8)]
 
 
-def test_general_text_can_be_fewer_than_asked_for(tmp_path):
-    path = general_file(tmp_path, "m.txt")
-    assert len(data.general_text(path, 2)) == 2
-    assert len(data.general_text(path, 5000)) == 4
-
-
 def test_general_text_of_the_hub_is_its_column_text(monkeypatch):
     calls = hub_of(monkeypatch, dev=datasets.Dataset.from_dict({"text": TEXT.split("\n")}))
     assert sorted(data.general_text("a/b:c:dev", 10)["text"]) == sorted(SENTENCES)
@@ -1235,15 +1314,26 @@ def test_general_text_of_the_toy_language():
     assert len(data.general_text("toy", 300)) == 300
 
 
-@pytest.mark.parametrize("name, text, words", [
+@pytest.mark.parametrize("name, content, words", [
     ("t.txt", "No .\n", "holds no sentence of ten characters or more"),
     ("t.csv", "label\nthis is no text column\n", "no column 'text' among ['label']"),
     ("t.csv", "text\na\n'b,c\n", "row 2 has 2 cells, the header 1"),
+    ("latin.csv", b"text\ncaf\xe9\n", "must be text in UTF-8"),
+    ("nowhere.csv", None, "no such file"),
+    ("nowhere.txt", None, "no such file"),
+    ("folder.csv/", None, "is a directory"),
     ("no/such:corpus", None, "must be a text file, or ID:CONFIG:SPLIT of the hub: Unknown split"),
 ])
-def test_general_text_that_is_none_is_refused(name, text, words, tmp_path, monkeypatch):
+def test_general_text_that_is_none_is_refused(name, content, words, tmp_path, monkeypatch):
     hub_of(monkeypatch)
-    where = write(tmp_path / name, text) if text else name
+    monkeypatch.chdir(tmp_path)
+    where = name.rstrip("/")
+    if name.endswith("/"):
+        os.mkdir(where)
+    if isinstance(content, str):
+        write(where, content)
+    elif content:
+        pathlib.Path(where).write_bytes(content)
     assert refusal(data.general_text, where, 5).startswith(f"--unlabeled {where}: {words}")
 
 
@@ -1253,8 +1343,7 @@ def test_general_text_that_is_none_is_refused(name, text, words, tmp_path, monke
 def tokenizer(tmp_path, monkeypatch):
     """A BERT tokenizer of the toy language; what is encoded is cached in the test's own folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    words = {word: i for i, word in enumerate(data.toy_vocabulary())}
-    return transformers.BertTokenizerFast(vocab=words)
+    return bert_tokenizer(data.toy_vocabulary())
 
 
 PAIR = data.Task("custom", text="a b", labels="no yes")
@@ -1378,13 +1467,6 @@ def test_a_batch_can_be_padded_on_the_left():
     batch = split_of([2, 1, 3], left=True).collate(np.array([1, 0, 2]))
     assert batch["input_ids"].tolist() == [[7, 7, 6], [7, 5, 5], [7, 7, 7]]
     assert batch["attention_mask"].tolist() == [[0, 0, 1], [0, 1, 1], [1, 1, 1]]
-
-
-def test_labels_of_many_numbers_are_one_more_field():
-    split = split_of([2, 3])
-    lists = data.Field(np.array([4, 5, 6], np.int32), np.array([0, 1, 3]), -100)
-    split = data.Split({**split.fields, "labels": lists})
-    assert split.collate(np.array([0, 1]))["labels"].tolist() == [[4, -100], [5, 6]]
 
 
 def test_take_keeps_some_rows():
@@ -1649,42 +1731,11 @@ def test_own_predictions_have_probabilities_and_the_ids_of_the_file():
         "1\tb8\tvery good\t0.0000\t1.0000\n")
 
 
-def test_predictions_that_cannot_be_written_leave_those_that_are_there(tmp_path, monkeypatch):
-    path = tmp_path / "predictions-test.tsv"
-    write(path, "before")
-    split = split_of([1])
-    setup = argparse.Namespace(task=data.TASKS["stsb"], kind=data.KINDS["regress"])
-    world = argparse.Namespace(rank=0, say=print)
-
-    def full(file):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(common.RunError, match=f"cannot write {path}: No space left"):
-            common.write_predictions(str(tmp_path), "test", [[1.0]], split, setup, world)
-    assert os.listdir(tmp_path) == [path.name] and path.read_text() == "before"
-    common.write_predictions(str(tmp_path), "test", [[1.0]], split, setup, world)
-    assert os.listdir(tmp_path) == [path.name]
-    assert path.read_text() == "index\tprediction\n0\t1.000\n"
-
-
 def test_own_predicted_numbers_have_the_ids_of_the_file():
     task = data.Task("custom", text="text", kind="regress", metrics="pearson spearman")
     assert written(task, [[7.5]]) == "index\tprediction\n0\t7.5\n"
     assert written(task, [[7.5]], ["a7"]) == "index\tid\tprediction\n0\ta7\t7.5\n"
     assert written(task, [[4.7e-5]]) == "index\tprediction\n0\t4.7e-05\n"
-
-
-def test_ids_go_from_the_file_to_the_predictions(tokenizer, tmp_path):
-    train = write(tmp_path / "train.csv", GOOD)
-    test = write(tmp_path / "test.csv", "id,text\n07,good plot\n08,bad plot\n")
-    rows = data.load(own(train, test_file=test))
-    split = data.encode(rows.unscored["test"], rows.task, tokenizer, 32)
-    _, text = data.KINDS["classify"].file("test", rows.task, np.zeros((2, 2)), split)
-    cells = [line.split("\t") for line in text.splitlines()]
-    assert cells[0] == ["index", "id", "prediction", "p(no)", "p(yes)"]
-    assert [line[1] for line in cells[1:]] == ["07", "08"]
 
 
 # --------------------------------------------------------------------------------- the toy language
@@ -1801,7 +1852,7 @@ def test_a_local_file_is_described_and_a_wrong_one_refused(tmp_path, capsys):
     assert refusal(data.main, ["imbd"]) == "task imbd: no such task; did you mean imdb?"
 
 
-# =====================================================================  common.py, and the promises
+# ====================================================================== common.py, and the promises
 
 # ---------------------------------------------------------------------------------------- the style
 
@@ -1860,24 +1911,20 @@ def test_the_layers_are_not_reversed():
         assert not re.search(r"\b(r4f|tdt-hard|discriminator|triplet)\b", text), name
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_copied_script_says_what_it_is_good_for_alone(script, tmp_path):
-    shutil.copy(os.path.join(HERE, f"{script}.py"), tmp_path)
-    done = subprocess.run([sys.executable, f"{script}.py"], capture_output=True, text=True,
-                          cwd=tmp_path)
-    assert done.returncode == 2 and "need common.py and data.py beside it" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_help_loads_neither_transformers_nor_datasets(script):
-    path = os.path.join(HERE, f"{script}.py")
-    code = (f"import sys, runpy; sys.argv = [{path!r}, '--help']\n"
-            f"try: runpy.run_path({path!r}, run_name='__main__')\n"
-            "except SystemExit: print({'transformers', 'datasets'} & set(sys.modules))")
+def test_the_help_loads_neither_transformers_nor_datasets():
+    code = "import sys, runpy\n"
+    for script in SCRIPTS:
+        path = os.path.join(HERE, f"{script}.py")
+        code += (f"sys.argv = [{path!r}, '--help']\n"
+                 f"try: runpy.run_path({path!r}, run_name='__main__')\n"
+                 "except SystemExit: pass\n"
+                 "print('LOADED', {'transformers', 'datasets'} & set(sys.modules))\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert "--seeds" in done.stdout and done.stdout.endswith("\nset()\n"), done.stderr
-    assert "recipe from the paper overrides" in " ".join(done.stdout.split())
+    *of_scripts, end = done.stdout.split("LOADED set()\n")
+    assert len(of_scripts) == len(SCRIPTS) and end == "", done.stderr
+    for text in of_scripts:
+        assert "--seeds" in text
+        assert "recipe from the paper overrides" in " ".join(text.split())
 
 
 # ----------------------------------------------------------------------------------------- 1  flags
@@ -1889,9 +1936,22 @@ def test_a_recipes_warm_up_keeps_its_share_when_the_length_is_set():
     assert parse("tdt", "--task", "sst2", "--max_steps", 50, "--warmup", 7).warmup == 7
 
 
-def test_a_warm_up_of_all_steps_is_refused(tiny_folder, tmp_path, cache):
+def test_a_warm_up_of_all_steps_is_refused(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="--warmup 6: must be less than the 6 steps"):
         run("r3f", tiny_folder, tmp_path, "--warmup", 6)
+
+
+@pytest.mark.parametrize("text", ["1" * 400, "nan", "1e400", "0", "x"])
+def test_what_is_no_number_from_1_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number from 1"):
+        common.number(int, 1)(text)
+
+
+def test_a_method_that_cannot_train_a_task_is_refused_before_it_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "load", lambda *args: pytest.fail("read"))
+    line = "--method tdt: must be of another script for pos, whose kind is tag"
+    assert line in refusal(tdt.main, ["--task", "pos", "--model", "toy", "--output_dir",
+                                      str(tmp_path)])
 
 
 def test_of_epochs_and_steps_one_holds():
@@ -1901,16 +1961,7 @@ def test_of_epochs_and_steps_one_holds():
     assert args.epochs == 2 and args.max_steps is None
 
 
-def test_a_recipe_sees_the_model_that_init_from_brings(tmp_path):
-    """TDT's recipe for large models, by the size of the finished run's model."""
-    os.makedirs(tmp_path / "run/model")
-    for hidden_size, learning_rate in ((768, 4e-5), (1024, 2e-5)):
-        write(tmp_path / "run/model/config.json", json.dumps({"hidden_size": hidden_size}))
-        args = parse("tdt", "--task", "sst2", "--init_from", tmp_path / "run")
-        assert args.lr == learning_rate and args.model == str(tmp_path / "run/model")
-
-
-def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, cache, capsys):
+def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, capsys):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_samples", 100)
     told = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert len(told) <= 10 and "train 100 of 320" in " ".join(told)
@@ -1937,7 +1988,7 @@ def test_cut_rows_are_told_of_whole_rows(capsys):
     assert "rows        validation 2\n" in told and "cut rows: validation 1 of 2\n" in told
 
 
-def test_the_flags_of_a_method_are_told(tiny_folder, tmp_path, cache, capsys):
+def test_the_flags_of_a_method_are_told(tiny_folder, tmp_path, capsys):
     run("tdt", tiny_folder, tmp_path, "--method", "tdt", "--mu0", "zero", "--max_steps", 1)
     told = capsys.readouterr().out
     line, = [line for line in told.splitlines() if line.startswith("  defaults ")]
@@ -1946,44 +1997,21 @@ def test_the_flags_of_a_method_are_told(tiny_folder, tmp_path, cache, capsys):
     assert "tau" not in line and "cutoff_rate" not in line                    # of other methods
 
 
-def test_the_rate_is_told_where_no_recipe_sets_it(tiny_folder, tmp_path, cache, capsys):
+def test_the_rate_is_told_where_no_recipe_sets_it(tiny_folder, tmp_path, capsys):
     write(tmp_path / "t.csv", "text,label\n" + "good film,a\ndull plot,b\n" * 8)
     run("r3f", tiny_folder, tmp_path, "--train_file", tmp_path / "t.csv", "--validation_file",
         tmp_path / "t.csv", "--method", "std", "--batch_size", 4)
     assert "  defaults    lr 1e-05, " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rank, local_rank, before", [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
-def test_each_machine_makes_its_folders_once(rank, local_rank, before, monkeypatch):
-    """Two machines of two processes: rank 0, then the other machine's first, then the others."""
-    seen = []
-    monkeypatch.setattr(common.World, "barrier", lambda self: seen.append("barrier"))
-    world = common.World.__new__(common.World)
-    world.rank = rank
-    world.local_rank = local_rank
-    with world.in_turns():
-        seen.append("block")
-    assert seen.index("block") == before and len(seen) == 3
-
-
-def test_a_full_disk_in_a_search_is_one_line(tmp_path, monkeypatch):
-    def full(path, write):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(common, "replace_file", full)
-    args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9, seeds=[0], grid_seeds=1)
-    with pytest.raises(common.RunError, match="search-std.json: No space left"):
-        common.write_search(args, "std", [["--lr=1"]], [0.5], ["--lr=1"])
-
-
-def test_flags_of_other_methods_are_said_to_have_no_effect(tiny_folder, tmp_path, cache, capsys):
+def test_flags_of_other_methods_are_said_to_have_no_effect(tiny_folder, tmp_path, capsys):
     run("r3f", tiny_folder, tmp_path / "1", "--method", "std", "--lam", 3, "--lr", "1e-4")
     assert "  no effect   lam 3.0: not of std\n" in capsys.readouterr().out
     run("r3f", tiny_folder, tmp_path / "2", "--method", "std", "r3f", "--lam", 3)
     assert "no effect" not in capsys.readouterr().out
 
 
-def test_empty_texts_are_counted(tiny_folder, tmp_path, cache, capsys):
+def test_empty_texts_are_counted(tiny_folder, tmp_path, capsys):
     lines = ["sentence1,sentence2,label", "good film,x,a", '"  ",y,b', '"",z,a', 'dull,"",b'] * 4
     lines = lines[:1] + [line for line in lines if not line.startswith("sentence1")]
     write(tmp_path / "train.csv", "\n".join(lines))
@@ -2033,7 +2061,7 @@ def test_a_signal_in_the_first_seconds_shows_no_traceback(tmp_path):
     assert process.communicate()[0] == "" and process.returncode == -signal.SIGINT
 
 
-def test_a_signal_is_not_taken_for_a_model_that_cannot_be_loaded(tiny_folder, tmp_path, cache,
+def test_a_signal_is_not_taken_for_a_model_that_cannot_be_loaded(tiny_folder, tmp_path,
                                                                  monkeypatch):
     def load(*args, **how):
         common.on_signal(signal.SIGINT, None)
@@ -2058,8 +2086,9 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capfd):
         common.on_signal(signal.SIGTERM, None)
 
 
-def test_a_signal_while_the_last_step_is_saved_stops_before_the_end_is_evaluated(
-        tiny_folder, tmp_path, cache, monkeypatch):
+def test_a_signal_while_the_last_step_is_saved_stops_before_the_end_is_evaluated(tiny_folder,
+                                                                                 tmp_path,
+                                                                                 monkeypatch):
     save = common.Run.save
 
     def save_meanwhile(run):
@@ -2084,7 +2113,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         common.World(parse("r3f"))
 
 
-def test_signal_handlers_are_restored_when_a_run_ends(tiny_folder, tmp_path, cache):
+def test_signal_handlers_are_restored_when_a_run_ends(tiny_folder, tmp_path):
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     run("r3f", tiny_folder, tmp_path, "--method", "std")
@@ -2093,7 +2122,7 @@ def test_signal_handlers_are_restored_when_a_run_ends(tiny_folder, tmp_path, cac
     assert not common.signals["caught"] and not common.signals["in_step"]
 
 
-def test_fp32_is_fp32_and_tf32_a_choice_of_its_own(tiny_folder, tmp_path, cache):
+def test_fp32_is_fp32_and_tf32_a_choice_of_its_own():
     before = torch.get_float32_matmul_precision()
     for precision, expected in (("fp32", "highest"), ("tf32", "high"), ("bf16", "highest")):
         with common.processes(parse("r3f", "--precision", precision)) as world:
@@ -2102,12 +2131,52 @@ def test_fp32_is_fp32_and_tf32_a_choice_of_its_own(tiny_folder, tmp_path, cache)
     torch.set_float32_matmul_precision(before)
 
 
-def test_nothing_of_torch_is_replaced(tiny_folder, tmp_path, cache):
+def test_nothing_of_torch_is_replaced(tiny_folder, tmp_path):
     """Its dropout, layer norm, cross entropy and the others, after a script's set-up."""
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     for name, function in OF_TORCH.items():
         if callable(function):
             assert getattr(torch.nn.functional, name) is function, name
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, capsys):
+    """The first process says it at once; the others leave it ten seconds to end them."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(sys, "argv", ["r3f.py", "--batch_size", "7"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, seconds, who in ((0, 0, ""), (1, 10, "rank 1: ")):
+        monkeypatch.setenv("RANK", str(rank))
+        assert common.cli(r3f.main) == 2
+        line = f"r3f.py: {who}--batch_size 7: must be divisible by the 2 processes\n"
+        assert capsys.readouterr().err == line and waited.pop() == seconds
+
+
+def test_a_full_gpu_is_told_in_a_line(monkeypatch, capsys):
+    """At once by the process whose GPU it is: the others wait for it."""
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "
+                                     "total capacity of 23.65 GiB.")
+
+    monkeypatch.setattr(sys, "argv", ["r3f.py"])
+    monkeypatch.setenv("RANK", "3")
+    assert common.cli(main) == 1
+    told, = capsys.readouterr().err.splitlines()
+    assert told == ("r3f.py: rank 3: CUDA out of memory. Tried to allocate 2.00 GiB. A pass in "
+                    "training needs less with a smaller --micro_batch_size (and --overwrite)")
+
+
+@pytest.mark.parametrize("rank, local_rank, before", [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
+def test_each_machine_makes_its_folders_once(rank, local_rank, before, monkeypatch):
+    """Two machines of two processes: rank 0, then the other machine's first, then the others."""
+    seen = []
+    monkeypatch.setattr(common.World, "barrier", lambda self: seen.append("barrier"))
+    world = common.World.__new__(common.World)
+    world.rank = rank
+    world.local_rank = local_rank
+    with world.in_turns():
+        seen.append("block")
+    assert seen.index("block") == before and len(seen) == 3
 
 
 def test_nobody_reads_a_model_before_rank_0_has_written_it(tmp_path):
@@ -2128,7 +2197,7 @@ def test_nobody_reads_a_model_before_rank_0_has_written_it(tmp_path):
 
 # -------------------------------------------------------------------- 3  model, optimizer, backward
 
-def test_a_tokenizer_with_more_words_than_embeddings_is_refused(tiny_folder, tmp_path, cache):
+def test_a_tokenizer_with_more_words_than_embeddings_is_refused(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "more")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["novel"])
@@ -2137,7 +2206,7 @@ def test_a_tokenizer_with_more_words_than_embeddings_is_refused(tiny_folder, tmp
         run("r3f", folder, tmp_path / "out")
 
 
-def test_a_model_without_a_limit_takes_what_its_tokenizer_does(tiny_folder, tmp_path, cache):
+def test_a_model_without_a_limit_takes_what_its_tokenizer_does(tiny_folder, tmp_path):
     """XLNet's config says that it has -1 positions."""
     folder = str(shutil.copytree(tiny_folder, tmp_path / "xlnet"))
     name, settings = ARCHITECTURES["xlnet"]
@@ -2148,7 +2217,7 @@ def test_a_model_without_a_limit_takes_what_its_tokenizer_does(tiny_folder, tmp_
     assert result["args"]["max_length"] == 64
 
 
-def test_a_model_folder_without_a_tokenizer_is_refused(tiny_folder, tmp_path, cache):
+def test_a_model_folder_without_a_tokenizer_is_refused(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "bare")
     for name in os.listdir(folder):
         if "token" in name:
@@ -2163,7 +2232,118 @@ def test_a_damaged_model_of_a_run_is_told_by_its_folder(tmp_path):
     assert message.startswith(f"{tmp_path}: cannot be loaded by AutoModelForSequenceClassification")
 
 
-def test_micro_batches_give_the_same_gradient(still_folder, cache, monkeypatch):
+def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
+    """Also where the old one would fit, as in a chain of tasks with two classes each."""
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_folder)
+    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
+    tuned.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    setup = argparse.Namespace(
+        kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=tokenizer)
+    world = argparse.Namespace(device="cpu", say=print)
+    heads = []
+    for seed in (0, 0, 1):
+        args = argparse.Namespace(
+            path=str(tmp_path), model="m", init_from="run", weight_noise=0.0,
+            post_train=None)
+        model = common.load_model(args, setup, seed, world)
+        torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight,
+                                   tuned.bert.embeddings.word_embeddings.weight)
+        heads.append(model.classifier.weight)
+    assert heads[0].abs().max() < 0.2
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize("labels, kept", [
+    (["negative", "positive"], True),
+    (["NEGATIVE", "POSITIVE"], True),
+    (["positive", "negative"], False),
+    (["LABEL_0", "LABEL_1"], False),
+])
+def test_a_head_for_other_labels_is_not_used(labels, kept, tiny_folder, tmp_path, capsys):
+    """Or for these in another order."""
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tiny_folder, id2label=dict(enumerate(labels)))
+    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
+    tuned.save_pretrained(tmp_path)
+    setup = argparse.Namespace(
+        kind=data.KINDS["classify"], task=data.TASKS["toy"],
+        tokenizer=transformers.AutoTokenizer.from_pretrained(tiny_folder))
+    args = argparse.Namespace(path=str(tmp_path), model="m", init_from="", weight_noise=0.0,
+                              post_train=None)
+    model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
+    assert (model.classifier.weight == 7).all().item() == kept
+    assert ("m: its head is not used; a fresh one of 2" in capsys.readouterr().out) != kept
+    assert [*model.config.id2label.values()] == data.TASKS["toy"].label_names
+
+
+@pytest.mark.parametrize("make, settings", [
+    (common.toy_model, [common.TOY_BERT, common.TOY_BERT_TRAINING]),
+    (common.toy_writer, [common.TOY_BART, common.TOY_BART_TRAINING])])
+def test_a_toy_model_of_other_text_or_settings_is_another(make, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setattr(os.path, "exists", lambda path: True)           # so it is found, not made
+    folder = make(None)
+    for table in settings:
+        for name in table:
+            with monkeypatch.context() as patch:
+                patch.setitem(table, name, 7)
+                assert make(None) != folder, name
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "toy_corpus", lambda: ["film"])
+        assert make(None) != folder
+    assert make(None) == folder
+
+
+def test_a_cache_that_cannot_be_made_is_told_in_one_line(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "file"))
+    assert refusal(common.made_folder, "toy").startswith("HF_HOME: cannot make the folder")
+    rows = data.toy_rows("film", "validation").select(range(4))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file"))
+    message = refusal(data.encode, rows, data.TASKS["toy"], tokenizer_of(), 12)
+    assert message.startswith("HF_HOME: cannot make the folder")
+
+
+def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path, monkeypatch):
+    """The slower one finds it there and takes it; what is damaged is made again."""
+    model = transformers.AutoModel.from_pretrained(tiny_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    folder = str(tmp_path / "made")
+
+    def while_the_other_saves(path):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 0)
+            assert common.save_made(model, tokenizer, folder) == folder
+        os.makedirs(path, exist_ok=True)
+        write(f"{path}/slower", "")
+
+    slower = types.SimpleNamespace(save_pretrained=while_the_other_saves)
+    assert common.save_made(slower, tokenizer, folder) == folder
+    assert os.listdir(tmp_path) == ["made"]
+    assert "slower" not in os.listdir(folder)
+    os.remove(f"{folder}/config.json")
+    tokenizer("a call of its own", truncation=True, max_length=4, padding="max_length")
+    common.save_made(model, tokenizer, folder)
+    assert transformers.AutoConfig.from_pretrained(folder).model_type == "bert"
+    saved = read_json(f"{folder}/tokenizer.json")
+    assert saved["truncation"] is None and saved["padding"] is None
+
+
+def test_a_model_that_cannot_be_saved_leaves_nothing(tiny_folder, tmp_path):
+    model = transformers.AutoModel.from_pretrained(tiny_folder)
+
+    def fail(path):
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    with pytest.raises(common.RunError, match="cannot write .*made: No space left on device"):
+        tokenizer = types.SimpleNamespace(is_fast=False, save_pretrained=fail)
+        common.save_made(model, tokenizer, str(tmp_path / "made"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_micro_batches_give_the_same_gradient(still_folder, monkeypatch):
     monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
     gradients = []
     for micro in (16, 8, 4):
@@ -2213,7 +2393,7 @@ def test_compiled_layers_give_the_same_numbers(script, methods, tiny_folder, sma
 
 # ------------------------------------------------------------------------ 4  predictions and scores
 
-def test_a_model_that_sees_one_class_alone_gets_a_warning(tiny_folder, tmp_path, cache, capsys):
+def test_a_model_that_sees_one_class_alone_gets_a_warning(tiny_folder, tmp_path, capsys):
     rows = [{"text": "good plot", "label": "yes"}] * 30 + [{"text": "bad plot", "label": "no"}] * 2
     path = write_rows(tmp_path / "rows.jsonl", rows)
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_file", path,
@@ -2251,6 +2431,26 @@ def test_a_long_text_that_all_rows_are_predicted_as_is_cut(capsys):
         assert told.endswith(" ...'\n") and len(told) < 130
 
 
+def test_predictions_that_cannot_be_written_leave_those_that_are_there(tmp_path, monkeypatch):
+    path = tmp_path / "predictions-test.tsv"
+    write(path, "before")
+    split = split_of([1])
+    setup = argparse.Namespace(task=data.TASKS["stsb"], kind=data.KINDS["regress"])
+    world = argparse.Namespace(rank=0, say=print)
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(common.RunError, match=f"cannot write {path}: No space left"):
+            common.write_predictions(str(tmp_path), "test", [[1.0]], split, setup, world)
+    assert os.listdir(tmp_path) == [path.name] and path.read_text() == "before"
+    common.write_predictions(str(tmp_path), "test", [[1.0]], split, setup, world)
+    assert os.listdir(tmp_path) == [path.name]
+    assert path.read_text() == "index\tprediction\n0\t1.000\n"
+
+
 def test_the_windows_of_questions_have_no_prediction_of_their_own():
     assert [name for name, kind in data.KINDS.items() if kind.in_words is None] == [
         "span", "retrieve"]
@@ -2261,15 +2461,8 @@ def test_a_saved_tokenizer_cuts_and_pads_nothing(tiny_folder, tmp_path, monkeypa
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "tokenised"))
     for name in ("made", "found"):
         run("r3f", tiny_folder, tmp_path / name, "--max_steps", 1)
-        saved = json.load(open(tmp_path / name / "toy/r3f-0/model/tokenizer.json"))
+        saved = read_json(tmp_path / name / "toy/r3f-0/model/tokenizer.json")
         assert saved["truncation"] is None and saved["padding"] is None
-
-
-def test_a_method_that_cannot_train_a_task_is_refused_before_it_is_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "load", lambda *args: pytest.fail("read"))
-    line = "--method tdt: must be of another script for pos, whose kind is tag"
-    assert line in refusal(tdt.main, ["--task", "pos", "--model", "toy", "--output_dir",
-                                      str(tmp_path)])
 
 
 # ----------------------------------------------------------------------------------------- 5  a run
@@ -2277,7 +2470,7 @@ def test_a_method_that_cannot_train_a_task_is_refused_before_it_is_read(monkeypa
 @beside
 @pytest.mark.parametrize("script, method", [
     ("r3f", "std"), ("tdt", "tdt-hard"), ("gtuning", "adapter")])
-def test_the_same_command_gives_the_same_bits(script, method, tiny_folder, tmp_path, cache):
+def test_the_same_command_gives_the_same_bits(script, method, tiny_folder, tmp_path):
     """The other methods: those of the next test end with the same bits, killed or not."""
     first, = run(script, tiny_folder, tmp_path / "a", "--method", method)
     second, = run(script, tiny_folder, tmp_path / "b", "--method", method)
@@ -2290,7 +2483,7 @@ def test_the_same_command_gives_the_same_bits(script, method, tiny_folder, tmp_p
 
 @pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt")])
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, method, tiny_folder, tmp_path,
-                                                          cache, monkeypatch):
+                                                          monkeypatch):
     """gtuning, with its phases: below."""
     more = ["--method", method, "--max_steps", 8, "--save_every", 3, "--eval_every", 4,
             "--log_every", 2]
@@ -2311,8 +2504,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, method, tiny_f
         assert [line[key] for line in logs[0]] == [line[key] for line in logs[1]]
 
 
-def test_a_signal_while_the_end_is_evaluated_loses_no_training(tiny_folder, tmp_path, cache,
-                                                               monkeypatch):
+def test_a_signal_while_the_end_is_evaluated_loses_no_training(tiny_folder, tmp_path, monkeypatch):
     def evaluate(*args, **how):
         common.on_signal(signal.SIGINT, None)
 
@@ -2335,8 +2527,8 @@ def unfinished(folder, out, monkeypatch, method="r3f"):
             run("r3f", folder, out, "--method", method, "--save_every", 2)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_folder, tmp_path, cache,
-                                                                  capsys, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_folder, tmp_path, capsys,
+                                                                  monkeypatch):
     unfinished(tiny_folder, tmp_path, monkeypatch)
     newest, before = (tmp_path / f"toy/r3f-0/checkpoint{x}.pt" for x in ("", "-before"))
     good = newest.read_bytes()
@@ -2357,8 +2549,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_folder, t
         run("r3f", tiny_folder, tmp_path, *more)
 
 
-def test_a_checkpoint_of_another_seed_or_method_is_refused(tiny_folder, tmp_path, cache,
-                                                           monkeypatch):
+def test_a_checkpoint_of_another_seed_or_method_is_refused(tiny_folder, tmp_path, monkeypatch):
     unfinished(tiny_folder, tmp_path, monkeypatch)
     for name, wrong, line in (("r3f-1", "--seeds 1", "holds a run of seed 0, not 1"),
                               ("r4f-0", "--method r4f", "holds a run of method r3f, not r4f")):
@@ -2370,8 +2561,7 @@ def test_a_checkpoint_of_another_seed_or_method_is_refused(tiny_folder, tmp_path
         assert log == open(tmp_path / "toy/r3f-0/log.jsonl").read()
 
 
-def test_a_deleted_log_is_not_refilled_with_zeros(tiny_folder, tmp_path, cache, capsys,
-                                                  monkeypatch):
+def test_a_deleted_log_is_not_refilled_with_zeros(tiny_folder, tmp_path, capsys, monkeypatch):
     unfinished(tiny_folder, tmp_path, monkeypatch)
     os.remove(tmp_path / "toy/r3f-0/log.jsonl")
     run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--save_every", 2, "--resume")
@@ -2380,16 +2570,19 @@ def test_a_deleted_log_is_not_refilled_with_zeros(tiny_folder, tmp_path, cache, 
     assert "has lost lines" in capsys.readouterr().out
 
 
-def test_results_that_are_damaged_are_told(tiny_folder, tmp_path, cache):
+def test_results_that_are_damaged_are_told(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     path = tmp_path / "toy/std-0/results.json"
-    for wrong in ('{"task": ', "[1, 2]", "{}", '{"args": {}, "method": "std"}', ""):
+    results = read_json(path)
+    without_seed = {name: value for name, value in results.items() if name != "seed"}
+    for wrong in ('{"task": ', "[1, 2]", "{}", "", json.dumps({**results, "method": ["std"]}),
+                  json.dumps(without_seed)):
         write(path, wrong)
         with pytest.raises(UserError, match="results.json: is damaged"):
             run("r3f", tiny_folder, tmp_path, "--method", "std")
 
 
-def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path, cache):
+def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     with pytest.raises(UserError, match=r"--lr 0.0005 \(now 0.1\)"):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--lr", 0.1)
@@ -2409,8 +2602,8 @@ def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path, cache
     assert os.path.exists(tmp_path / "toy/std-1/model/config.json")
 
 
-def test_a_run_is_found_again_by_another_spelling_of_its_paths(tiny_folder, tmp_path, cache,
-                                                               monkeypatch, capsys):
+def test_a_run_is_found_again_by_another_spelling_of_its_paths(tiny_folder, tmp_path, monkeypatch,
+                                                               capsys):
     rows = [{"text": f"good {i}", "label": "a"} for i in range(20)]
     rows += [{"text": f"bad {i}", "label": "b"} for i in range(20)]
     path = str(tmp_path / "a.jsonl")
@@ -2424,13 +2617,7 @@ def test_a_run_is_found_again_by_another_spelling_of_its_paths(tiny_folder, tmp_
     assert "finished before" in capsys.readouterr().out
 
 
-def test_values_of_a_search_that_are_one_number_are_tried_once():
-    grid = common.read_grid(["lr=1e-4,0.0001,1E-4,1e-3", "noise=uniform,normal,uniform"])
-    assert grid == {"lr": ["1e-4", "1e-3"], "noise": ["uniform", "normal"]}
-
-
-def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_path, cache,
-                                                            monkeypatch):
+def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_path, monkeypatch):
     """So that --resume in its place, which a stopped run advises, goes on with its flags."""
     both = ["--method", "std", "--seeds", 0, 1]
     run("r3f", tiny_folder, tmp_path, *both)
@@ -2449,7 +2636,7 @@ def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_pat
     assert not os.path.exists(tmp_path / "toy/std-0/results.json")
 
 
-def test_the_report_that_is_named_at_the_end_can_be_made(tiny_folder, tmp_path, cache, capsys):
+def test_the_report_that_is_named_at_the_end_can_be_made(tiny_folder, tmp_path, capsys):
     """Also beside runs of another script, whose recipe has other flags for std."""
     path = write(tmp_path / "a.csv", "text,label\n" + "good,1\nbad,0\n" * 20)
     flags = ["--train_file", path, "--validation_file", path, "--batch_size", 8]
@@ -2462,15 +2649,14 @@ def test_the_report_that_is_named_at_the_end_can_be_made(tiny_folder, tmp_path, 
     assert words[2:] == ["--out", str(tmp_path / "out/custom")]
 
 
-def test_plain_fine_tuning_by_one_recipe_is_one_run_for_all_scripts(tiny_folder, tmp_path, cache,
-                                                                    capsys):
+def test_plain_fine_tuning_by_one_recipe_is_one_run_for_all_scripts(tiny_folder, tmp_path, capsys):
     for one, other in (("r3f", "tdt"), ("tdt", "r3f")):
         first = run(one, tiny_folder, tmp_path / one, "--method", "std")
         second = run(other, tiny_folder, tmp_path / one, "--method", "std", "--alpha", 3)
         assert second == first and "finished before" in capsys.readouterr().out
 
 
-def test_a_further_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, cache):
+def test_a_further_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path):
     path = write(tmp_path / "imdb.csv", "text,label\ngood plot,pos\nbad plot,neg\n")
     flags = ["--method", "std", "--eval_tasks", "imdb", "--local_file", f"imdb={path}"]
     run("r3f", tiny_folder, tmp_path, *flags)
@@ -2480,7 +2666,7 @@ def test_a_further_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_
         run("r3f", tiny_folder, tmp_path, *flags)
 
 
-def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, cache):
+def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path):
     """Also of an unfinished one: a checkpoint holds the same flags."""
     path = tmp_path / "rows.csv"
     rows = "text,label\n" + "good plot,yes\nbad plot,no\n" * 16
@@ -2491,7 +2677,7 @@ def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, ca
 
     # A run from before a file was digested is told by the path.
     saved = tmp_path / "custom/std-0/results.json"
-    results = json.load(open(saved))
+    results = read_json(saved)
     older = copy.deepcopy(results)
     del older["args"]["validation_file_digest"]
     write(saved, json.dumps(older))
@@ -2503,22 +2689,16 @@ def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path, ca
         run("r3f", tiny_folder, tmp_path, *flags)
 
 
-def test_a_local_file_whose_rows_have_changed_is_another_run(tmp_path, cache):
-    rows = [{"sentence": "a good plot", "label": i % 2} for i in range(20)]
-    path = write_rows(tmp_path / "ood.jsonl", rows)
-    args = parse("r3f", "--task", "cola-ood", "--local_file", f"cola-ood={path}")
+@pytest.mark.parametrize("flags, of, name", [
+    (["--task", "cola-ood"], "cola-ood", "local_file_digest"),
+    (["--task", "mnli", "--eval_tasks", "xnli"], "xnli-de", "local_file xnli-de_digest"),
+], ids=["of the task", "of one of a group"])
+def test_a_local_file_whose_rows_have_changed_is_another_run(flags, of, name, tmp_path):
+    path = write(tmp_path / "rows.jsonl", "some rows")
+    args = parse("r3f", *flags, "--local_file", f"{of}={path}")
     before = common.digests_of_files(args)
-    write_rows(tmp_path / "ood.jsonl", rows[::-1])
-    assert [*before] == ["local_file_digest"] and common.digests_of_files(args) != before
-
-
-def test_so_is_a_local_file_of_a_task_of_a_group(tmp_path):
-    path = write_rows(tmp_path / "de.jsonl", [{"premise": "a", "hypothesis": "b", "label": 0}])
-    args = parse("r3f", "--task", "mnli", "--eval_tasks", "xnli", "--local_file", f"xnli-de={path}")
-    before = common.digests_of_files(args)
-    write_rows(tmp_path / "de.jsonl", [{"premise": "a", "hypothesis": "c", "label": 0}])
-    assert [*before] == ["local_file xnli-de_digest"]
-    assert common.digests_of_files(args) != before
+    write(path, "some others")
+    assert [*before] == [name] and common.digests_of_files(args) != before
 
 
 def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp_path, monkeypatch):
@@ -2541,7 +2721,7 @@ def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp
     (3, "some would go on at step 0, others at 3"),
     (True, "on some of them .*std-0 is finished, on others it is not")])
 def test_machines_that_do_not_share_their_folder_are_refused(of_another, message, tiny_folder,
-                                                             tmp_path, cache, monkeypatch):
+                                                             tmp_path, monkeypatch):
     def gather(world, found):
         value, = found.values()
         return [value, of_another] if type(value) is type(of_another) else [value]
@@ -2552,7 +2732,7 @@ def test_machines_that_do_not_share_their_folder_are_refused(of_another, message
 
 
 def test_what_one_script_alone_can_do_to_plain_fine_tuning_is_another_run(tiny_folder, tmp_path,
-                                                                         cache, monkeypatch):
+                                                                          monkeypatch):
     run("r3f", tiny_folder, tmp_path / "smooth", "--method", "std", "--label_smoothing", 0.4)
     with pytest.raises(UserError, match="holds a run with --label_smoothing 0.4 .now none."):
         run("tdt", tiny_folder, tmp_path / "smooth", "--method", "std")
@@ -2561,7 +2741,7 @@ def test_what_one_script_alone_can_do_to_plain_fine_tuning_is_another_run(tiny_f
         run("tdt", tiny_folder, tmp_path / "begun", "--method", "std", "--resume")
 
 
-def test_plain_fine_tuning_by_two_recipes_is_two_runs(tiny_folder, tmp_path, cache):
+def test_plain_fine_tuning_by_two_recipes_is_two_runs(tiny_folder, tmp_path):
     """Of a task whose recipes differ, each script has its own folder and finds it again."""
     rows = [{"text": "good plot", "label": "yes"}, {"text": "bad plot", "label": "no"}] * 20
     path = write_rows(tmp_path / "rows.jsonl", rows)
@@ -2572,7 +2752,7 @@ def test_plain_fine_tuning_by_two_recipes_is_two_runs(tiny_folder, tmp_path, cac
     assert sorted(os.listdir(tmp_path / "mine")) == ["std-0", "std-tdt-0"]
 
 
-def test_every_evaluation_is_logged_with_its_seconds(tiny_folder, tmp_path, cache, monkeypatch):
+def test_every_evaluation_is_logged_with_its_seconds(tiny_folder, tmp_path, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     result, = run("r3f", tiny_folder, tmp_path, "--method", "std", "--eval_every", 2)
@@ -2585,7 +2765,7 @@ def test_every_evaluation_is_logged_with_its_seconds(tiny_folder, tmp_path, cach
     assert result["best"]["seconds"] == pytest.approx(best["seconds"], abs=1)  # it is read twice
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, tmp_path, cache, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, tmp_path, monkeypatch):
     rows_of = data.Batches.rows
     seen = {}
 
@@ -2603,7 +2783,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, tmp_path, cache, m
     assert rows.split() == [str(row) for row in seen[int(step) - 1]]
 
 
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tiny_folder, tmp_path, cache,
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tiny_folder, tmp_path,
                                                                     monkeypatch):
     real = torch.save
     saved = []
@@ -2628,20 +2808,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tiny_folder,
     assert state["step"] == 3 and not glob.glob(str(tmp_path / "toy/r3f-0/*.tmp"))
 
 
-def test_a_file_that_is_written_in_part_does_not_stay(tmp_path):
-    def full(file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "report.tsv"
-    write(path, "before")
-    with pytest.raises(OSError):
-        common.replace_file(str(path), full)
-    assert os.listdir(tmp_path) == ["report.tsv"] and path.read_text() == "before"
-
-
-def test_a_full_disk_while_the_model_is_written_is_one_line(tiny_folder, tmp_path, cache,
-                                                            monkeypatch):
+def test_a_full_disk_while_the_model_is_written_is_one_line(tiny_folder, tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
     def full(*args, **settings):
@@ -2655,8 +2822,7 @@ def test_a_full_disk_while_the_model_is_written_is_one_line(tiny_folder, tmp_pat
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--resume")
 
 
-def test_a_model_is_on_the_disk_whatever_its_folder_is_called(tiny_folder, tmp_path, cache,
-                                                              monkeypatch):
+def test_a_model_is_on_the_disk_whatever_its_folder_is_called(tiny_folder, tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(common, "sync", synced.append)
     run("r3f", tiny_folder, tmp_path / "[1]", "--method", "std", "--max_steps", 1)
@@ -2700,7 +2866,7 @@ class Bomb:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path, cache):
+def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path):
     bomb = Bomb(str(tmp_path / "ran"))
     os.makedirs(tmp_path / "toy/r3f-0")
     torch.save({"args": bomb, "step": 3}, tmp_path / "toy/r3f-0/checkpoint.pt")
@@ -2718,10 +2884,10 @@ def test_no_code_of_a_checkpoint_or_a_model_is_run(tiny_folder, tmp_path, cache)
     assert not os.path.exists(bomb.mark)
 
 
-def test_no_code_of_a_models_repository_is_run(tiny_folder, tmp_path, cache, capfd, monkeypatch):
+def test_no_code_of_a_models_repository_is_run(tiny_folder, tmp_path, capfd, monkeypatch):
     """Nor is anybody asked whether it should be."""
     folder = shutil.copytree(tiny_folder, tmp_path / "evil")
-    config = json.load(open(folder / "config.json"))
+    config = read_json(folder / "config.json")
     config.update(model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"})
     write(folder / "config.json", json.dumps(config))
     write(folder / "evil.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -2731,7 +2897,7 @@ def test_no_code_of_a_models_repository_is_run(tiny_folder, tmp_path, cache, cap
     assert not os.path.exists(tmp_path / "ran") and "y/N" not in capfd.readouterr().out
 
 
-def test_the_best_state_is_chosen_by_one_set(cache):
+def test_the_best_state_is_chosen_by_one_set():
     """MNLI's other validation set is scored at the end alone."""
     split = split_of([0, 1, 1])
     sets = {name: (data.TASKS["mnli"], split) for name in ("validation_matched", "mismatched")}
@@ -2741,15 +2907,14 @@ def test_the_best_state_is_chosen_by_one_set(cache):
     assert [*setup.scored] == [*sets]
 
 
-@pytest.mark.parametrize("text", ["1" * 400, "nan", "1e400", "0", "x"])
-def test_what_is_no_number_from_1_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number from 1"):
-        common.number(int, 1)(text)
+# --------------------------------------------------- 5  a run: held-out rows and the search, --grid
+
+def test_values_of_a_search_that_are_one_number_are_tried_once():
+    grid = common.read_grid(["lr=1e-4,0.0001,1E-4,1e-3", "noise=uniform,normal,uniform"])
+    assert grid == {"lr": ["1e-4", "1e-3"], "noise": ["uniform", "normal"]}
 
 
-# -------------------------------------------------------------------- held-out rows and the search
-
-def test_held_out_rows_are_not_trained_on_and_the_same_for_all_seeds(tiny_folder, cache):
+def test_held_out_rows_are_not_trained_on_and_the_same_for_all_seeds(tiny_folder):
     found = []
     for seed in (0, 1):
         args = parse("r3f", "--model", tiny_folder, "--dev_samples", 40, "--seeds", seed)
@@ -2771,7 +2936,7 @@ SEARCH = ["--method", "std", "r3f", "--grid", "lr=1e-3,1e-5", "lam=1,5", "--dev_
 
 
 @pytest.fixture(scope="module")
-def searched(tiny_folder, tmp_path_factory, cache):
+def searched(tiny_folder, tmp_path_factory):
     """The folder of a finished search, its results and what it said."""
     out = tmp_path_factory.mktemp("searched")
     with contextlib.redirect_stdout(io.StringIO()) as told:
@@ -2785,13 +2950,13 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
         ("std", 3), ("std", 4), ("r3f", 3), ("r3f", 4)]
     tried = {}
     for method, cells in (("std", 2), ("r3f", 4)):     # std has no use for lam
-        search = json.load(open(out / f"toy/search-{method}.json"))
+        search = read_json(out / f"toy/search-{method}.json")
         tried[method] = [" ".join(cell["flags"]) for cell in search["tried"]]
         assert len(tried[method]) == cells and search["held_out_rows"] == 40
         for cell in search["tried"]:
             name = ",".join(flag.removeprefix("--") for flag in cell["flags"])
             folder = out / "grid" / name / "toy" / f"{method}-3"
-            found = json.load(open(folder / "results.json"))
+            found = read_json(folder / "results.json")
             assert list(found["metrics"]) == ["held-out"]
             assert cell["score"] == found["metrics"]["held-out"]["accuracy"]
             assert not (folder / "model").exists()     # of the search only the score is wanted
@@ -2802,7 +2967,7 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
                 assert result["args"]["lr"] == float(best["flags"][0].removeprefix("--lr="))
                 assert "validation" in result["metrics"] and "held-out" in result["metrics"]
     assert tried["std"] == ["--lr=1e-3", "--lr=1e-5"]
-    saved = json.load(open(out / "toy/r3f-4/results.json"))
+    saved = read_json(out / "toy/r3f-4/results.json")
     assert saved["searched"] == {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
     scores = [100 * cell["score"] for cell in search["tried"]]
     tie = ", the first of equals" if scores.count(max(scores)) > 1 else ""
@@ -2817,38 +2982,29 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     assert told.count("\n  searched    lr 0.001") == 2
 
 
-def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, cache, monkeypatch,
-                                           capsys):
+def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, monkeypatch, capsys):
     """And combinations that one seed has tried are not tried by it again."""
     before, _, _ = searched
     out = tmp_path / "out"
     shutil.copytree(before / "grid", out / "grid")
-    begun = []
-    begin = common.Run.begin
-
-    def count(run, *args, **kwargs):
-        begun.append(run.folder)
-        begin(run, *args, **kwargs)
-
-    monkeypatch.setattr(common.Run, "begin", count)
+    begun = folders_begun(monkeypatch)
     run("r3f", tiny_folder, out, "--method", "std", "--grid", "lr=1e-3,1e-5", "--grid_seeds", 2,
         "--dev_samples", 40, "--seeds", 3, 4, "--max_steps", 4)
-    found = json.load(open(out / "toy/search-std.json"))
+    found = read_json(out / "toy/search-std.json")
     assert found["seeds"] == [3, 4]
     told = capsys.readouterr().out
     assert told.count(" on the held-out rows, the mean of 2 seeds\n") == 2
     assert re.search(r"^\d+ s with the search$", told, re.M)
     for cell in found["tried"]:
         folder = out / "grid" / cell["flags"][0].removeprefix("--") / "toy"
-        each = [json.load(open(folder / f"std-{seed}/results.json")) for seed in (3, 4)]
+        each = [read_json(folder / f"std-{seed}/results.json") for seed in (3, 4)]
         scores = [results["metrics"]["held-out"]["accuracy"] for results in each]
         assert cell["score"] == pytest.approx(sum(scores) / 2)
-    names = [(path.parts[-3] if "grid" in path.parts else "", path.name)
-             for path in map(pathlib.Path, begun)]
+    names = [(path.parts[-3] if "grid" in path.parts else "", path.name) for path in begun]
     assert names == [("lr=1e-3", "std-4"), ("lr=1e-5", "std-4"), ("", "std-3"), ("", "std-4")]
 
 
-def test_several_seeds_choose_though_a_method_has_nothing_to_choose(tiny_folder, tmp_path, cache):
+def test_several_seeds_choose_though_a_method_has_nothing_to_choose(tiny_folder, tmp_path):
     results = run("r3f", tiny_folder, tmp_path, "--method", "r3f", "std", "--grid", "lam=1,5",
                   "--grid_seeds", 2, "--dev_samples", 40, "--seeds", 3, 4, "--max_steps", 1)
     assert [result["method"] for result in results] == ["r3f", "r3f", "std", "std"]
@@ -2859,14 +3015,7 @@ def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(searched, t
     """And no finished cell or seed is run again."""
     finished, whole, _ = searched
     out = tmp_path / "killed"
-    begun = []
-    begin = common.Run.begin
-
-    def note(self, *arguments, **parts):
-        begun.append(os.path.relpath(self.folder, out))
-        begin(self, *arguments, **parts)
-
-    monkeypatch.setattr(common.Run, "begin", note)
+    begun = folders_begun(monkeypatch)
     killed_at(monkeypatch, [2, 3, 2])
     for _ in range(3):
         with pytest.raises(KeyError):
@@ -2883,14 +3032,24 @@ def test_a_search_that_is_killed_and_resumed_ends_with_the_same_bits(searched, t
     assert begun == [] and [r["searched"] for r in found] == [r["searched"] for r in whole]
 
 
-def test_a_search_goes_on_where_a_loss_is_not_finite(tiny_folder, tmp_path, cache, capsys):
+def test_a_search_goes_on_where_a_loss_is_not_finite(tiny_folder, tmp_path, capsys):
     flags = ["--method", "std", "--dev_samples", 40, "--max_steps", 3, "--warmup", 0]
     result, = run("r3f", tiny_folder, tmp_path, *flags, "--grid", "lr=1e30,1e-3")
     assert result["args"]["lr"] == 1e-3 and "not finite" in capsys.readouterr().out
-    search = json.load(open(tmp_path / "toy/search-std.json"))
+    search = read_json(tmp_path / "toy/search-std.json")
     assert [cell["score"] for cell in search["tried"]][0] == "not finite"
     with pytest.raises(RunError, match="--grid lr=1e30,1e29: no loss of std is finite"):
         run("r3f", tiny_folder, tmp_path / "none", *flags, "--grid", "lr=1e30,1e29")
+
+
+def test_a_full_disk_in_a_search_is_one_line(tmp_path, monkeypatch):
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common, "replace_file", full)
+    args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9, seeds=[0], grid_seeds=1)
+    with pytest.raises(common.RunError, match="search-std.json: No space left"):
+        common.write_search(args, "std", [["--lr=1"]], [0.5], ["--lr=1"])
 
 
 def test_a_search_is_found_again_where_the_model_sets_the_length(tmp_path):
@@ -2939,12 +3098,12 @@ def test_a_search_knows_the_files_of_a_run_by_what_is_in_them(tmp_path):
     (["share_dropout=1,0"], "--grid share_dropout: must be a flag with a value"),
     (["max_length=2000,3000"], "--grid, --max_length=2000: --max_length 2000: must be from 4 to"),
 ])
-def test_a_search_of_nothing_is_refused(words, message, tiny_folder, tmp_path, cache):
+def test_a_search_of_nothing_is_refused(words, message, tiny_folder, tmp_path):
     with pytest.raises(UserError, match=message):
         run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--dev_samples", 40, "--grid", *words)
 
 
-def test_a_search_whose_folder_is_taken_is_refused_before_it_begins(tiny_folder, tmp_path, cache):
+def test_a_search_whose_folder_is_taken_is_refused_before_it_begins(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2)
     with pytest.raises(UserError, match="std-0 holds a run with --dev_samples 0 .now 40."):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--dev_samples", 40, "--max_steps", 2,
@@ -2952,8 +3111,7 @@ def test_a_search_whose_folder_is_taken_is_refused_before_it_begins(tiny_folder,
     assert not os.path.exists(tmp_path / "grid")
 
 
-def test_a_wider_search_that_chooses_otherwise_keeps_what_it_has_tried(tiny_folder, tmp_path,
-                                                                      cache):
+def test_a_wider_search_that_chooses_otherwise_keeps_what_it_has_tried(tiny_folder, tmp_path):
     """The way out that it names is one: without the folder of the old choice it goes on."""
     flags = ["--method", "std", "--dev_samples", 40, "--max_steps", 2, "--grid"]
     scores = {"1e-3": 0.5, "1e-4": 0.7}
@@ -2973,20 +3131,20 @@ def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny
     finished, whole, _ = searched
     tried = {"lr": ["1e-3", "1e-5"], "lam": ["1", "5"]}
     out = shutil.copytree(finished, tmp_path / "again")
-    chosen = json.load(open(out / "toy/search-r3f.json"))["chosen"]
+    chosen = read_json(out / "toy/search-r3f.json")["chosen"]
     flags = ["--method", "r3f", *SEARCH[SEARCH.index("--dev_samples"):]]
     words = [flag.removeprefix("--") for flag in chosen]
     again = run("r3f", tiny_folder, out, *flags, "--grid", *words)
     assert [r["searched"] for r in again] == [tried] * 2
 
     path = out / "toy/r3f-3/results.json"
-    saved = json.load(open(path))
+    saved = read_json(path)
     saved["searched"] = {"lr": ["1e-3", "5"]}
     write(path, json.dumps(saved))
     run("r3f", tiny_folder, out, *flags, "--grid", *words)
     values = {flag: [value] for flag, value in (word.split("=") for word in words)}
-    assert json.load(open(path))["searched"]["lam"] == values["lam"]
-    assert set(json.load(open(path))["searched"]["lr"]) == {"1e-3", "5", *values["lr"]}
+    assert read_json(path)["searched"]["lam"] == values["lam"]
+    assert set(read_json(path)["searched"]["lr"]) == {"1e-3", "5", *values["lr"]}
 
     begin = common.Run.begin
 
@@ -2998,7 +3156,7 @@ def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny
     monkeypatch.setattr(common.Run, "begin", begin_the_first)
     with pytest.raises(KeyError):
         run("r3f", tiny_folder, tmp_path / "killed", *flags, "--grid", *words)
-    first = json.load(open(tmp_path / "killed/toy/r3f-3/results.json"))
+    first = read_json(tmp_path / "killed/toy/r3f-3/results.json")
     assert first["searched"] == values
     assert not os.path.exists(tmp_path / "killed/toy/r3f-4/results.json")
 
@@ -3012,19 +3170,18 @@ def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny
     (["--grid", "lr=1e-3,1e-4", "lr=1e-5"], "--grid lr=1e-5: lr stands there twice"),
     (["--dev_samples", 319], "--dev_samples 319: must be at most 304, which leaves 16 of the 320"),
 ])
-def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, tiny_folder, tmp_path,
-                                                                 cache):
-    with pytest.raises(UserError) as caught:
-        run("r3f", tiny_folder, tmp_path / "out", "--method", "std", "--dev_samples", 40, *flags)
-    assert line in str(caught.value) and "\n" not in str(caught.value)
+def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, tiny_folder,
+                                                                 tmp_path):
+    argv = ["--method", "std", "--dev_samples", 40, *flags]
+    assert line in refusal(run, "r3f", tiny_folder, tmp_path / "out", *argv)
     assert not glob.glob(f"{tmp_path}/out/**/log.jsonl", recursive=True)
 
 
-# ------------------------------------------------------------------------ finished runs, used again
+# ------------------------------------------------------------------- 5  a run: finished ones, --run
 
 @pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "adapter")])
 def test_a_finished_run_scores_further_sets_without_training(script, method, tiny_folder, tmp_path,
-                                                             cache, capsys):
+                                                             capsys):
     """It gives the score that it had at the end of its training, and changes nothing else."""
     result, = run(script, tiny_folder, tmp_path, "--method", method)
     folder = tmp_path / f"toy/{method}-0"
@@ -3034,7 +3191,7 @@ def test_a_finished_run_scores_further_sets_without_training(script, method, tin
     (folder / "results.json").write_text(json.dumps(shortened))
 
     found, = SCRIPTS[script].main(["--run", str(folder), "--eval_tasks", "toy-food"])
-    assert found == json.load(open(folder / "results.json")) == result
+    assert found == read_json(folder / "results.json") == result
     assert list(found["metrics"]) == ["validation", "toy-food"]
     assert_same_weights(trained, weights(folder))
     assert (folder / "log.jsonl").read_bytes() == log
@@ -3049,7 +3206,7 @@ def test_a_finished_run_scores_further_sets_without_training(script, method, tin
 @pytest.mark.parametrize("script, method", [("r3f", "std"), ("gtuning", "adapter")])
 @pytest.mark.parametrize("number", [False, True], ids=["classes", "numbers"])
 def test_a_finished_run_predicts_new_rows_when_its_own_files_are_gone(script, method, number,
-                                                                      tiny_folder, tmp_path, cache):
+                                                                      tiny_folder, tmp_path):
     rows = []
     for i, (text, label) in enumerate(REVIEWS):
         rows.append({"words": text, "label": i / 10 if number else label})
@@ -3070,8 +3227,7 @@ def test_a_finished_run_predicts_new_rows_when_its_own_files_are_gone(script, me
     assert list(found["metrics"]) == ["validation", "scored"]
 
 
-def test_what_does_not_fit_a_folder_is_refused_before_anything_is_trained(tiny_folder, tmp_path,
-                                                                          cache):
+def test_what_does_not_fit_a_folder_is_refused_before_anything_is_trained(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "r3f", "--max_steps", 2)
     with pytest.raises(UserError, match="r3f-0 holds a run with --lr 0.0005 .now 0.001."):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "r3f", "--max_steps", 2, "--lr", 1e-3)
@@ -3086,7 +3242,7 @@ def test_what_does_not_fit_a_folder_is_refused_before_anything_is_trained(tiny_f
             "toy")
 
 
-def test_a_file_to_predict_does_not_make_another_run(tiny_folder, tmp_path, cache, capsys):
+def test_a_file_to_predict_does_not_make_another_run(tiny_folder, tmp_path, capsys):
     path = write_rows(tmp_path / "rows.jsonl",
                       [{"text": "good plot", "label": i % 2} for i in range(32)])
     flags = ["--train_file", path, "--validation_file", path, "--max_steps", 2]
@@ -3100,7 +3256,7 @@ def test_a_file_to_predict_does_not_make_another_run(tiny_folder, tmp_path, cach
     common.main_report([str(tmp_path / "custom")])
 
 
-def test_a_finished_run_is_scored_by_a_file_with_other_columns(tiny_folder, tmp_path, cache):
+def test_a_finished_run_is_scored_by_a_file_with_other_columns(tiny_folder, tmp_path):
     """Of a task of the table and of one's own; the flag --model may name the run's own model."""
     rows = [{"review": "good plot", "mood": ["negative", "positive"][i % 2]} for i in range(8)]
     path = write_rows(tmp_path / "other.jsonl", rows)
@@ -3128,7 +3284,7 @@ def test_a_finished_run_is_scored_by_a_file_with_other_columns(tiny_folder, tmp_
 
 
 @pytest.mark.parametrize("pairs_first", [False, True])
-def test_a_run_on_texts_reads_no_pairs_and_the_reverse(pairs_first, tiny_folder, tmp_path, cache):
+def test_a_run_on_texts_reads_no_pairs_and_the_reverse(pairs_first, tiny_folder, tmp_path):
     texts = [{"text": "good plot", "label": i % 2} for i in range(32)]
     pairs = [{"sentence1": "a plot", "sentence2": "it is good", "label": i % 2} for i in range(32)]
     own_rows, others = (pairs, texts) if pairs_first else (texts, pairs)
@@ -3146,7 +3302,7 @@ def test_a_run_on_texts_reads_no_pairs_and_the_reverse(pairs_first, tiny_folder,
     r3f.main(["--run", folder, "--validation_file", path])
 
 
-def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, tmp_path, cache):
+def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     folder = tmp_path / "toy/std-0"
     lines = [{"review": "good plot", "id": "x1"}, {"review": "bad plot", "id": "x2"}]
@@ -3158,23 +3314,7 @@ def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, t
     assert header.startswith("index\tid\tprediction") and first.startswith("0\tx1\t")
 
 
-def test_the_loop_in_gtunings_own_words_trains(still_folder, tmp_path, monkeypatch):
-    """The one that its first comment gives to projects of one's own."""
-    monkeypatch.chdir(tmp_path)
-    code = gtuning.__doc__.partition("in a project of your own")[2].partition("\n\n")[2]
-    torch.manual_seed(0)
-    ids = torch.randint(5, 30, (8, 6))
-    x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    names = {**vars(gtuning), "AutoModel": transformers.AutoModel, "name": still_folder,
-             "batches": [(x, torch.arange(8) % 2, x)] * 3,
-             "d_batches": itertools.repeat((x, x), 15)}
-    exec(textwrap.dedent(code), names)
-    loaded = gtuning.GTuning.from_pretrained("my-f")
-    assert torch.allclose(loaded.logits(**x), names["f"].eval().logits(**x), atol=1e-6)
-    assert names["loss"].item() != 0 and {"wasserstein", "penalty"} <= set(names["stats"])
-
-
-def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path, cache, capsys):
+def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path):
     """The vectors and the map that it would have had after its training."""
     argv = ["--method", "adapter", "--eval_tasks", "toy-food", "--max_steps", 2]
     embed = ["--embed", "--projection", "pca"]
@@ -3186,13 +3326,13 @@ def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path, cache, capsys):
     one, other = (np.load(path / "embed.npz") for path in (wanted / "adapter-0", folder))
     for name in ("in_domain", "out_of_domain"):
         assert np.allclose(one[name], other[name], atol=1e-6)
-    values = [load(path / "embed-pca.json")["values"] for path in (wanted, folder.parent)]
+    values = [read_json(path / "embed-pca.json")["values"] for path in (wanted, folder.parent)]
     for name in values[0]:
         assert values[0][name] == pytest.approx(values[1][name], abs=1e-5)
     assert (folder.parent / "embed-pca.html").exists()
 
 
-def test_results_tell_the_precision_that_was_used(tiny_folder, tmp_path, cache, capsys):
+def test_results_tell_the_precision_that_was_used(tiny_folder, tmp_path, capsys):
     """Of --precision auto what this machine took; --run may score with another one."""
     flags = ["--method", "std", "--max_steps", 2, "--precision", "auto"]
     result, = run("r3f", tiny_folder, tmp_path, *flags)
@@ -3205,17 +3345,17 @@ def test_results_tell_the_precision_that_was_used(tiny_folder, tmp_path, cache, 
     assert re.search(r"running on .*, fp32$", capsys.readouterr().out, re.M)
 
 
-def test_scores_that_are_there_are_not_overwritten_by_those_of_a_file(tiny_folder, tmp_path, cache):
+def test_scores_that_are_there_are_not_overwritten_by_those_of_a_file(tiny_folder, tmp_path):
     """A run of few rows, scored on a file that is called as its own set is."""
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_samples", 64, "--max_steps", 2)
     folder = tmp_path / "toy/std-0"
-    before = json.load(open(folder / "results.json"))["metrics"]
+    before = read_json(folder / "results.json")["metrics"]
     rows = [{"text": "good plot", "label": "positive"}, {"text": "bad plot", "label": "negative"}]
     for name in ("validation", "toy-food", "test"):
         path = write_rows(tmp_path / f"{name}.jsonl", rows)
         flag = "--test_file" if name == "test" else "--validation_file"
         r3f.main(["--run", str(folder), flag, path, "--text_columns", "text"])
-    after = json.load(open(folder / "results.json"))["metrics"]
+    after = read_json(folder / "results.json")["metrics"]
     assert {name: after[name] for name in before} == before
     assert list(after)[2:] == ["validation-jsonl", "toy-food-jsonl"]
     assert (folder / "predictions-test-jsonl.tsv").exists()
@@ -3223,7 +3363,7 @@ def test_scores_that_are_there_are_not_overwritten_by_those_of_a_file(tiny_folde
         r3f.main(["--run", str(folder), "--max_length", "16"])
 
 
-def test_two_commands_that_score_one_run_at_the_same_time_lose_nothing(tiny_folder, tmp_path, cache,
+def test_two_commands_that_score_one_run_at_the_same_time_lose_nothing(tiny_folder, tmp_path,
                                                                        monkeypatch):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2)
     folder = str(tmp_path / "toy/std-0")
@@ -3238,7 +3378,7 @@ def test_two_commands_that_score_one_run_at_the_same_time_lose_nothing(tiny_fold
     monkeypatch.setattr(common, "evaluate", evaluate_while_another_does)
     result, = r3f.main(["--run", folder, "--eval_tasks", "toy-food:test"])
     assert [*result["metrics"]] == ["validation", "toy-food", "test", "toy-food/test"]
-    assert load(f"{folder}/results.json") == result
+    assert read_json(f"{folder}/results.json") == result
 
     read_scored = common.read_scored
     turns = []
@@ -3257,7 +3397,17 @@ def test_two_commands_that_score_one_run_at_the_same_time_lose_nothing(tiny_fold
     assert len(turns) == 1
 
 
-def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_path, cache):
+def test_scores_of_several_runs_at_once_all_join_the_results(tmp_path):
+    folder = write_runs(tmp_path / "runs", 1, ["rte"]) / "rte" / "std-0"
+    sets = [f"set-{number}" for number in range(12)]
+    with ThreadPoolExecutor(len(sets)) as pool:
+        for added in [pool.submit(common.add_scores, folder, {name: {"accuracy": 0.5}})
+                      for name in sets]:
+            added.result()
+    assert {"validation", *sets} <= set(common.read_results(folder)["metrics"])
+
+
+def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "r3f", "--max_steps", 2)
     std, other = tmp_path / "toy/std-0", tmp_path / "toy/r3f-0"
     found = r3f.main(["--run", str(std), str(other), "--eval_tasks", "toy-food:train"])
@@ -3270,13 +3420,12 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
     assert [len(result["metrics"]) for result in found] == [4, 3]
 
     def changed(name, value):
-        results = json.load(open(other / "results.json"))
+        results = read_json(other / "results.json")
         changed = {**results, name: value, "args": {**results["args"], name: value}}
         (other / "results.json").write_text(json.dumps(changed))
-        with pytest.raises(UserError) as caught:
-            r3f.main(["--run", str(std), str(other), "--eval_tasks", "toy-food"])
+        message = refusal(r3f.main, ["--run", str(std), str(other), "--eval_tasks", "toy-food"])
         (other / "results.json").write_text(json.dumps(results))
-        return str(caught.value)
+        return message
 
     assert changed("task", "sst2") == (f"--run {other}: is a run of sst2; must be of toy, as "
                                        "--task or the one before")
@@ -3287,6 +3436,14 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
     assert "its precision is bf16; must be fp32" in changed("precision", "bf16")
     assert changed("method", "std") == (f"--run {other}: is a run of std with seed 0, as {std} is; "
                                         "must be another one")
+
+
+@pytest.fixture(scope="module")
+def finished_toy(tiny_folder, tmp_path_factory):
+    """The folder of a finished run of std."""
+    out = tmp_path_factory.mktemp("finished")
+    run("r3f", tiny_folder, out, "--method", "std", "--max_steps", 2)
+    return str(out / "toy/std-0")
 
 
 @pytest.mark.parametrize("flags, line", [
@@ -3303,24 +3460,13 @@ def test_runs_that_are_used_together_are_of_one_task_and_model(tiny_folder, tmp_
     (["--eval_tasks", "stsb"], "--eval_tasks stsb: is of the kind regress"),
 ])
 def test_what_a_finished_run_cannot_do_is_one_line(flags, line, finished_toy):
-    with pytest.raises(UserError) as caught:
-        r3f.main(["--run", finished_toy, *flags])
-    assert line in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def finished_toy(tiny_folder, tmp_path_factory, cache):
-    """The folder of a finished run of std."""
-    out = tmp_path_factory.mktemp("finished")
-    run("r3f", tiny_folder, out, "--method", "std", "--max_steps", 2)
-    return str(out / "toy/std-0")
+    assert line in refusal(r3f.main, ["--run", finished_toy, *flags])
 
 
 # ---------------------------------------------------------------------- 7  tables, pages, --profile
 
 @pytest.mark.parametrize("script", ["r3f", "tdt"])
-def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, tmp_path, cache,
-                                                          capsys):
+def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, tmp_path, capsys):
     """gtuning's: below."""
     seconds = run(script, tiny_folder, tmp_path / "out", "--profile", 1, "--batching", "length",
                   "padded")
@@ -3336,7 +3482,7 @@ def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, t
     assert real["length"] > real["padded"]
 
 
-def test_profile_tells_each_methods_own_memory(tiny_folder, tmp_path, cache, capsys, monkeypatch):
+def test_profile_tells_each_methods_own_memory(tiny_folder, tmp_path, monkeypatch):
     """On a GPU, here a pretended one: each module takes 100 MB, a step 20 MB more for a while."""
     taken = []
     load_model = common.load_model
@@ -3356,7 +3502,7 @@ def test_profile_tells_each_methods_own_memory(tiny_folder, tmp_path, cache, cap
         print_profile(args, world, counted, seconds)
 
     monkeypatch.setattr(common, "print_profile", read)
-    run("r3f", tiny_folder, tmp_path / "out", "--profile", 1)
+    run("r3f", tiny_folder, tmp_path / "out", "--profile", 1, "--batch_size", 4)
     assert list(memory.values()) == [120, 120]
 
 
@@ -3366,18 +3512,18 @@ def test_flops_are_those_of_the_matrix_products():
     assert common.count_flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 8 * 16 * 4
 
 
-def test_a_page_is_self_contained_and_escapes():
+def test_a_page_is_self_contained_and_escapes_its_title():
     page = common.html_page("a < b", "b { color: red }", "<p>x</p>")
     assert "a &lt; b" in page and "<p>x</p>" in page and "color: red" in page
     assert "<script" not in page and "http" not in page and "prefers-color-scheme" in page
 
 
-# ----------------------------------------------------------------------------------- your own files
+# ------------------------------------------------------------------ your own files, and wrong input
 
 REVIEWS = [("really good plot", "yes"), ("bad actor", "no"), ("007", "yes"), ("NA", "no")] * 5
 
 
-def test_your_own_files_train_and_predict(tiny_folder, tmp_path, cache):
+def test_your_own_files_train_and_predict(tiny_folder, tmp_path):
     """Strings as labels; predictions carry the file's ids and probabilities; a name of its own."""
     table = "text,label\n" + "".join(f"{text},{label}\n" for text, label in REVIEWS)
     path = write(tmp_path / "rows.csv", table)
@@ -3391,11 +3537,11 @@ def test_your_own_files_train_and_predict(tiny_folder, tmp_path, cache):
     index, name, prediction, no, yes = lines[1].split("\t")
     assert (index, name) == ("0", "a7") and abs(float(no) + float(yes) - 1) < 1e-3
     assert prediction == ("yes" if float(yes) > float(no) else "no")
-    config = json.load(open(tmp_path / "out/reviews/std-0/model/config.json"))
+    config = read_json(tmp_path / "out/reviews/std-0/model/config.json")
     assert config["id2label"] == {"0": "no", "1": "yes"}
 
 
-def test_a_regression_file_is_for_std_alone(tiny_folder, tmp_path, cache):
+def test_a_regression_file_is_for_std_alone(tiny_folder, tmp_path):
     rows = [{"sentence1": "good plot", "sentence2": "bad plot", "score": i / 10} for i in range(20)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     more = ["--train_file", path, "--validation_file", path, "--label_column", "score",
@@ -3406,96 +3552,72 @@ def test_a_regression_file_is_for_std_alone(tiny_folder, tmp_path, cache):
         run("r3f", tiny_folder, tmp_path / "out", "--method", "r3f", *more)
 
 
-# One case a line: the script, its flags, and what the one line must say.
+# One case a line: the flags, and what the one line must say.
 WRONG_FLAGS = """
-r3f | --task colla | --task colla: no such task; did you mean cola
-r3f | --method r5f | --method: invalid choice: 'r5f'
-r3f | --lam -1 | --lam: must be a number from 0, got '-1'
-r3f | --eps nan | --eps: must be a number from 0 to 1000, got 'nan'
-r3f | --lr 0 | --lr: must be a number above 0, got '0'
-r3f | --lr inf | --lr: must be
-r3f | --lr fast | --lr: must be
-r3f | --batch_size 0 | --batch_size: must be a whole number from 1
-r3f | --batch_size 2.5 | --batch_size
-r3f | --batch_size 999 | --batch_size 999: must be at most the 320
-r3f | --seeds -1 | --seeds: must be
-r3f | --epochs 0 | --epochs: must be a number above 0
-r3f | --max_steps 0 | --max_steps: must be
-r3f | --epochs 1 --max_steps 3 | not allowed with
-r3f | --warmup -1 | --warmup: must be
-r3f | --noise laplace | --noise: invalid choice: 'laplace'
-r3f | --max_length 0 | --max_length: must be a whole number from 4
-r3f | --max_length 65 | --max_length 65: must be from 4 to 64
-r3f | --learning_rate 1 | --learning_rate: no such flag; did you mean --lr?
-r3f | --batchsize=1 | --batchsize=1: no such flag; did you mean --batch_size?
-r3f | extra | extra: belongs to no flag; --help lists all
-r3f | --zzz | --zzz: no such flag; --help lists all
-r3f | --eval_tasks imbd | --eval_tasks imbd: no such task; did you mean imdb
-r3f | --train_samples 8 | --train_samples 8: must be at least --batch_size
-r3f | --train_samples 321 | --train_samples 321: must be at most the 320
-r3f | --precision fp16 | --precision: invalid choice
-r3f | --betas 0.9 1.0 | --betas: must be
-r3f | --grad_clip -0.1 | --grad_clip: must be
-r3f | --profile -1 | --profile
-r3f | --threads -1 | --threads
-r3f | --batching length random | --batching length random: must be one name
-r3f | --name ../x | --name: must be letters
-r3f | --name sst2 | --name: must be letters
-r3f | --name grid | --name: must be letters
-r3f | --name mine | --name mine: is for your own files; toy has its own
-r3f | --text_columns a b | --text_columns a b: is for your own files
-r3f | --model no/such-model | --model no/such-model
-r3f | --model NOPAD | no pad token
-r3f | --model EMPTY | --model
-r3f | --model NOWEIGHTS | cannot be loaded by AutoModelForSequenceClassification
-r3f | --init_from nowhere | --init_from nowhere: must be
-r3f | --init_from NOWEIGHTS-0 | --init_from NOWEIGHTS-0: cannot be loaded by AutoModelFor
-r3f | --task cola-ood | --local_file cola-ood=FILE
-r3f | --output_dir AFILE | --output_dir
-r3f | --predict nope | --predict nope: toy has no split nope
-r3f | --eps 1e39 | --eps: must be a number from 0 to 1000
-r3f | --local_file foo | --local_file foo: must be NAME=FILE
-r3f | --local_file imdbb=good.csv | --local_file imdbb=good.csv: must be
-r3f | --resume --overwrite | not allowed with
-r3f | --model= | --model: must not be empty
-r3f | --output_dir= | --output_dir: must not be empty
-r3f | --max_target_length 9 | --max_target_length 9: is for texts that are written; toy has labels
-r3f | --reduction sentence | --reduction sentence: is for labels by position; toy has one a row
-r3f | --grid_seeds 2 | --grid_seeds: needs --grid
-r3f | --grid lr=1,2 --dev_samples 20 --grid_seeds 9 | --grid_seeds 9: must be at most the number
-r3f | --probe_recipe converged | --probe_recipe converged: needs --probe
-r3f | --probe run --probe_tasks rte --probe_recipe converged --lr 1e-3 | --lr: cannot go together
-gtuning | --cache_dir AFILE/x | --cache_dir: cannot make the folder AFILE/x: Not a directory; use
+--task colla | --task colla: no such task; did you mean cola
+--method r5f | --method: invalid choice: 'r5f'
+--lam -1 | --lam: must be a number from 0, got '-1'
+--eps nan | --eps: must be a number from 0 to 1000, got 'nan'
+--lr 0 | --lr: must be a number above 0, got '0'
+--lr inf | --lr: must be
+--lr fast | --lr: must be
+--batch_size 0 | --batch_size: must be a whole number from 1
+--batch_size 2.5 | --batch_size
+--seeds -1 | --seeds: must be
+--epochs 0 | --epochs: must be a number above 0
+--max_steps 0 | --max_steps: must be
+--epochs 1 --max_steps 3 | not allowed with
+--warmup -1 | --warmup: must be
+--noise laplace | --noise: invalid choice: 'laplace'
+--max_length 0 | --max_length: must be a whole number from 4
+--max_length 65 | --max_length 65: must be from 4 to 64
+--learning_rate 1 | --learning_rate: no such flag; did you mean --lr?
+--batchsize=1 | --batchsize=1: no such flag; did you mean --batch_size?
+extra | extra: belongs to no flag; --help lists all
+--zzz | --zzz: no such flag; --help lists all
+--train_samples 8 | --train_samples 8: must be at least --batch_size
+--train_samples 321 | --train_samples 321: must be at most the 320
+--precision fp16 | --precision: invalid choice
+--betas 0.9 1.0 | --betas: must be
+--grad_clip -0.1 | --grad_clip: must be
+--profile -1 | --profile
+--threads -1 | --threads
+--batching length random | --batching length random: must be one name
+--name ../x | --name: must be letters
+--name sst2 | --name: must be letters
+--name grid | --name: must be letters
+--name mine | --name mine: is for your own files; toy has its own
+--text_columns a b | --text_columns a b: is for your own files
+--model no/such-model | --model no/such-model
+--model NOPAD | no pad token
+--model EMPTY | --model
+--model NOWEIGHTS | cannot be loaded by AutoModelForSequenceClassification
+--init_from nowhere | --init_from nowhere: must be
+--init_from NOWEIGHTS-0 | --init_from NOWEIGHTS-0: cannot be loaded by AutoModelFor
+--output_dir AFILE | --output_dir
+--eps 1e39 | --eps: must be a number from 0 to 1000
+--resume --overwrite | not allowed with
+--model= | --model: must not be empty
+--output_dir= | --output_dir: must not be empty
+--max_target_length 9 | --max_target_length 9: is for texts that are written; toy has labels
+--reduction sentence | --reduction sentence: is for labels by position; toy has one a row
+--grid_seeds 2 | --grid_seeds: needs --grid
+--grid lr=1,2 --dev_samples 20 --grid_seeds 9 | --grid_seeds 9: must be at most the number
+--probe_recipe converged | --probe_recipe converged: needs --probe
+--probe run --probe_tasks rte --probe_recipe converged --lr 1e-3 | --lr: cannot go together
 """.strip().splitlines()
 
-# One case a line: training file, validation file, further flags, and what the line must say.
+# One case a line: training file, validation file, further flags, and what the line must say. What
+# is wrong within a file: in the tests of data.py.
 WRONG_FILES = """
-good.csv | - | | --validation_file: both
-- | - | --test_file good.csv | --train_file and --validation_file: both
-good.csv | good.csv | --task toy | --task toy: cannot go together
-no.csv | good.csv | | no.csv: no such file
-dir.csv | good.csv | | dir.csv: is a directory
-t.txt | good.csv | | t.txt: must end in .csv
-empty.csv | good.csv | | empty.csv: is empty
-header.csv | good.csv | | header.csv: has no rows
-latin.csv | good.csv | | latin.csv: must be text in UTF-8
-bad.jsonl | good.csv | | bad.jsonl: cannot be read as jsonl
-hole.jsonl | good.csv | | hole.jsonl: row 7: no text in column 'text'
-gap.csv | good.csv | | gap.csv: row 7: no label in column 'label'
-good.csv | nan.csv | | nan.csv: row 7: no label in column 'label'
-twice.csv | good.csv | | twice.csv: column 'text' stands twice
-good.csv | good.csv | --predict test | --predict test: is for tasks of the table
-other.csv | good.csv | | no column text
-good.csv | other.csv | | --text_columns text: no such column in other.csv
-good.csv | good.csv | --text_columns a | --text_columns a: no such column in good.csv
-good.csv | good.csv | --text_columns a b c | must be one or two names
-good.csv | good.csv | --text_columns text text | --text_columns text text: must be different names
-good.csv | good.csv | --label_column y | --label_column y: no such column in good.csv
-good.csv | unseen.csv | | label 'maybe' is not in the training file
-same.csv | same.csv | | all labels are 'no'
-one.csv | one.csv | | all labels are
-good.csv | good.csv | --batch_size 64 | --batch_size 64: must be at most the 40
-good.csv | good.csv | --test_file other.csv | --test_file other.csv: no column text
+good.jsonl | - | | --validation_file: both
+- | - | --test_file good.jsonl | --train_file and --validation_file: both
+good.jsonl | good.jsonl | --task toy | --task toy: cannot go together
+no.csv | good.jsonl | | no.csv: no such file
+hole.jsonl | good.jsonl | | hole.jsonl: row 7: no text in column 'text'
+good.jsonl | nan.jsonl | | nan.jsonl: row 7: no label in column 'label'
+good.jsonl | good.jsonl | --text_columns a b c | must be one or two names
+good.jsonl | good.jsonl | --text_columns text text | text text: must be different names
 """.strip().splitlines()
 
 
@@ -3504,46 +3626,24 @@ def wrong_files(tmp_path_factory, tiny_folder):
     """A folder of files and models that are wrong, each in one way."""
     folder = tmp_path_factory.mktemp("wrong")
     labels = ["no", "yes"]
-    good = "".join(f"good plot {i},{labels[i % 2]}\n" for i in range(40))
-    same = "fine,no\n" * 40
-    texts = {
-        "good.csv": good, "same.csv": same, "one.csv": "fine,yes\n", "header.csv": "",
-        "unseen.csv": "fine,maybe\n"}
-    for name, text in texts.items():
-        write(folder / name, "text,label\n" + text)
-    for name, label in (("gap.csv", ""), ("nan.csv", "nan")):
-        lines = [f"fine,{label if i == 6 else labels[i % 2]}\n" for i in range(40)]
-        write(folder / name, "text,label\n" + "".join(lines))
-    write(folder / "twice.csv", "text,label,text\na,yes,b\n")
-    write(folder / "other.csv", "review,label\nfine,yes\n")
-    write(folder / "t.txt", "x")
-    write(folder / "empty.csv", "")
+    rows = [{"text": f"good plot {i}", "label": labels[i % 2]} for i in range(40)]
+    write_rows(folder / "good.jsonl", rows)
+    write_rows(folder / "nan.jsonl", [*rows[:6], {"text": "fine", "label": "nan"}, *rows[7:]])
+    write_rows(folder / "hole.jsonl", [*rows[:6], {"label": "yes"}, *rows[7:]])
     write(folder / "AFILE", "x")
-    write(folder / "bad.jsonl", '{"text": "a", "label"\n')
-    rows = [{"text": "fine", "label": labels[i % 2]} for i in range(40)]
-    del rows[6]["text"]
-    write_rows(folder / "hole.jsonl", rows)
-    (folder / "latin.csv").write_bytes("text,label\ncaf\xe9,yes\n".encode("latin-1"))
-    for name, results in (("R3F", {"method": "r3f"}), ("NOTHING", {}),
-                          ("TDT", {"method": "tdt", "task": "toy"})):
-        os.makedirs(folder / name)
-        whole = {"args": {}, "metrics": {}, "seed": 0, "task": "toy", **results}
-        write(folder / name / "results.json", json.dumps(whole if results else {}))
-    os.makedirs(folder / "dir.csv")
     os.makedirs(folder / "EMPTY")
     for name in ("NOPAD", "NOWEIGHTS"):
         shutil.copytree(tiny_folder, folder / name)
     os.remove(folder / "NOWEIGHTS/model.safetensors")
     shutil.copytree(folder / "NOWEIGHTS", folder / "NOWEIGHTS-0/model")
     path = folder / "NOPAD/tokenizer_config.json"
-    settings = json.load(open(path))
-    settings["pad_token"] = None
-    json.dump(settings, open(path, "w"))
+    settings = {**read_json(path), "pad_token": None}
+    write(path, json.dumps(settings))
     return folder
 
 
-def refused(script, argv, folder, tiny_folder, tmp_path, monkeypatch):
-    """The one line with which these flags are refused. No model may be loaded before."""
+def refused(argv, folder, tiny_folder, tmp_path, monkeypatch):
+    """The one line with which r3f.py refuses these flags. No model may be loaded before."""
     real = transformers.AutoModelForSequenceClassification.from_pretrained
 
     def load(*args, **how):
@@ -3562,35 +3662,31 @@ def refused(script, argv, folder, tiny_folder, tmp_path, monkeypatch):
         base += ["--max_steps", "2"]
     if "--output_dir" not in argv:
         base += ["--output_dir", str(tmp_path)]
-    with pytest.raises(UserError) as error:
-        SCRIPTS[script].main([*base, *argv])
-    line = str(error.value)
-    assert "\n" not in line.strip()
-    return line
+    return refusal(r3f.main, [*base, *argv])
 
 
 @pytest.mark.parametrize("case", WRONG_FLAGS)
-def test_wrong_flags_are_refused(case, wrong_files, tiny_folder, tmp_path, cache, monkeypatch):
-    script, flags, expected = (part.strip() for part in case.split(" | "))
-    line = refused(script, shlex.split(flags), wrong_files, tiny_folder, tmp_path, monkeypatch)
+def test_wrong_flags_are_refused(case, wrong_files, tiny_folder, tmp_path, monkeypatch):
+    flags, expected = case.split(" | ")
+    line = refused(shlex.split(flags), wrong_files, tiny_folder, tmp_path, monkeypatch)
     assert expected in line
 
 
 @pytest.mark.parametrize("case", WRONG_FILES)
-def test_wrong_files_are_refused(case, wrong_files, tiny_folder, tmp_path, cache, monkeypatch):
+def test_wrong_files_are_refused(case, wrong_files, tiny_folder, tmp_path, monkeypatch):
     train, validation, flags, expected = (part.strip() for part in case.split("|"))
     argv = shlex.split(flags)
     if train != "-":
         argv += ["--train_file", train]
     if validation != "-":
         argv += ["--validation_file", validation]
-    line = refused("r3f", argv, wrong_files, tiny_folder, tmp_path, monkeypatch)
+    line = refused(argv, wrong_files, tiny_folder, tmp_path, monkeypatch)
     assert expected in line
 
 
-# ===========================================================================  common.py: the report
+# ============================================================================ common.py: the report
 
-# -------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 def test_wilcoxon_by_hand():
@@ -3620,7 +3716,7 @@ def test_wilcoxon_counts_all_patterns():
             assert common.wilcoxon(differences) == pytest.approx(count / 2**len(kept), abs=1e-12)
 
 
-def test_wilcoxon_limits():
+def test_wilcoxon_of_few_of_many_and_of_ties():
     assert common.wilcoxon([]) == 1
     assert common.wilcoxon([0.0, 0.0]) == 1
     smallest = [common.wilcoxon(np.arange(1, n + 1)) for n in (3, 5, 6, 8, 10)]
@@ -3634,7 +3730,7 @@ def test_wilcoxon_limits():
     assert common.wilcoxon(tied) == common.wilcoxon([1, 1, -1]) == 1
 
 
-def test_needed():
+def test_how_many_differences_are_needed_to_show_one():
     """6 differences reach .05, 5 do not; of 12 methods together it takes 9."""
     assert common.needed() == 6
     assert common.needed(12) == 9
@@ -3658,7 +3754,7 @@ def test_t_interval_by_hand():
     assert common.t_interval([2, 2, 2]) == (2, 2)
 
 
-def test_t_quantiles():
+def test_the_quantiles_of_t_are_those_of_its_density():
     """97.5 % of Student's density, added up, lies below each."""
     for df in (1, 2, 5, 12, 30, 31, 60):
         values = np.arange(df + 1) - (df / 2)          # mean 0, df + 1 of them
@@ -3670,7 +3766,7 @@ def test_t_quantiles():
         assert np.trapezoid(density, grid) == pytest.approx(0.475, abs=5e-6)
 
 
-def test_paired_bootstrap():
+def test_the_bootstrap_draws_the_same_rows_for_both_methods():
     """The same rows for both methods: what both get wrong alike takes no part in the interval."""
     rng = np.random.default_rng(0)
     labels = rng.integers(2, size=200)
@@ -3728,7 +3824,7 @@ def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
         assert "scored.npz: is damaged" in refused_report(folder, "--rows")
 
 
-# -------------------------------------------------------------------------------- made-up runs
+# ------------------------------------------------------------------------------------- made-up runs
 
 FLAGS = {"lr": 5e-5, "train_samples": 1000, "model": "some/model", "max_length": 512}
 STD = [60, 62, 61, 63, 60, 64, 62, 61]
@@ -3760,7 +3856,7 @@ def write_run(folder, results, log=True):
         for step in (40, 80):
             metrics = {"validation": {"accuracy": score * step / 80}}
             lines.append({"step": step, "seconds": step / 10, "metrics": metrics})
-        (place / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(place / "log.jsonl", lines)
     return place
 
 
@@ -3787,16 +3883,13 @@ def printed(capsys, *argv):
 
 def refused_report(*argv):
     """The one line that main_report ends with."""
-    with pytest.raises(UserError) as error:
-        common.main_report([*map(str, argv)])
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return refusal(common.main_report, [*map(str, argv)])
 
 
-# ------------------------------------------------------------------------------------ the report
+# --------------------------------------------------------------------------------------- the report
 
 
-def test_numbers(tmp_path, capsys):
+def test_the_numbers_of_a_report_by_hand(tmp_path, capsys):
     """By hand: std 60 62 61 63 60 64 62 61; the differences are 2 1 2 1 3 1 2 1."""
     write_runs(tmp_path / "runs", tasks=["rte"])
     table, = common.main_report([str(tmp_path / "runs")])
@@ -3831,7 +3924,7 @@ def test_only_shared_seeds_are_paired(tmp_path, capsys):
     assert difference.mean == pytest.approx(10 / 6)
 
 
-def test_over_tasks(tmp_path, capsys):
+def test_a_difference_over_tasks_is_corrected_for_the_methods_compared(tmp_path, capsys):
     """Six tasks, a further method of no difference: Holm doubles the smaller p."""
     tasks = ["rte", "mrpc", "cola", "sst2", "qqp", "qnli"]
     folder = write_runs(tmp_path / "runs", 3, tasks)
@@ -3850,12 +3943,6 @@ def test_over_tasks(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "3 shared seeds can show nothing: the exact test's smallest p is 0.25" in out
     assert "6 tasks can show nothing: with 2 methods compared" in " ".join(out.split())
-
-
-def test_an_axis_has_round_numbers():
-    assert common.round_numbers(0, 1) == [0, 0.2, 0.4, 0.6000000000000001, 0.8, 1]
-    for least in (0.1, 100.0):                         # of a third of the range; rounded below it
-        assert len(common.round_numbers(0, 3 * math.nextafter(least, 0))) in range(3, 9)
 
 
 def test_costs_are_of_the_whole_training(tmp_path):
@@ -3918,7 +4005,7 @@ def test_methods_on_other_rows_of_the_same_file_are_refused(tmp_path):
     common.main_report([str(tmp_path), "--differ", "train_file_digest"])
 
 
-def test_no_difference_and_worse():
+def test_what_is_better_worse_or_not_shown():
     none = common.summarise_differences([1.0, -1.0, 2.0, -2.0, 0.5, -0.6])
     assert none.verdict() == "no difference shown"
     worse = common.summarise_differences([-1.0, -1.1, -1.2, -0.9, -1.3, -1.4])
@@ -3934,7 +4021,7 @@ def test_no_difference_and_worse():
     assert math.isnan(alone.std) and alone.p == 1
 
 
-def test_without_the_baseline(tmp_path, capsys):
+def test_without_the_baseline_scores_are_told_alone(tmp_path, capsys):
     folder = tmp_path / "runs"
     write_run(folder, results_of("rte", "more", 0, 60))
     out, _ = printed(capsys, folder)
@@ -3944,7 +4031,7 @@ def test_without_the_baseline(tmp_path, capsys):
     assert "Difference to more" not in printed(capsys, folder, "--baseline", "more")[0]
 
 
-def test_flags_that_are_the_method(tmp_path, capsys):
+def test_flags_that_are_a_method_make_columns(tmp_path):
     """A flag of METHOD_FLAGS, or of --by, makes a column of its own."""
     folder = write_runs(tmp_path / "runs", tasks=["rte"])
     for seed in range(2):
@@ -3967,7 +4054,7 @@ def test_without_std_the_adapter_is_the_baseline(tmp_path):
     assert common.main_report([str(folder)])[0].baseline == "std"
 
 
-# ------------------------------------------------------------------------------------ kept lines
+# --------------------------------------------------------------------------------------- kept lines
 
 
 def test_lines_give_the_same_tables(tmp_path, capsys):
@@ -4321,7 +4408,7 @@ def test_each_file_of_lines_is_a_table(tmp_path, capsys):
     assert out == printed(capsys, small)[0]
 
 
-# --------------------------------------------------------------------------- what is refused, wrong
+# ------------------------------------------------------------- what is refused, and what is damaged
 
 
 def test_unlike_flags_are_refused(tmp_path, capsys):
@@ -4406,7 +4493,7 @@ def test_a_state_that_was_chosen_on_the_scored_set_is_told(tmp_path, capsys):
     assert "its scores are too high, for std alone." in " ".join(out.split())
 
 
-def test_one_run_twice(tmp_path):
+def test_a_run_that_is_there_twice_counts_once_if_its_scores_agree(tmp_path):
     folder = write_runs(tmp_path / "a", 2, ["rte"])
     write_run(tmp_path / "b", results_of("rte", "std", 0, STD[0], {"sick": STD[0] - 9}))
     table, = common.main_report([str(folder), str(folder), str(tmp_path / "b")])
@@ -4416,7 +4503,7 @@ def test_one_run_twice(tmp_path):
     assert "rte std, seed 0: is in" in said and "report them apart" in said
 
 
-def test_wrong_places(tmp_path):
+def test_places_without_runs_are_refused(tmp_path):
     assert "nowhere: must be a folder" in refused_report(tmp_path / "nowhere")
     assert "must hold a finished run" in refused_report(tmp_path)
     good = write_runs(tmp_path / "good", 2, ["rte"])
@@ -4431,6 +4518,12 @@ def test_wrong_places(tmp_path):
     (tmp_path / "file").write_text("")
     assert "--out" in refused_report(good, "--out", tmp_path / "file" / "out")
     assert "--keep" in refused_report(good, "--keep", tmp_path / "rows.jsonl")
+
+
+def test_an_interval_over_rows_of_nothing_is_refused(tmp_path):
+    write_runs(tmp_path / "runs", 2, ["rte"])
+    assert "--rows: must be of folders with runs" in refused_report(tmp_path / "runs", "--rows")
+    assert "--rows: must be a whole number from 100" in refused_report(tmp_path, "--rows", 1)
 
 
 DAMAGE = {
@@ -4457,7 +4550,7 @@ def test_damaged_results_are_left_out(tmp_path, capsys, kind):
     assert out.startswith("runs: 15 runs")
 
 
-def test_half_written_logs_and_lines(tmp_path, capsys):
+def test_half_written_logs_and_lines_are_left_out(tmp_path, capsys):
     folder = write_runs(tmp_path / "runs", tasks=["rte"])
     kept = tmp_path / "kept.jsonl"
     whole, _ = printed(capsys, folder, "--keep", kept)
@@ -4476,13 +4569,8 @@ def test_half_written_logs_and_lines(tmp_path, capsys):
     assert "is damaged" in refused_report(folder, "--keep", kept)
     assert len(kept.read_text().splitlines()) == 16    # and nothing is lost
     line = json.loads(lines[3])
-    assert refusal_of_line({**line, "device": [1]}) == "'device' is wrong"
-
-
-def refusal_of_line(line):
-    with pytest.raises(ValueError) as caught:
-        common.check_line(line)
-    return str(caught.value)
+    with pytest.raises(ValueError, match="^'device' is wrong$"):
+        common.check_line({**line, "device": [1]})
 
 
 def test_the_report_follows_links_and_counts_a_run_once(tmp_path, capsys):
@@ -4496,8 +4584,7 @@ def test_the_report_follows_links_and_counts_a_run_once(tmp_path, capsys):
     assert len(common.find_files(str(tmp_path / "linked")).finished) == 4
 
 
-def test_different_machines(tmp_path, capsys):
-    """Seconds of two machines are not compared."""
+def test_seconds_of_two_machines_are_not_compared(tmp_path, capsys):
     folder = write_runs(tmp_path / "runs", 2, ["rte"])
     for seed in range(2):
         path = folder / "rte" / f"more-{seed}" / "results.json"
@@ -4518,7 +4605,7 @@ def test_seconds_on_an_unknown_machine_have_no_figure(tmp_path, capsys):
     assert "seconds on" not in page and "Learning curves" in page
 
 
-# ------------------------------------------------------------------------------------ the probes
+# --------------------------------------------------------------------------------------- the probes
 
 
 def write_probes(folder, chain=("sst2", "rte", "cola"), seeds=3):
@@ -4535,7 +4622,7 @@ def write_probes(folder, chain=("sst2", "rte", "cola"), seeds=3):
                         "method": method, "run_seed": seed, "links": chain[:n],
                         "score": 0.6 + place / 10 + n / 100 + seed / 1000})
     os.makedirs(folder, exist_ok=True)
-    return write(folder / "probes.jsonl", lines_of(lines))
+    return write_rows(folder / "probes.jsonl", lines)
 
 
 def test_probes_are_a_table_and_figures(tmp_path, capsys):
@@ -4551,11 +4638,11 @@ def test_probes_are_a_table_and_figures(tmp_path, capsys):
     assert "chain sst2, rte, cola; 0: untuned" in page
 
     # A chain that was probed at its end alone has dots; so has an encoder that was never tuned.
-    lines = [json.loads(line) for line in open(path)]
+    lines = read_lines(path)
     ends = [line for line in lines if len(line.get("links", [])) == 3]
     for name, chosen in (("end", ends), ("none", [{**lines[0], "method": None}])):
         os.makedirs(tmp_path / name)
-        write(tmp_path / name / "probes.jsonl", lines_of(chosen))
+        write_rows(tmp_path / name / "probes.jsonl", chosen)
     assert "after sst2 rte cola, two" in printed(capsys, tmp_path / "end")[0]
     page = (tmp_path / "end/report.html").read_text()
     assert "<polyline" not in page and ">two, sst2, rte, cola</text>" in page
@@ -4577,9 +4664,9 @@ def test_each_chain_of_probes_has_a_figure(tmp_path):
     lines = []
     for chain in (("sst2", "rte", "cola"), ("cola", "rte")):
         path = write_probes(tmp_path / chain[0], chain)
-        lines += [line for line in map(json.loads, open(path)) if line["task"] == "sst2"]
+        lines += [line for line in read_lines(path) if line["task"] == "sst2"]
     lines.append({**lines[-1], "links": ["mrpc"], "score": 0.9})
-    path = write(tmp_path / "probes.jsonl", lines_of(lines))
+    path = write_rows(tmp_path / "probes.jsonl", lines)
     probes = common.read_probes([common.find_files(path)], [])
     first, second, dots = common.probe_figures(probes)
     assert "chain cola, rte; 0" in first and "chain sst2, rte, cola; 0" in second
@@ -4587,28 +4674,12 @@ def test_each_chain_of_probes_has_a_figure(tmp_path):
     assert ">two, mrpc</text>" in dots and "cola</text>" not in dots
 
 
-def test_scores_of_several_runs_at_once_all_join_the_results(tmp_path):
-    folder = write_runs(tmp_path / "runs", 1, ["rte"]) / "rte" / "std-0"
-    sets = [f"set-{number}" for number in range(12)]
-    with ThreadPoolExecutor(len(sets)) as pool:
-        for added in [pool.submit(common.add_scores, folder, {name: {"accuracy": 0.5}})
-                      for name in sets]:
-            added.result()
-    assert {"validation", *sets} <= set(common.read_results(folder)["metrics"])
-
-
-def test_an_interval_over_rows_of_nothing_is_refused(tmp_path):
-    write_runs(tmp_path / "runs", 2, ["rte"])
-    assert "--rows: must be of folders with runs" in refused_report(tmp_path / "runs", "--rows")
-    assert "--rows: must be a whole number from 100" in refused_report(tmp_path, "--rows", 1)
-
-
 def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys):
     folder = write_runs(tmp_path / "runs", 2, ["rte"])
     path = write_probes(folder / "probed")
+    line = read_lines(path)[0]
     with open(path, "a") as file:
         file.write('{"task": "sst2"}\n[1]\n')
-        line = json.loads(open(path).readline())
         file.write(json.dumps({**line, "links": [5], "method": "one"}) + "\nhalf")
     out, err = printed(capsys, folder)
     assert "Probes, in percent" in out and "rte" in out
@@ -4616,10 +4687,10 @@ def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys
         f"{path}:{number}: is damaged" for number in (27, 28, 29, 30)]
 
 
-# -------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
-def test_page(tmp_path, capsys):
+def test_the_page_of_a_report_needs_no_other_file(tmp_path):
     """Self-contained: no script, nothing from elsewhere; light and dark; well-formed."""
     from html.parser import HTMLParser
     folder = write_runs(tmp_path / "<runs> & more")
@@ -4654,7 +4725,7 @@ def test_page(tmp_path, capsys):
     assert checker.open == []
 
 
-def test_a_curve_is_named_by_what_was_looked_at(tmp_path, capsys):
+def test_a_curve_is_named_by_what_was_looked_at(tmp_path):
     """By the held-out rows, where the table's scores are those of the validation set."""
     for method in ("std", "more"):
         place = write_run(tmp_path, results_of("rte", method, 0, 50), log=False)
@@ -4688,14 +4759,22 @@ def test_dots_svg_has_a_dot_for_each_value():
 
 @pytest.mark.parametrize("low, high", [(0, 1), (59.3, 64.1), (-0.02, 0.031), (3, 120000),
                                        (0, 3), (0, 299), (0, 0.0006)])
-def test_round_numbers(low, high):
+def test_an_axis_has_a_few_round_numbers(low, high):
     numbers = common.round_numbers(low, high)
+    if (low, high) == (0, 1):
+        assert numbers == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert 3 <= len(numbers) <= 8 and common.round_numbers(low, low) == [low]
     assert all(low - 1e-9 <= number <= high + 1e-9 for number in numbers)
     assert np.ptp(np.diff(numbers)) < 1e-9 * (high - low)
 
 
-def test_many_columns_go_below(tmp_path):
+@pytest.mark.parametrize("least", [0.1, 100.0])
+def test_an_axis_whose_range_is_rounded_has_enough_numbers(least):
+    """Of a third of the range, rounded below it."""
+    assert 3 <= len(common.round_numbers(0, 3 * math.nextafter(least, 0))) <= 8
+
+
+def test_columns_that_do_not_fit_go_below():
     header = ["task", "method", *[f"column{i}" for i in range(20)]]
     grid = [["rte", "std", *["1.00"] * 20], ["rte", "more", *["2.00"] * 20]]
     lines = common.text_lines(header, grid, 2, width=60)
@@ -4705,7 +4784,7 @@ def test_many_columns_go_below(tmp_path):
     assert sum(line.strip().startswith("std") for line in lines) == len(lines) // 5
 
 
-def test_program_needs_no_torch(tmp_path):
+def test_the_report_needs_no_torch(tmp_path):
     """python common.py FOLDER, and its exit status."""
     write_runs(tmp_path / "runs", 2, ["rte"])
     for place, status, said in (("runs", 0, ""), ("none", 2, "must be a folder")):
@@ -4718,7 +4797,7 @@ def test_program_needs_no_torch(tmp_path):
         assert said in done.stderr and done.stderr.count("\n") == bool(status)
 
 
-# ------------------------------------------------------------------------------------------ t-SNE
+# ---------------------------------------------------------------------------------- maps of vectors
 
 
 def test_affinities_have_the_entropy():
@@ -4808,9 +4887,9 @@ def test_tsne_refuses_too_few_points():
         common.tsne(np.ones((100, 3)))
 
 
-# ==========================================================================================  r3f.py
+# =========================================================================================== r3f.py
 
-# -------------------------------------------------------------------- tiny models
+# -------------------------------------------------------------------------------------- tiny models
 
 
 def tiny_generator(name="bart", dropout=True, spread=None):
@@ -4846,49 +4925,12 @@ def batch_to_tag():
     return labels, inputs
 
 
-def encoder_words(model):
-    """The module of the encoder's word embeddings."""
-    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
-    return encoder.get_input_embeddings()
-
-
-def gradients_of(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def same_gradients(a, b, tolerance=1e-6):
-    assert a.keys() == b.keys() and max(g.abs().max() for g in a.values()) > 1e-4
-    for name in a:
-        assert torch.allclose(a[name], b[name], atol=tolerance, rtol=1e-4), name
-    return True
-
-
-def passes_of(method, labels, inputs):
-    """The number of rows in each pass of one step."""
-    seen = []
-
-    def hook(module, args, settings):
-        seen.append(len(args[0] if args else settings["input_ids"]))
-
-    handle = method.model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-    method(labels, **inputs)
-    handle.remove()
-    return seen
-
-
-# -------------------------------------------------------------------- R3F: the terms of Eq. 3
+# -------------------------------------------------------------------------- R3F: the terms of Eq. 3
 
 
 def numpy_kl(a, b):
     p, q = softmax(a), softmax(b)
     return (p * np.log(p / q)).sum(-1) + (q * np.log(q / p)).sum(-1)
-
-
-def test_the_symmetric_kl_is_numpys():
-    a, b = np.random.default_rng(0).normal(size=(2, 5, 4))
-    ours = r3f.symmetric_kl(torch.tensor(a), torch.tensor(b))
-    assert ours.shape == (5,)
-    assert np.allclose(ours.numpy(), numpy_kl(a, b), atol=1e-5)
 
 
 def test_the_symmetric_kl_of_a_quarter_and_a_half_is_a_quarter_of_ln_3():
@@ -4986,7 +5028,7 @@ def test_stop_grad_noised_holds_the_noised_prediction_constant():
     clean, noised = noised_by_hand(model, inputs, 0.5, seed=3)
     ce = torch.nn.functional.cross_entropy(clean, labels)
     (ce + 50 * r3f.symmetric_kl(clean, noised.detach()).mean()).backward()
-    assert same_gradients(gradients_of(model), cut, tolerance=1e-5)
+    assert_same_gradients(gradients_of(model), cut, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -5006,12 +5048,9 @@ def test_the_noise_arrives_and_padding_is_inert(name, monkeypatch):
     # BART's head wants its last token at the end, XLNet's its padding at the start.
     if name == "bart":
         return
-    side = (3, 0) if name == "xlnet" else (0, 3)
-    wider = {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], side),
-             "input_ids": torch.nn.functional.pad(inputs["input_ids"], side,
-                                                  value=model.config.pad_token_id or 0)}
     monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
     method = r3f.R3F(wide_tiny(name), eps=0.5)
+    wider = padded(inputs, model)
     assert abs(method(labels, **inputs)[0] - method(labels, **wider)[0]) < 1e-4
 
 
@@ -5051,7 +5090,7 @@ def test_plain_regression_is_the_squared_error():
     assert abs(loss.item() - ((scores - labels.numpy()) ** 2).mean()) < 1e-6
 
 
-# -------------------------------------------------------------------- R4F
+# ---------------------------------------------------------------------------------------------- R4F
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra", "bart", "gpt2"])
 def test_r4f_gives_the_head_the_norm_1_and_saves_it_plain(name, tmp_path):
@@ -5146,25 +5185,6 @@ def test_r4f_refuses_a_head_that_it_cannot_bound():
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_the_logits_of_a_generator_are_the_models_own(name):
-    """Also with a bias on them; under autocast in bf16, half the size."""
-    torch.manual_seed(0)
-    kind, settings = GENERATORS[name]
-    model = built("AutoModelForSeq2SeqLM", kind, settings).eval()
-    if hasattr(model, "final_logits_bias"):
-        model.final_logits_bias.normal_()
-    labels = torch.randint(6, 99, (3, 5))
-    ids = torch.randint(6, 99, (3, 7))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    wanted = model(**inputs, labels=labels).logits
-    inputs = r3f.with_decoder_inputs(model, labels, inputs)
-    assert torch.allclose(r3f.logits_of(model, inputs), wanted, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = r3f.logits_of(model, inputs)
-    assert logits.dtype == torch.bfloat16 and torch.allclose(logits.float(), wanted, atol=0.1)
-
-
-@pytest.mark.parametrize("name", GENERATORS)
 def test_r4f_is_refused_where_g_has_no_weights_of_its_own(name):
     with pytest.raises(ValueError, match="section 3.2"):
         r3f.spectral_normalize(tiny_generator(name))
@@ -5175,7 +5195,7 @@ def test_r4f_normalises_the_head_of_a_tagger():
     assert hasattr(model.classifier, "parametrizations")
 
 
-# -------------------------------------------------------------------- labels by position
+# ------------------------------------------------------------------------------- labels by position
 
 def numpy_smoothed(logits, y, e):
     """LS: the weight 1 - e on the label, e / (V - 1) on each other word."""
@@ -5195,6 +5215,25 @@ def numpy_by_position(clean, noised, labels, lam, e, reduction):
     return ce + lam * kl, ce, kl
 
 
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_logits_of_a_generator_are_the_models_own(name):
+    """Also with a bias on them; under autocast in bf16, half the size."""
+    torch.manual_seed(0)
+    kind, settings = GENERATORS[name]
+    model = built("AutoModelForSeq2SeqLM", kind, settings).eval()
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()
+    labels = torch.randint(6, 99, (3, 5))
+    ids = torch.randint(6, 99, (3, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    wanted = model(**inputs, labels=labels).logits
+    inputs = r3f.with_decoder_inputs(model, labels, inputs)
+    assert torch.allclose(r3f.logits_of(model, inputs), wanted, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = r3f.logits_of(model, inputs)
+    assert logits.dtype == torch.bfloat16 and torch.allclose(logits.float(), wanted, atol=0.1)
+
+
 def test_a_regression_has_no_labels_to_smooth():
     with pytest.raises(ValueError, match="label_smoothing needs classes"):
         r3f.R3F(tiny(num_labels=1), lam=0.0, label_smoothing=0.1)
@@ -5208,12 +5247,12 @@ def test_a_negative_label_by_position_is_no_class():
             r3f.R3F(tiny_tagger()).train(training)(labels, **inputs)
 
 
-@pytest.mark.parametrize("rows", [2, 6, 8])
-def test_labels_by_position_of_other_rows_are_refused(rows):
+@pytest.mark.parametrize("rows, positions", [(2, 9), (6, 9), (8, 9), (4, 7)])
+def test_labels_that_do_not_stand_below_the_logits_are_refused(rows, positions):
     labels, inputs = batch_to_tag()
-    other = labels.repeat(2, 1)[:rows]
+    other = labels.repeat(2, 1)[:rows, :positions]
     for training in (True, False):
-        said = rf"labels \({rows}, 9\) do not fit logits \(4, 9, 5\)"
+        said = rf"labels \({rows}, {positions}\) do not fit logits \(4, 9, 5\)"
         with pytest.raises(ValueError, match=said):
             r3f.R3F(tiny_tagger()).train(training)(other, **inputs)
 
@@ -5289,7 +5328,7 @@ def test_the_gradient_of_generation_is_that_of_the_plain_formula(reduction, stop
     kl = r3f.symmetric_kl(clean, noised)
     kl = {"token": kl[real].mean(), "sentence": kl[real].sum() / 4, "released": kl.sum() / 4}
     (3 * (ce + 0.7 * kl[reduction])).backward()
-    assert same_gradients(ours, gradients_of(model), tolerance=1e-5)
+    assert_same_gradients(ours, gradients_of(model), tolerance=1e-5)
 
 
 def test_a_large_vocabulary_goes_through_softmax_in_parts(monkeypatch):
@@ -5418,24 +5457,16 @@ def test_labels_are_shifted_for_the_decoder_and_its_own_inputs_are_kept():
         r3f.R3F(other)(labels, **inputs)
 
 
-def test_a_pass_without_any_label_has_the_loss_0():
-    """One of several small ones, of a sentence whose words have no piece."""
-    model, (labels, inputs) = tiny_tagger(dropout=False), batch_to_tag()
-    none = torch.full_like(labels, -100)
-    for lam in (0.0, 1.0):
-        loss, _ = r3f.R3F(model, lam=lam, eps=0.1)(none, **inputs)
-        loss.backward()
-        assert loss.item() == 0
-    assert not any(g.isnan().any() or g.abs().max() > 0 for g in gradients_of(model).values())
-    f = gtuning.GTuning(tiny().base_model, 5, by_token="tag")
-    loss, _ = f(none, **inputs)
-    assert loss.item() == 0
-
-
-def test_labels_that_do_not_stand_below_the_logits_are_an_error():
-    labels, inputs = batch_to_tag()
-    with pytest.raises(ValueError, match=r"labels \(4, 7\) do not fit logits \(4, 9, "):
-        r3f.R3F(tiny_tagger())(labels[:, :7], **inputs)
+@pytest.mark.parametrize("method", [
+    r3f.R3F, functools.partial(r3f.R3F, lam=0.0), r3f.RDrop, r3f.SMART, r3f.FreeLB,
+    lambda model: gtuning.GTuning(model.base_model, 5, by_token="tag")])
+def test_a_pass_without_any_label_has_the_loss_0(method):
+    """One of several small ones, of sentences whose words have no piece."""
+    model, (labels, inputs) = tiny_tagger(), batch_to_tag()
+    loss, stats = method(model)(torch.full_like(labels, -100), **inputs)
+    loss.backward()
+    assert loss == 0 and not any(stats.values())
+    assert not any(g.isnan().any() or g.any() for g in gradients_of(model).values())
 
 
 def test_eval_mode_of_generation_is_the_plain_smoothed_loss():
@@ -5464,7 +5495,7 @@ def test_tags_are_a_mean_over_the_labels_that_are_there():
     assert torch.allclose(plain, model(**inputs, labels=labels).loss)
 
 
-# -------------------------------------------------------------------- the rivals: limits
+# ------------------------------------------------------------------------------- the rivals: limits
 
 @pytest.mark.parametrize("method, off", [
     (r3f.RDrop, dict(alpha=0.0)), (r3f.SMART, dict(lam=0.0)), (r3f.SMART, dict(eps=0.0)),
@@ -5558,14 +5589,7 @@ def test_rivals_take_labels_by_position(method, settings, kind):
         assert abs(run(wider)[0] / loss - 1) < 1e-5
 
 
-@pytest.mark.parametrize("method", [r3f.R3F, r3f.RDrop, r3f.SMART, r3f.FreeLB])
-def test_rows_without_any_label_have_no_loss(method):
-    labels, inputs = batch_to_tag()
-    loss, stats = method(tiny_tagger())(torch.full_like(labels, -100), **inputs)
-    assert loss == stats["ce"] == stats["kl"] == 0
-
-
-# -------------------------------------------------------------------- the rivals: formulas
+# ----------------------------------------------------------------------------- the rivals: formulas
 
 def test_r_drop_is_its_formula_in_numpy():
     model, (labels, inputs) = tiny(spread=0.3), batch()
@@ -5625,7 +5649,7 @@ def test_smart_is_its_formula_with_the_ascent_by_hand(steps):
     assert torch.equal(after, torch.get_rng_state())
     model.zero_grad()
     by_hand.backward()
-    assert same_gradients(ours, gradients_of(model), tolerance=1e-5)
+    assert_same_gradients(ours, gradients_of(model), tolerance=1e-5)
 
 
 def test_smarts_z_makes_fifty_times_the_kl_of_random_noise():
@@ -5640,22 +5664,16 @@ def test_smarts_z_makes_fifty_times_the_kl_of_random_noise():
 
 
 @pytest.mark.parametrize("precision, count", [("bf16", 1), ("fp32", 0)])
-def test_smart_in_bf16_is_warned_of(precision, count, tiny_folder, tmp_path, cache, capsys):
+def test_smart_in_bf16_is_warned_of(precision, count, tiny_folder, tmp_path, capsys):
     run("r3f", tiny_folder, tmp_path, "--method", "smart", "--max_steps", 1, "--precision",
         precision)
     assert capsys.readouterr().out.count("warning: smart: in bf16") == count
 
 
-def test_smarts_z_stays_within_eps_and_off_the_padding():
+def test_smarts_z_stays_within_eps_and_off_the_padding(monkeypatch):
     model, (labels, inputs) = tiny(), batch()
     method = r3f.SMART(model, sigma=1.0, eps=0.02, eta=0.01)
-    ascended, seen = method.ascended, []
-
-    def watched(*arguments):
-        seen.append(ascended(*arguments))
-        return seen[-1]
-
-    method.ascended = watched
+    seen = returned_by(monkeypatch, method, "ascended")
     method(labels, **inputs)
     z, mask = seen[0], inputs["attention_mask"]
     assert abs(z.abs().max() - 0.02) < 1e-7 and z[mask == 0].abs().max() == 0
@@ -5779,14 +5797,7 @@ def test_freelbs_gradient_is_that_of_backward_in_turn(settings, num_labels):
         z = torch.stack(moved)
     assert abs(loss - sum(losses) / len(losses)) < 1e-5 and stats["ce"] == loss
     assert torch.equal(after, torch.get_rng_state())
-    assert same_gradients(ours, gradients_of(model), tolerance=2e-5)
-
-
-def test_freelbs_ascents_raise_the_loss():
-    model, (labels, inputs) = tiny(dropout=False), batch()
-    losses = [r3f.FreeLB(model, steps=steps, adv_lr=0.2, init=0.0)(labels, **inputs)[0].item()
-              for steps in (1, 2, 4)]
-    assert losses[0] < losses[1] < losses[2]
+    assert_same_gradients(ours, gradients_of(model), tolerance=2e-5)
 
 
 @pytest.mark.parametrize("build", [lambda model: r3f.FreeLB(model, adv_lr=0.3, init=0.0),
@@ -5806,10 +5817,10 @@ def test_micro_batches_of_a_rival_give_the_whole_batchs_gradient(build):
         (part / 2).backward()
         parts.append(part)
     assert abs(loss - sum(parts) / 2) < 1e-5
-    assert same_gradients(gradients_of(model), whole, tolerance=1e-5)
+    assert_same_gradients(gradients_of(model), whole, tolerance=1e-5)
 
 
-# ===============================================================================  r3f.py: summaries
+# ================================================================================ r3f.py: summaries
 
 # ------------------------------------------------------------------------------------------ helpers
 
@@ -5878,10 +5889,6 @@ def split_of_both(lengths, target_lengths):
 def random_split(n, seed=0, low=5, high=40):
     rng = np.random.default_rng(seed)
     return split_of_both(rng.integers(low, high, n), rng.integers(2, 12, n))
-
-
-def predictions_of(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
 # -------------------------------------------------------------------------------------------- ROUGE
@@ -6049,7 +6056,7 @@ def test_a_line_break_is_a_word_of_the_toy_language(tiny_bart):
     assert data.collect_texts(ids, None, tokenizer) == [text]
 
 
-def test_padded_batches_are_as_wide_as_they_can_be(cache):
+def test_padded_batches_are_as_wide_as_they_can_be():
     split = random_split(40)
     batches = data.Batches(split, 8, 0, batching="padded", width=50, target_width=20)
     inputs, = batches[0]
@@ -6203,7 +6210,7 @@ def test_a_batch_has_a_size_or_tokens(flags, files):
 
 
 @pytest.mark.parametrize("lam, reduction", [(0.0, "token"), (99.0, "token"), (99.0, "sentence")])
-def test_micro_batches_of_unlike_targets_give_the_same_gradient(lam, reduction, tiny_bart, cache,
+def test_micro_batches_of_unlike_targets_give_the_same_gradient(lam, reduction, tiny_bart,
                                                                 monkeypatch):
     """CE is a mean over the real tokens of the whole batch, the KL over those or over its rows."""
     monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
@@ -6228,7 +6235,7 @@ def test_micro_batches_of_unlike_targets_give_the_same_gradient(lam, reduction, 
     torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-5)
 
 
-def test_a_bart_with_the_tokenizer_of_a_bert_gets_no_token_types(cache):
+def test_a_bart_with_the_tokenizer_of_a_bert_gets_no_token_types():
     task = data.Task("custom", "", "text", kind="generate", label="summary")
     rows = data.read_generate({"text": ["the film is good"], "summary": ["good"]}, task, "here")
     split = data.encode(rows, task, tokenizer_of(), 12, max_target_length=8)
@@ -6287,7 +6294,7 @@ def test_predictions_are_a_json_object_a_line():
 
 # --------------------------------------------------------------------------------------- whole runs
 
-def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, cache, monkeypatch):
+def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, monkeypatch):
     """Batches by tokens; a sample is scored during training, all rows at the end."""
     scored = []
     real = data.score_texts
@@ -6312,12 +6319,12 @@ def test_a_run_on_own_files_end_to_end(tiny_bart, files, tmp_path, cache, monkey
         assert [line["step"] for line in log_of(folder, "metrics")] == [3, 6]
         assert all(line["examples_per_second"] > 0 for line in log_of(folder))
 
-        written = predictions_of(folder / "predictions-validation.jsonl")
+        written = read_lines(folder / "predictions-validation.jsonl")
         assert [line["id"] for line in written] == [f"test {i}" for i in range(20)]
         scores = [data.rouge(line["prediction"], line["reference"])["rouge1"] for line in written]
         assert np.mean(scores) == pytest.approx(result["metrics"]["validation"]["rouge1"])
-        assert len(predictions_of(folder / "predictions-toy-sum-food.jsonl")) == 3
-        line, = predictions_of(folder / "predictions-test.jsonl")
+        assert len(read_lines(folder / "predictions-toy-sum-food.jsonl")) == 3
+        line, = read_lines(folder / "predictions-test.jsonl")
         assert line["reference"] is None
 
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "model")
@@ -6335,9 +6342,8 @@ def food_file(folder):
 
 
 @beside
-def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(
-    tiny_bart, files, tmp_path, cache, monkeypatch
-):
+def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(tiny_bart, files, tmp_path,
+                                                                       monkeypatch):
     flags = [*files, "--method", "r3f", "--batch_tokens", 300, "--max_steps", 7, "--save_every", 2,
              "--eval_every", 3, "--eval_samples", 4, "--max_target_length", 8, "--lr", 1e-3]
     whole, = summarise(tiny_bart, tmp_path / "whole", *flags)
@@ -6363,7 +6369,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits_of_summaries(
 
 
 def test_init_from_keeps_the_words_that_writing_shares_with_reading(tiny_bart, files, tmp_path,
-                                                                    cache, capsys):
+                                                                    capsys):
     """A model that writes has no head of its own to draw afresh."""
     flags = [*files, "--method", "std", "--max_steps", 1, "--batch_size", 8,
              "--max_target_length", 8]
@@ -6375,61 +6381,16 @@ def test_init_from_keeps_the_words_that_writing_shares_with_reading(tiny_bart, f
     assert_same_weights(weights(tmp_path / "own"), weights(tmp_path / "again/own"), 1e-12)
 
 
-def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
-    """Also where the old one would fit, as in a chain of tasks with two classes each."""
-    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_folder)
-    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
-    tuned.save_pretrained(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
-    setup = argparse.Namespace(
-        kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=tokenizer)
-    world = argparse.Namespace(device="cpu", say=print)
-    heads = []
-    for seed in (0, 0, 1):
-        args = argparse.Namespace(
-            path=str(tmp_path), model="m", init_from="run", weight_noise=0.0,
-            post_train=None)
-        model = common.load_model(args, setup, seed, world)
-        torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight,
-                                   tuned.bert.embeddings.word_embeddings.weight)
-        heads.append(model.classifier.weight)
-    assert heads[0].abs().max() < 0.2
-    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-
-
-@pytest.mark.parametrize("labels, kept", [
-    (["negative", "positive"], True),
-    (["NEGATIVE", "POSITIVE"], True),
-    (["positive", "negative"], False),
-    (["LABEL_0", "LABEL_1"], False),
-])
-def test_a_head_for_other_labels_is_not_used(labels, kept, tiny_folder, tmp_path, capsys):
-    """Or for these in another order."""
-    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tiny_folder, id2label=dict(enumerate(labels)))
-    torch.nn.init.constant_(tuned.classifier.weight, 7.0)
-    tuned.save_pretrained(tmp_path)
-    setup = argparse.Namespace(
-        kind=data.KINDS["classify"], task=data.TASKS["toy"],
-        tokenizer=transformers.AutoTokenizer.from_pretrained(tiny_folder))
-    args = argparse.Namespace(path=str(tmp_path), model="m", init_from="", weight_noise=0.0,
-                              post_train=None)
-    model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
-    assert (model.classifier.weight == 7).all().item() == kept
-    assert ("m: its head is not used; a fresh one of 2" in capsys.readouterr().out) != kept
-    assert [*model.config.id2label.values()] == data.TASKS["toy"].label_names
-
-
 # ---------------------------------------------------------------------------------------- bad input
 
-def test_a_model_without_a_decoder_is_refused(tiny_folder, files, tmp_path, cache):
+def test_a_model_without_a_decoder_is_refused(tiny_folder, files, tmp_path):
     message = refusal(summarise, tiny_folder, tmp_path, *files)
     assert message == (f"--model {tiny_folder}: a bert has no decoder, which own needs to write "
                        "texts; must be a model such as facebook/bart-large")
 
 
 @pytest.mark.parametrize("method, others", [("r4f", "std or r3f"), ("smart", "std or r3f")])
-def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files, tmp_path, cache):
+def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files, tmp_path):
     message = refusal(summarise, tiny_bart, tmp_path, *files, "--method", method)
     assert message.startswith(f"--method {method}: must be {others} for own, whose kind is "
                               "generate: R4F finds no head of its own there (paper, section 3.2)")
@@ -6450,7 +6411,7 @@ def test_a_method_that_cannot_write_is_refused(method, others, tiny_bart, files,
                                         "task generate"),
     ("--task toy-sum --eval_samples 0", "--eval_samples: must be a whole number from 1"),
 ])
-def test_wrong_flags_are_refused_in_one_line_of_summaries(flags, words, tiny_bart, tmp_path, cache):
+def test_wrong_flags_are_refused_in_one_line_of_summaries(flags, words, tiny_bart, tmp_path):
     assert refusal(summarise, tiny_bart, tmp_path, *flags.split()).startswith(words)
 
 
@@ -6477,7 +6438,7 @@ def test_methods_get_the_flags_of_summaries(tiny_bart):
         assert (module.lam, module.label_smoothing, module.reduction) == (lam, 0.2, "sentence")
 
 
-def test_a_recipes_lengths_give_way_to_the_models(tiny_bart, files, cache):
+def test_a_recipes_lengths_give_way_to_the_models(tiny_bart, files):
     args = common.parse(r3f.flags(), [*files, "--model", tiny_bart], r3f.recipe)
     assert args.max_length == 1024
     world = argparse.Namespace(first=None)
@@ -6544,23 +6505,9 @@ def test_the_toy_task_runs_with_its_own_model(tmp_path, cache, monkeypatch):
     assert len(glob.glob(f"{cache}/toy-bart/*/config.json")) == 1
 
 
-# ==========================================================================================  tdt.py
+# =========================================================================================== tdt.py
 
-# ------------------------------------------------------------------------------------  tiny models
-
-TDT_ARCHITECTURES = [name for name in ARCHITECTURES if name != "bart"]
-
-
-def padded(inputs, model, more=3):
-    """The same rows with more padding."""
-    side = (more, 0) if model.config.model_type == "xlnet" else (0, more)
-    pad = model.config.pad_token_id or 0
-    wider = {}
-    for name, value in inputs.items():
-        fill = pad if name == "input_ids" else 0
-        wider[name] = torch.nn.functional.pad(value, side, value=fill)
-    return wider
-
+# -------------------------------------------------------------------------------------- tiny models
 
 def wide(module):
     """Confidences well apart, so that a fault in them shows."""
@@ -6568,19 +6515,6 @@ def wide(module):
     torch.nn.init.normal_(module.confidence_layer.weight, std=0.8, generator=source)
     torch.nn.init.constant_(module.confidence_layer.bias, 0.3)
     return module.train()
-
-
-def batch_sizes(model, call):
-    """Rows of each pass through the model during a call."""
-    sizes = []
-
-    def count(module, args, kwargs):
-        sizes.append(len(kwargs["input_ids"]))
-
-    handle = model.register_forward_pre_hook(count, with_kwargs=True)
-    call()
-    handle.remove()
-    return sizes
 
 
 def numpy_logits(model, e, mask):
@@ -6656,7 +6590,7 @@ def numpy_tdt(module, labels, inputs, perturbable=None):
     return loss, {"ce": numpy_ce(p, y), "ce_pos": numpy_ce(p_pos, y), "l_c": l_c, "l_r": l_r}
 
 
-# -------------------------------------------------------------------------------------  TDT: maths
+# --------------------------------------------------------------------------------------- TDT: maths
 
 def test_triplet_loss_is_the_hand_worked_number():
     """P = (1/4, 3/4), P+ = (1/2, 1/2), P- = (3/4, 1/4): 2 + 2 ln 2 - 7 ln(3) / 4."""
@@ -6779,7 +6713,7 @@ def test_no_needless_view_is_computed(options, passes):
     model = wide_tiny()
     labels, inputs = batch()
     module = wide(tdt.TDT(model, **options))
-    assert batch_sizes(model, lambda: module(labels, **inputs)) == [4 * passes]
+    assert passes_of(module, labels, inputs) == [4 * passes]
     plain = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
     torch.testing.assert_close(module(labels, **inputs)[1]["ce"], plain.detach())
 
@@ -6791,7 +6725,7 @@ def test_without_weights_or_in_eval_mode_tdt_is_plain():
     assert torch.equal(tdt.TDT(model, alpha=0, beta=0).train()(labels, **inputs)[0], plain)
     module = tdt.TDT(model).eval()
     assert torch.equal(module(labels, **inputs)[0], plain)
-    assert batch_sizes(model, lambda: module(labels, **inputs)) == [4]
+    assert passes_of(module, labels, inputs) == [4]
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -6852,14 +6786,7 @@ def test_noise_as_mu_0_is_drawn_anew():
 def test_losses_are_fp32_under_autocast(monkeypatch):
     module = wide(tdt.TDT(wide_tiny()))
     labels, inputs = batch()
-    passes = module.passes
-    made = []
-
-    def note(*args, **more):
-        made.append(passes(*args, **more))
-        return made[-1]
-
-    monkeypatch.setattr(module, "passes", note)
+    made = returned_by(monkeypatch, module, "passes")
     with torch.autocast("cpu", torch.bfloat16):
         loss, stats = module(labels, **inputs)
         c = module.confidence(**inputs)
@@ -6877,13 +6804,14 @@ def test_losses_are_fp32_under_autocast(monkeypatch):
 
 @pytest.mark.parametrize("options", [
     {"mu0": "max"}, {"variant": "x"}, {"alpha": -1}, {"tau": 0}, {"hard": True}], ids=str)
-def test_wrong_arguments_are_refused(options):
-    with pytest.raises(ValueError):
+def test_tdt_refuses_what_has_no_meaning(options):
+    name = "mask_token_id" if "hard" in options else next(iter(options))
+    with pytest.raises(ValueError, match=name):
         tdt.TDT(wide_tiny(), **options)
 
 
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("name", TDT_ARCHITECTURES)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_the_perturbation_arrives_on_every_architecture(name, hard):
     model = wide_tiny(name)
     labels, inputs = batch(name)
@@ -6931,7 +6859,7 @@ def test_a_perturbation_of_other_rows_is_an_error(monkeypatch):
         module(labels, **inputs)
 
 
-# ------------------------------------------------------------------------------------  token cutoff
+# ------------------------------------------------------------------------------------- token cutoff
 
 def test_jensen_shannon_is_the_hand_worked_number():
     """a = (1/4, 3/4), b = (3/4, 1/4): both KL to (1/2, 1/2) are (3 ln 3) / 4 - ln 2."""
@@ -7019,12 +6947,12 @@ def test_token_cutoff_makes_one_stacked_pass():
     model = wide_tiny()
     labels, inputs = batch()
     module = tdt.TokenCutoff(model)
-    assert batch_sizes(model, lambda: module(labels, **inputs)) == [8]
+    assert passes_of(module, labels, inputs) == [8]
     module = tdt.TokenCutoff(model, a=0.0, b=0.0)
-    assert batch_sizes(model, lambda: module(labels, **inputs)) == [4]
+    assert passes_of(module, labels, inputs) == [4]
 
 
-@pytest.mark.parametrize("name", TDT_ARCHITECTURES)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_token_cutoff_arrives_on_every_architecture(name):
     model = wide_tiny(name)
     labels, inputs = batch(name)
@@ -7036,20 +6964,6 @@ def test_token_cutoff_arrives_on_every_architecture(name):
     nothing = torch.zeros_like(inputs["input_ids"])
     _, stats = module(labels, perturbable=nothing, **inputs)
     assert stats["js"] < 1e-6
-
-
-def test_a_fallen_token_is_not_seen_by_the_others():
-    """Another word in its place changes nothing."""
-    model = wide_tiny()
-    labels, inputs = batch()
-    module = tdt.TokenCutoff(model, rate=1.0)
-    only = torch.zeros_like(inputs["input_ids"])
-    only[:, 2] = 1
-    other = inputs["input_ids"].clone()
-    other[:, 2] = 7
-    a = module(labels, perturbable=only, **inputs)[1]["ce_cut"]
-    b = module(labels, perturbable=only, **{**inputs, "input_ids": other})[1]["ce_cut"]
-    torch.testing.assert_close(a, b)
 
 
 def test_a_fallen_token_is_zero_where_the_encoder_begins():
@@ -7079,7 +6993,7 @@ def test_token_cutoff_refuses_wrong_arguments_and_regression():
         tdt.TokenCutoff(wide_tiny(num_labels=1))
 
 
-# ------------------------------------------------------------------------------  flags and recipes
+# -------------------------------------------------------------------------------- flags and recipes
 
 
 def length_of(*argv):
@@ -7089,6 +7003,7 @@ def length_of(*argv):
 
 
 def test_recipes_are_those_of_table_7():
+    assert tdt.recipe(argparse.Namespace(task="cola", model=None))[0] == "tdt: Table 7"
     assert length_of("--task", "mnli") == (128, 10000, 1000, 4e-5)
     assert length_of("--task", "cola") == (64, 2000, 200, 2e-5)
     assert length_of("--task", "ocnli") == (64, 3000, 300, 4e-5)
@@ -7104,7 +7019,7 @@ def test_recipes_are_those_of_table_7():
     assert parse("tdt", "--task", "sst2").grad_clip == 1.0
 
 
-def test_words_that_always_stay_are_none_of_the_figures(tiny_folder, cache):
+def test_words_that_always_stay_are_none_of_the_figures(tiny_folder):
     """The keywords of csl have a confidence that the method never uses."""
     task = data.TASKS["csl"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
@@ -7128,18 +7043,12 @@ def test_a_folder_is_large_by_its_width_and_not_by_its_name(tmp_path, monkeypatc
     task = ["--task", "cola"]
     assert length_of(*task, "--model", str(tmp_path / "wide/model"))[0] == 32
     assert length_of(*task, "--init_from", str(tmp_path / "wide"))[0] == 32
+    args = parse("tdt", *task, "--init_from", tmp_path / "wide")
+    assert args.model == str(tmp_path / "wide/model")
     assert length_of(*task, "--model", str(tmp_path / "large/model"))[0] == 64
     assert length_of(*task, "--init_from", str(tmp_path / "large"))[0] == 64
     monkeypatch.chdir(tmp_path / "wide/model")
     assert length_of(*task)[0] == 64                   # nor is a config that happens to lie here
-
-
-def test_a_recipe_has_a_name_and_its_warmup_keeps_its_share():
-    name, values = tdt.recipe(argparse.Namespace(task="cola", model=None))
-    assert name == "tdt: Table 7" and values["max_steps"] == 2000
-    assert parse("tdt", "--task", "cola", "--epochs", "2").warmup == pytest.approx(0.1)
-    assert parse("tdt", "--task", "cola", "--max_steps", "50").warmup == pytest.approx(0.1)
-    assert parse("tdt", "--task", "cola", "--max_steps", "50", "--warmup", "7").warmup == 7
 
 
 def test_plain_fine_tuning_of_the_toy_task_is_that_of_r3f():
@@ -7159,7 +7068,7 @@ def test_help_says_what_the_authors_ran(capsys):
     assert "--batching padded --max_length 256" in text
 
 
-# -------------------------------------------------------------------------------  analyses: pieces
+# --------------------------------------------------------------------------------- analyses: pieces
 
 def two_rows():
     """[CLS] a b c d [SEP] and [CLS] e f [SEP] as an Evaluation, and their confidences."""
@@ -7201,7 +7110,7 @@ def test_random_words_become_mask_or_another_word_of_their_row():
 
 def test_a_word_has_the_largest_confidence_of_its_pieces():
     names = "[PAD] [UNK] [CLS] [SEP] [MASK] un ##bear ##able plot !".split()
-    tokenizer = transformers.BertTokenizerFast(vocab={name: i for i, name in enumerate(names)})
+    tokenizer = bert_tokenizer(names)
     text = "Unbearable  plot!"
     encoded = tokenizer(text, return_offsets_mapping=True)
     c = [0.99, 0.2, 0.7, 0.3, 0.4, 0.1, 0.98]
@@ -7260,48 +7169,59 @@ def test_the_table_has_a_deviation_only_of_several_scores(capsys):
     assert rows["std"] == ["10.00", "-", "20.00", "-"]
 
 
-# ---------------------------------------------------------------------------  analyses: whole runs
+# ----------------------------------------------------------------------------- analyses: whole runs
 
 
-def save_tiny(folder, **tokenizer_settings):
-    """A small BERT over the toy words, with its tokenizer."""
-    words = data.toy_vocabulary()
+WORDS = data.toy_vocabulary()
+
+
+def small_bert(**more):
+    """The settings of a BERT over the toy words, of one narrow layer."""
+    settings = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1,
+                    num_attention_heads=2, intermediate_size=32, max_position_embeddings=64)
+    return transformers.BertConfig(**settings | more)
+
+
+def save_toy_bert(folder, kind="BertForMaskedLM", mask_token="[MASK]"):
+    """A small BERT over the toy words, with its tokenizer. Returns the folder."""
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64)
-    transformers.BertModel(config).save_pretrained(folder)
-    tokenizer = transformers.BertTokenizerFast(
-        vocab={word: i for i, word in enumerate(words)}, model_max_length=64, **tokenizer_settings)
-    tokenizer.save_pretrained(folder)
+    getattr(transformers, kind)(small_bert()).save_pretrained(folder)
+    bert_tokenizer(WORDS, model_max_length=64).save_pretrained(folder)
+    path = os.path.join(folder, "tokenizer_config.json")
+    settings = {**read_json(path), "mask_token": mask_token}
+    write(path, json.dumps(settings))
+    return str(folder)
 
 
-def save_rows(folder, number=False):
-    """train.jsonl and validation.jsonl; number: labels with a point."""
+def save_reviews(folder, number=False, pairs=False):
+    """train.jsonl and validation.jsonl of film reviews; number: labels with a point."""
     rows = data.toy_rows("film", "train")
     for name, n in (("train", 64), ("validation", 40)):
         lines = []
         for i, row in enumerate(rows.select(range(n))):
             label = i % 7 + 0.5 if number else "ab"[row["label"]]
-            lines.append(json.dumps({"text": row["text"], "label": label}) + "\n")
-        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(lines)
+            line = {"text": row["text"], "label": label}
+            if pairs:
+                line = {"sentence1": row["text"], "sentence2": f"great {row['text']}",
+                        "label": label}
+            lines.append(line)
+        write_rows(os.path.join(folder, f"{name}.jsonl"), lines)
 
 
-def flags_of(folder):
+def flags_on(folder):
     return ["--train_file", f"{folder}/train.jsonl", "--validation_file",
             f"{folder}/validation.jsonl", "--model", f"{folder}/model", "--output_dir",
-            f"{folder}/runs", "--batch_size", "16", "--max_steps", "6", "--lr", "1e-3",
+            f"{folder}/runs", "--batch_size", "16", "--max_steps", "4", "--lr", "1e-3",
             "--precision", "fp32", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory, cache):
+def toy(tmp_path_factory):
     """A folder of finished runs of all methods: (folder, argv, results)."""
     folder = tmp_path_factory.mktemp("tdt")
-    save_tiny(folder / "model")
-    save_rows(folder)
-    argv = [*flags_of(folder), "--method", "std", "tdt", "tdt-hard", "cutoff"]
+    save_toy_bert(folder / "model", "BertModel")
+    save_reviews(folder)
+    argv = [*flags_on(folder), "--max_steps", "6", "--method", "std", "tdt", "tdt-hard", "cutoff"]
     return folder, argv, tdt.main(argv)
 
 
@@ -7314,11 +7234,6 @@ def copied(toy, tmp_path):
     """A copy of the tdt run, which a test may change."""
     shutil.copytree(run_of(toy[0]), tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def load(path):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def test_runs_save_plain_models(toy):
@@ -7337,37 +7252,17 @@ def test_runs_save_plain_models(toy):
 def test_logs_have_the_terms_of_each_loss(toy):
     for method, terms in (("tdt", "ce ce_pos l_c l_r confidence confidence_std"),
                           ("cutoff", "ce ce_cut js"), ("std", "ce")):
-        with open(run_of(toy[0], method) / "log.jsonl") as file:
-            lines = [json.loads(line) for line in file]
-        logged = [line for line in lines if "loss" in line][-1]
+        logged = log_of(run_of(toy[0], method))[-1]
         assert set(terms.split()) <= set(logged)
 
 
-def test_the_untrained_confidences_are_those_of_the_start_also_when_resumed(
-        toy, tmp_path, monkeypatch):
-    folder, argv, _ = toy
+def test_the_untrained_confidences_are_those_of_the_start(toy):
+    """Those of a resumed run: test_a_run_killed_and_resumed_ends_with_the_same_bits."""
+    folder, _, _ = toy
     start = torch.load(run_of(folder) / "model/confidence-start.pt", weights_only=True)
     trained = torch.load(run_of(folder) / "model/confidence.pt", weights_only=True)
     assert start["bias"].item() == 0 and trained["bias"].item() != 0
     assert not torch.equal(start["weight"], trained["weight"])
-
-    log = common.Run.log
-
-    def breaks(self, *terms, **plain):
-        if self.step == 4:
-            raise KeyError("killed")
-        log(self, *terms, **plain)
-
-    parts = [*argv, "--method", "tdt", "--output_dir", str(tmp_path), "--save_every", "2"]
-    monkeypatch.setattr(common.Run, "log", breaks)
-    with pytest.raises(KeyError):
-        tdt.main(parts)
-    monkeypatch.setattr(common.Run, "log", log)
-    tdt.main([*parts, "--resume"])
-    for name in ("confidence-start", "confidence"):
-        whole = torch.load(run_of(folder) / f"model/{name}.pt", weights_only=True)
-        resumed = torch.load(tmp_path / f"custom/tdt-0/model/{name}.pt", weights_only=True)
-        assert torch.equal(whole["weight"], resumed["weight"])
 
 
 def test_special_tokens_fall_in_no_batch_of_token_cutoff(toy, tmp_path, monkeypatch):
@@ -7399,7 +7294,7 @@ def test_drop_shows_the_untrained_layer_beside_the_trained_one(toy, capsys):
     tdt.main([*argv, "--drop", "--rates", "0.5"])
     assert os.stat(run_of(folder, "std") / "results.json").st_mtime_ns == stamp
     text = capsys.readouterr().out
-    drop = load(run_of(folder) / "drop.json")
+    drop = read_json(run_of(folder) / "drop.json")
     kinds = ["highest", "lowest", "highest, untrained", "lowest, untrained"]
     methods = ["std", "tdt", "tdt-hard", "cutoff"]
     assert list(drop["values"]) == [f"{m}, {kind}" for m in methods for kind in kinds]
@@ -7438,18 +7333,12 @@ def test_the_control_of_figure_6_is_paired_by_seed():
 
 def test_an_untrained_layer_with_the_trained_weights_gives_the_same_curves(copied, monkeypatch):
     """And one with their opposite gives the others."""
-    real, damaged = tdt.damage, []
-
-    def damage(*args, **which):
-        damaged.append(real(*args, **which))
-        return damaged[-1]
-
-    monkeypatch.setattr(tdt, "damage", damage)
+    damaged = returned_by(monkeypatch, tdt, "damage")
     path = copied / "model"
     trained = torch.load(path / "confidence.pt", weights_only=True)
     torch.save(trained, path / "confidence-start.pt")
     tdt.main(["--run", str(copied), "--drop", "--rates", "0.3", "0.6"])
-    drop = load(copied / "drop.json")
+    drop = read_json(copied / "drop.json")
     assert drop["correlation_with_start"] == 1
     for by in ("highest", "lowest"):
         assert drop["values"][f"tdt, {by}"] == drop["values"][f"tdt, {by}, untrained"]
@@ -7461,7 +7350,7 @@ def test_an_untrained_layer_with_the_trained_weights_gives_the_same_curves(copie
     highest, lowest, *untrained = damaged
     assert np.array_equal(untrained, [lowest, highest])
     assert not np.array_equal(highest, lowest)
-    drop = load(copied / "drop.json")
+    drop = read_json(copied / "drop.json")
     assert drop["correlation_with_start"] == -1
     assert drop["values"]["tdt, highest"] == drop["values"]["tdt, lowest, untrained"]
 
@@ -7517,7 +7406,7 @@ def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys, monkeypatch):
 
     monkeypatch.setattr(tdt, "damage", note)
     tdt.main([*argv, "--perturb", "--draws", "3", "--rates", "0", "0.5"])
-    values = load(run_of(folder) / "perturb.json")["values"]
+    values = read_json(run_of(folder) / "perturb.json")["values"]
     assert len(values["tdt, [MASK]"]["0.5"]) == 3 and len(values["tdt, [MASK]"]["0.0"]) == 1
     assert len(masked) == 3                            # the same three for every method
     assert "cutoff, other word" in values
@@ -7529,7 +7418,7 @@ def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys, monkeypatch):
 def test_confidences_are_counted_and_named(toy, capsys):
     folder, argv, _ = toy
     tdt.main([*argv, "--confidences"])
-    found = load(run_of(folder) / "confidences.json")
+    found = read_json(run_of(folder) / "confidences.json")
     assert sum(found["counts"]) == found["tokens"] and 0 < found["mean"] < 1
     assert not set(found["mean_by_token"]) & {"[CLS]", "[SEP]", "[PAD]"}
     assert "plot" in found["mean_by_token"]
@@ -7549,12 +7438,12 @@ def test_long_analyses_show_how_far_they_are(toy, capsys, monkeypatch):
     assert "tdt, highest, 50%: 40 of 40" in text and "tdt, all words: 40 of 40" in text
 
 
-def test_texts_are_explained_from_a_folder_alone(toy, copied, capsys, tmp_path):
+def test_texts_are_explained_from_a_folder_alone(copied, capsys, tmp_path):
     (tmp_path / "texts").write_text("really boring plot .\n\ngreat cast", encoding="utf-8")
     tdt.main(["--run", str(copied), "--explain", "great plot dull ending",
               "--explain_file", str(tmp_path / "texts")])
     text = capsys.readouterr().out
-    items = load(copied / "explain.json")
+    items = read_json(copied / "explain.json")
     words = [[word for word, _, _ in item["words"]] for item in items]
     assert words == [["great", "plot", "dull", "ending"], ["really", "boring", "plot", "."],
                      ["great", "cast"]]
@@ -7583,7 +7472,7 @@ def test_an_earlier_page_is_not_overwritten(copied):
         tdt.main(["--run", str(copied), "--explain", text])
     for name, text in (("explain", "great cast"), ("explain-2", "dull plot"),
                        ("explain-3", "bad ending")):
-        assert [item["text"] for item in load(copied / f"{name}.json")] == [text]
+        assert [item["text"] for item in read_json(copied / f"{name}.json")] == [text]
         assert text.split()[0] in (copied / f"{name}.html").read_text(encoding="utf-8")
 
 
@@ -7604,23 +7493,23 @@ def test_with_the_confidences_the_page_has_their_range(copied, monkeypatch):
     assert f"from {low:.2f} to {max(high, low + 0.01):.2f}" in page
 
 
-def test_a_regression_is_explained_and_token_cutoff_refuses_it(tmp_path, cache):
-    save_tiny(tmp_path / "model")
-    save_rows(tmp_path, number=True)
-    argv = flags_of(tmp_path)
+def test_a_regression_is_explained_and_token_cutoff_refuses_it(tmp_path):
+    save_toy_bert(tmp_path / "model")
+    save_reviews(tmp_path, number=True)
+    argv = flags_on(tmp_path)
     with pytest.raises(UserError, match="--method cutoff: must be std or tdt or tdt-hard"):
         tdt.main([*argv, "--method", "cutoff"])
     tdt.main([*argv, "--method", "tdt", "--explain", "great cast"])
-    item, = load(run_of(tmp_path) / "explain.json")
+    item, = read_json(run_of(tmp_path) / "explain.json")
     assert isinstance(item["prediction"], float) and item["probability"] is None
 
 
-def test_a_finished_run_brings_its_own_flags(toy, copied):
+def test_a_finished_run_brings_its_own_flags(copied):
     """Not those of the toy recipe, whose task is the default."""
     args = parse("tdt", "--run", str(copied), "--drop")
     runs = common.take_runs(args, tdt.METHODS)
     asked = tdt.read_analyses(args, runs)
-    results = load(copied / "results.json")
+    results = read_json(copied / "results.json")
     assert asked.runs == {0: {"tdt": str(copied)}}
     assert args.task == "custom" and args.own_labels == ["a", "b"]
     assert args.model == str(copied / "model")
@@ -7668,22 +7557,17 @@ def test_a_run_trained_on_a_gpu_is_read_without_one(copied, monkeypatch):
     assert given[0]["map_location"] == "cpu" and given[0]["weights_only"]
 
 
-# ----------------------------------------------------------------------------------  wrong input
+# -------------------------------------------------------------------------------------- wrong input
 
 @pytest.fixture(scope="module")
 def folders(toy, tmp_path_factory):
     """Where folders of runs lie that are not what --run wants, and TDT and AGAIN, which are."""
     here = tmp_path_factory.mktemp("folders")
     run = run_of(toy[0])
-    results = load(f"{run}/results.json")
+    results = read_json(f"{run}/results.json")
     texts = {
         "R3F": json.dumps({**results, "method": "r3f"}),
-        "ODD": json.dumps({**results, "method": ["tdt"]}),
-        "SHORT": json.dumps({"method": "tdt"}),
-        "NOSEED": json.dumps({name: results[name] for name in results if name != "seed"}),
-        "LIST": "[1]",
         "TORN": '{"method": ',
-        "NOTHING": "{}",
         "NOMODEL": json.dumps(results),
     }
     for name, text in texts.items():
@@ -7707,14 +7591,7 @@ def folders(toy, tmp_path_factory):
 WANTED = "must be the folder of a finished run of std, tdt, tdt-hard, cutoff: "
 BAD = [
     (["--run", "R3F", "--drop"], f"--run R3F: {WANTED}its method is r3f"),
-    (["--run", "ODD", "--drop"],
-     f"--run ODD: {WANTED}ODD/results.json: is damaged ('method' is missing or wrong"),
-    (["--run", "SHORT", "--drop"], f"--run SHORT: {WANTED}SHORT/results.json: is damaged"),
-    (["--run", "NOSEED", "--drop"],
-     f"--run NOSEED: {WANTED}NOSEED/results.json: is damaged ('seed' is missing"),
-    (["--run", "LIST", "--drop"], f"--run LIST: {WANTED}LIST/results.json: is damaged"),
     (["--run", "TORN", "--drop"], f"--run TORN: {WANTED}TORN/results.json: is damaged"),
-    (["--run", "NOTHING", "--drop"], f"--run NOTHING: {WANTED}"),
     (["--run", "nowhere", "--drop"], f"--run nowhere: {WANTED}"),
     (["--run", ".", "--drop"], f"--run .: {WANTED}it holds several, such as ./"),
     (["--run", "NOMODEL", "--drop"], f"--run NOMODEL: {WANTED}it has no model"),
@@ -7761,24 +7638,18 @@ BAD = [
 @pytest.mark.parametrize("argv, line", BAD, ids=[" ".join(argv) for argv, _ in BAD])
 def test_wrong_input_gets_one_line(argv, line, folders, monkeypatch):
     monkeypatch.chdir(folders)
-    with pytest.raises(UserError) as error:
-        tdt.main(argv)
-    message = str(error.value)
-    assert line in message and "\n" not in message.strip(), message
+    assert line in refusal(tdt.main, argv)
 
 
 @pytest.mark.parametrize("more", [["--method", "tdt-hard"], ["--drop"], ["--perturb"]], ids=str)
-def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path, cache):
-    save_tiny(tmp_path / "model")
-    path = tmp_path / "model/tokenizer_config.json"
-    settings = {**load(path), "mask_token": None}
-    path.write_text(json.dumps(settings))
-    save_rows(tmp_path)
+def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path):
+    save_toy_bert(tmp_path / "model", mask_token=None)
+    save_reviews(tmp_path)
     with pytest.raises(UserError, match="must have a mask token for tdt-hard, --drop and"):
-        tdt.main([*flags_of(tmp_path), "--method", "tdt", *more])
+        tdt.main([*flags_on(tmp_path), "--method", "tdt", *more])
 
 
-def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain(toy):
+def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain():
     tokenizer = types.SimpleNamespace(is_fast=False, mask_token_id=4)
     asked = tdt.read_analyses(parse("tdt", "--method", "tdt", "--explain", "great cast"), {})
     with pytest.raises(UserError, match="fast tokenizer"):
@@ -7791,50 +7662,10 @@ def test_a_folder_that_cannot_be_written_ends_the_analyses_with_one_line(tmp_pat
         common.write_file(str(tmp_path / "no" / "drop.json"), "{}", world)
 
 
-# ==========================================================  tdt.py: learning confidences, Figure 3
-
-WORDS = data.toy_vocabulary()
-
-
-def save_toy_bert(folder, kind="BertForMaskedLM", mask_token="[MASK]"):
-    """A small BERT over the toy words, with its tokenizer. Returns the folder."""
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64)
-    getattr(transformers, kind)(config).save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64).save_pretrained(folder)
-    path = os.path.join(folder, "tokenizer_config.json")
-    settings = {**load(path), "mask_token": mask_token}
-    write(path, json.dumps(settings))
-    return str(folder)
-
-
-def save_reviews(folder, number=False, pairs=False):
-    """train.jsonl and validation.jsonl; number: labels with a point."""
-    rows = data.toy_rows("film", "train")
-    for name, n in (("train", 64), ("validation", 40)):
-        lines = []
-        for i, row in enumerate(rows.select(range(n))):
-            label = i % 7 + 0.5 if number else "ab"[row["label"]]
-            line = {"text": row["text"], "label": label}
-            if pairs:
-                line = {"sentence1": row["text"], "sentence2": f"great {row['text']}",
-                        "label": label}
-            lines.append(line)
-        write_rows(os.path.join(folder, f"{name}.jsonl"), lines)
-
-
-def flags_on(folder):
-    return ["--train_file", f"{folder}/train.jsonl", "--validation_file",
-            f"{folder}/validation.jsonl", "--model", f"{folder}/model", "--output_dir",
-            f"{folder}/runs", "--batch_size", "16", "--max_steps", "4", "--lr", "1e-3",
-            "--precision", "fp32", "--threads", "1"]
-
+# =========================================== tdt.py: c_lr, the main metric, post-training, Figure 3
 
 @pytest.fixture
-def toy_bert(tmp_path, cache):
+def toy_bert(tmp_path):
     """A folder with a model and rows."""
     save_toy_bert(tmp_path / "model")
     save_reviews(tmp_path)
@@ -7851,7 +7682,7 @@ def post_trained_folders(cache):
     return {os.path.join(folder, name) for name in os.listdir(folder)}
 
 
-# --------------------------------------------------------------- the confidence layer's own rate
+# ------------------------------------------------------------------ the confidence layer's own rate
 
 def test_a_part_of_a_module_learns_at_its_own_rate_by_the_same_schedule():
     args = types.SimpleNamespace(
@@ -7900,28 +7731,7 @@ def test_plain_fine_tuning_knows_no_rate_of_the_layer(toy_bert, capsys):
     assert "finished before" in capsys.readouterr().out
 
 
-def test_a_killed_run_with_a_rate_of_its_own_resumes_with_the_same_bits(toy_bert, monkeypatch):
-    argv = [*flags_on(toy_bert), "--method", "tdt", "--c_lr", "0.03", "--save_every", "1"]
-    tdt.main([*argv, "--output_dir", str(toy_bert / "whole")])
-    log = common.Run.log
-
-    def breaks(self, *terms, **plain):
-        if self.step == 2:
-            raise KeyError("killed")
-        log(self, *terms, **plain)
-
-    monkeypatch.setattr(common.Run, "log", breaks)
-    with pytest.raises(KeyError):
-        tdt.main([*argv, "--output_dir", str(toy_bert / "parts")])
-    monkeypatch.setattr(common.Run, "log", log)
-    tdt.main([*argv, "--output_dir", str(toy_bert / "parts"), "--resume"])
-    assert torch.equal(confidence_of(toy_bert / "whole"), confidence_of(toy_bert / "parts"))
-    whole = weights_of(toy_bert / "whole/custom/tdt-0/model")
-    parts = weights_of(toy_bert / "parts/custom/tdt-0/model")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-# -------------------------------------------------------------------------------- the main metric
+# ---------------------------------------------------------------------------------- the main metric
 
 def test_the_main_metric_of_stsb_is_that_of_table_6():
     args = common.parse(tdt.flags(), ["--task", "stsb"], tdt.recipe)
@@ -7947,7 +7757,7 @@ def test_the_main_metric_comes_first_and_the_best_state_is_chosen_by_it(toy_bert
         tdt.main([*argv, "pearson"])
 
 
-# ------------------------------------------------------------------- masked words, post-training
+# ---------------------------------------------------------------------- masked words, post-training
 
 def test_of_the_words_that_are_hidden_80_percent_are_masked_and_10_changed():
     torch.manual_seed(0)
@@ -8018,7 +7828,7 @@ def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_bert
     assert plain["args"]["post_train"] is None
 
 
-def test_post_training_of_split_rows_reads_those_that_are_trained_on(toy_bert, cache, monkeypatch):
+def test_post_training_of_split_rows_reads_those_that_are_trained_on(toy_bert, monkeypatch):
     read = []
 
     def note(model, split, *others):
@@ -8074,15 +7884,13 @@ def test_a_kill_leaves_no_half_of_a_post_trained_model(toy_bert, cache, monkeypa
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
 
 
-def test_a_model_without_a_head_for_masked_words_gets_a_fresh_one_and_a_word(
-    toy_bert, cache, capsys
-):
+def test_a_model_without_a_head_for_masked_words_gets_a_fresh_one_and_a_word(toy_bert, capsys):
     save_toy_bert(toy_bert / "model", "BertModel")
     tdt.main([*flags_on(toy_bert), "--method", "std", "--post_train", "1", "--max_steps", "1"])
     assert "comes without a head for masked words" in capsys.readouterr().out
 
 
-def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert, cache):
+def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert):
     argv = [*flags_on(toy_bert), "--method", "std", "--post_train", "1"]
     with pytest.raises(UserError, match="--post_train: must be a number above 0, got '0'"):
         tdt.main([*argv, "--post_train", "0"])
@@ -8094,12 +7902,11 @@ def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert, ca
         vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=0)
     save_toy_bert(toy_bert / "model")
     transformers.GPT2LMHeadModel(config).save_pretrained(toy_bert / "model")
-    with pytest.raises(UserError, match="must be a model that predicts masked words") as error:
-        tdt.main([*argv, "--overwrite"])
-    assert "\n" not in str(error.value)
+    message = refusal(tdt.main, [*argv, "--overwrite"])
+    assert "must be a model that predicts masked words" in message
 
 
-# ------------------------------------------------------------------------- Figure 3, the clouds
+# ----------------------------------------------------------------------------- Figure 3, the clouds
 
 def test_the_numbers_of_clouds_by_hand():
     a = np.array([[0.0, 0.0], [0.0, 2.0]])
@@ -8116,8 +7923,7 @@ def test_the_numbers_of_clouds_by_hand():
 
 def encoded(n=12):
     """A Split of toy rows, of different lengths."""
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    tokenizer = transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
+    tokenizer = bert_tokenizer(WORDS, model_max_length=64)
     rows = data.toy_rows("film", "train").select(range(n))
     return data.encode(rows, data.TASKS["toy"], tokenizer, 64), tokenizer
 
@@ -8129,9 +7935,7 @@ WORLD = types.SimpleNamespace(
 
 def small_tdt(**options):
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64, initializer_range=0.5)
+    config = small_bert(num_hidden_layers=2, initializer_range=0.5)
     model = transformers.BertForSequenceClassification(config)
     module = tdt.TDT(model, **options)
     torch.nn.init.normal_(module.confidence_layer.weight, std=0.8)
@@ -8191,13 +7995,13 @@ def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_ber
     argv = [*flags_on(toy_bert), "--method", "std", "tdt", "tdt-hard"]
     tdt.main([*argv, "--tsne"])
     runs = toy_bert / "runs/custom"
-    found = load(runs / "tdt-0/tsne.json")
+    found = read_json(runs / "tdt-0/tsne.json")
     assert found["rows"] == 40 and found["set"] == "validation"
     assert list(found["values"]) == ["tdt", "std", "tdt-hard"]
     for numbers in found["values"].values():
         assert len([name for name in numbers if name.startswith("separation")]) == 3
         assert all(0 <= numbers[f"accuracy, {name}"] <= 1 for name in tdt.MARKS)
-    score = load(runs / "std-0/results.json")["metrics"]["validation"]["accuracy"]
+    score = read_json(runs / "std-0/results.json")["metrics"]["validation"]["accuracy"]
     assert found["values"]["std"]["accuracy, original"] == pytest.approx(score, abs=1e-4)
 
     page = (runs / "tdt-0/tsne.html").read_text()
@@ -8214,14 +8018,14 @@ def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_ber
     # A few rows have a smaller perplexity. Which run comes first does not matter.
     for folders in ([runs / "std-0", runs / "tdt-0"], [runs / "tdt-0", runs / "std-0"]):
         tdt.main(["--run", *map(str, folders), "--tsne", "9"])
-        fewer = load(runs / "tdt-0/tsne.json")
+        fewer = read_json(runs / "tdt-0/tsne.json")
         assert fewer["rows"] == 9 and list(fewer["values"]) == ["tdt", "std"]
         assert "perplexity 8" in (runs / "tdt-0/tsne.html").read_text()
 
     # Two seeds that have no method in common have no means.
     capsys.readouterr()
     shutil.copytree(runs / "tdt-hard-0", runs / "tdt-hard-1")
-    results = load(runs / "tdt-hard-1/results.json")
+    results = read_json(runs / "tdt-hard-1/results.json")
     write(runs / "tdt-hard-1/results.json", json.dumps({**results, "seed": 1}))
     tdt.main(["--run", str(runs / "tdt-0"), str(runs / "tdt-hard-1"), "--tsne", "9"])
     assert "means over" not in capsys.readouterr().out
@@ -8248,12 +8052,9 @@ def test_a_map_that_cannot_be_made_is_refused_in_one_line(toy_bert):
         tdt.main([*argv, "--tsne", "--overwrite"])
 
 
-# ======================================================================================  gtuning.py
+# ======================================================================================= gtuning.py
 
 # ------------------------------------------------------------------------------------------ helpers
-
-ENCODERS = [name for name in ARCHITECTURES if name != "bart"]
-
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
@@ -8282,13 +8083,9 @@ def small_pairs(tmp_path_factory):
 
 def tune(folder, out, *more):
     """gtuning.py in this process: 8 steps of 16 rows, T 2. The last state counts, not the best."""
-    return gtuning.main(command_line(folder, out, *more))
-
-
-def command_line(folder, out, *more):
     argv = ["--model", folder, "--output_dir", out, "--seeds", 0, "--max_steps", 8, "--T", 2,
             "--batch_size", 16, "--eval_every", 99, "--precision", "fp32", *more]
-    return [str(word) for word in argv]
+    return gtuning.main([str(word) for word in argv])
 
 
 def learned(folder):
@@ -8333,7 +8130,7 @@ class Line(torch.nn.Module):
         return z @ self.w
 
 
-# -------------------------------------------------------------------------------------- the critic
+# --------------------------------------------------------------------------------------- the critic
 
 def test_the_critics_loss_by_hand():
     """w = (3, 4): the gradient's norm is 5, the penalty 16. The means of D are 3 and 4."""
@@ -8404,20 +8201,6 @@ def test_the_critic_is_fp32_and_its_loss_reaches_d_alone():
     loss.backward()
     assert f_t.grad is None and f_u.grad is None
     assert D.output.weight.grad.abs().sum() > 0
-
-
-def test_e_of_0_makes_z_the_labelled_vectors():
-    D = gtuning.Discriminator(8)
-    f_t, f_u = clouds()
-    at_f_t = gtuning.gradient_penalty(D, f_t, f_t)
-    assert torch.isclose(gtuning.gradient_penalty(D, f_t, f_u, torch.zeros(6, 1)), at_f_t)
-    assert not torch.isclose(gtuning.gradient_penalty(D, f_t, f_u, torch.ones(6, 1)), at_f_t)
-
-
-def test_no_example_of_the_critic_depends_on_another():
-    D = gtuning.Discriminator(8)
-    f_t, _ = clouds()
-    assert torch.allclose(D(f_t)[2:3], D(f_t[2:3]), atol=1e-5)
 
 
 @pytest.mark.parametrize("n_t, n_u", [(3, 1), (4, 2), (1, 3), (2, 5)])
@@ -8513,11 +8296,7 @@ def test_every_encoder_is_frozen_cacheable_and_blind_to_padding(name, pooling):
     from_states = f.features(inputs["attention_mask"], states)
     assert torch.allclose(features, from_states, atol=1e-6)
 
-    side = (3, 0) if name == "xlnet" else (0, 3)
-    pad = f.config.pad_token_id or 0
-    wider = {"input_ids": torch.nn.functional.pad(inputs["input_ids"], side, value=pad),
-             "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], side)}
-    assert torch.allclose(features, f.features(**wider), atol=1e-3)
+    assert torch.allclose(features, f.features(**padded(inputs, f.plm)), atol=1e-3)
 
     # By hand: all tokens through all layers, then the first real one or their mean.
     hidden = states
@@ -8684,7 +8463,7 @@ class Literal:
 @beside
 @pytest.mark.parametrize("pairs", [False, True], ids=["sentences", "pairs"])
 def test_the_script_equals_algorithm_1_read_literally(pairs, still_folder, small, small_pairs,
-                                                      tmp_path, cache, monkeypatch):
+                                                      tmp_path, monkeypatch):
     """With its cache, micro-batches and shortcuts. (A large eps of Adam, for a small one makes
     steps of rounding errors.)"""
     monkeypatch.setattr(torch.optim, "Adam", functools.partial(torch.optim.Adam, eps=1e-2))
@@ -8717,7 +8496,7 @@ def test_the_script_equals_algorithm_1_read_literally(pairs, still_folder, small
         assert_same_state(expected, found, 2e-6)
 
 
-def test_vectors_have_no_dropout_and_leave_f_in_train_mode(tiny_folder, small, tmp_path, cache):
+def test_vectors_have_no_dropout_and_leave_f_in_train_mode(tiny_folder, small):
     """Choice 5; and all sentences are there, each in its place."""
     argv = ["--model", tiny_folder, "--precision", "fp32", "--batch_size", "16", *small]
     args = common.parse(gtuning.flags(), argv, gtuning.recipe)
@@ -8735,7 +8514,7 @@ def test_vectors_have_no_dropout_and_leave_f_in_train_mode(tiny_folder, small, t
         assert torch.allclose(vector, f.features(**inputs)[0], atol=1e-5)
 
 
-def test_the_adapter_alone_takes_all_its_steps_by_equation_2(tiny_folder, small, tmp_path, cache):
+def test_the_adapter_alone_takes_all_its_steps_by_equation_2(tiny_folder, small, tmp_path):
     result, = tune(tiny_folder, tmp_path, *small, "--method", "adapter", "--log_every", 1)
     log = log_of(tmp_path / "custom/adapter-0")
     assert result["steps"] == len(log) == 8
@@ -8744,7 +8523,7 @@ def test_the_adapter_alone_takes_all_its_steps_by_equation_2(tiny_folder, small,
 
 
 def test_n_is_the_number_of_steps_on_f_and_an_odd_one_gives_a_round_more(tiny_folder, small,
-                                                                         tmp_path, cache, capsys):
+                                                                         tmp_path, capsys):
     result, = tune(tiny_folder, tmp_path, *small, "--max_steps", 5, "--T", 2, "--log_every", 1)
     told = capsys.readouterr().out
     assert "N = 5 steps on f, 2 in phase 1 and 3 in phase 3; on D 2 in phase 2, T = 2 for" in told
@@ -8754,8 +8533,7 @@ def test_n_is_the_number_of_steps_on_f_and_an_odd_one_gives_a_round_more(tiny_fo
     assert [line["epoch"] * an_epoch for line in log] == pytest.approx([1, 2, 2, 2, 3, 4, 5])
 
 
-def test_the_bar_says_the_phase_and_counts_its_steps(tiny_folder, small, tmp_path, cache,
-                                                     monkeypatch):
+def test_the_bar_says_the_phase_and_counts_its_steps(tiny_folder, small, tmp_path, monkeypatch):
     bars = []
 
     class Bar(common.Progress):
@@ -8773,8 +8551,7 @@ def test_the_bar_says_the_phase_and_counts_its_steps(tiny_folder, small, tmp_pat
 
 
 @beside
-def test_a_run_killed_in_any_phase_and_resumed_ends_with_the_same_bits(tiny_folder, small,
-                                                                       tmp_path, cache,
+def test_a_run_killed_in_any_phase_and_resumed_ends_with_the_same_bits(tiny_folder, small, tmp_path,
                                                                        monkeypatch):
     more = [*small, "--max_steps", 12, "--save_every", 2, "--eval_every", 4, "--log_every", 2]
     whole, = tune(tiny_folder, tmp_path / "whole", *more)
@@ -8798,13 +8575,13 @@ def test_a_run_killed_in_any_phase_and_resumed_ends_with_the_same_bits(tiny_fold
 # -------------------------------------------------------------------------------- the feature cache
 
 def test_a_kill_while_the_cache_is_built_costs_what_was_not_marked(still_folder, small, tmp_path,
-                                                                   cache, monkeypatch, capsys):
+                                                                   monkeypatch, capsys):
     """And the numbers are the same as without it, and another run finds it."""
     here = str(tmp_path / "states")
     rows = data.toy_rows("film", "validation")
     lines = [f'"{text}",negative\n' for text in rows["text"][:400]]
     long = write(tmp_path / "long.csv", "text,label\n" + "".join(lines))         # of two batches
-    small = [*small, "--validation_file", long]
+    small = [*small, "--validation_file", long, "--max_steps", 4]
     encode = gtuning.GTuning.encode
     encoded = []
     kills = ["after B, M and the first batch of the validation rows"]
@@ -8839,7 +8616,7 @@ def test_a_kill_while_the_cache_is_built_costs_what_was_not_marked(still_folder,
 
 
 @beside
-def test_a_cache_of_pairs_gives_the_same_numbers(still_folder, small_pairs, tmp_path, cache):
+def test_a_cache_of_pairs_gives_the_same_numbers(still_folder, small_pairs, tmp_path):
     flags = [*small_pairs, "--micro_batch_size", 4, "--pooling", "mean", "--max_steps", 6]
     cached, = tune(still_folder, tmp_path / "a", *flags)
     plain, = tune(still_folder, tmp_path / "b", *flags, "--no_cache")
@@ -8848,7 +8625,7 @@ def test_a_cache_of_pairs_gives_the_same_numbers(still_folder, small_pairs, tmp_
     assert_same_state(with_it, without, 1e-4)
 
 
-def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small, tmp_path, cache,
+def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small, tmp_path,
                                                              monkeypatch):
     full = argparse.Namespace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
@@ -8883,17 +8660,10 @@ def test_states_have_the_type_of_autocast(kind):
     assert f.encode(**inputs).dtype == torch.float32
 
 
-def test_general_text_has_the_form_of_pairs_that_are_encoded_as_one(tiny_folder, tmp_path, cache,
+def test_general_text_has_the_form_of_pairs_that_are_encoded_as_one(tiny_folder, tmp_path,
                                                                     monkeypatch):
     """Else D would tell a pair from a sentence by its form."""
-    drawn = []
-    real = gtuning.draw_like_the_task
-
-    def draw(*args):
-        drawn.append(real(*args))
-        return drawn[-1]
-
-    monkeypatch.setattr(gtuning, "draw_like_the_task", draw)
+    drawn = returned_by(monkeypatch, gtuning, "draw_like_the_task")
     rows = [{"sentence1": "a plot", "sentence2": "it is good", "label": i % 2} for i in range(32)]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     flags = ["--method", "gtuning", "--train_file", path, "--validation_file", path,
@@ -8908,8 +8678,7 @@ def test_general_text_has_the_form_of_pairs_that_are_encoded_as_one(tiny_folder,
     assert len(drawn) == 1
 
 
-def test_a_cache_that_torch_cannot_open_is_one_line(still_folder, small, tmp_path, cache,
-                                                   monkeypatch):
+def test_a_cache_that_torch_cannot_open_is_one_line(still_folder, small, tmp_path, monkeypatch):
     def read_only(*args, **more):
         raise RuntimeError("unable to open file: Read-only file system (30)")
 
@@ -8919,7 +8688,7 @@ def test_a_cache_that_torch_cannot_open_is_one_line(still_folder, small, tmp_pat
 
 
 def test_flags_that_change_no_number_of_a_method_are_no_part_of_its_runs(tiny_folder, small,
-                                                                         tmp_path, cache, capsys):
+                                                                         tmp_path, capsys):
     more = [*small, "--method", "adapter"]
     first = tune(tiny_folder, tmp_path, *more)
     again = tune(tiny_folder, tmp_path, *more, "--no_cache", "--cache_dir", tmp_path / "other",
@@ -8948,29 +8717,28 @@ def drawn(monkeypatch):
     return texts
 
 
-def test_general_text_of_a_table_is_its_text_column(drawn, tiny_folder, small, tmp_path, cache,
-                                                    capsys):
+def test_general_text_of_a_table_is_its_text_column(drawn, tiny_folder, small, tmp_path, capsys):
     """Too little of it repeats, which is said."""
     path = write(tmp_path / "m.csv", "id,text,label\n1,good plot good plot,bad actor\n"
                                      "2,boring cast boring cast,bad actor\n")
-    tune(tiny_folder, tmp_path / "out", *small, "--unlabeled", path)
+    tune(tiny_folder, tmp_path / "out", *small, "--unlabeled", path, "--max_steps", 2)
     assert sorted(drawn) == ["boring cast boring cast", "good plot good plot"]
     assert "M: 2 sentences, 64 wanted: they repeat" in capsys.readouterr().out
 
 
 def test_there_are_as_many_sentences_of_general_text_as_of_the_task(drawn, tiny_folder, small,
-                                                                    small_pairs, tmp_path, cache,
-                                                                    capsys):
-    tune(tiny_folder, tmp_path / "a", *small, "--train_samples", 40)
+                                                                    small_pairs, tmp_path, capsys):
+    tune(tiny_folder, tmp_path / "a", *small, "--train_samples", 40, "--max_steps", 2)
     assert len(drawn) == 40
     drawn.clear()
-    tune(tiny_folder, tmp_path / "b", *small_pairs)
+    tune(tiny_folder, tmp_path / "b", *small_pairs, "--max_steps", 2)
     assert len(drawn) == 2 * 48
     assert "they repeat" not in capsys.readouterr().out
 
 
-def test_the_adapter_reads_no_general_text(drawn, tiny_folder, small, tmp_path, cache):
-    tune(tiny_folder, tmp_path, *small, "--method", "adapter", "--unlabeled", "nowhere")
+def test_the_adapter_reads_no_general_text(drawn, tiny_folder, small, tmp_path):
+    flags = ["--method", "adapter", "--unlabeled", "nowhere", "--max_steps", 2]
+    tune(tiny_folder, tmp_path, *small, *flags)
     assert drawn == []
 
 
@@ -9012,16 +8780,18 @@ def test_the_maps_of_figure_2(projection):
         assert reaches[0] != pytest.approx(reaches[1], abs=1)
 
 
-def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(
-        all_toy_rows, tiny_folder, small, tmp_path, quick_maps, cache, capsys):
-    flags = [*small, "--method", "adapter", "gtuning", "--embed", "--eval_tasks", "toy-food"]
+def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(all_toy_rows, tiny_folder,
+                                                                     small, tmp_path, quick_maps,
+                                                                     capsys):
+    flags = [*small, "--method", "adapter", "gtuning", "--embed", "--eval_tasks", "toy-food",
+             "--max_steps", 4]
     results = tune(tiny_folder, tmp_path, *flags)
     told = capsys.readouterr().out
     page = (tmp_path / "custom/embed.html").read_text()
     assert page.count("<figure>") == 3 and "http" not in page and "<script" not in page
     assert "prefers-color-scheme: dark" in page and "perplexity 30" in page
     assert "64 sentences of validation" in page and "200 sentences of toy-food" in page
-    written = load(tmp_path / "custom/embed.json")
+    written = read_json(tmp_path / "custom/embed.json")
     assert written["sets"] == {"validation": 64, "toy-food": 200}
     assert [*written["values"]["separation"]] == ["before training", "adapter-0", "gtuning-0"]
     for result in results:
@@ -9045,13 +8815,12 @@ def test_embed_writes_the_vectors_and_a_page_that_says_what_it_shows(
     tune(tiny_folder, tmp_path, *flags, "--projection", "pca")
     again = capsys.readouterr().out
     assert line[0] in again and "finished before" in again
-    assert load(tmp_path / "custom/embed-pca.json")["values"] == written["values"]
+    assert read_json(tmp_path / "custom/embed-pca.json")["values"] == written["values"]
     assert "principal axes" in (tmp_path / "custom/embed-pca.html").read_text()
     assert (tmp_path / "custom/embed.html").read_text() == page
 
 
-def test_figure_2_of_few_sentences_and_before_training(tiny_folder, quick_maps, tmp_path, cache,
-                                                       capsys):
+def test_figure_2_of_few_sentences_and_before_training(tiny_folder, quick_maps, tmp_path, capsys):
     """A run whose steps change nothing has the cloud of before; 20 points need a lower perplexity.
     """
     rows = data.toy_rows("film", "train")
@@ -9063,14 +8832,14 @@ def test_figure_2_of_few_sentences_and_before_training(tiny_folder, quick_maps, 
     tune(tiny_folder, tmp_path, "--train_file", path, "--validation_file", path, "--eval_tasks",
          "toy-food", "--local_file", f"toy-food={food}", "--method", "adapter", "--embed",
          "--max_steps", 2, "--lr", "1e-30")
-    values = load(tmp_path / "custom/embed.json")["values"]["separation"]
+    values = read_json(tmp_path / "custom/embed.json")["values"]["separation"]
     assert values["adapter-0"] == pytest.approx(values["before training"], abs=1e-6)
     assert values["adapter-0"] > 0.1
     assert "t-SNE, perplexity 6" in capsys.readouterr().out
     assert "perplexity 6)" in (tmp_path / "custom/embed.html").read_text()
 
 
-def test_figure_2_is_not_drawn_while_flags_are_chosen(tiny_folder, small, tmp_path, cache):
+def test_figure_2_is_not_drawn_while_flags_are_chosen(tiny_folder, small, tmp_path):
     tune(tiny_folder, tmp_path, *small, "--method", "adapter", "--embed", "--eval_tasks",
         "toy-food", "--dev_samples", 20, "--choosing")
     assert not os.path.exists(tmp_path / "custom/embed.html")
@@ -9078,7 +8847,7 @@ def test_figure_2_is_not_drawn_while_flags_are_chosen(tiny_folder, small, tmp_pa
 
 # --------------------------------------------------------------------------------------- the script
 
-def test_seconds_are_those_of_training(tiny_folder, small, tmp_path, cache, monkeypatch):
+def test_seconds_are_those_of_training(tiny_folder, small, tmp_path, monkeypatch):
     """Of D's vectors too; of the states of a set that is scored not."""
     monotonic = time.monotonic
     all_vectors = gtuning.Algorithm1.all_vectors
@@ -9102,10 +8871,9 @@ def test_seconds_are_those_of_training(tiny_folder, small, tmp_path, cache, monk
     assert late > 10**6 and 2000 <= result["train_seconds"] < 3000
 
 
-def test_profile_times_the_steps_from_states_and_from_texts(tiny_folder, small, tmp_path, cache,
-                                                            capsys):
-    both = ["--method", "adapter", "gtuning"]
-    seconds = tune(tiny_folder, tmp_path / "out", *small, *both, "--profile", 1, "--T", 1)
+def test_profile_times_the_steps_from_states_and_from_texts(tiny_folder, small, tmp_path, capsys):
+    flags = [*small, "--profile", 1, "--T", 1, "--batch_size", 4]
+    seconds = tune(tiny_folder, tmp_path / "out", *flags, "--method", "adapter", "gtuning")
     rows = re.findall(r"^(\w+, \w+) .* ([\d.]+)$", capsys.readouterr().out, re.M)
     assert [name for name, _ in rows] == [
         "adapter, cached", "gtuning, cached", "adapter, encoded", "gtuning, encoded"]
@@ -9113,7 +8881,7 @@ def test_profile_times_the_steps_from_states_and_from_texts(tiny_folder, small, 
     assert seconds.shape == (3, 1, 4) and (seconds > 0).all()
     assert not os.path.exists(tmp_path / "out")
 
-    tune(tiny_folder, tmp_path / "out", *small, "--profile", 1, "--T", 1, "--tune", "all")
+    tune(tiny_folder, tmp_path / "out", *flags, "--tune", "all")
     assert re.findall(r"^(\w+, \w+) ", capsys.readouterr().out, re.M) == ["gtuning, encoded"]
 
 
@@ -9145,11 +8913,8 @@ WRONG = """
 --layers 0                  | --layers: must be
 --max_steps 1               | --max_steps 1: must be at least 2
 --weight_noise 0.15         | --weight_noise 0.15: needs --tune all
---unlabeled no/such:corpus  | --unlabeled no/such:corpus: must be a text file, or ID:CONFIG:SPLIT
 --unlabeled t.txt           | --unlabeled t.txt: holds no sentence
---unlabeled dir.csv         | --unlabeled dir.csv: is a directory
---unlabeled latin.csv       | --unlabeled latin.csv: must be text in UTF-8
---unlabeled other.csv       | --unlabeled other.csv: no column 'text' among ['review', 'label']
+--cache_dir file/x          | --cache_dir: cannot make the folder file/x: Not a directory; use
 --train_file good.csv --validation_file good.csv --embed | --embed: needs --eval_tasks
 --embed --eval_tasks toy-food --profile 1 | --embed: cannot go together with --profile
 --train_file good.csv --validation_file good.csv --projection pca | --projection: needs --embed
@@ -9157,22 +8922,18 @@ WRONG = """
 
 
 @pytest.mark.parametrize("case", WRONG.strip().split("\n"))
-def test_wrong_flags_are_refused_in_one_line(case, tiny_folder, tmp_path, cache, monkeypatch):
+def test_wrong_flags_are_refused_in_one_line(case, tiny_folder, tmp_path, monkeypatch):
     flags, line = (part.strip() for part in case.split(" | "))
     write(tmp_path / "t.txt", "x")
-    write(tmp_path / "other.csv", "review,label\nfine,yes\n")
+    write(tmp_path / "file", "x")
     write(tmp_path / "good.csv", "text,label\n" + "good plot,yes\nbad plot,no\n" * 20)
-    (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,yes\n".encode("latin-1"))
-    os.makedirs(tmp_path / "dir.csv")
     monkeypatch.chdir(tmp_path)
     length = [] if "--max_steps" in flags else ["--max_steps", "2"]
-    with pytest.raises(UserError) as error:
-        gtuning.main(["--model", tiny_folder, "--seeds", "0", *length, *flags.split()])
-    assert line in str(error.value)
-    assert "\n" not in str(error.value)
+    argv = ["--model", tiny_folder, "--seeds", "0", *length, *flags.split()]
+    assert line in refusal(gtuning.main, argv)
 
 
-def test_a_model_that_is_no_encoder_is_refused(tiny_folder, small, tmp_path, cache):
+def test_a_model_that_is_no_encoder_is_refused(tiny_folder, small, tmp_path):
     folder = str(shutil.copytree(tiny_folder, tmp_path / "bart"))
     config = transformers.BartConfig(**TWO_SIDED | {"vocab_size": 200, "pad_token_id": 0})
     transformers.BartForSequenceClassification(config).save_pretrained(folder)
@@ -9180,7 +8941,7 @@ def test_a_model_that_is_no_encoder_is_refused(tiny_folder, small, tmp_path, cac
         tune(folder, tmp_path / "out", *small, "--method", "adapter")
 
 
-# ============================================================  gtuning.py: tags, answers, retrieval
+# ============================================================= gtuning.py: tags, answers, retrieval
 
 # ------------------------------------------------------------------------------------------ helpers
 
@@ -9205,12 +8966,23 @@ def tagger(tmp_path_factory):
 
 
 def tokenizer_of():
-    vocabulary = {word: i for i, word in enumerate(TAG_WORDS)}
-    return transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
+    return bert_tokenizer(TAG_WORDS, model_max_length=64)
 
 
 def pieces(ids):
     return " ".join(tokenizer_of().convert_ids_to_tokens(ids))
+
+
+def two_texts():
+    """[CLS] film soup [SEP] and [CLS] is [SEP] [PAD]."""
+    return {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
+            "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+
+
+def general_text(folder, sentences=60):
+    """A text file of two sentences in turn."""
+    two = "the film is good .\nthe soup is bad .\n"
+    return write(folder / "general.txt", two * (sentences // 2))
 
 
 def run_on_tags(script, folder, out, *more):
@@ -9249,7 +9021,7 @@ def tag_rows(*sentences):
     return data.read_tags({"tokens": words, "tags": tags}, TAGS, "here")
 
 
-def test_the_first_piece_of_a_word_has_its_tag(cache):
+def test_the_first_piece_of_a_word_has_its_tag():
     rows = tag_rows(("the untolded plot", "0 2 1"), ("good", "1"))
     split = data.encode(rows, TAGS, tokenizer_of(), 12)
     first = split.collate(np.array([0]))
@@ -9261,7 +9033,7 @@ def test_the_first_piece_of_a_word_has_its_tag(cache):
     assert not any(name.startswith("note_") for name in both)
 
 
-def test_a_long_sentence_is_split_and_no_word_is_lost(cache):
+def test_a_long_sentence_is_split_and_no_word_is_lost():
     rows = tag_rows(("the untold plot is good is bad", "0 1 2 0 1 2 0"), ("the film", "0 1"))
     split = data.encode(rows, TAGS, tokenizer_of(), 6)
     texts = [pieces(split.collate(np.array([i]))["input_ids"][0]) for i in range(len(split))]
@@ -9280,7 +9052,7 @@ def test_a_long_sentence_is_split_and_no_word_is_lost(cache):
     assert split.collate(np.array([1]))["labels"].tolist() == [[-100] * 4]
 
 
-def test_a_word_without_a_piece_is_an_error_and_not_left_out(cache):
+def test_a_word_without_a_piece_is_an_error_and_not_left_out():
     words = ["the", "\u200b", "film"]
     rows = data.read_tags({"tokens": [words], "tags": [["DET", "NOUN", "VERB"]]}, TAGS, "here")
     split = data.encode(rows, TAGS, tokenizer_of(), 12)
@@ -9290,7 +9062,7 @@ def test_a_word_without_a_piece_is_an_error_and_not_left_out(cache):
     assert scores["f1"] == pytest.approx(4 / 5)
 
 
-def test_whole_sentences_are_drawn(cache):
+def test_whole_sentences_are_drawn():
     rows = tag_rows(*[("the film is good is bad", "0 1 2 0 1 2")] * 9)
     split = data.encode(rows, TAGS, tokenizer_of(), 6)
     chosen = data.subset(split, 4, 0)
@@ -9314,8 +9086,7 @@ def test_tags_are_read_by_name_whatever_their_order():
             data.read_tags({"tokens": [["a", "b"]], "tags": tags}, TAGS, "here")
 
 
-def test_every_language_has_a_row():
-    assert len(data.GROUPS["pos"]) == 33 and len(data.GROUPS["ner"]) == 40
+def test_a_language_of_tags_has_its_config_and_is_scored_on_its_test_set():
     assert data.TASKS["pos-de"].config == "udpos.German"
     assert data.TASKS["ner-yo"].config == "PAN-X.yo"
     for name in data.GROUPS["pos"] + data.GROUPS["ner"]:
@@ -9323,7 +9094,7 @@ def test_every_language_has_a_row():
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
-def test_a_space_that_belongs_to_a_piece_is_no_word(cache, kind):
+def test_a_space_that_belongs_to_a_piece_is_no_word(kind):
     """As RoBERTa and GPT-2 (byte-level) and XLM-R (metaspace) have it."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -9357,51 +9128,31 @@ def tagged(tmp_path_factory):
         rows.append({"tokens": words.tolist(), "ner_tags": tags})
     folder = tmp_path_factory.mktemp("tags")
     path = write_rows(folder / "tags.jsonl", rows)
-    general = folder / "general.txt"
-    general.write_text("the film is good .\nthe soup is bad .\n" * 30)
+    general = general_text(folder)
     files = [f"{name}={path}" for name in ("ner", "ner-de", "ner-fr")]
     return ["--task", "ner", "--local_file", *files, "--eval_tasks", "ner-de", "ner-fr",
-            "--unlabeled", str(general), "--predict", "validation"]
+            "--unlabeled", general, "--predict", "validation"]
 
 
 @beside
-def test_gtuning_learns_tags_with_and_without_the_cache(tagged, tagger, tmp_path, cache):
-    def no_cache(name, *more):
+def test_gtuning_learns_tags_with_and_without_the_cache(tagged, tagger, tmp_path):
+    def learn(name, *more):
         return run_on_tags(gtuning, tagger, tmp_path / name, *tagged, "--T", 1, *more)
 
     states = ["--cache_dir", tmp_path / "states"]
     flags = ["--method", "adapter", "gtuning", "--max_steps", 20]
-    cached = no_cache("a", *flags, *states)
-    encoded = no_cache("b", *flags, "--no_cache")
+    cached = learn("a", *flags, *states)
+    encoded = learn("b", *flags, "--no_cache")
     for a, b in zip(cached, encoded):
         for name in a["metrics"]:
             assert a["metrics"][name] == pytest.approx(b["metrics"][name], abs=0.02)
         assert a["metrics"]["validation"]["f1"] > 0.9
 
     path = tmp_path / "a" / "ner" / "adapter-0" / "predictions-validation.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_lines(path)
     assert len(lines) == 40
     for line in lines:
         assert len(line["tokens"]) == len(line["tags"])
-
-
-def test_small_passes_are_one_batch_whatever_their_number_of_words(tagged, tagger, tmp_path,
-                                                                   cache):
-    folder = tmp_path / "still"
-    model = transformers.BertForMaskedLM.from_pretrained(tagger)
-    model.config.hidden_dropout_prob = 0.0
-    model.save_pretrained(folder)
-    tokenizer_of().save_pretrained(folder)
-    learned = []
-    for size in (8, 3):
-        out = tmp_path / str(size)
-        run_on_tags(gtuning, str(folder), out, *tagged, "--method", "adapter",
-                    "--micro_batch_size", size, "--adam_eps", 0.01, "--cache_dir",
-                    tmp_path / "states", "--keep", "last")
-        path = out / "ner" / "adapter-0" / "model" / "gtuning.pt"
-        learned.append(torch.load(path, weights_only=True)["h"])
-    for name, weight in learned[0].items():
-        torch.testing.assert_close(weight, learned[1][name], atol=1e-5, rtol=0)
 
 
 def gradient_of_a_round(folder, flags, micro):
@@ -9426,25 +9177,25 @@ def gradient_of_a_round(folder, flags, micro):
     return gradients, stats, [common.count_labels(inputs["labels"]) for inputs in x_t]
 
 
-def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path, cache):
+def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path):
     """L_T is a mean over labels, L_G one over sentences: of tags the parts weigh differently."""
     folder = without_dropout(tagger, tmp_path / "still")
     whole, told, _ = gradient_of_a_round(folder, tagged, 12)
     parts, told_too, counts = gradient_of_a_round(folder, tagged, 4)
     assert len(counts) == 3 and max(counts) > 1.5 * min(counts)          # or it proves nothing
-    assert same_gradients(whole, parts, 1e-5)
+    assert_same_gradients(whole, parts, 1e-5)
     for term in ("l_t", "l_g"):
         assert told_too[term].item() == pytest.approx(told[term].item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["std", "r3f"])
-def test_r3f_learns_tags(method, tagged, tagger, tmp_path, cache):
+def test_r3f_learns_tags(tagged, tagger, tmp_path):
+    """Those of files; std learns the toy language's, below."""
     flags = [word for word in tagged if word != "--unlabeled" and not word.endswith(".txt")]
-    result, = run_on_tags(r3f, tagger, tmp_path, *flags, "--method", method, "--max_steps", 30)
+    result, = run_on_tags(r3f, tagger, tmp_path, *flags, "--method", "r3f", "--max_steps", 30)
     assert result["metrics"]["validation"]["f1"] > 0.9
 
 
-def test_the_toy_tags_are_learned_from_films_and_scored_on_food(tiny_folder, tmp_path, cache):
+def test_the_toy_tags_are_learned_from_films_and_scored_on_food(tiny_folder, tmp_path):
     result, = run("r3f", tiny_folder, tmp_path, "--task", "toy-tag", "--method", "std", "--lr",
                   "1e-2", "--max_steps", 40)
     assert [*result["metrics"]] == ["validation", "toy-tag-food"]
@@ -9456,8 +9207,7 @@ def test_the_toy_tags_are_learned_from_films_and_scored_on_food(tiny_folder, tmp
 def test_of_tags_d_reads_the_mean_and_the_output_layer_each_token(tagger):
     plm = transformers.AutoModel.from_pretrained(tagger)
     f = gtuning.GTuning(plm, 3, by_token="tag").eval()
-    inputs = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
-              "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    inputs = two_texts()
     logits = f.logits(**inputs)
     assert logits.shape == (2, 4, 3)
     features = f.features(**inputs)
@@ -9526,7 +9276,7 @@ def test_an_answer_stands_where_its_text_is_nearest():
                           english, "here")["id"][:] == ["b"]
 
 
-def test_question_and_context_are_one_text_in_windows(cache, monkeypatch):
+def test_question_and_context_are_one_text_in_windows(monkeypatch):
     monkeypatch.setattr(data, "STRIDE", 3)
     context = "the film was dull . the untold plot was good ."
     table = span_rows(("a", "is it ?", context, "untold plot", 24))
@@ -9557,7 +9307,7 @@ def test_question_and_context_are_one_text_in_windows(cache, monkeypatch):
         assert data.best_answers([odd, odd, odd], split) == {0: ""}
 
 
-def test_spans_are_at_most_30_tokens_long(cache):
+def test_spans_are_at_most_30_tokens_long():
     context = " ".join(["the film was dull ."] * 8)
     rows = data.read_span(span_rows(("a", "?", context, "film", 4)), QUESTIONS, "here")
     split = data.encode(rows, QUESTIONS, tokenizer_of(), 64)
@@ -9567,7 +9317,7 @@ def test_spans_are_at_most_30_tokens_long(cache):
     assert data.best_answers([longer], split) == {0: ""}
 
 
-def test_windows_cover_a_text_and_are_a_stride_apart(cache):
+def test_windows_cover_a_text_and_are_a_stride_apart():
     context = " ".join(["the film was dull ."] * 140)                 # 700 tokens
     rows = data.read_span(span_rows(("a", "is ?", context, "film", 4)), QUESTIONS, "here")
     split = data.encode(rows, QUESTIONS, tokenizer_of(), 375)         # 370 are for the context
@@ -9580,7 +9330,7 @@ def test_windows_cover_a_text_and_are_a_stride_apart(cache):
     assert found == [(0, 370), (128, 498), (256, 626), (384, 700)]
 
 
-def test_a_long_question_is_cut(cache):
+def test_a_long_question_is_cut():
     rows = data.read_span(span_rows(
         ("a", "is it bad ? " * 9, "the film was dull .", "film", 4)), QUESTIONS, "here")
     split = data.encode(rows, QUESTIONS, tokenizer_of(), 16)
@@ -9601,15 +9351,13 @@ def test_answers_of_another_form_are_refused_with_their_row(answers):
     assert message.startswith("q.json: row 1: column 'answers' holds half a character")
 
 
-def test_every_language_has_its_questions():
-    sizes = {group: len(data.GROUPS[group]) for group in ("xquad", "mlqa", "tydiqa")}
-    assert sizes == {"xquad": 11, "mlqa": 7, "tydiqa": 9}
+def test_mlqa_alone_has_rules_by_language():
     assert data.TASKS["mlqa-zh"].language == "zh" and not data.TASKS["xquad-zh"].language
     assert data.TASKS["tydiqa"].id_prefix == "english-"
 
 
 @beside
-def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
+def test_gtuning_learns_to_answer(tagger, tmp_path):
     rng = np.random.default_rng(0)
     rows = []
     for number in range(40):
@@ -9621,8 +9369,7 @@ def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
                      "answers": answer})
     path = write_rows(tmp_path / "questions.jsonl", rows)
     files = [f"{name}={path}" for name in ("tydiqa", "tydiqa-english")]
-    general = tmp_path / "general.txt"
-    general.write_text("the film is good .\nthe soup is bad .\n" * 60)
+    general = general_text(tmp_path, 120)
     flags = ["--task", "tydiqa", "--local_file", *files, "--eval_tasks", "tydiqa-english",
              "--unlabeled", general, "--predict", "validation", "--method", "gtuning", "--T", 1,
              "--max_steps", 40, "--eval_every", 20, "--max_length", 16]
@@ -9634,11 +9381,11 @@ def test_gtuning_learns_to_answer(tagger, tmp_path, cache):
     assert cached["metrics"]["validation"]["f1"] == pytest.approx(
         encoded["metrics"]["validation"]["f1"], abs=0.02)
     path = tmp_path / "a" / "tydiqa" / "gtuning-0" / "predictions-validation.json"
-    answers = json.loads(path.read_text())
+    answers = read_json(path)
     assert len(answers) == 40 and answers["english-0"] == "soup"
 
 
-def test_the_toy_questions_are_trained_on_films_and_scored_on_food(tiny_folder, tmp_path, cache,
+def test_the_toy_questions_are_trained_on_films_and_scored_on_food(tiny_folder, tmp_path,
                                                                    monkeypatch):
     evaluate = gtuning.evaluate_sets
     words = {}                                         # of the texts of each set
@@ -9684,7 +9431,6 @@ def test_the_nearest_candidate_by_the_cosine_is_chosen_of_all():
 def test_tatoeba_is_asked_in_english_and_bucc_in_the_other_language():
     assert data.TASKS["tatoeba-deu"].columns == ["target_sentence", "source_sentence"]
     assert data.TASKS["bucc-zh"].columns == ["source_sentence", "target_sentence"]
-    assert len(data.GROUPS["tatoeba"]) == 36 and len(data.GROUPS["bucc"]) == 4
     rows = data.read_retrieve({"source_sentence": ["soup\n"], "target_sentence": ["film"]},
                               RETRIEVE, "here")
     assert rows[0] == {"target_sentence": "film", "source_sentence": "soup", "label": 0}
@@ -9702,7 +9448,7 @@ def sentences(tmp_path_factory):
 @pytest.mark.parametrize("more, block", [([], None), (["--retrieve_layer", 1], 1),
                                          (["--tune", "all"], None)])
 def test_identical_sentences_find_each_other(more, block, tagged, sentences, tagger, tmp_path,
-                                             cache, monkeypatch):
+                                             monkeypatch):
     """By f, or by a block of g."""
     mean_vectors, features = gtuning.mean_vectors, gtuning.GTuning.features
     asked, used = set(), set()
@@ -9730,8 +9476,7 @@ def test_identical_sentences_find_each_other(more, block, tagged, sentences, tag
 def test_a_block_of_g_gives_its_mean(tagger):
     plm = transformers.AutoModel.from_pretrained(tagger)
     f = gtuning.GTuning(plm, 3).eval()
-    inputs = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
-              "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    inputs = two_texts()
     found = gtuning.mean_vectors(f, 1, **inputs)
     states = plm.eval()(**inputs, output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(found[0], states[0].mean(0))
@@ -9741,7 +9486,7 @@ def test_a_block_of_g_gives_its_mean(tagger):
     torch.testing.assert_close(gtuning.mean_vectors(f, None, **inputs), mean.features(**inputs))
 
 
-def test_retrieval_is_gtunings_and_trains_nothing(sentences, tagged, tagger, tmp_path, cache):
+def test_retrieval_is_gtunings_and_trains_nothing(sentences, tagged, tagger, tmp_path):
     ner_file = tagged[tagged.index("--local_file") + 1]
     flags = ["--task", "ner", "--local_file", ner_file, f"tatoeba-deu={sentences}", "--eval_tasks",
              "tatoeba-deu"]
@@ -9754,7 +9499,7 @@ def test_retrieval_is_gtunings_and_trains_nothing(sentences, tagged, tagger, tmp
             f"tatoeba-deu={sentences}", "--method", "adapter")
 
 
-# ---------------------------------------------------------------------- length, rate, what is kept
+# ----------------------------------------------------------------------- length, rate, what is kept
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("length", [4.0, 1.0, 0.0])
@@ -9765,8 +9510,7 @@ def test_f_has_its_length_and_the_output_layer_reads_the_same(pooling, length, t
     f = gtuning.GTuning(plm, 3, pooling=pooling, length=length).eval()
     torch.manual_seed(0)
     usual = gtuning.GTuning(plm, 3, pooling=pooling).eval()
-    inputs = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]),
-              "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    inputs = two_texts()
     wanted = torch.full((2,), length or 32 ** 0.5)
     torch.testing.assert_close(f.features(**inputs).norm(dim=1), wanted, atol=1e-3, rtol=0)
     torch.testing.assert_close(f.logits(**inputs), usual.logits(**inputs), atol=1e-5, rtol=0)
@@ -9775,16 +9519,16 @@ def test_f_has_its_length_and_the_output_layer_reads_the_same(pooling, length, t
     torch.testing.assert_close(again.features(**inputs), f.features(**inputs))
 
 
-def test_the_rate_decays_or_stays(tagged, tagger, tmp_path, cache):
+def test_the_rate_decays_or_stays(tagged, tagger, tmp_path):
     for schedule, last in (("decay", 0.01 / 6), ("constant", 0.01)):     # at 0 after the last step
         run_on_tags(gtuning, tagger, tmp_path / schedule, *tagged, "--method", "gtuning", "--T", 1,
             "--log_every", 1, "--schedule", schedule, "--cache_dir", tmp_path / "states")
-        lines = (tmp_path / schedule / "ner" / "gtuning-0" / "log.jsonl").read_text().splitlines()
-        rates = [line["lr"] for line in map(json.loads, lines) if line.get("phase") == 3]
+        log = log_of(tmp_path / schedule / "ner/gtuning-0", "phase")
+        rates = [line["lr"] for line in log if line["phase"] == 3]
         assert rates[-1] == pytest.approx(last)
 
 
-def test_the_best_state_counts_or_the_last(tagged, tagger, tmp_path, cache):
+def test_the_best_state_counts_or_the_last(tagged, tagger, tmp_path):
     """At a rate far too high the last state is not the best."""
     found = {}
     for keep in ("best", "last"):
@@ -9792,9 +9536,8 @@ def test_the_best_state_counts_or_the_last(tagged, tagger, tmp_path, cache):
                       "--keep", keep, "--lr", 0.3, "--eval_every", 1, "--max_steps", 5,
                       "--cache_dir", tmp_path / "states")
         found[keep] = result
-        lines = (tmp_path / keep / "ner" / "adapter-0" / "log.jsonl").read_text().splitlines()
-        seen = [line["metrics"]["validation"]["f1"] for line in map(json.loads, lines)
-                if "metrics" in line]
+        log = log_of(tmp_path / keep / "ner/adapter-0", "metrics")
+        seen = [line["metrics"]["validation"]["f1"] for line in log]
         wanted = max(seen) if keep == "best" else seen[-1]
         assert result["metrics"]["validation"]["f1"] == wanted
     assert found["last"]["best"] is None
@@ -9825,22 +9568,18 @@ def labelled(request, tmp_path_factory):
         rows.append(row)
     folder = tmp_path_factory.mktemp("labelled")
     path = write_rows(folder / "rows.jsonl", rows)
-    general = folder / "general.txt"
-    general.write_text("the film is good .\nthe soup is bad .\n" * 60)
-    return ["--train_file", path, "--validation_file", path, "--unlabeled", str(general)]
+    general = general_text(folder, 120)
+    return ["--train_file", path, "--validation_file", path, "--unlabeled", general]
 
 
-def test_self_teach_learns_from_labels_and_from_a_finished_run(labelled, tagger, tmp_path,
-                                                               cache):
+def test_self_teach_learns_from_labels_and_from_a_finished_run(labelled, tagger, tmp_path):
     flags = [*labelled, "--max_length", 24, "--cache_dir", tmp_path / "states", "--log_every", 1]
     run_on_tags(gtuning, tagger, tmp_path / "a", *flags, "--method", "adapter")
     teacher = ["--method", "self-teach", "--teacher", tmp_path / "a" / "custom" / "adapter-0"]
     logs = {}
     for name, more in {"taught": [], "encoded": ["--no_cache"], "0": ["--teach_weight", 0]}.items():
         run_on_tags(gtuning, tagger, tmp_path / name, *flags, *teacher, *more)
-        path = tmp_path / name / "custom" / "self-teach-0" / "log.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        logs[name] = [line for line in lines if "kl" in line]
+        logs[name] = log_of(tmp_path / name / "custom/self-teach-0", "kl")
     assert len(logs["taught"]) == 6
     for line, encoded in zip(logs["taught"], logs["encoded"]):
         assert line["loss"] == pytest.approx(line["l_t"] + line["kl"], abs=1e-5)
@@ -9850,7 +9589,7 @@ def test_self_teach_learns_from_labels_and_from_a_finished_run(labelled, tagger,
         assert line["loss"] == line["l_t"]
 
 
-def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, cache, monkeypatch):
+def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, monkeypatch):
     """Its logits are those of its own forward pass, of pairs on both sentences as one text."""
     flags = [*labelled, "--max_length", 24]
     seen = {}
@@ -9886,11 +9625,11 @@ def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, cache, monkeypatc
         assert seen["logits"].std(0).max() > 1e-4
 
 
-def test_self_teach_of_a_regression_is_the_squared_error(tagger, tmp_path, cache):
+def test_self_teach_of_a_regression_is_the_squared_error(tagger, tmp_path):
     rows = [{"text": f"film is {word}", "label": value}
             for word, value in (("good", 4.5), ("bad", 0.5)) for _ in range(8)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    general = write(tmp_path / "general.txt", "the film is good .\nthe soup is bad .\n" * 8)
+    general = general_text(tmp_path, 16)
     flags = ["--train_file", path, "--validation_file", path, "--unlabeled", general,
              "--max_length", 24, "--cache_dir", tmp_path / "states", "--log_every", 1,
              "--batch_size", 8, "--max_steps", 2]
@@ -9906,12 +9645,10 @@ def test_self_teach_of_a_regression_is_the_squared_error(tagger, tmp_path, cache
     assert gtuning.kl_to_teacher(*numbers).item() == pytest.approx((0.25 + 4) / 2)
 
 
-def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_path, cache):
+def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_path):
     with pytest.raises(UserError, match="--teacher is missing: must be the folder"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach")
     run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "adapter", "--name", "other")
-    for where in ("nowhere.csv", "nowhere.txt"):
-        assert refusal(data.general_texts, where) == f"--unlabeled {where}: no such file"
     assert "must be a text file, or ID:CONFIG:SPLIT" in refusal(data.general_texts, "")
     with pytest.raises(UserError, match="its task is other, must be custom"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach", "--teacher",
@@ -9921,7 +9658,7 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
 
     damaged = tmp_path / "damaged/custom/adapter-0"
     shutil.copytree(tmp_path / "other/adapter-0", damaged)
-    results = json.loads((damaged / "results.json").read_text())
+    results = read_json(damaged / "results.json")
     (damaged / "results.json").write_text(json.dumps({**results, "task": "custom"}))
     (damaged / "model/gtuning.pt").write_bytes(b"x")
     with pytest.raises(UserError, match="--teacher .*adapter-0: cannot be loaded: "):
@@ -9937,7 +9674,7 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
                     tmp_path / "b/custom/adapter-0")
 
 
-def test_each_of_several_runs_is_scored_with_its_own_g(tagged, tagger, tmp_path, cache):
+def test_each_of_several_runs_is_scored_with_its_own_g(tagged, tagger, tmp_path):
     """A frozen one is --model's, a tuned one lies in the run's folder."""
     trained = []
     for seed, tune in enumerate(["adapter", "all"]):
@@ -9953,7 +9690,7 @@ def test_each_of_several_runs_is_scored_with_its_own_g(tagged, tagger, tmp_path,
     assert [result["metrics"] for result in together] == alone[::-1]
 
 
-def test_the_average_of_a_group_is_over_all_that_was_scored(tagged, tagger, tmp_path, cache):
+def test_the_average_of_a_group_is_over_all_that_was_scored(tagged, tagger, tmp_path):
     task, files = tagged[:2], tagged[2:6]
     rows = pathlib.Path(files[-1].partition("=")[2]).read_text()
     files[-1] = "ner-fr=" + write(tmp_path / "fr.jsonl", rows.replace("B-LOC", "B-PER"))
@@ -9972,7 +9709,7 @@ def test_the_average_of_a_group_is_over_all_that_was_scored(tagged, tagger, tmp_
 
 
 def test_epochs_are_of_the_rows_that_are_trained_on_however_they_were_split(tagged, tagger,
-                                                                            tmp_path, cache):
+                                                                            tmp_path):
     flags = [*tagged[:5], "--eval_tasks", "ner-de", "--train_samples", 24, "--max_length", 6]
     runs = []
     for script, method, more in ((r3f, "std", []), (gtuning, "adapter", tagged[-4:-2])):
@@ -9982,7 +9719,7 @@ def test_epochs_are_of_the_rows_that_are_trained_on_however_they_were_split(tagg
     assert runs[0]["steps"] == runs[1]["steps"] > 2 * 24 / 8
 
 
-def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, cache, monkeypatch):
+def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, monkeypatch):
     """With the cache and without; and --run has it again."""
     monkeypatch.setitem(common.POST_TRAINING, "lr", 0.01)
     logs = {}
@@ -9993,8 +9730,7 @@ def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, cache, m
                     "--train_samples", 32, *more)
         logs[name] = []
         for seed in (0, 1):
-            path = tmp_path / name / f"custom/adapter-{seed}/log.jsonl"
-            logs[name] += [json.loads(line) for line in path.read_text().splitlines()]
+            logs[name] += read_lines(tmp_path / name / f"custom/adapter-{seed}/log.jsonl")
     assert len(logs["cached"]) == len(logs["encoded"]) > 12
     for cached, encoded in zip(logs["cached"], logs["encoded"]):
         if "loss" in cached:
@@ -10005,7 +9741,7 @@ def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, cache, m
     weights = []
     for seed in (0, 1):
         folder = tmp_path / f"cached/custom/adapter-{seed}"
-        results = json.loads((folder / "results.json").read_text())
+        results = read_json(folder / "results.json")
         world = types.SimpleNamespace(device="cpu")
         f = gtuning.load_f(str(folder), results, None, None, world)
         weights.append(f.plm.state_dict()["embeddings.word_embeddings.weight"])
@@ -10014,7 +9750,7 @@ def test_a_post_trained_g_is_each_seeds_own(labelled, tagger, tmp_path, cache, m
         assert (a - b).abs().max() > 1e-3
 
 
-# ===============================================================  the methods, in one's own project
+# ================================================================ the methods, in one's own project
 
 def wrapped(num_labels):
     """{name: method} around a model without dropout, all of the same weights."""
@@ -10097,6 +9833,22 @@ def test_methods_in_double_precision():
     f_t, f_u = torch.randn(2, 4, 32, dtype=torch.float64)
     assert gtuning.discriminator_loss(D, f_t, f_u)[0].dtype == torch.float64
     assert gtuning.generator_loss(D, f_u).dtype == torch.float64
+
+
+def test_the_loop_in_gtunings_own_words_trains(still_folder, tmp_path, monkeypatch):
+    """The one that its first comment gives to projects of one's own."""
+    monkeypatch.chdir(tmp_path)
+    code = gtuning.__doc__.partition("in a project of your own")[2].partition("\n\n")[2]
+    torch.manual_seed(0)
+    ids = torch.randint(5, 30, (8, 6))
+    x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    names = {**vars(gtuning), "AutoModel": transformers.AutoModel, "name": still_folder,
+             "batches": [(x, torch.arange(8) % 2, x)] * 3,
+             "d_batches": itertools.repeat((x, x), 15)}
+    exec(textwrap.dedent(code), names)
+    loaded = gtuning.GTuning.from_pretrained("my-f")
+    assert torch.allclose(loaded.logits(**x), names["f"].eval().logits(**x), atol=1e-6)
+    assert names["loss"].item() != 0 and {"wasserstein", "penalty"} <= set(names["stats"])
 
 
 def test_confidences_that_are_read_have_no_graph():
@@ -10235,7 +9987,7 @@ def test_a_mask_may_be_of_bools():
                                f.logits(attention_mask=mask, **inputs))
 
 
-# =========================================================================  processes of their own
+# =========================================================================== processes of their own
 
 # Each fixture of this list starts something in other processes and returns a future of its end.
 # They start before the first test, in this order, and run beside the tests above. After them come
@@ -10297,12 +10049,15 @@ def write_into(path):
     os.dup2(sys.stdout.fileno(), 2)
 
 
-# -------------------------------------------------------------------------------- one file, copied
+# --------------------------------------------------------------------------------- one file, copied
 
 @pytest.fixture(scope="session")
 def copied_alone(second_process, tmp_path_factory):
-    """The future of the imports of all scripts, each in a folder that holds nothing else."""
-    code = "import sys\n"
+    """The future of the imports of all scripts, each in a folder that holds nothing else.
+
+    Then each is started there as a program.
+    """
+    code = "import sys, runpy\n"
     for script in SCRIPTS:
         folder = tmp_path_factory.mktemp("alone")
         shutil.copy(os.path.join(HERE, f"{script}.py"), folder)
@@ -10310,15 +10065,19 @@ def copied_alone(second_process, tmp_path_factory):
                  f"import {script}\n"
                  f"loaded = {{'transformers', 'datasets', 'common', 'data'}} & set(sys.modules)\n"
                  f"print({script!r}, loaded)\n"
-                 f"del sys.modules[{script!r}]\n")
+                 f"del sys.modules[{script!r}]\n"
+                 f"try: runpy.run_path({str(folder / script)!r} + '.py', run_name='__main__')\n"
+                 "except SystemExit as end: print(end.code)\n")
     command = [sys.executable, "-I", "-c", code]
     return second_process.submit(subprocess.run, command, capture_output=True, text=True)
 
 
-def test_one_file_copied_alone_imports(copied_alone):
-    """transformers is not loaded by it."""
+def test_one_file_copied_alone_imports_and_says_what_it_is_good_for(copied_alone):
+    """transformers is not loaded by it. As a program it ends with one line, and status 2."""
     done = copied_alone.result()
-    assert done.stdout == "r3f set()\ntdt set()\ngtuning set()\n", done.stderr
+    assert done.stdout == "r3f set()\n2\ntdt set()\n2\ngtuning set()\n2\n", done.stderr
+    told = done.stderr.splitlines()
+    assert len(told) == 3 and all("need common.py and data.py beside it" in line for line in told)
 
 
 # ------------------------------------------------------------------------------------ two processes
@@ -10409,7 +10168,7 @@ def test_two_processes_end_like_one(name, runs_of_two, tmp_path, monkeypatch):
     folders = [folder / f"{one['task']}/{one['method']}-0"
                for folder in (tmp_path, runs_of_two.folder / name)]
     assert os.path.exists(folders[1] / "results.json"), told
-    both = json.load(open(folders[1] / "results.json"))
+    both = read_json(folders[1] / "results.json")
     assert both["world_size"] == 2 and both["metrics"] == one["metrics"]
     assert_same_weights(weights(folders[0]), weights(folders[1]), 1e-5)
 
@@ -10425,7 +10184,7 @@ def test_two_processes_end_like_one(name, runs_of_two, tmp_path, monkeypatch):
 def predicted(path):
     """The texts or labels that a file of predictions holds."""
     if path.suffix == ".jsonl":
-        return predictions_of(path)
+        return read_lines(path)
     table = list(csv.reader(open(path, encoding="utf-8"), delimiter="\t"))
     column = table[0].index("prediction")
     return [row[column] for row in table[1:]]
@@ -10442,33 +10201,6 @@ def test_of_several_processes_the_first_speaks_once(runs_of_two):
     assert re.search(rf"^\w+\.py: {line}", told, re.M), told           # no rank is named
     own = told.split("elastic")[0]                     # then torchrun gives its own account
     assert "Traceback" not in own, told
-
-
-def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, capsys):
-    """The first process says it at once; the others leave it ten seconds to end them."""
-    waited = []
-    monkeypatch.setattr(time, "sleep", waited.append)
-    monkeypatch.setattr(sys, "argv", ["r3f.py", "--batch_size", "7"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, seconds, who in ((0, 0, ""), (1, 10, "rank 1: ")):
-        monkeypatch.setenv("RANK", str(rank))
-        assert common.cli(r3f.main) == 2
-        line = f"r3f.py: {who}--batch_size 7: must be divisible by the 2 processes\n"
-        assert capsys.readouterr().err == line and waited.pop() == seconds
-
-
-def test_a_full_gpu_is_told_in_a_line(monkeypatch, capsys):
-    """At once by the process whose GPU it is: the others wait for it."""
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "
-                                     "total capacity of 23.65 GiB.")
-
-    monkeypatch.setattr(sys, "argv", ["r3f.py"])
-    monkeypatch.setenv("RANK", "3")
-    assert common.cli(main) == 1
-    told, = capsys.readouterr().err.splitlines()
-    assert told == ("r3f.py: rank 3: CUDA out of memory. Tried to allocate 2.00 GiB. A pass in "
-                    "training needs less with a smaller --micro_batch_size (and --overwrite)")
 
 
 # -------------------------------------------------------------------------------- kills and signals
@@ -10720,7 +10452,7 @@ def test_a_run_of_the_toy_model_is_the_same_wherever_the_model_lies(newcomers_ru
     newcomers_runs[1].result()                         # has pre-trained the model
     argv = ["--output_dir", str(tmp_path), "--seeds", "0", "--max_steps", "2", "--method", "std"]
     r3f.main(argv)
-    results = json.load(open(tmp_path / "toy/std-0/results.json"))
+    results = read_json(tmp_path / "toy/std-0/results.json")
     assert results["model"] == "toy" and cache not in json.dumps(results["args"])
     found = common.toy_model
     monkeypatch.setattr(common, "toy_model",
@@ -10728,73 +10460,15 @@ def test_a_run_of_the_toy_model_is_the_same_wherever_the_model_lies(newcomers_ru
     assert r3f.main(argv)[0]["metrics"] == results["metrics"]
 
 
-@pytest.mark.parametrize("make, settings", [
-    (common.toy_model, [common.TOY_BERT, common.TOY_BERT_TRAINING]),
-    (common.toy_writer, [common.TOY_BART, common.TOY_BART_TRAINING])])
-def test_a_toy_model_of_other_text_or_settings_is_another(make, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
-    monkeypatch.setattr(os.path, "exists", lambda path: True)           # so it is found, not made
-    folder = make(None)
-    for table in settings:
-        for name in table:
-            with monkeypatch.context() as patch:
-                patch.setitem(table, name, 7)
-                assert make(None) != folder, name
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "toy_corpus", lambda: ["film"])
-        assert make(None) != folder
-    assert make(None) == folder
+# ----------------------------------------------------------------------------------- probes of runs
 
+@pytest.fixture
+def std_run(newcomers_runs):
+    """The folder of the finished run of std on the toy task."""
+    folder, future = newcomers_runs
+    future.result()
+    return folder / "toy-model/toy/std-0"
 
-def test_a_cache_that_cannot_be_made_is_told_in_one_line(tmp_path, monkeypatch):
-    import huggingface_hub.constants
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "file"))
-    assert refusal(common.made_folder, "toy").startswith("HF_HOME: cannot make the folder")
-    rows = data.toy_rows("film", "validation").select(range(4))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file"))
-    message = refusal(data.encode, rows, data.TASKS["toy"], tokenizer_of(), 12)
-    assert message.startswith("HF_HOME: cannot make the folder")
-
-
-def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path, monkeypatch):
-    """The slower one finds it there and takes it; what is damaged is made again."""
-    model = transformers.AutoModel.from_pretrained(tiny_folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
-    folder = str(tmp_path / "made")
-
-    def while_the_other_saves(path):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "getpid", lambda: 0)
-            assert common.save_made(model, tokenizer, folder) == folder
-        os.makedirs(path, exist_ok=True)
-        write(f"{path}/slower", "")
-
-    slower = types.SimpleNamespace(save_pretrained=while_the_other_saves)
-    assert common.save_made(slower, tokenizer, folder) == folder
-    assert os.listdir(tmp_path) == ["made"]
-    assert "slower" not in os.listdir(folder)
-    os.remove(f"{folder}/config.json")
-    tokenizer("a call of its own", truncation=True, max_length=4, padding="max_length")
-    common.save_made(model, tokenizer, folder)
-    assert transformers.AutoConfig.from_pretrained(folder).model_type == "bert"
-    saved = json.load(open(f"{folder}/tokenizer.json"))
-    assert saved["truncation"] is None and saved["padding"] is None
-
-
-def test_a_model_that_cannot_be_saved_leaves_nothing(tiny_folder, tmp_path):
-    model = transformers.AutoModel.from_pretrained(tiny_folder)
-
-    def fail(path):
-        raise OSError(errno.ENOSPC, "No space left on device", path)
-
-    with pytest.raises(common.RunError, match="cannot write .*made: No space left on device"):
-        tokenizer = types.SimpleNamespace(is_fast=False, save_pretrained=fail)
-        common.save_made(model, tokenizer, str(tmp_path / "made"))
-    assert os.listdir(tmp_path) == []
-
-
-# --------------------------------------------------------------------------------- probes of runs
 
 def probe(out, *words):
     """The lines of r3f.py --probe."""
@@ -10812,8 +10486,7 @@ def test_a_probe_finds_what_a_model_was_trained_for(newcomers_runs, all_toy_rows
     lines = probe(tmp_path / "a", *words)
     assert (run / "model/model.safetensors").read_bytes() == weights
     assert probe(tmp_path / "b", *words) == lines
-    written = (tmp_path / "a/probes.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in written] == lines
+    assert read_lines(tmp_path / "a/probes.jsonl") == lines
 
     found = {(line["task"], line["run"]): line for line in lines}
     tuned = found["toy", str(run)]
@@ -10825,11 +10498,9 @@ def test_a_probe_finds_what_a_model_was_trained_for(newcomers_runs, all_toy_rows
     assert len(found) == 4
 
 
-def test_a_probe_by_the_papers_recipe_hardly_moves(newcomers_runs, tmp_path, monkeypatch):
+def test_a_probe_by_the_papers_recipe_hardly_moves(std_run, tmp_path, monkeypatch):
     """Its layer starts at the same place for every encoder, and moves by lr * updates / 2."""
-    newcomers_runs[1].result()
-    run = newcomers_runs[0] / "toy-model/toy/std-0"
-    words = ["--probe", run, "--probe_tasks", "toy", "--lr", "1e-5", "--max_steps", "50"]
+    words = ["--probe", std_run, "--probe_tasks", "toy", "--lr", "1e-5", "--max_steps", "50"]
     build = common.build_optimizer
     starts = []
 
@@ -10858,11 +10529,8 @@ def test_a_probe_by_the_papers_recipe_hardly_moves(newcomers_runs, tmp_path, mon
     assert hits > 0.95
 
 
-def test_a_probe_tells_what_training_on_nonsense_has_destroyed(newcomers_runs, all_toy_rows,
-                                                               tmp_path):
+def test_a_probe_tells_what_training_on_nonsense_has_destroyed(std_run, all_toy_rows, tmp_path):
     """The films' own labels from an encoder that went on with drawn ones, far or a little."""
-    newcomers_runs[1].result()
-    first = newcomers_runs[0] / "toy-model/toy/std-0"
     rows = data.toy_rows("film", "train")
     drawn = np.random.default_rng(0).integers(0, 2, len(rows))
     nonsense = tmp_path / "nonsense.csv"
@@ -10870,11 +10538,11 @@ def test_a_probe_tells_what_training_on_nonsense_has_destroyed(newcomers_runs, a
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         writer.writerows(zip(rows["text"], drawn))
-    runs = [first]
+    runs = [std_run]
     for rate in (1e-5, 1e-2):
         out = tmp_path / f"{rate:g}"
         r3f.main(["--train_file", str(nonsense), "--validation_file", str(nonsense), "--name",
-                  "nonsense", "--init_from", str(first), "--method", "std", "--lr", str(rate),
+                  "nonsense", "--init_from", str(std_run), "--method", "std", "--lr", str(rate),
                   "--max_steps", "30", "--batch_size", "16", "--output_dir", str(out)])
         runs.append(out / "nonsense/std-0")
     lines = probe(tmp_path, "--probe", *runs, "--probe_tasks", "toy", "--probe_recipe", "converged")
@@ -10907,14 +10575,12 @@ def test_probes_of_several_seeds_say_which(seeds, monkeypatch, capsys):
     assert [line.split("  ")[-1] for line in told] == endings
 
 
-def test_a_chain_of_runs_is_told_link_by_link(newcomers_runs, tmp_path):
-    newcomers_runs[1].result()
-    first = newcomers_runs[0] / "toy-model/toy/std-0"
+def test_a_chain_of_runs_is_told_link_by_link(std_run, tmp_path):
     second = tmp_path / "second"
-    shutil.copytree(first, second)
-    results = json.loads((first / "results.json").read_text())
+    shutil.copytree(std_run, second)
+    results = read_json(std_run / "results.json")
     results["task"] = "toy-food"
-    results["args"]["init_from"] = str(first)
+    results["args"]["init_from"] = str(std_run)
     (second / "results.json").write_text(json.dumps(results))
     lines = probe(tmp_path, "--probe", second, "--probe_tasks", "toy", "--max_steps", "1")
     assert [line["run"] for line in lines] == ["untuned toy", str(second)]
@@ -10925,7 +10591,7 @@ def test_a_chain_of_runs_is_told_link_by_link(newcomers_runs, tmp_path):
     message = refusal(probe, tmp_path, "--probe", second, "--probe_tasks", "toy")
     assert message.endswith(f"it was started from {tmp_path}/gone, which is none")
     (tmp_path / "file").write_text("")
-    message = refusal(probe, tmp_path / "file", "--probe", first, "--probe_tasks", "toy")
+    message = refusal(probe, tmp_path / "file", "--probe", std_run, "--probe_tasks", "toy")
     assert message.startswith(f"--output_dir {tmp_path}/file: cannot write")
 
 
@@ -10943,26 +10609,20 @@ def test_probes_of_nothing_are_refused(words, message, tmp_path):
     ["--batch_tokens", 500], ["--run", "a"], ["--dev_samples", 9, "--grid", "lr=1,2"],
     ["--dev_samples", 9], ["--profile", 3], ["--predict", "test"], ["--method", "r4f"],
     ["--main_metric", "accuracy"], ["--grad_clip", 1]])
-def test_what_a_probe_cannot_do_is_refused(words, newcomers_runs, tmp_path):
-    newcomers_runs[1].result()
-    folder = newcomers_runs[0] / "toy-model/toy/std-0"
+def test_what_a_probe_cannot_do_is_refused(words, std_run, tmp_path):
     flag = words[0]
-    words = [str(folder) if word == "a" else word for word in words]
-    message = refusal(probe, tmp_path, "--probe", folder, "--probe_tasks", "toy", *words)
+    words = [str(std_run) if word == "a" else word for word in words]
+    message = refusal(probe, tmp_path, "--probe", std_run, "--probe_tasks", "toy", *words)
     assert message == f"{flag}: cannot go together with --probe"
 
 
-def test_each_probed_encoder_reads_with_its_own_tokenizer_and_length(newcomers_runs, tiny_folder,
-                                                                     tmp_path, cache, monkeypatch):
+def test_each_probed_encoder_reads_with_its_own_tokenizer_and_length(std_run, tiny_folder,
+                                                                     tmp_path, monkeypatch):
     """By its task's recipe, not by the toy task's: one whose model has another vocabulary."""
-    newcomers_runs[1].result()
-    toy = newcomers_runs[0] / "toy-model/toy/std-0"
-    other = transformers.BertTokenizerFast(
-        vocab={word: i for i, word in enumerate(sorted(data.toy_vocabulary()[:50]))},
-        model_max_length=32)
+    other = bert_tokenizer(sorted(data.toy_vocabulary()[:50]), model_max_length=32)
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 1)
     folder = tmp_path / "toy/std-0"
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     results["model"] = str(folder / "model")
     (folder / "results.json").write_text(json.dumps(results))
     other.save_pretrained(folder / "model")
@@ -10974,14 +10634,12 @@ def test_each_probed_encoder_reads_with_its_own_tokenizer_and_length(newcomers_r
         return encode(rows, task, tokenizer, max_length)
 
     monkeypatch.setattr(data, "encode", note)
-    probe(tmp_path, "--probe", folder, toy, "--probe_tasks", "toy", "--max_steps", 1)
+    probe(tmp_path, "--probe", folder, std_run, "--probe_tasks", "toy", "--max_steps", 1)
     assert seen == {50: 32, len(data.toy_vocabulary()): 64}
 
 
-def test_a_probe_is_as_long_as_it_is_told(newcomers_runs, tmp_path, monkeypatch):
+def test_a_probe_is_as_long_as_it_is_told(std_run, tmp_path, monkeypatch):
     """--epochs over the updates of the task's recipe."""
-    newcomers_runs[1].result()
-    run = newcomers_runs[0] / "toy-model/toy/std-0"
     rows = data.toy_rows("film", "validation").select(range(64)).rename_column("text", "sentence")
     monkeypatch.setattr(data, "read", lambda name, split, args: rows)
     lengths = []
@@ -10991,14 +10649,12 @@ def test_a_probe_is_as_long_as_it_is_told(newcomers_runs, tmp_path, monkeypatch)
         return torch.nn.Linear(x.shape[1], classes)
 
     monkeypatch.setattr(r3f, "fit_by_recipe", untrained)
-    words = ["--probe", run, "--probe_tasks", "sst2"]
+    words = ["--probe", std_run, "--probe_tasks", "sst2"]
     probe(tmp_path, *words)
     probe(tmp_path, *words, "--epochs", 2)
     assert lengths == [(None, 20935)] * 2 + [(2.0, None)] * 2
 
 
-def test_a_probe_learns_classes_alone(newcomers_runs, tmp_path):
-    newcomers_runs[1].result()
-    run = newcomers_runs[0] / "toy-model/toy/std-0"
-    message = refusal(probe, tmp_path, "--probe", run, "--probe_tasks", "stsb")
+def test_a_probe_learns_classes_alone(std_run, tmp_path):
+    message = refusal(probe, tmp_path, "--probe", std_run, "--probe_tasks", "stsb")
     assert message == "--probe_tasks stsb: its kind is regress, must be classify"
