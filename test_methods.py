@@ -4158,6 +4158,8 @@ README_TABLES = {
         "TDT": ["1000 tdt", "mrpc tdt", "1000 tdt", ""],
         "TDT, `--gamma 0`, the paper's grid": ["sst2-gamma0 tdt", "", "cola-gamma0 tdt", ""],
         "TDT, released": ["sst2-released tdt", "mrpc-rivals tdt", "cola-released tdt", ""],
+        "TDT, released, its script's weights": [
+            "released-script tdt", "", "released-script tdt", ""],
         "TDT-hard": ["1000-bf16 tdt-hard", "", "1000-bf16 tdt-hard", "1000-bf16 tdt-hard"],
         "token cutoff": ["1000-fp32 cutoff", "", "1000-fp32 cutoff", "1000-fp32 cutoff"],
         "NoisyTune": ["1000-fp32 std weight_noise=0.2", "", "1000-fp32 std weight_noise=0.2",
