@@ -62,10 +62,11 @@ Choices, where the paper is silent (its authors released no code):
     paper's beta (it names no LayerNorm there); at the default length 4 a --beta of 0.5 is what 0.10
     would be there for H = 384, and 0.0625 for H = 1024. --pooling mean takes the mean before the
     LayerNorm, so its length is the same.
-12. Of f's rate the paper says Adam and a list, 5e-6 to 5e-4, and not how it changes. --schedule
-    decay: one warm-up and one linear decay to 0 over the N steps on f, so phase 3 begins at about
-    half the rate, while D's stays. constant: --lr after the warm-up. Neither is shown to be better
-    on the toy task; decay is the default because the other scripts decay too.
+12. Of f's rate the paper says Adam and a list, 5e-6 to 5e-4, and not how it changes. Here it is
+    1e-4, with --tune all 1e-5, the rate at which RoBERTa's own recipes tune it. --schedule decay:
+    one warm-up and one linear decay to 0 over the N steps on f, so phase 3 begins at about half the
+    rate, while D's stays. constant: --lr after the warm-up. Neither is shown to be better on the
+    toy task; decay is the default because the other scripts decay too.
 13. Algorithm 1 returns the f of its last step: --keep last. --keep best is choice 8.
 14. Self-Teach is FILTER's loss (Fang et al., 2021), whose teacher sees translations; the paper
     does not say what it sees here. It is x_u; of pairs two neighbouring sentences of M. The
@@ -1196,7 +1197,8 @@ def flags():
     g.add_argument("--alpha", type=weight, default=1.0,
                    help="weight of L_T, the task's loss, Eq. 6")
     g.add_argument("--beta", type=weight, default=0.5,
-                   help="weight of L_G, f's loss by D, Eq. 6")
+                   help="weight of L_G, by which general text is to look like the task's to D, "
+                        "Eq. 6")
     g.add_argument("--gp_weight", type=weight, default=10.0,
                    help="lambda, Eq. 3: weight of the penalty on D's gradient")
     g.add_argument("--epsilon", default="normal", choices=["normal", "uniform"],
@@ -1210,10 +1212,10 @@ def flags():
                    metavar="M", help="general text: a text file; a csv, tsv, json or jsonl with a "
                                      "column text; or ID:CONFIG:SPLIT of the hub")
     g.add_argument("--keep", default="best", choices=["best", "last"],
-                   help="the state that counts: the best looked at, or the last (choice 13)")
+                   help="the state that counts: the best evaluated, or the last (choice 13)")
 
     g = p.add_argument_group(
-        "f, and the states of g", "f(x): a sentence's vector, by the frozen model g, then h.")
+        "f, and the states of g", "f(x): a sentence's vector, by the pre-trained model g, then h.")
     g.add_argument("--layers", type=common.number(int, 1), default=3, metavar="N",
                    help="transformer layers of h, the adapter, and of D")
     g.add_argument("--pooling", default="cls", choices=["cls", "mean"],
@@ -1223,7 +1225,7 @@ def flags():
     g.add_argument("--pair_mode", default="separate", choices=["separate", "joint"],
                    help="sentences of a pair each through f, or as one text (choice 6)")
     g.add_argument("--tune", default="adapter", choices=["adapter", "all"],
-                   help="all: g learns too, not h alone (FT, Appendix A)")
+                   help="all: g learns too, at a lower rate (FT, Appendix A)")
     g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
                    help="f's learning rate after the warm-up falls to 0, or stays (choice 12)")
     g.add_argument("--no_cache", action="store_true",
@@ -1241,13 +1243,13 @@ def flags():
     g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
                    help="the map of --embed: by t-SNE, or by two principal axes (embed-pca.html)")
     g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
-                   help="tatoeba, bucc: retrieve by the mean of that block of g (f(x); choice 15)")
+                   help="tatoeba, bucc: retrieve by the mean of that block of g (choice 15)")
     return p
 
 
 def recipe(args):
-    """Section 3.1: batches of 32, accumulated over two, Adam, 5 + 5 epochs. The rate is one of its
-    list, for a g that is tuned a low one."""
+    """Section 3.1: batches of 32, accumulated over two, Adam, 5 + 5 epochs. The rate is of its
+    list: 1e-4 for h alone, 1e-5 where g is tuned too."""
     if args.task.removesuffix("-food") in ("toy", "toy-tag", "toy-qa"):
         return "toy", {
             "model": "toy", "lr": 1e-3, "epochs": 20, "batch_size": 16, "precision": "fp32",

@@ -1427,8 +1427,8 @@ def flags():
 
     g = p.add_argument_group(
         "TDT and TDT-hard", "c: confidence, from 0 to 1, that a token matters; C: all of them. "
-        "L_C: the loss with the tokens that matter. L_R: the prediction from the others must lie "
-        "apart.")
+        "L_C: the loss with the tokens that matter. L_R: the prediction from the others must "
+        "differ from both.")
     g.add_argument("--alpha", type=weight, default=2.0,
                    help="weight of L_C, Eq. 7; the paper tries 0.5 2 4")
     g.add_argument("--beta", type=weight, default=1.0,

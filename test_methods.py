@@ -20,7 +20,7 @@ To find a test, search for the title of its section:
     the methods, in one's own project     wrapped around models of other kinds
     processes of their own                torchrun, kills, the toy world; they run beside all others
 
-In each section: formulas by hand or against numpy, then limits, then whole runs, then wrong input.
+In a method's section: formulas by hand or against numpy, limits, whole runs, wrong input.
 """
 import argparse
 import collections
@@ -3527,7 +3527,7 @@ def test_your_own_files_train_and_predict(tiny_folder, tmp_path):
     """Strings as labels; predictions carry the file's ids and probabilities; a name of its own."""
     table = "text,label\n" + "".join(f"{text},{label}\n" for text, label in REVIEWS)
     path = write(tmp_path / "rows.csv", table)
-    test = write(tmp_path / "new.csv", "id,text\na7,lovely script\na9,boring cast\n")
+    test = write(tmp_path / "new.csv", "id,text\n07,lovely script\na9,boring cast\n")
     result, = run("r3f", tiny_folder, tmp_path / "out", "--method", "std", "--train_file", path,
                   "--validation_file", path, "--test_file", test, "--batch_size", 4,
                   "--name", "reviews")
@@ -3535,7 +3535,7 @@ def test_your_own_files_train_and_predict(tiny_folder, tmp_path):
     lines = open(tmp_path / "out/reviews/std-0/predictions-test.tsv").read().splitlines()
     assert lines[0] == "index\tid\tprediction\tp(no)\tp(yes)" and len(lines) == 3
     index, name, prediction, no, yes = lines[1].split("\t")
-    assert (index, name) == ("0", "a7") and abs(float(no) + float(yes) - 1) < 1e-3
+    assert (index, name) == ("0", "07") and abs(float(no) + float(yes) - 1) < 1e-3
     assert prediction == ("yes" if float(yes) > float(no) else "no")
     config = read_json(tmp_path / "out/reviews/std-0/model/config.json")
     assert config["id2label"] == {"0": "no", "1": "yes"}
@@ -3607,8 +3607,8 @@ extra | extra: belongs to no flag; --help lists all
 --probe run --probe_tasks rte --probe_recipe converged --lr 1e-3 | --lr: cannot go together
 """.strip().splitlines()
 
-# One case a line: training file, validation file, further flags, and what the line must say. What
-# is wrong within a file: in the tests of data.py.
+# One case a line: training file, validation file, further flags, and what the line must say. Of
+# what is wrong within a file some cases; the others are in the tests of data.py.
 WRONG_FILES = """
 good.jsonl | - | | --validation_file: both
 - | - | --test_file good.jsonl | --train_file and --validation_file: both
@@ -7068,7 +7068,7 @@ def test_help_says_what_the_authors_ran(capsys):
     with pytest.raises(SystemExit):
         tdt.flags().parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--batching padded --max_length 256" in text
+    assert "--alpha 1 --beta 2 --c_lr 0" in text and "--batching padded --max_length 256" in text
 
 
 # --------------------------------------------------------------------------------- analyses: pieces
@@ -7178,7 +7178,7 @@ def test_the_table_has_a_deviation_only_of_several_scores(capsys):
 WORDS = data.toy_vocabulary()
 
 
-def small_bert(**more):
+def small_bert_config(**more):
     """The settings of a BERT over the toy words, of one narrow layer."""
     settings = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1,
                     num_attention_heads=2, intermediate_size=32, max_position_embeddings=64)
@@ -7188,7 +7188,7 @@ def small_bert(**more):
 def save_toy_bert(folder, kind="BertForMaskedLM", mask_token="[MASK]"):
     """A small BERT over the toy words, with its tokenizer. Returns the folder."""
     torch.manual_seed(0)
-    getattr(transformers, kind)(small_bert()).save_pretrained(folder)
+    getattr(transformers, kind)(small_bert_config()).save_pretrained(folder)
     bert_tokenizer(WORDS, model_max_length=64).save_pretrained(folder)
     path = os.path.join(folder, "tokenizer_config.json")
     settings = {**read_json(path), "mask_token": mask_token}
@@ -7219,7 +7219,7 @@ def flags_on(folder):
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
+def tdt_runs(tmp_path_factory):
     """A folder of finished runs of all methods: (folder, argv, results)."""
     folder = tmp_path_factory.mktemp("tdt")
     save_toy_bert(folder / "model", "BertModel")
@@ -7233,14 +7233,14 @@ def run_of(folder, method="tdt"):
 
 
 @pytest.fixture
-def copied(toy, tmp_path):
+def copied(tdt_runs, tmp_path):
     """A copy of the tdt run, which a test may change."""
-    shutil.copytree(run_of(toy[0]), tmp_path / "copy")
+    shutil.copytree(run_of(tdt_runs[0]), tmp_path / "copy")
     return tmp_path / "copy"
 
 
-def test_runs_save_plain_models(toy):
-    folder, _, results = toy
+def test_runs_save_plain_models(tdt_runs):
+    folder, _, results = tdt_runs
     assert [result["method"] for result in results] == ["std", "tdt", "tdt-hard", "cutoff"]
     for method in ("std", "tdt", "tdt-hard", "cutoff"):
         saved = run_of(folder, method) / "model"
@@ -7252,25 +7252,25 @@ def test_runs_save_plain_models(toy):
         assert found == wanted
 
 
-def test_logs_have_the_terms_of_each_loss(toy):
+def test_logs_have_the_terms_of_each_loss(tdt_runs):
     for method, terms in (("tdt", "ce ce_pos l_c l_r confidence confidence_std"),
                           ("cutoff", "ce ce_cut js"), ("std", "ce")):
-        logged = log_of(run_of(toy[0], method))[-1]
+        logged = log_of(run_of(tdt_runs[0], method))[-1]
         assert set(terms.split()) <= set(logged)
 
 
-def test_the_untrained_confidences_are_those_of_the_start(toy):
+def test_the_untrained_confidences_are_those_of_the_start(tdt_runs):
     """Those of a resumed run: test_a_run_killed_and_resumed_ends_with_the_same_bits."""
-    folder, _, _ = toy
+    folder, _, _ = tdt_runs
     start = torch.load(run_of(folder) / "model/confidence-start.pt", weights_only=True)
     trained = torch.load(run_of(folder) / "model/confidence.pt", weights_only=True)
     assert start["bias"].item() == 0 and trained["bias"].item() != 0
     assert not torch.equal(start["weight"], trained["weight"])
 
 
-def test_special_tokens_fall_in_no_batch_of_token_cutoff(toy, tmp_path, monkeypatch):
+def test_special_tokens_fall_in_no_batch_of_token_cutoff(tdt_runs, tmp_path, monkeypatch):
     """And beside it tdt perturbs them, unless --keep_special is given."""
-    folder, argv, _ = toy
+    folder, argv, _ = tdt_runs
     seen = {}
     for kind in (tdt.TDT, tdt.TokenCutoff):
         forward = kind.forward
@@ -7291,8 +7291,8 @@ def test_special_tokens_fall_in_no_batch_of_token_cutoff(toy, tmp_path, monkeypa
     assert torch.equal(perturbable.bool(), ids > 4)
 
 
-def test_drop_shows_the_untrained_layer_beside_the_trained_one(toy, capsys):
-    folder, argv, _ = toy
+def test_drop_shows_the_untrained_layer_beside_the_trained_one(tdt_runs, capsys):
+    folder, argv, _ = tdt_runs
     stamp = os.stat(run_of(folder, "std") / "results.json").st_mtime_ns
     tdt.main([*argv, "--drop", "--rates", "0.5"])
     assert os.stat(run_of(folder, "std") / "results.json").st_mtime_ns == stamp
@@ -7396,8 +7396,8 @@ def test_figures_of_another_set_lie_beside_those_of_the_runs_own(copied, tmp_pat
         assert "other" in path.with_stem(f"{path.stem}-other").read_text()
 
 
-def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys, monkeypatch):
-    folder, argv, _ = toy
+def test_perturb_draws_anew_and_tells_the_deviation(tdt_runs, capsys, monkeypatch):
+    folder, argv, _ = tdt_runs
     masked = set()
     damage = tdt.damage
 
@@ -7418,8 +7418,8 @@ def test_perturb_draws_anew_and_tells_the_deviation(toy, capsys, monkeypatch):
     assert page.count("<figure") == 4 and page.count("<polyline") == 4 * 2
 
 
-def test_confidences_are_counted_and_named(toy, capsys):
-    folder, argv, _ = toy
+def test_confidences_are_counted_and_named(tdt_runs, capsys):
+    folder, argv, _ = tdt_runs
     tdt.main([*argv, "--confidences"])
     found = read_json(run_of(folder) / "confidences.json")
     assert sum(found["counts"]) == found["tokens"] and 0 < found["mean"] < 1
@@ -7433,9 +7433,9 @@ def test_confidences_are_counted_and_named(toy, capsys):
     assert "highest, of tokens seen 5 times" in capsys.readouterr().out
 
 
-def test_long_analyses_show_how_far_they_are(toy, capsys, monkeypatch):
+def test_long_analyses_show_how_far_they_are(tdt_runs, capsys, monkeypatch):
     monkeypatch.setattr(common.Progress, "SECONDS", -1.0)
-    tdt.main(["--run", str(run_of(toy[0])), "--drop", "--rates", "0.5"])
+    tdt.main(["--run", str(run_of(tdt_runs[0])), "--drop", "--rates", "0.5"])
     text = capsys.readouterr().out
     assert "confidences: 40 of 40" in text and "confidences, untrained: 40 of 40" in text
     assert "tdt, highest, 50%: 40 of 40" in text and "tdt, all words: 40 of 40" in text
@@ -7563,10 +7563,10 @@ def test_a_run_trained_on_a_gpu_is_read_without_one(copied, monkeypatch):
 # -------------------------------------------------------------------------------------- wrong input
 
 @pytest.fixture(scope="module")
-def folders(toy, tmp_path_factory):
+def folders(tdt_runs, tmp_path_factory):
     """Where folders of runs lie that are not what --run wants, and TDT and AGAIN, which are."""
     here = tmp_path_factory.mktemp("folders")
-    run = run_of(toy[0])
+    run = run_of(tdt_runs[0])
     results = read_json(f"{run}/results.json")
     texts = {
         "R3F": json.dumps({**results, "method": "r3f"}),
@@ -7668,7 +7668,7 @@ def test_a_folder_that_cannot_be_written_ends_the_analyses_with_one_line(tmp_pat
 # =========================================== tdt.py: c_lr, the main metric, post-training, Figure 3
 
 @pytest.fixture
-def toy_bert(tmp_path):
+def toy_folder(tmp_path):
     """A folder with a model and rows."""
     save_toy_bert(tmp_path / "model")
     save_reviews(tmp_path)
@@ -7713,22 +7713,22 @@ def confidence_of(folder, name="confidence"):
     return torch.load(f"{folder}/custom/tdt-0/model/{name}.pt", weights_only=True)["weight"]
 
 
-def test_at_rate_0_the_layer_learns_as_the_encoder_and_else_further(toy_bert):
-    argv = [*flags_on(toy_bert), "--method", "tdt", "--output_dir"]
+def test_at_rate_0_the_layer_learns_as_the_encoder_and_else_further(toy_folder):
+    argv = [*flags_on(toy_folder), "--method", "tdt", "--output_dir"]
     for rate in ("0", "0.001", "0.1"):                 # --lr is 0.001
-        tdt.main([*argv, str(toy_bert / rate), "--c_lr", rate])
-    old, same, fast = [weights_of(toy_bert / rate / "custom/tdt-0/model") for rate in
+        tdt.main([*argv, str(toy_folder / rate), "--c_lr", rate])
+    old, same, fast = [weights_of(toy_folder / rate / "custom/tdt-0/model") for rate in
                        ("0", "0.001", "0.1")]
     assert all(torch.equal(old[name], same[name]) for name in old)
-    assert torch.equal(confidence_of(toy_bert / "0"), confidence_of(toy_bert / "0.001"))
-    start = confidence_of(toy_bert / "0", "confidence-start")
-    assert torch.equal(start, confidence_of(toy_bert / "0.1", "confidence-start"))
-    slow_way = (confidence_of(toy_bert / "0") - start).abs().mean()
-    assert (confidence_of(toy_bert / "0.1") - start).abs().mean() > 20 * slow_way
+    assert torch.equal(confidence_of(toy_folder / "0"), confidence_of(toy_folder / "0.001"))
+    start = confidence_of(toy_folder / "0", "confidence-start")
+    assert torch.equal(start, confidence_of(toy_folder / "0.1", "confidence-start"))
+    slow_way = (confidence_of(toy_folder / "0") - start).abs().mean()
+    assert (confidence_of(toy_folder / "0.1") - start).abs().mean() > 20 * slow_way
 
 
-def test_plain_fine_tuning_knows_no_rate_of_the_layer(toy_bert, capsys):
-    argv = [*flags_on(toy_bert), "--method", "std"]
+def test_plain_fine_tuning_knows_no_rate_of_the_layer(toy_folder, capsys):
+    argv = [*flags_on(toy_folder), "--method", "std"]
     tdt.main([*argv, "--c_lr", "0.1"])
     tdt.main([*argv, "--c_lr", "0.2"])
     assert "finished before" in capsys.readouterr().out
@@ -7747,13 +7747,13 @@ def test_the_main_metric_of_stsb_is_that_of_table_6():
         common.with_main_metric(data.TASKS["stsb"], "f1")
 
 
-def test_the_main_metric_comes_first_and_the_best_state_is_chosen_by_it(toy_bert):
-    save_reviews(toy_bert, number=True)
-    argv = [*flags_on(toy_bert), "--method", "std", "--eval_every", "2", "--main_metric"]
+def test_the_main_metric_comes_first_and_the_best_state_is_chosen_by_it(toy_folder):
+    save_reviews(toy_folder, number=True)
+    argv = [*flags_on(toy_folder), "--method", "std", "--eval_every", "2", "--main_metric"]
     result, = tdt.main([*argv, "spearman"])
     metrics = result["metrics"]["validation"]
     assert list(metrics) == ["spearman", "pearson"] and result["main_metric"] == "spearman"
-    lines = log_of(toy_bert / "runs/custom/std-0", "metrics")
+    lines = log_of(toy_folder / "runs/custom/std-0", "metrics")
     values = [line["metrics"]["validation"]["spearman"] for line in lines]
     assert result["best"]["value"] == max(values)
     with pytest.raises(UserError, match="holds a run with --main_metric spearman"):
@@ -7800,17 +7800,17 @@ def test_the_logits_at_some_places_are_those_of_the_whole_model(kind):
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
 
 
-def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_bert, cache, capsys,
+def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_folder, cache, capsys,
                                                                         monkeypatch):
-    argv = [*flags_on(toy_bert), "--method", "std"]
-    plain, = tdt.main([*argv, "--output_dir", str(toy_bert / "plain")])
+    argv = [*flags_on(toy_folder), "--method", "std"]
+    plain, = tdt.main([*argv, "--output_dir", str(toy_folder / "plain")])
     monkeypatch.setitem(common.POST_TRAINING, "lr", 5e-3)
     tdt.main([*argv, "--post_train", "30"])
     folder, = post_trained_folders(cache)
     said = capsys.readouterr().out.split("post-training: 60 steps, loss ")[1]
     first, last = said.split("\n")[0].split(", at the end ")
     assert float(last) < float(first) - 0.1
-    before = weights_of(toy_bert / "model")
+    before = weights_of(toy_folder / "model")
     after = weights_of(folder)
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before
@@ -7820,10 +7820,10 @@ def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_bert
         raise AssertionError("it is made already")
 
     monkeypatch.setattr(common, "post_train", never)
-    r3f.main([*argv, "--post_train", "30", "--output_dir", str(toy_bert / "r3f")])
+    r3f.main([*argv, "--post_train", "30", "--output_dir", str(toy_folder / "r3f")])
     name = "bert.encoder.layer.0.output.dense.weight"
-    mine = weights_of(toy_bert / "runs/custom/std-0/model")[name]
-    change = (mine - weights_of(toy_bert / "plain/custom/std-0/model")[name]).abs().max()
+    mine = weights_of(toy_folder / "runs/custom/std-0/model")[name]
+    change = (mine - weights_of(toy_folder / "plain/custom/std-0/model")[name]).abs().max()
     assert change > 0.01                               # beyond what four steps do
     assert tdt.main([*argv, "--post_train", "30"])[0]["args"]["post_train"] == 30
     with pytest.raises(UserError, match="holds a run with --post_train 30.0"):
@@ -7831,7 +7831,7 @@ def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_bert
     assert plain["args"]["post_train"] is None
 
 
-def test_post_training_of_split_rows_reads_those_that_are_trained_on(toy_bert, monkeypatch):
+def test_post_training_of_split_rows_reads_those_that_are_trained_on(toy_folder, monkeypatch):
     read = []
 
     def note(model, split, *others):
@@ -7841,37 +7841,37 @@ def test_post_training_of_split_rows_reads_those_that_are_trained_on(toy_bert, m
     r3f.main(["--task", "toy-tag", "--method", "std", "--seeds", "0", "--max_steps", "1",
               "--batch_size", "8", "--max_length", "12", "--train_samples", "50",
               "--dev_samples", "100", "--post_train", "1", "--precision", "fp32",
-              "--model", f"{toy_bert}/model", "--output_dir", f"{toy_bert}/runs"])
+              "--model", f"{toy_folder}/model", "--output_dir", f"{toy_folder}/runs"])
     assert read == [50]
 
 
-def test_other_rows_or_epochs_are_another_post_training(toy_bert, cache):
+def test_other_rows_or_epochs_are_another_post_training(toy_folder, cache):
     seen = set()
     found = []
     for flags in (["--post_train", "0.5"], ["--post_train", "1"],
                   ["--post_train", "1", "--train_samples", "32"],
                   ["--post_train", "1", "--dev_samples", "8"], ["--post_train", "1"]):
         tdt.main(
-            [*flags_on(toy_bert), "--method", "std", "--max_steps", "1", "--overwrite", *flags]
+            [*flags_on(toy_folder), "--method", "std", "--max_steps", "1", "--overwrite", *flags]
         )
         found.append(len(post_trained_folders(cache) - seen))
         seen = post_trained_folders(cache)
     assert found[1:] == [1, 1, 1, 0]
 
 
-def test_the_two_sentences_of_a_pair_are_one_row_in_gtuning_too(toy_bert, cache):
-    save_reviews(toy_bert, pairs=True)
-    argv = [*flags_on(toy_bert), "--post_train", "1", "--max_steps", "1", "--output_dir"]
+def test_the_two_sentences_of_a_pair_are_one_row_in_gtuning_too(toy_folder, cache):
+    save_reviews(toy_folder, pairs=True)
+    argv = [*flags_on(toy_folder), "--post_train", "1", "--max_steps", "1", "--output_dir"]
     before = set()
     if os.path.exists(os.path.join(cache, "post-trained")):
         before = post_trained_folders(cache)
-    tdt.main([*argv, str(toy_bert / "a"), "--method", "std"])
-    gtuning.main([*argv, str(toy_bert / "b"), "--method", "adapter", "--no_cache"])
+    tdt.main([*argv, str(toy_folder / "a"), "--method", "std"])
+    gtuning.main([*argv, str(toy_folder / "b"), "--method", "adapter", "--no_cache"])
     assert len(post_trained_folders(cache) - before) == 1
 
 
-def test_a_kill_leaves_no_half_of_a_post_trained_model(toy_bert, cache, monkeypatch):
-    argv = [*flags_on(toy_bert), "--method", "std", "--post_train", "1.5", "--max_steps", "1"]
+def test_a_kill_leaves_no_half_of_a_post_trained_model(toy_folder, cache, monkeypatch):
+    argv = [*flags_on(toy_folder), "--method", "std", "--post_train", "1.5", "--max_steps", "1"]
 
     def killed(*args, **settings):                     # between the model and its tokenizer
         raise KeyboardInterrupt
@@ -7887,24 +7887,24 @@ def test_a_kill_leaves_no_half_of_a_post_trained_model(toy_bert, cache, monkeypa
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
 
 
-def test_a_model_without_a_head_for_masked_words_gets_a_fresh_one_and_a_word(toy_bert, capsys):
-    save_toy_bert(toy_bert / "model", "BertModel")
-    tdt.main([*flags_on(toy_bert), "--method", "std", "--post_train", "1", "--max_steps", "1"])
+def test_a_model_without_a_head_for_masked_words_gets_a_fresh_one_and_a_word(toy_folder, capsys):
+    save_toy_bert(toy_folder / "model", "BertModel")
+    tdt.main([*flags_on(toy_folder), "--method", "std", "--post_train", "1", "--max_steps", "1"])
     assert "comes without a head for masked words" in capsys.readouterr().out
 
 
-def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_bert):
-    argv = [*flags_on(toy_bert), "--method", "std", "--post_train", "1"]
+def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_folder):
+    argv = [*flags_on(toy_folder), "--method", "std", "--post_train", "1"]
     with pytest.raises(UserError, match="--post_train: must be a number above 0, got '0'"):
         tdt.main([*argv, "--post_train", "0"])
-    save_toy_bert(toy_bert / "model", mask_token=None)
+    save_toy_bert(toy_folder / "model", mask_token=None)
     with pytest.raises(UserError, match="model must have a mask token"):
         tdt.main([*argv, "--overwrite"])
 
     config = transformers.GPT2Config(
         vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=0)
-    save_toy_bert(toy_bert / "model")
-    transformers.GPT2LMHeadModel(config).save_pretrained(toy_bert / "model")
+    save_toy_bert(toy_folder / "model")
+    transformers.GPT2LMHeadModel(config).save_pretrained(toy_folder / "model")
     message = refusal(tdt.main, [*argv, "--overwrite"])
     assert "must be a model that predicts masked words" in message
 
@@ -7938,7 +7938,7 @@ WORLD = types.SimpleNamespace(
 
 def small_tdt(**options):
     torch.manual_seed(0)
-    config = small_bert(num_hidden_layers=2, initializer_range=0.5)
+    config = small_bert_config(num_hidden_layers=2, initializer_range=0.5)
     model = transformers.BertForSequenceClassification(config)
     module = tdt.TDT(model, **options)
     torch.nn.init.normal_(module.confidence_layer.weight, std=0.8)
@@ -7993,11 +7993,11 @@ def test_variants_are_made_as_the_run_was_trained(tmp_path):
     assert module.hard and module.mask_token_id == 4
 
 
-def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_bert, quick_maps,
+def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_folder, quick_maps,
                                                                          capsys):
-    argv = [*flags_on(toy_bert), "--method", "std", "tdt", "tdt-hard"]
+    argv = [*flags_on(toy_folder), "--method", "std", "tdt", "tdt-hard"]
     tdt.main([*argv, "--tsne"])
-    runs = toy_bert / "runs/custom"
+    runs = toy_folder / "runs/custom"
     found = read_json(runs / "tdt-0/tsne.json")
     assert found["rows"] == 40 and found["set"] == "validation"
     assert list(found["values"]) == ["tdt", "std", "tdt-hard"]
@@ -8033,8 +8033,8 @@ def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_ber
     tdt.main(["--run", str(runs / "tdt-0"), str(runs / "tdt-hard-1"), "--tsne", "9"])
     assert "means over" not in capsys.readouterr().out
 
-    few = write(toy_bert / "few.csv", "text,label\ngood,a\nbad,b\ngood film,a\n")
-    blank = write(toy_bert / "blank.csv", "text,label\n" + ",a\n,b\n" * 4)
+    few = write(toy_folder / "few.csv", "text,label\ngood,a\nbad,b\ngood film,a\n")
+    blank = write(toy_folder / "blank.csv", "text,label\n" + ",a\n,b\n" * 4)
     for flags, words in (
             (["--gamma", "3"], "--gamma 3.0: must be 0.0"),
             (["--validation_file", few], "--tsne 9: few must have at least 4 rows; it has 3"),
@@ -8044,13 +8044,13 @@ def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_ber
     tdt.main(["--run", str(runs / "tdt-0"), "--explain", "good film", "--max_length", "9"])
 
 
-def test_a_map_that_cannot_be_made_is_refused_in_one_line(toy_bert):
-    argv = flags_on(toy_bert)
+def test_a_map_that_cannot_be_made_is_refused_in_one_line(toy_folder):
+    argv = flags_on(toy_folder)
     with pytest.raises(UserError, match="--tsne, --drop: need a run of tdt or tdt-hard"):
         tdt.main([*argv, "--method", "std", "--tsne"])
     with pytest.raises(UserError, match="--tsne: must be a whole number from 4"):
         tdt.main([*argv, "--tsne", "3"])
-    save_reviews(toy_bert, number=True)
+    save_reviews(toy_folder, number=True)
     with pytest.raises(UserError, match="--tsne: must be a task with classes; custom has none"):
         tdt.main([*argv, "--tsne", "--overwrite"])
 
@@ -8982,7 +8982,7 @@ def two_texts():
             "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
 
 
-def general_text(folder, sentences=60):
+def general_text_file(folder, sentences=60):
     """A text file of two sentences in turn."""
     two = "the film is good .\nthe soup is bad .\n"
     return write(folder / "general.txt", two * (sentences // 2))
@@ -9131,7 +9131,7 @@ def tagged(tmp_path_factory):
         rows.append({"tokens": words.tolist(), "ner_tags": tags})
     folder = tmp_path_factory.mktemp("tags")
     path = write_rows(folder / "tags.jsonl", rows)
-    general = general_text(folder)
+    general = general_text_file(folder)
     files = [f"{name}={path}" for name in ("ner", "ner-de", "ner-fr")]
     return ["--task", "ner", "--local_file", *files, "--eval_tasks", "ner-de", "ner-fr",
             "--unlabeled", general, "--predict", "validation"]
@@ -9158,8 +9158,11 @@ def test_gtuning_learns_tags_with_and_without_the_cache(tagged, tagger, tmp_path
         assert len(line["tokens"]) == len(line["tags"])
 
 
-def gradient_of_a_round(folder, flags, micro):
-    """(gradient of f, stats, labels of each micro-batch) of a round of 12 rows of Algorithm 1."""
+def gradient_of_a_step(step, folder, flags, micro):
+    """(gradient of f, stats, labels of each micro-batch) of a step on f, of 12 rows.
+
+    step: the name of the step, of Algorithm1.
+    """
     argv = ["--model", folder, "--seeds", 0, "--batch_size", 12, "--precision", "fp32", "--T", 1,
             "--max_length", 16, "--no_cache", "--beta", 50, "--grad_clip", 0, "--batching",
             "random", "--micro_batch_size", micro, *flags]
@@ -9176,18 +9179,22 @@ def gradient_of_a_round(folder, flags, micro):
 
         algorithm.optimizer.register_step_pre_hook(keep)
         x_t = algorithm.x_t[0]
-        _, stats = algorithm.joint_round(0, 0, x_t)
+        if step == "fit_task":
+            _, stats = algorithm.fit_task(x_t, 0)
+        else:
+            _, stats = algorithm.joint_round(0, 0, x_t)
     return gradients, stats, [common.count_labels(inputs["labels"]) for inputs in x_t]
 
 
-def test_a_round_in_small_batches_is_one_of_the_whole(tagged, tagger, tmp_path):
+@pytest.mark.parametrize("step, terms", [("fit_task", ["l_t"]), ("joint_round", ["l_t", "l_g"])])
+def test_a_step_in_small_batches_is_one_of_the_whole(step, terms, tagged, tagger, tmp_path):
     """L_T is a mean over labels, L_G one over sentences: of tags the parts weigh differently."""
     folder = without_dropout(tagger, tmp_path / "still")
-    whole, told, _ = gradient_of_a_round(folder, tagged, 12)
-    parts, told_too, counts = gradient_of_a_round(folder, tagged, 4)
+    whole, told, _ = gradient_of_a_step(step, folder, tagged, 12)
+    parts, told_too, counts = gradient_of_a_step(step, folder, tagged, 4)
     assert len(counts) == 3 and max(counts) > 1.5 * min(counts)          # or it proves nothing
     assert_same_gradients(whole, parts, 1e-5)
-    for term in ("l_t", "l_g"):
+    for term in terms:
         assert told_too[term].item() == pytest.approx(told[term].item(), abs=1e-5)
 
 
@@ -9372,7 +9379,7 @@ def test_gtuning_learns_to_answer(tagger, tmp_path):
                      "answers": answer})
     path = write_rows(tmp_path / "questions.jsonl", rows)
     files = [f"{name}={path}" for name in ("tydiqa", "tydiqa-english")]
-    general = general_text(tmp_path, 120)
+    general = general_text_file(tmp_path, 120)
     flags = ["--task", "tydiqa", "--local_file", *files, "--eval_tasks", "tydiqa-english",
              "--unlabeled", general, "--predict", "validation", "--method", "gtuning", "--T", 1,
              "--max_steps", 40, "--eval_every", 20, "--max_length", 16]
@@ -9571,7 +9578,7 @@ def labelled(request, tmp_path_factory):
         rows.append(row)
     folder = tmp_path_factory.mktemp("labelled")
     path = write_rows(folder / "rows.jsonl", rows)
-    general = general_text(folder, 120)
+    general = general_text_file(folder, 120)
     return ["--train_file", path, "--validation_file", path, "--unlabeled", general]
 
 
@@ -9632,7 +9639,7 @@ def test_self_teach_of_a_regression_is_the_squared_error(tagger, tmp_path):
     rows = [{"text": f"film is {word}", "label": value}
             for word, value in (("good", 4.5), ("bad", 0.5)) for _ in range(8)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    general = general_text(tmp_path, 16)
+    general = general_text_file(tmp_path, 16)
     flags = ["--train_file", path, "--validation_file", path, "--unlabeled", general,
              "--max_length", 24, "--cache_dir", tmp_path / "states", "--log_every", 1,
              "--batch_size", 8, "--max_steps", 2]
