@@ -495,7 +495,8 @@ def process_rank():
 def tell_error(message):
     rank = process_rank()
     who = f"rank {rank}: " if rank else ""
-    print(f"{os.path.basename(sys.argv[0])}: {who}{message}", file=sys.stderr, flush=True)
+    line = str(message).replace("\n", "\\n")            # a value may hold line ends
+    print(f"{os.path.basename(sys.argv[0])}: {who}{line}", file=sys.stderr, flush=True)
 
 
 class World:
@@ -2017,12 +2018,20 @@ def first_score(scores):
     return name, metric, value
 
 
+def parse_json(text):
+    """What a text of json says. ValueError if it is none, or is nested deeper than Python reads."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+
+
 def read_results(folder):
     """results.json in a run's folder, checked. UserError if it is damaged."""
     path = os.path.join(folder, "results.json")
     try:
         with open(path, encoding="utf-8") as file:
-            results = json.load(file)
+            results = parse_json(file.read())
         check_keys(results, task=str, method=str, seed=int, args=dict, metrics=dict)
     except ValueError as error:
         raise UserError(f"{path}: is damaged ({first_line(error)}); --overwrite runs it "
@@ -2050,7 +2059,7 @@ def labels_of_config(folder):
     path = os.path.join(folder, "model", "config.json")
     try:
         with open(path, encoding="utf-8") as file:
-            labels = json.load(file)["id2label"]
+            labels = parse_json(file.read())["id2label"]
         return [labels[number] for number in sorted(labels, key=int)]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--run {folder}: cannot read its labels in {path}: "
@@ -3487,7 +3496,7 @@ def lines_of(path, left_out):
 
 def read_evaluation(text):
     """((set, main metric), step, value) of a log's line; None if it is not of an evaluation."""
-    line = json.loads(text)
+    line = parse_json(text)
     if line.get("metrics") is None:
         return None
     name, metric, value = first_score(line["metrics"])
@@ -3504,7 +3513,7 @@ def read_kept(path, by, left_out):
     for number, text in enumerate(texts, 1):
         where = f"{path}:{number}"
         try:
-            runs.append(finished_run(where, json.loads(text), by, {}))
+            runs.append(finished_run(where, parse_json(text), by, {}))
         except ValueError as error:
             damaged.append(f"{where}: is damaged ({first_line(error)})")
     if damaged and not runs:
@@ -3564,7 +3573,7 @@ def read_probes(places, left_out):
     for path in paths:
         for number, text in enumerate(lines_of(path, left_out), 1):
             try:
-                line = json.loads(text)
+                line = parse_json(text)
                 key = line["task"], line["metric"], line["recipe"], int(line["rows"])
                 links = tuple(line.get("links", []))
                 method = line["method"] if links else ""

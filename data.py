@@ -2363,7 +2363,12 @@ def answer_words(text, language="en", rule="squad"):
 
 
 def answer_scores(prediction, answers, language="en", rule="squad"):
-    """(exact match, F1) of a predicted text, each the best over the given answers. From 0 to 1."""
+    """(exact match, F1) of a predicted text, each the best over the given answers. From 0 to 1.
+
+    rule: "squad" or "mlqa", see `answer_words`; ValueError for another.
+    """
+    if rule not in ("squad", "mlqa"):
+        raise ValueError(f"rule must be 'squad' or 'mlqa', got {rule!r}")
     predicted = answer_words(prediction, language, rule)
     exact = 0.0
     best_f1 = 0.0

@@ -217,8 +217,9 @@ class GTuning(torch.nn.Module):
         super().__init__()
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling must be 'cls' or 'mean', got {pooling!r}")
-        if layers < 1:
-            raise ValueError(f"layers must be at least 1, got {layers}")
+        if num_labels < 1 or layers < 1:
+            raise ValueError("num_labels and layers must be at least 1, got "
+                             f"{num_labels} and {layers}")
         if by_token not in ("", "tag", "span"):
             raise ValueError(f"by_token must be '', 'tag' or 'span', got {by_token!r}")
         if by_token and pair:

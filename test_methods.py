@@ -2045,6 +2045,10 @@ def test_wrong_input_is_one_line_and_status_2(monkeypatch, capsys):
     assert common.cli(r3f.main) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err == "r3f.py: --lr: must be a number above 0, got '-3'\n"
+    monkeypatch.setattr(sys, "argv", ["r3f.py", "--task", "two\nlines"])
+    assert common.cli(r3f.main) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(r"r3f.py: --task two\nlines: no such task") and told.count("\n") == 1
 
 
 def test_a_signal_in_the_first_seconds_shows_no_traceback(tmp_path):
@@ -4533,6 +4537,7 @@ DAMAGE = {
     "half": lambda text: text[:200],
     "empty": lambda text: "",
     "list": lambda text: "[1]",
+    "deep": lambda text: "[" * 10**5,
     "keys": lambda text: '{"method": "std", "args": {}, "metrics": {}}',
     "nan": lambda text: text.replace('"accuracy": 0.6', '"accuracy": NaN, "x": 0.6', 1),
     "huge": lambda text: text.replace('"accuracy": 0.6', f'"accuracy": 1{"0" * 400}, "x": 0.6', 1),
@@ -4558,17 +4563,19 @@ def test_half_written_logs_and_lines_are_left_out(tmp_path, capsys):
     kept = tmp_path / "kept.jsonl"
     whole, _ = printed(capsys, folder, "--keep", kept)
     log = folder / "rte" / "std-0" / "log.jsonl"
-    log.write_text(log.read_text()[:-9] + '\n[1]\n{"step": 1, "metrics": {}}\n\x00')
+    deep = "[" * 10**5
+    log.write_text(log.read_text()[:-9] + f'\n[1]\n{deep}\n{{"step": 1, "metrics": {{}}}}\n\x00')
     out, said = printed(capsys, folder)
     assert out == whole
-    assert said == f"left out: {log}: 4 damaged lines\n"
+    assert said == f"left out: {log}: 5 damaged lines\n"
     os.remove(log)
     assert printed(capsys, folder) == (whole, "")      # no log is no damage
 
     lines = kept.read_text().splitlines()
-    kept.write_text("\n".join([*lines[:3], lines[3][:40], *lines[4:]]))
-    _, said = printed(capsys, kept)
-    assert said.startswith(f"left out: {kept}:4: is damaged") and said.count("\n") == 1
+    for damaged in (deep, lines[3][:40]):
+        kept.write_text("\n".join([*lines[:3], damaged, *lines[4:]]))
+        _, said = printed(capsys, kept)
+        assert said.startswith(f"left out: {kept}:4: is damaged") and said.count("\n") == 1
     assert "is damaged" in refused_report(folder, "--keep", kept)
     assert len(kept.read_text().splitlines()) == 16    # and nothing is lost
     line = json.loads(lines[3])
@@ -4682,7 +4689,7 @@ def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys
     path = write_probes(folder / "probed")
     line = read_lines(path)[0]
     with open(path, "a") as file:
-        file.write('{"task": "sst2"}\n[1]\n')
+        file.write('{"task": "sst2"}\n' + "[" * 10**5 + "\n")
         file.write(json.dumps({**line, "links": [5], "method": "one"}) + "\nhalf")
     out, err = printed(capsys, folder)
     assert "Probes, in percent" in out and "rte" in out
@@ -8320,11 +8327,13 @@ def test_with_tune_plm_every_encoder_learns(name):
     assert f.plm.training
 
 
-def test_what_is_no_encoder_or_no_pooling_is_refused():
+def test_what_is_no_encoder_no_pooling_or_no_number_of_labels_is_refused():
     with pytest.raises(ValueError, match="encoder, got BartModel"):
         gtuning.GTuning(tiny("bart").base_model, 2)
     with pytest.raises(ValueError, match="pooling must be 'cls' or 'mean', got 'max'"):
         gtuning.GTuning(tiny().base_model, 2, pooling="max")
+    with pytest.raises(ValueError, match="at least 1, got 0 and 3"):
+        gtuning.GTuning(tiny().base_model, 0)
 
 
 def test_h_begins_near_the_identity_and_f_has_length_4():
@@ -9262,6 +9271,8 @@ def test_the_best_of_several_answers_counts():
     assert data.answer_scores("", ["soup"]) == (0, 0)
     assert data.answer_words("« soup »", "en", "mlqa") == ["soup"]
     assert data.answer_words("« soup »") == ["«", "soup", "»"]
+    with pytest.raises(ValueError, match="rule must be 'squad' or 'mlqa', got 'MLQA'"):
+        data.answer_scores("soup", ["soup"], rule="MLQA")
 
 
 def span_rows(*rows):
