@@ -4149,6 +4149,7 @@ README_TABLES = {
         "token cutoff, CoLA": twice(COLA, "1000-fp32", "cutoff-again", "cutoff"),
         "G-Tuning, SST-2": twice(SST2, "gtuning", "gtuning-again", "gtuning", "adapter"),
         "G-Tuning, IMDB": twice(IMDB, "gtuning", "gtuning-again", "gtuning", "adapter"),
+        "G-Tuning, SICK-R": twice(SICK_R, "gtuning", "sickr-again", "gtuning", "adapter"),
     },
     "1,000 rows": by_column([SST2, MRPC, COLA, OUT_OF_DOMAIN], [8] * 4, {
         "`std`, its scores": ["1000-bf16 std", "mrpc std", "1000-fp32 std", "1000-fp32 std"],
