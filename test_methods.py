@@ -4326,6 +4326,7 @@ def test_no_method_of_kept_lines_is_left_out_of_the_readmes_tables(tmp_path):
 TOLD = [
     ("1000-bf16", "freelb", ("sst2", "imdb", "accuracy"), ""),
     ("self-teach", "self-teach", SST2, ""),
+    ("qqp-freelb", "freelb", QQP, ""),
     ("hard-parts", "std lr=0.0002", SST2, "std lr=0.0001"),
     ("hard-parts", "tdt-hard lr=0.0002", SST2, "std lr=0.0002"),
     ("stsb", "tdt gamma=0.0", SPEARMAN, "tdt gamma=0.01"),
