@@ -1051,7 +1051,8 @@ def flags():
     g.add_argument("--alpha", type=weight, default=1.0, help="R-Drop: alpha, weight of the KL")
     g.add_argument("--smart_sigma", type=positive, default=1e-5,
                    help="SMART: sigma, standard deviation of the first z")
-    g.add_argument("--smart_eta", type=weight, default=1e-3, help="SMART: eta, length of a step")
+    g.add_argument("--smart_eta", type=weight, default=1e-3,
+                   help="SMART: eta, a step's largest entry")
     g.add_argument("--smart_steps", type=common.number(int, 1), default=1, help="SMART: K, steps")
     g.add_argument("--bregman", type=weight, default=0.0,
                    help="SMART: mu, weight of the KL to the averaged weights' prediction; "
