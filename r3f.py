@@ -37,9 +37,9 @@ Choices, where the paper is silent or the authors' release does otherwise:
     is the 2 FP + 1 BP that Table 1 counts.
  4. KL_S is summed over the classes and averaged over the examples; softmax in fp32 also under
     autocast. In bf16 an eps of 1e-5 is lost in rounding, and the rounding makes a KL of its own.
- 5. R4F normalises every Linear of the head, as the paper says; the release only the last. A head
-    with other weights (ModernBERT's has a LayerNorm) would not be 1-Lipschitz: an error. In
-    generation g has no weights of its own (section 3.2): R4F is an error there.
+ 5. R4F normalises every Linear of the head, as the paper says; the release only the last. Other
+    weights stay as they are: with a LayerNorm (ModernBERT's head) Lip{g} is not bounded by 1, which
+    r3f.py says. In generation g has no weights of its own (section 3.2): R4F is an error there.
  6. Regression: the KL is undefined (footnote 1), so it is an error, not a silent zero.
  7. Generation: z goes to the encoder's word embeddings alone, as in the release. R can be taken in
     three units. "token" (the default) is a mean over the real positions. "released" sums over each
@@ -273,22 +273,16 @@ def spectral_normalize(model):
     sigma(W) by power iteration, one a training pass (Miyato et al., 2018), frozen in eval mode. It
     lags behind a head that learns, so the norm is 1 but for what the last steps changed.
     With tanh between its layers the head is 1-Lipschitz (RoBERTa's). With GELU (ELECTRA's) its
-    bound is 1.13, which is let through. BERT's pooler is part of f and stays as it is. A head with
-    weights outside a Linear is a ValueError.
+    bound is 1.13, with a LayerNorm (ModernBERT's) W alone sets none. BERT's pooler is part of f and
+    stays as it is. ValueError if there is no Linear to normalise, or if it is normalised already.
     """
     if model.get_output_embeddings() is not None:
         raise ValueError(f"{type(model).__name__} predicts words: there g has no weights of its "
                          "own to normalise (paper, section 3.2), so R4F does not apply; use R3F")
-    body = {id(module) for module in model.base_model.modules()}
-    head = []
-    for name, module in model.named_modules():
-        if id(module) in body or not list(module.parameters(recurse=False)):
-            continue
-        if not isinstance(module, torch.nn.Linear):
-            raise ValueError(f"{type(model).__name__} has a {type(module).__name__} ({name}) in "
-                             "its head, which W / sigma(W) does not make 1-Lipschitz: R4F needs a "
-                             "head whose weights are all in Linear modules")
-        head.append(module)
+    modules = head_modules(model)
+    if any(isinstance(module, parametrize.ParametrizationList) for module in modules):
+        raise ValueError(f"the head of {type(model).__name__} is normalised already")
+    head = [module for module in modules if isinstance(module, torch.nn.Linear)]
     if not head:
         raise ValueError(f"{type(model).__name__} has no head: no Linear outside its base model")
     for linear in head:
@@ -296,6 +290,13 @@ def spectral_normalize(model):
         of_weight = linear.parametrizations.weight
         of_weight[0] = InFullPrecision(of_weight[0])
     return model
+
+
+def head_modules(model):
+    """The modules of g, all outside `model.base_model`, that have weights."""
+    body = {id(module) for module in model.base_model.modules()}
+    return [module for module in model.modules()
+            if id(module) not in body and list(module.parameters(recurse=False))]
 
 
 class InFullPrecision(torch.nn.Module):
@@ -1172,6 +1173,15 @@ def build_method(method, model, args):
         raise common.UserError(f"--method {method}, --model {args.model}: {error}") from error
 
 
+def warn_of_head(model, args, world):
+    """A line if the head has weights that R4F does not normalise."""
+    others = {type(module).__name__ for module in head_modules(model)
+              if not isinstance(module, torch.nn.Linear)}
+    if others and not args.choosing:
+        world.say(f"warning: r4f: the head of {args.model} also has a {' and a '.join(others)}, "
+                  "with which its Lipschitz constant is not bounded by 1")
+
+
 def with_kl_weights(module, batch, world):
     """A step's micro-batches, with kl_weight for each where the R of an R3F is a mean over rows.
 
@@ -1230,6 +1240,8 @@ def main(argv=None):
 
         def build(method, seed):
             model = common.load_model(args, setup, seed, world)
+            if method == "r4f":
+                warn_of_head(model, args, world)
             return build_method(method, model, args)
 
         def evaluate(model, sets, folder=None):

@@ -5104,7 +5104,8 @@ def test_plain_regression_is_the_squared_error():
 
 # ---------------------------------------------------------------------------------------------- R4F
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra", "bart", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "distilbert", "electra", "modernbert", "bart", "gpt2"])
 def test_r4f_gives_the_head_the_norm_1_and_saves_it_plain(name, tmp_path):
     model, (labels, inputs) = r3f.spectral_normalize(tiny(name)), batch(name)
     method = r3f.R3F(model)
@@ -5187,13 +5188,20 @@ def test_the_gradient_of_r4f_in_two_calls_is_that_of_one_weight_over_sigma():
     assert ours.abs().max() > 1e-3 and torch.allclose(ours, weight.grad, atol=1e-5)
 
 
-def test_r4f_refuses_a_head_that_it_cannot_bound():
-    with pytest.raises(ValueError, match="LayerNorm"):
-        r3f.spectral_normalize(tiny("modernbert"))
+def test_r4f_refuses_a_model_without_a_head_and_one_that_is_normalised():
     with pytest.raises(ValueError, match="has no head"):
         r3f.spectral_normalize(tiny().base_model)
-    with pytest.raises(ValueError, match="ParametrizationList"):
-        r3f.spectral_normalize(r3f.spectral_normalize(tiny()))
+    for name in ("bert", "gpt2"):                      # GPT-2's head has no bias
+        with pytest.raises(ValueError, match="normalised already"):
+            r3f.spectral_normalize(r3f.spectral_normalize(tiny(name)))
+
+
+def test_r4f_warns_of_a_head_that_it_does_not_bound(capsys):
+    args = parse("r3f", "--model", "NAME")
+    world = common.World(args)
+    for name, warns in (("bert", False), ("electra", False), ("modernbert", True)):
+        r3f.warn_of_head(tiny(name), args, world)
+        assert ("NAME also has a LayerNorm" in capsys.readouterr().out) == warns
 
 
 @pytest.mark.parametrize("name", GENERATORS)
