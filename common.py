@@ -1111,12 +1111,15 @@ def load_model(args, setup, seed, world, path=None):
 
 def has_another_head(model, start, info, task):
     """Whether the checkpoint `start` has a head for other labels than the task's, or for these in
-    another order. info: what from_pretrained says of the keys."""
+    another order. info: what from_pretrained says of the keys.
+
+    A head that is not all there is none: the layer before the classes that ModernBERT was
+    pre-trained with stays.
+    """
     from transformers import AutoConfig
     body = model.base_model_prefix + "."
-    mismatched = {name for name, *_ in info["mismatched_keys"]}
-    loaded = {name for name, _ in model.named_parameters()} - set(info["missing_keys"]) - mismatched
-    has_head = any(not name.startswith(body) for name in loaded)
+    head = {name for name, _ in model.named_parameters() if not name.startswith(body)}
+    has_head = not head & set(info["missing_keys"])
     if not has_head or not task.label_names:           # numbers are numbers in every head
         return False
     names = AutoConfig.from_pretrained(start, trust_remote_code=False).id2label

@@ -2281,6 +2281,28 @@ def test_a_head_for_other_labels_is_not_used(labels, kept, tiny_folder, tmp_path
     assert [*model.config.id2label.values()] == data.TASKS["toy"].label_names
 
 
+def test_what_modernbert_was_pre_trained_with_before_the_classes_stays(tmp_path, capsys):
+    words = data.toy_vocabulary()
+    settings = {**SMALL, "vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 2,
+                "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+    pretrained = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**settings))
+    torch.nn.init.constant_(pretrained.head.dense.weight, 7.0)
+    pretrained.save_pretrained(tmp_path)
+    setup = argparse.Namespace(
+        kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=bert_tokenizer(words))
+    args = argparse.Namespace(path=str(tmp_path), model="m", init_from="", weight_noise=0.0,
+                              post_train=None)
+    model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
+    assert (model.head.dense.weight == 7).all() and model.classifier.weight.abs().max() < 1
+    assert not capsys.readouterr().out
+
+    tuned = transformers.ModernBertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    tuned.save_pretrained(tmp_path)                    # a head for other classes, all of it
+    model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
+    assert model.head.dense.weight.abs().max() < 1
+    assert "m: its head is not used; a fresh one of 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("make, settings", [
     (common.toy_model, [common.TOY_BERT, common.TOY_BERT_TRAINING]),
     (common.toy_writer, [common.TOY_BART, common.TOY_BART_TRAINING])])
