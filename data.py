@@ -2654,6 +2654,9 @@ def toy_vocabulary():
 
 COUNTED = 5000                     # rows of which the lengths are told
 
+# A word between spaces; of Chinese and Japanese, which have none, each character.
+WORD = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\s\u3040-\u30ff\u4e00-\u9fff]+")
+
 
 def describe(task, split, rows, tokenizer):
     """Prints a split's size, its lengths and its first rows. Lengths: in tokens, else in words."""
@@ -2662,7 +2665,7 @@ def describe(task, split, rows, tokenizer):
         counted = rows.shuffle(seed=0).select(range(COUNTED))
     texts = [" ".join(as_text(row[column]) for column in task.columns) for row in counted]
     unit = "words"
-    lengths = [len(text.split()) for text in texts]
+    lengths = [len(WORD.findall(text)) for text in texts]
     if tokenizer is not None:
         unit = "tokens"
         lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]

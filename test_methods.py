@@ -1841,6 +1841,13 @@ def test_a_task_of_the_hub_is_described_with_the_splits_that_are_there(monkeypat
     assert refusal(data.main, ["afqmc"]) == "afqmc: none of its splits can be read"
 
 
+def test_a_chinese_character_counts_as_a_word(monkeypatch, capsys):
+    hub_of(monkeypatch, train=datasets.Dataset.from_dict(
+        {"sentence": ["我喜欢 NLP methods"], "label": [0]}))
+    data.main(["tnews"])
+    assert "  train: 1 rows; words at 5%: 5, " in capsys.readouterr().out
+
+
 def test_a_local_file_is_described_and_a_wrong_one_refused(tmp_path, capsys):
     path = pairs_file(tmp_path, [0, 1, 1])
     data.main(["bustm", "--local_file", f"bustm={path}"])
