@@ -1005,7 +1005,10 @@ def probe(args, argv):
 # --------------------------------------------------------------------------------  flags and recipe
 
 NOISE = "lam eps noise stop_grad share_dropout"
-METHODS = {                                            # the kinds of task it can train, its flags
+# Of each method the kinds of task that it can train, and the flags of its own that change what it
+# learns. By these flags its runs are told apart and --grid can search them: with another value of a
+# flag that is missing here a run would be taken for the one before.
+METHODS = {
     "std": {"kinds": "classify regress tag generate", "flags": "label_smoothing"},
     "r3f": {"kinds": "classify tag generate", "flags": f"{NOISE} label_smoothing reduction"},
     "r4f": {"kinds": "classify", "flags": f"{NOISE} label_smoothing"},
@@ -1154,7 +1157,12 @@ def summary_recipe(args):
 # ----------------------------------------------------------------------------------  the experiment
 
 def build_method(method, model, args):
-    """The module whose forward is the method's loss. UserError if the model does not fit."""
+    """The module whose forward is the method's loss. UserError if the model does not fit.
+
+    It has the Hugging Face model as `model`; forward(labels, **inputs) -> (loss, {name: scalar}),
+    means over the batch's labels, in eval mode the plain loss; what it keeps from step to step is
+    in its state_dict.
+    """
     import common
     try:
         if method == "rdrop":

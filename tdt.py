@@ -1406,7 +1406,10 @@ def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
 # --------------------------------------------------------------------------------  flags and recipe
 
 OWN = "alpha beta gamma margin variant keep_special c_lr"
-METHODS = {                                            # the kinds of task it can train, its flags
+# Of each method the kinds of task that it can train, and the flags of its own that change what it
+# learns. By these flags its runs are told apart and --grid can search them: with another value of a
+# flag that is missing here a run would be taken for the one before.
+METHODS = {
     "std": {"kinds": "classify regress", "flags": ""},
     "tdt": {"kinds": "classify regress", "flags": f"{OWN} mu0"},
     "tdt-hard": {"kinds": "classify regress", "flags": f"{OWN} tau"},
@@ -1553,7 +1556,12 @@ def recipe(args):
 # ----------------------------------------------------------------------------------  the experiment
 
 def build_method(method, model, args, mask_token_id):
-    """The module whose forward is the method's loss. UserError if the model does not fit."""
+    """The module whose forward is the method's loss. UserError if the model does not fit.
+
+    It has the Hugging Face model as `model`; forward(labels, **inputs) -> (loss, {name: scalar}),
+    means over the batch's labels, in eval mode the plain loss; what it keeps from step to step is
+    in its state_dict.
+    """
     import common
     try:
         if method == "std":
