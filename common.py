@@ -187,7 +187,7 @@ def add_data_flags(g):
     g.add_argument("--target_column", metavar="NAME",
                    help="column of texts to write in your files (summaries), in place of labels")
     g.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
-                   help="the file of a task without a hub id")
+                   help="the file of a task, for all its splits, in place of the hub's")
     g.add_argument("--train_samples", type=number(int, 1), metavar="N",
                    help="train on N seeded rows, classes in proportion")
     g.add_argument("--dev_samples", type=number(int, 0), default=0, metavar="N",

@@ -2703,7 +2703,7 @@ def main(argv=None):
     parser.add_argument("task", help=f"one of {task_names()}")
     parser.add_argument("--model", help="a tokenizer, to count tokens; else words are counted")
     parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
-                        help="the file of a task without a hub id")
+                        help="the file of a task, for all its splits, in place of the hub's")
     args = parser.parse_args(argv)
     check_task(args.task, "task")
     task = TASKS[args.task]
