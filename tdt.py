@@ -165,7 +165,9 @@ def refuse_two_modes(method):
     if method.training != method.model.training:
         name = type(method).__name__
         raise ValueError(f"{name} and its model must both be in train mode or both in eval mode: "
-                         f"call .train() or .eval() of the {name}")
+                         f"call .train() or .eval() of the {name}; where something else switches "
+                         "the model, as transformers' Trainer does for its evaluations, call "
+                         f".train(model.training) of the {name} before each loss")
 # end same
 
 
