@@ -230,7 +230,7 @@ def changed_embeddings(model, change, shape):
 # ---------------------------------------------------------------------------  the method: the model
 
 class TDT(torch.nn.Module):
-    """The loss of Eq. 7 around a Hugging Face sequence classifier.
+    """The loss of Eq. 7 around a Hugging Face sequence classifier, or a PeftModel of one with LoRA.
 
     alpha, beta: weights of L_C and L_R; both 0 is plain fine-tuning. margin: m. mu0: "mean", "zero"
     or "noise". hard: TDT-hard, with temperature tau; it needs mask_token_id. variant: "paper" or
@@ -238,6 +238,8 @@ class TDT(torch.nn.Module):
     .train() before training: what from_pretrained returns is in eval mode, without dropout.
     confidence_layer wants a higher learning rate than the model (choice 9); gamma 0 and margin 0
     train better than 0.01 and 2 (choices 3 and 10).
+    Predictions are those of `model` itself, and model.save_pretrained saves all that they need; the
+    confidence layer is in this module's state_dict alone.
     Source: Eq. 1-9; defaults from the grid of section 3.2.
     """
 
@@ -271,7 +273,8 @@ class TDT(torch.nn.Module):
     def forward(self, labels, perturbable=None, **inputs):
         """labels (B,), inputs as the model takes them, input_ids (B, n) -> (loss, stats).
 
-        perturbable (B, n): the tokens that may be perturbed, None: all. stats: batch means of "ce",
+        perturbable (B, n): the tokens that may be perturbed, None: all; 1 less the tokenizer's
+        special_tokens_mask leaves [CLS] and [SEP] as they are. stats: batch means of "ce",
         "ce_pos", "l_c", "l_r", and of the tokens' "confidence", with "confidence_std" (of a batch
         in parts the means of theirs); in eval mode "ce" alone.
         """
