@@ -405,7 +405,8 @@ class KnownGradient(torch.autograd.Function):
     def backward(ctx, scale):
         gradients = ctx.gradients
         if gradients is None:
-            raise RuntimeError("the loss of labels by position goes backward once")
+            raise RuntimeError("the loss of FreeLB, or of labels by position, goes backward once: "
+                               "its gradients are not kept")
         ctx.gradients = None
         return None, None, *[gradient.mul_(scale) for gradient in gradients]
 
