@@ -2341,6 +2341,12 @@ def search(main, flags, recipe, methods, argv):
     alone; the best mean of the main metric decides. These runs lie in OUTPUT_DIR/grid, are found
     again like all finished runs, and the search is told in OUTPUT_DIR/TASK/search-METHOD.json. A
     combination with a loss that is not finite is the worst. Returns the results of all seeds.
+
+    main: the script's, which has called this. It is called again, once for each combination and
+    once for the chosen one, with flags behind those of argv, which override them: an empty --grid,
+    with which it trains; for a combination also --choosing, with which `prepare` leaves no set to
+    score but the held-out rows. A method without a flag of the grid has one combination, the empty
+    one, and is trained at once.
     """
     started = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
