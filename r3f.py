@@ -532,7 +532,7 @@ def refuse_regression(model, method):
 
 # --------------------------------------------------------------------------------------  its rivals
 
-def mean_kl(logits_p, logits_q, labels):
+def mean_symmetric_kl(logits_p, logits_q, labels):
     """KL_S, averaged over the rows or, of labels by position, over those that are not -100. If none
     is left, it is 0."""
     if labels.dim() == 1:
@@ -589,7 +589,7 @@ class RDrop(torch.nn.Module):
 
         first, second = logits_of(self.model, stack(inputs, 2)).chunk(2)          # p_1, p_2
         ce = (task_loss(first, labels) + task_loss(second, labels)) / 2
-        kl = mean_kl(first, second, labels)
+        kl = mean_symmetric_kl(first, second, labels)
         return ce + self.alpha / 2 * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
 
@@ -657,10 +657,10 @@ class SMART(torch.nn.Module):
             noised = logits_of(self.model, inputs)                  # p(x + z)     (B, C)
 
         ce = task_loss(logits, labels)
-        kl = mean_kl(logits, noised, labels)
+        kl = mean_symmetric_kl(logits, noised, labels)
         loss = ce + self.lam * kl
         if self.bregman > 0:
-            loss = loss + self.bregman * mean_kl(logits, before, labels)
+            loss = loss + self.bregman * mean_symmetric_kl(logits, before, labels)
         return loss, {"ce": ce.detach(), "kl": kl.detach()}
 
     def ascended(self, z, real, logits, labels, inputs):
@@ -668,7 +668,7 @@ class SMART(torch.nn.Module):
         for _ in range(self.steps):
             z.requires_grad_()
             with random_state_restored(inputs), noise_added(self.model, lambda x: z):
-                kl = mean_kl(logits_of(self.model, inputs), logits, labels)
+                kl = mean_symmetric_kl(logits_of(self.model, inputs), logits, labels)
             gradient, = torch.autograd.grad(kl, z)
             largest = gradient.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)  # (B, 1, 1)
             z = (z + self.eta * gradient / largest * real).detach().clamp(-self.eps, self.eps)
