@@ -187,7 +187,7 @@ def add_data_flags(g):
     g.add_argument("--target_column", metavar="NAME",
                    help="column of texts to write in your files (summaries), in place of labels")
     g.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
-                   help="the file of a task without a hub id")
+                   help="the file of a task, for all its splits, in place of the hub's")
     g.add_argument("--train_samples", type=number(int, 1), metavar="N",
                    help="train on N seeded rows, classes in proportion")
     g.add_argument("--dev_samples", type=number(int, 0), default=0, metavar="N",
@@ -2344,6 +2344,12 @@ def search(main, flags, recipe, methods, argv):
     alone; the best mean of the main metric decides. These runs lie in OUTPUT_DIR/grid, are found
     again like all finished runs, and the search is told in OUTPUT_DIR/TASK/search-METHOD.json. A
     combination with a loss that is not finite is the worst. Returns the results of all seeds.
+
+    main: the script's, which has called this. It is called again, once for each combination and
+    once for the chosen one, with flags behind those of argv, which override them: an empty --grid,
+    with which it trains; for a combination also --choosing, with which `prepare` leaves no set to
+    score but the held-out rows. A method without a flag of the grid has one combination, the empty
+    one, and is trained at once.
     """
     started = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)

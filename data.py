@@ -10,8 +10,11 @@
                                    answers and retrieval also reading and encoding; KINDS
     6  the toy language            toy_rows, toy_summaries, toy_tags, toy_questions, toy_corpus
 
-A further task is one row of TASKS. A further kind of task is one group of functions and one line of
-KINDS, which stands at the end of section 5. Nothing here knows how a model is trained.
+A further task is one row of TASKS. A further metric of classes or numbers is one function and one
+word in METRICS; the other kinds compute theirs in `score`. A further kind of task is one group of
+functions and one line of KINDS, which stands at the end of section 5; labels that are neither one
+number a row nor one for each token also need lines in fields_of, perhaps in subset. Nothing here
+knows how a model is trained: a script has the loss of each kind that it trains.
 """
 import collections
 import csv
@@ -57,7 +60,9 @@ class Kind:
     auto_class    the class of `transformers` that loads a model for it
     read          (table, task, where) -> Dataset: checks raw columns, gives rows with "label"
     hidden        (label) -> bool: whether the label is missing
-    tokenise      (rows, task, tokenizer, max_length, ...) -> {field: a value or a list per row}
+    tokenise      (rows, task, tokenizer, max_length, ...) -> {field: a number or a list of whole
+                  numbers per row}; "labels" and "cut" among them, see `tokenise_texts`. Batches pad
+                  lists; labels of a shape of their own are made in `fields_of`
     collect       (outputs, labels, tokenizer) -> [what is kept of each row of a batch]
     score         (task, trained, kept, split) -> {metric: value}
     answer        what a label is where labels have no names
@@ -127,7 +132,8 @@ class Task:
     text            one or two columns (a tuple of them if a name has a space)
     labels          names in the order of the ids (a tuple of them if a name has a space); none:
                     the label is a number
-    metrics         the first is the main one
+    metrics         names of METRICS, or of what the kind's `score` computes; the first is the main
+                    one
     train, validation, test    splits: to train on, to score, to predict
     slices          {split: the part of the repository's splits that it is}
     label           the column of the label, or of the text to write
@@ -2700,7 +2706,7 @@ def main(argv=None):
     parser.add_argument("task", help=f"one of {task_names()}")
     parser.add_argument("--model", help="a tokenizer, to count tokens; else words are counted")
     parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
-                        help="the file of a task without a hub id")
+                        help="the file of a task, for all its splits, in place of the hub's")
     args = parser.parse_args(argv)
     check_task(args.task, "task")
     task = TASKS[args.task]

@@ -1178,7 +1178,10 @@ def words_of_figure_2(projection, perplexity, sizes):
 
 ADAPTER = "layers pooling pair_mode tune feature_length schedule keep retrieve_layer"
 OF_D = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
-METHODS = {                                            # the kinds of task it can train, its flags
+# Of each method the kinds of task that it can train, and the flags of its own that change what it
+# learns. By these flags its runs are told apart and --grid can search them: with another value of a
+# flag that is missing here a run would be taken for the one before.
+METHODS = {
     "adapter": {"kinds": "classify regress tag span", "flags": ADAPTER},
     "gtuning": {"kinds": "classify regress tag span", "flags": f"{ADAPTER} {OF_D}"},
     "self-teach": {"kinds": "classify regress",

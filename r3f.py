@@ -405,7 +405,8 @@ class KnownGradient(torch.autograd.Function):
     def backward(ctx, scale):
         gradients = ctx.gradients
         if gradients is None:
-            raise RuntimeError("the loss of labels by position goes backward once")
+            raise RuntimeError("the loss of FreeLB, or of labels by position, goes backward once: "
+                               "its gradients are not kept")
         ctx.gradients = None
         return None, None, *[gradient.mul_(scale) for gradient in gradients]
 
@@ -501,7 +502,9 @@ def refuse_two_modes(method):
     if method.training != method.model.training:
         name = type(method).__name__
         raise ValueError(f"{name} and its model must both be in train mode or both in eval mode: "
-                         f"call .train() or .eval() of the {name}")
+                         f"call .train() or .eval() of the {name}; where something else switches "
+                         "the model, as transformers' Trainer does for its evaluations, call "
+                         f".train(model.training) of the {name} before each loss")
 # end same
 
 
@@ -529,7 +532,7 @@ def refuse_regression(model, method):
 
 # --------------------------------------------------------------------------------------  its rivals
 
-def mean_kl(logits_p, logits_q, labels):
+def mean_symmetric_kl(logits_p, logits_q, labels):
     """KL_S, averaged over the rows or, of labels by position, over those that are not -100. If none
     is left, it is 0."""
     if labels.dim() == 1:
@@ -586,7 +589,7 @@ class RDrop(torch.nn.Module):
 
         first, second = logits_of(self.model, stack(inputs, 2)).chunk(2)          # p_1, p_2
         ce = (task_loss(first, labels) + task_loss(second, labels)) / 2
-        kl = mean_kl(first, second, labels)
+        kl = mean_symmetric_kl(first, second, labels)
         return ce + self.alpha / 2 * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
 
@@ -654,10 +657,10 @@ class SMART(torch.nn.Module):
             noised = logits_of(self.model, inputs)                  # p(x + z)     (B, C)
 
         ce = task_loss(logits, labels)
-        kl = mean_kl(logits, noised, labels)
+        kl = mean_symmetric_kl(logits, noised, labels)
         loss = ce + self.lam * kl
         if self.bregman > 0:
-            loss = loss + self.bregman * mean_kl(logits, before, labels)
+            loss = loss + self.bregman * mean_symmetric_kl(logits, before, labels)
         return loss, {"ce": ce.detach(), "kl": kl.detach()}
 
     def ascended(self, z, real, logits, labels, inputs):
@@ -665,7 +668,7 @@ class SMART(torch.nn.Module):
         for _ in range(self.steps):
             z.requires_grad_()
             with random_state_restored(inputs), noise_added(self.model, lambda x: z):
-                kl = mean_kl(logits_of(self.model, inputs), logits, labels)
+                kl = mean_symmetric_kl(logits_of(self.model, inputs), logits, labels)
             gradient, = torch.autograd.grad(kl, z)
             largest = gradient.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)  # (B, 1, 1)
             z = (z + self.eta * gradient / largest * real).detach().clamp(-self.eps, self.eps)
@@ -1005,7 +1008,10 @@ def probe(args, argv):
 # --------------------------------------------------------------------------------  flags and recipe
 
 NOISE = "lam eps noise stop_grad share_dropout"
-METHODS = {                                            # the kinds of task it can train, its flags
+# Of each method the kinds of task that it can train, and the flags of its own that change what it
+# learns. By these flags its runs are told apart and --grid can search them: with another value of a
+# flag that is missing here a run would be taken for the one before.
+METHODS = {
     "std": {"kinds": "classify regress tag generate", "flags": "label_smoothing"},
     "r3f": {"kinds": "classify tag generate", "flags": f"{NOISE} label_smoothing reduction"},
     "r4f": {"kinds": "classify", "flags": f"{NOISE} label_smoothing"},
@@ -1154,7 +1160,12 @@ def summary_recipe(args):
 # ----------------------------------------------------------------------------------  the experiment
 
 def build_method(method, model, args):
-    """The module whose forward is the method's loss. UserError if the model does not fit."""
+    """The module whose forward is the method's loss. UserError if the model does not fit.
+
+    It has the Hugging Face model as `model`; forward(labels, **inputs) -> (loss, {name: scalar}),
+    means over the batch's labels, in eval mode the plain loss; what it keeps from step to step is
+    in its state_dict.
+    """
     import common
     try:
         if method == "rdrop":

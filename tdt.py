@@ -165,7 +165,9 @@ def refuse_two_modes(method):
     if method.training != method.model.training:
         name = type(method).__name__
         raise ValueError(f"{name} and its model must both be in train mode or both in eval mode: "
-                         f"call .train() or .eval() of the {name}")
+                         f"call .train() or .eval() of the {name}; where something else switches "
+                         "the model, as transformers' Trainer does for its evaluations, call "
+                         f".train(model.training) of the {name} before each loss")
 # end same
 
 
@@ -228,7 +230,7 @@ def changed_embeddings(model, change, shape):
 # ---------------------------------------------------------------------------  the method: the model
 
 class TDT(torch.nn.Module):
-    """The loss of Eq. 7 around a Hugging Face sequence classifier.
+    """The loss of Eq. 7 around a Hugging Face sequence classifier, or a PeftModel of one with LoRA.
 
     alpha, beta: weights of L_C and L_R; both 0 is plain fine-tuning. margin: m. mu0: "mean", "zero"
     or "noise". hard: TDT-hard, with temperature tau; it needs mask_token_id. variant: "paper" or
@@ -236,6 +238,8 @@ class TDT(torch.nn.Module):
     .train() before training: what from_pretrained returns is in eval mode, without dropout.
     confidence_layer wants a higher learning rate than the model (choice 9); gamma 0 and margin 0
     train better than 0.01 and 2 (choices 3 and 10).
+    Predictions are those of `model` itself, and model.save_pretrained saves all that they need; the
+    confidence layer is in this module's state_dict alone.
     Source: Eq. 1-9; defaults from the grid of section 3.2.
     """
 
@@ -269,7 +273,8 @@ class TDT(torch.nn.Module):
     def forward(self, labels, perturbable=None, **inputs):
         """labels (B,), inputs as the model takes them, input_ids (B, n) -> (loss, stats).
 
-        perturbable (B, n): the tokens that may be perturbed, None: all. stats: batch means of "ce",
+        perturbable (B, n): the tokens that may be perturbed, None: all; 1 less the tokenizer's
+        special_tokens_mask leaves [CLS] and [SEP] as they are. stats: batch means of "ce",
         "ce_pos", "l_c", "l_r", and of the tokens' "confidence", with "confidence_std" (of a batch
         in parts the means of theirs); in eval mode "ce" alone.
         """
@@ -1406,7 +1411,10 @@ def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
 # --------------------------------------------------------------------------------  flags and recipe
 
 OWN = "alpha beta gamma margin variant keep_special c_lr"
-METHODS = {                                            # the kinds of task it can train, its flags
+# Of each method the kinds of task that it can train, and the flags of its own that change what it
+# learns. By these flags its runs are told apart and --grid can search them: with another value of a
+# flag that is missing here a run would be taken for the one before.
+METHODS = {
     "std": {"kinds": "classify regress", "flags": ""},
     "tdt": {"kinds": "classify regress", "flags": f"{OWN} mu0"},
     "tdt-hard": {"kinds": "classify regress", "flags": f"{OWN} tau"},
@@ -1553,7 +1561,12 @@ def recipe(args):
 # ----------------------------------------------------------------------------------  the experiment
 
 def build_method(method, model, args, mask_token_id):
-    """The module whose forward is the method's loss. UserError if the model does not fit."""
+    """The module whose forward is the method's loss. UserError if the model does not fit.
+
+    It has the Hugging Face model as `model`; forward(labels, **inputs) -> (loss, {name: scalar}),
+    means over the batch's labels, in eval mode the plain loss; what it keeps from step to step is
+    in its state_dict.
+    """
     import common
     try:
         if method == "std":
