@@ -2680,9 +2680,10 @@ def print_table(say, results, args, started):
     for result in results:                             # with --run not all may have the same ones
         sets.update(result["metrics"])
     wide = max(10, *map(len, sets))
+    wide_method = max(9, *map(len, args.method))
     say(f"\n{args.task}, {results[0]['model']}, {plural(len(args.seeds), 'seed')}, in percent")
-    say(f"{'set':<{wide}}  {'metric':<9} {'method':<9} {'mean':>6} {'std':>5} {'median':>6} "
-        f"{'max':>6}")
+    say(f"{'set':<{wide}}  {'metric':<9} {'method':<{wide_method}} {'mean':>6} {'std':>5} "
+        f"{'median':>6} {'max':>6}")
     for name, metrics in sets.items():
         for metric in metrics:
             for method in args.method:
@@ -2691,8 +2692,8 @@ def print_table(say, results, args, started):
                 if not runs:
                     continue
                 _, mean, std, median, most = score_cells(100 * np.array(runs))
-                say(f"{name:<{wide}}  {metric:<9} {method:<9} {mean:>6} {std:>5} {median:>6} "
-                    f"{most:>6}")
+                say(f"{name:<{wide}}  {metric:<9} {method:<{wide_method}} {mean:>6} {std:>5} "
+                    f"{median:>6} {most:>6}")
     where = os.path.join(args.output_dir, args.task)
     if args.run:
         where = "the folders of the runs"

@@ -3498,6 +3498,19 @@ def test_what_a_finished_run_cannot_do_is_one_line(flags, line, finished_toy):
 
 # ---------------------------------------------------------------------- 7  tables, pages, --profile
 
+def test_the_table_has_straight_columns(tmp_path):
+    args = argparse.Namespace(task="rte", choosing=False, run=[], seeds=[0], eval_tasks=[],
+                              method=["adapter", "self-teach"], output_dir=str(tmp_path),
+                              recipe_name="r")
+    results = [{"method": method, "model": "m", "metrics": {name: {"accuracy": score}}}
+               for method, score in (("adapter", 0.5), ("self-teach", 1.0))
+               for name in ("validation", "a-longer-name")]
+    said = []
+    common.print_table(said.append, results, args, time.monotonic())
+    rows = [line for line in said if "accuracy" in line or line.startswith("set")]
+    assert len(rows) == 5 and len({len(row) for row in rows}) == 1, rows
+
+
 @pytest.mark.parametrize("script", ["r3f", "tdt"])
 def test_profile_prints_a_row_a_method_and_writes_nothing(script, tiny_folder, tmp_path, capsys):
     """gtuning's: below."""
