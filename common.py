@@ -2059,9 +2059,11 @@ def labels_of_config(folder):
     path = os.path.join(folder, "model", "config.json")
     try:
         with open(path, encoding="utf-8") as file:
-            labels = parse_json(file.read())["id2label"]
+            config = parse_json(file.read())
+        # transformers leaves these two out of a config, as its defaults.
+        labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
         return [labels[number] for number in sorted(labels, key=int)]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--run {folder}: cannot read its labels in {path}: "
                         f"{first_line(error)}") from None
 

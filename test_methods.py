@@ -3287,6 +3287,18 @@ def test_a_finished_run_is_scored_by_a_file_with_other_columns(tiny_folder, tmp_
         r3f.main(["--run", str(tmp_path / "none")])
 
 
+def test_a_finished_run_knows_labels_that_transformers_does_not_save(tiny_folder, tmp_path):
+    """LABEL_0 and LABEL_1, as one has them from a model without names."""
+    rows = [{"text": "good plot", "label": f"LABEL_{i % 2}"} for i in range(32)]
+    path = write_rows(tmp_path / "own.jsonl", rows)
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2, "--train_file", path,
+        "--validation_file", path)
+    folder = tmp_path / "custom/std-0"
+    assert "id2label" not in read_json(folder / "model/config.json")
+    result, = r3f.main(["--run", str(folder), "--validation_file", path])
+    assert result["metrics"]["own"] == result["metrics"]["validation"]
+
+
 @pytest.mark.parametrize("pairs_first", [False, True])
 def test_a_run_on_texts_reads_no_pairs_and_the_reverse(pairs_first, tiny_folder, tmp_path):
     texts = [{"text": "good plot", "label": i % 2} for i in range(32)]
