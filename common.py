@@ -386,8 +386,8 @@ def settle_batch(args):
 
 
 def check_flags(args):
-    for flag in ("model", "output_dir"):
-        if flag in args.by_hand and not getattr(args, flag):
+    for flag in args.by_hand:                          # as of a shell's variable that is not set
+        if getattr(args, flag) == "":
             raise UserError(f"--{flag}: must not be empty")
     if len(args.batching) > 1 and not args.profile:
         raise UserError(f"--batching {shown(args.batching)}: must be one name (several: with "

@@ -3615,6 +3615,8 @@ extra | extra: belongs to no flag; --help lists all
 --resume --overwrite | not allowed with
 --model= | --model: must not be empty
 --output_dir= | --output_dir: must not be empty
+--train_file= --validation_file= | --train_file: must not be empty
+--init_from= | --init_from: must not be empty
 --max_target_length 9 | --max_target_length 9: is for texts that are written; toy has labels
 --reduction sentence | --reduction sentence: is for labels by position; toy has one a row
 --grid_seeds 2 | --grid_seeds: needs --grid
