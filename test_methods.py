@@ -5877,6 +5877,19 @@ def tiny_bart(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_a_text_with_the_token_at_which_bart_reads_texts_is_refused(which, tiny_bart, tmp_path):
+    rows = [{"text": "good plot", "label": i % 2} for i in range(32)]
+    marked = [*rows[:9], {"text": "good [SEP] plot", "label": 1}, *rows[10:]]
+    paths = {"train": rows, "validation": rows, which: marked}
+    flags = []
+    for name, lines in paths.items():
+        flags += [f"--{name}_file", write_rows(tmp_path / f"{name}.jsonl", lines)]
+    told = refusal(run, "r3f", tiny_bart, tmp_path, "--method", "std", *flags)
+    assert told == (f"--model {tiny_bart}: a bart reads a text at its last token, '[SEP]'; a text "
+                    f"of {which} holds it too, which must be taken out: 'good [SEP] plot'")
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """60 rows to train on and 20 to validate, of the toy language: flags that name them."""
