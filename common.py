@@ -386,8 +386,8 @@ def settle_batch(args):
 
 
 def check_flags(args):
-    for flag in ("model", "output_dir"):
-        if flag in args.by_hand and not getattr(args, flag):
+    for flag in args.by_hand:                          # as of a shell's variable that is not set
+        if getattr(args, flag) == "":
             raise UserError(f"--{flag}: must not be empty")
     if len(args.batching) > 1 and not args.profile:
         raise UserError(f"--batching {shown(args.batching)}: must be one name (several: with "
@@ -1102,6 +1102,7 @@ def load_model(args, setup, seed, world, path=None):
         world.say(f"{args.model}: its head is not used; a fresh one of {setup.task.outputs}")
     warn_of_lost_weights(args, model, info["missing_keys"], world)
     check_vocabulary(args, model, setup.tokenizer)
+    check_ends(args, model, setup)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = setup.tokenizer.pad_token_id
     if args.weight_noise and not path:
@@ -1153,6 +1154,25 @@ def check_vocabulary(args, model, tokenizer):
     if words > known:
         raise UserError(f"{model_flag(args)}: its tokenizer has {words} words, the model "
                         f"embeddings for {known}")
+
+
+def check_ends(args, model, setup):
+    """UserError if a text holds the token that ends it, where the model reads each text at that
+    token: an encoder-decoder that does not write, such as BART with classes."""
+    if not model.config.is_encoder_decoder or setup.kind.decodes:
+        return
+    end = setup.tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    for name, (task, split) in setup.sets.items():
+        ids, offsets, _ = split.fields["input_ids"]
+        is_end = (ids == model.config.eos_token_id).astype(int)
+        counts = np.add.reduceat(is_end, offsets[:-1])                   # (n,)
+        row = int(counts.argmax())
+        if counts[row] > counts.min():
+            text = " ".join(split.rows[row][column] for column in task.columns)
+            at = max(text.find(end) - 20, 0)
+            raise UserError(f"{model_flag(args)}: a {model.config.model_type} reads a text at its "
+                            f"last token, {end!r}; a text of {name} holds it too, which must be "
+                            f"taken out: {text[at:at + 60]!r}")
 
 
 def add_weight_noise(model, scale, seed):
@@ -2062,9 +2082,11 @@ def labels_of_config(folder):
     path = os.path.join(folder, "model", "config.json")
     try:
         with open(path, encoding="utf-8") as file:
-            labels = parse_json(file.read())["id2label"]
+            config = parse_json(file.read())
+        # transformers leaves these two out of a config, as its defaults.
+        labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
         return [labels[number] for number in sorted(labels, key=int)]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--run {folder}: cannot read its labels in {path}: "
                         f"{first_line(error)}") from None
 

@@ -1217,8 +1217,6 @@ def general_texts(where):
     is_path = where.endswith(".txt") or where.startswith((".", "/", "~"))
     if is_path and not os.path.exists(where):
         raise UserError(f"--unlabeled {where}: no such file")
-    if not where:
-        raise UserError("--unlabeled: must be a text file, or ID:CONFIG:SPLIT of the hub")
     try:
         if os.path.exists(where):
             with open(where, encoding="utf-8-sig") as file:

@@ -3316,6 +3316,18 @@ def test_a_finished_run_is_scored_by_a_file_with_other_columns(tiny_folder, tmp_
         r3f.main(["--run", str(tmp_path / "none")])
 
 
+def test_a_finished_run_knows_labels_that_transformers_does_not_save(tiny_folder, tmp_path):
+    """LABEL_0 and LABEL_1, as one has them from a model without names."""
+    rows = [{"text": "good plot", "label": f"LABEL_{i % 2}"} for i in range(32)]
+    path = write_rows(tmp_path / "own.jsonl", rows)
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2, "--train_file", path,
+        "--validation_file", path)
+    folder = tmp_path / "custom/std-0"
+    assert "id2label" not in read_json(folder / "model/config.json")
+    result, = r3f.main(["--run", str(folder), "--validation_file", path])
+    assert result["metrics"]["own"] == result["metrics"]["validation"]
+
+
 @pytest.mark.parametrize("pairs_first", [False, True])
 def test_a_run_on_texts_reads_no_pairs_and_the_reverse(pairs_first, tiny_folder, tmp_path):
     texts = [{"text": "good plot", "label": i % 2} for i in range(32)]
@@ -3645,6 +3657,8 @@ extra | extra: belongs to no flag; --help lists all
 --resume --overwrite | not allowed with
 --model= | --model: must not be empty
 --output_dir= | --output_dir: must not be empty
+--train_file= --validation_file= | --train_file: must not be empty
+--init_from= | --init_from: must not be empty
 --max_target_length 9 | --max_target_length 9: is for texts that are written; toy has labels
 --reduction sentence | --reduction sentence: is for labels by position; toy has one a row
 --grid_seeds 2 | --grid_seeds: needs --grid
@@ -5903,6 +5917,19 @@ def tiny_bart(tmp_path_factory):
     transformers.BartForConditionalGeneration(config).save_pretrained(folder)
     common.toy_tokenizer(words).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_a_text_with_the_token_at_which_bart_reads_texts_is_refused(which, tiny_bart, tmp_path):
+    rows = [{"text": "good plot", "label": i % 2} for i in range(32)]
+    marked = [*rows[:9], {"text": "good [SEP] plot", "label": 1}, *rows[10:]]
+    paths = {"train": rows, "validation": rows, which: marked}
+    flags = []
+    for name, lines in paths.items():
+        flags += [f"--{name}_file", write_rows(tmp_path / f"{name}.jsonl", lines)]
+    told = refusal(run, "r3f", tiny_bart, tmp_path, "--method", "std", *flags)
+    assert told == (f"--model {tiny_bart}: a bart reads a text at its last token, '[SEP]'; a text "
+                    f"of {which} holds it too, which must be taken out: 'good [SEP] plot'")
 
 
 @pytest.fixture(scope="session")
