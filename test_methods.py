@@ -4136,6 +4136,39 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
     assert kept.read_text() == before
 
 
+def test_the_readmes_pieces_of_code_run(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(HERE)
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    loop, of_tdt, of_trainer = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(loop.replace("sentence-transformers/all-MiniLM-L6-v2", tiny_folder), names)
+    assert "19 " in capsys.readouterr().out
+    saved = transformers.AutoModelForSequenceClassification.from_pretrained("my-model")
+    assert saved.classifier.weight.equal(names["model"].classifier.weight)
+
+    exec(of_tdt, names)
+    assert names["c"].shape[0] == 32 and (names["c"] < 1).all()
+
+    class Trainer:
+        def __init__(self, model, kind):
+            self.kind = kind
+
+        def compute_loss(self, model, inputs, return_outputs, num_items_in_batch=None):
+            return "plain"
+
+    names["Trainer"] = Trainer                         # the real one needs accelerate
+    exec(of_trainer.replace("from transformers import Trainer\n", ""), names)
+    model = names["model"].train()
+    labels, inputs = batch()
+    trainer = names["R3FTrainer"](model, kind=1)
+    torch.manual_seed(0)
+    loss = trainer.compute_loss(model, {"labels": labels % 2, **inputs}, num_items_in_batch=9)
+    torch.manual_seed(0)
+    assert loss == r3f.R3F(model)(labels % 2, **inputs)[0] and trainer.kind == 1
+    assert trainer.compute_loss(model.eval(), {"labels": labels, **inputs}) == "plain"
+
+
 # The README's tables of differences: {first cell: {row: its cells}}. A cell is what `cell` makes of
 # the kept lines, or None: of another kind, as what stands to the right of them. Rows that begin
 # with * are not looked at: they have the papers' gains.
