@@ -408,9 +408,11 @@ def check_flags(args):
         flag = "--grid" if args.grid else "--choosing"
         raise UserError(f"{flag}: needs --dev_samples, the training rows to choose by")
     for flag in ("name", "text_columns", "label_column", "target_column"):
-        if flag in args.by_hand and not (args.own_files or args.run):
-            raise UserError(f"--{flag} {shown(getattr(args, flag))}: is for your own files; "
-                            f"{args.task} has its own")
+        if flag in args.by_hand and not args.own_files:
+            why = f"is for your own files; {args.task} has its own"
+            if args.run:
+                why = "needs --validation_file or --test_file"
+            raise UserError(f"--{flag} {shown(getattr(args, flag))}: {why}")
     if args.train_samples and args.train_samples < (args.batch_size or 1):
         raise UserError(f"--train_samples {args.train_samples}: must be at least --batch_size, "
                         f"{args.batch_size}")

@@ -3661,6 +3661,7 @@ extra | extra: belongs to no flag; --help lists all
 --init_from= | --init_from: must not be empty
 --max_target_length 9 | --max_target_length 9: is for texts that are written; toy has labels
 --reduction sentence | --reduction sentence: is for labels by position; toy has one a row
+--run x --text_columns a | --text_columns a: needs --validation_file or --test_file
 --grid_seeds 2 | --grid_seeds: needs --grid
 --grid lr=1,2 --dev_samples 20 --grid_seeds 9 | --grid_seeds 9: must be at most the number
 --probe_recipe converged | --probe_recipe converged: needs --probe
@@ -4250,7 +4251,8 @@ README_TABLES = {
                   "1000-bf16 smart"],
         "FreeLB": ["1000-bf16 freelb", "mrpc-rivals freelb", "", ""],
         "TDT": ["1000 tdt", "mrpc tdt", "1000 tdt", ""],
-        "TDT, `--gamma 0`, the paper's grid": ["sst2-gamma0 tdt", "", "cola-gamma0 tdt", ""],
+        "TDT, `--gamma 0`, the paper's grid": [
+            "sst2-gamma0 tdt", "mrpc-gamma0 tdt", "cola-gamma0 tdt", ""],
         "TDT, released": ["sst2-released tdt", "mrpc-rivals tdt", "cola-released tdt", ""],
         "TDT, released, its script's weights": [
             "released-script tdt", "", "released-script tdt", ""],
