@@ -4245,7 +4245,7 @@ README_TABLES = {
         "`std`, its scores": ["1000-bf16 std", "mrpc std", "1000-fp32 std", "1000-fp32 std"],
         "R3F": ["1000 r3f", "mrpc r3f", "1000 r3f", ""],
         "R3F, eps 0.01": ["1000-bf16 r3f", "", "", ""],
-        "R4F": ["1000-fp32 r4f", "", "1000-fp32 r4f", "1000-fp32 r4f"],
+        "R4F": ["1000-fp32 r4f", "mrpc-rivals r4f", "1000-fp32 r4f", "1000-fp32 r4f"],
         "R-Drop": ["1000-fp32 rdrop", "", "1000-fp32 rdrop", "1000-fp32 rdrop"],
         "SMART": ["1000-bf16 smart", "mrpc-rivals smart", "1000-bf16 smart",
                   "1000-bf16 smart"],
