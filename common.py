@@ -224,7 +224,7 @@ def add_model_flags(g):
                    help="in the passes; weights are fp32; auto: bf16 where the machine has it")
     g.add_argument("--weight_noise", type=number(float, 0), default=0.0, metavar="L",
                    help="NoisyTune: before training W := W + U(-L/2, L/2) std(W); its paper: 0.15")
-    g.add_argument("--post_train", type=number(float, 0, above=True), metavar="E",
+    g.add_argument("--post_train", type=number(float, 0, 10**6, above=True), metavar="E",
                    help="first E epochs of masked language modelling on the rows that are trained "
                         "on, without their labels (none)")
     g.add_argument("--compile", action="store_true",
@@ -245,8 +245,8 @@ def add_training_flags(g, methods, default_methods):
     g.add_argument("--micro_batch_size", type=number(int, 1), metavar="N",
                    help="most rows of one process in one pass (all)")
     length = g.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive, default=3.0, metavar="N",
-                        help="passes over the rows")
+    length.add_argument("--epochs", type=number(float, 0, 10**6, above=True), default=3.0,
+                        metavar="N", help="passes over the rows")
     length.add_argument("--max_steps", type=number(int, 1), metavar="N",
                         help="instead of --epochs")
     g.add_argument("--lr", type=positive, default=1e-5,
@@ -281,7 +281,7 @@ def add_running_flags(g):
                    help="steps between checkpoints; 0: every five minutes")
     g.add_argument("--log_every", type=number(int, 1), default=20, metavar="N",
                    help="steps between lines of log.jsonl")
-    g.add_argument("--profile", type=number(int, 0), default=0, metavar="N",
+    g.add_argument("--profile", type=number(int, 0, 10**6), default=0, metavar="N",
                    help="time N steps of each --method, and stop")
     g.add_argument("--grid", nargs="*", default=[], metavar="FLAG=A,B",
                    help="try all combinations, choose by the held-out rows, then run all --seeds")

@@ -3622,7 +3622,10 @@ WRONG_FLAGS = """
 --batch_size 0 | --batch_size: must be a whole number from 1
 --batch_size 2.5 | --batch_size
 --seeds -1 | --seeds: must be
---epochs 0 | --epochs: must be a number above 0
+--epochs 0 | --epochs: must be a number above 0 to 1000000, got '0'
+--epochs 1e308 | --epochs: must be a number above 0 to 1000000, got '1e308'
+--post_train 1e308 | --post_train: must be a number above 0 to 1000000, got '1e308'
+--profile 1000000000000 | --profile: must be a whole number from 0 to 1000000
 --max_steps 0 | --max_steps: must be
 --epochs 1 --max_steps 3 | not allowed with
 --warmup -1 | --warmup: must be
@@ -8017,7 +8020,7 @@ def test_a_model_without_a_head_for_masked_words_gets_a_fresh_one_and_a_word(toy
 
 def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_folder):
     argv = [*flags_on(toy_folder), "--method", "std", "--post_train", "1"]
-    with pytest.raises(UserError, match="--post_train: must be a number above 0, got '0'"):
+    with pytest.raises(UserError, match="--post_train: must be a number above 0 to 1000000, got '0'"):
         tdt.main([*argv, "--post_train", "0"])
     save_toy_bert(toy_folder / "model", mask_token=None)
     with pytest.raises(UserError, match="model must have a mask token"):
