@@ -3327,8 +3327,9 @@ def summarise_differences(differences):
 
 # ------------------------------------------------------------  9  the report: reading finished runs
 
-# Flags that change neither what is trained nor which state of it is scored.
-NOT_COMPARED = {"task", "eval_tasks", "log_every", "test_file"}
+# Flags that change neither what is trained nor which state of it is scored. In parts a batch has
+# other dropout masks, and the same loss but for what a script's choices say.
+NOT_COMPARED = {"task", "eval_tasks", "log_every", "test_file", "micro_batch_size"}
 
 # Common flags that change the method itself: a run with one is a method of its own in the report.
 METHOD_FLAGS = ["weight_noise", "post_train"]

@@ -38,7 +38,7 @@ Choices, where the paper is silent or the authors' release does otherwise:
     mean. variant="released" is the authors' code: KL(b || a), averaged over batch and classes,
     0.5 on both negative terms, one hinge a batch, no gamma, padding counted in mu_0. So padding
     changes the loss, and a batch in parts (--micro_batch_size, processes) has another one than the
-    batch in one piece.
+    batch in one piece; RTE's recipe has parts of 32.
  5. mu_0 and ||C||_2 are over the real tokens of each sentence; gradients flow through mu_0.
     Special tokens learn a c_i too, as released; --keep_special leaves them as they are in e+, e-.
     A token that must stay counts in ||C||_2 with its c_i of 1.
@@ -1555,6 +1555,10 @@ def recipe(args):
     if args.task in table:
         batch_size, max_steps, warmup, lr = table[args.task]
         values.update(batch_size=batch_size, max_steps=max_steps, warmup=warmup, lr=lr)
+    if args.task == "rte":
+        # Its longest rows have 290 tokens, its mean row 70. In two parts, shorter rows and longer
+        # ones, 96 % of the computed tokens are real, in one 93 %.
+        values["micro_batch_size"] = 32
     if args.task == "stsb":
         values["main_metric"] = "spearman"             # Table 6; elsewhere it is Pearson
     return "tdt: Table 7", values

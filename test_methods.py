@@ -4559,6 +4559,7 @@ def test_unlike_flags_are_refused(tmp_path, capsys):
     fine = write_runs(tmp_path / "fine", 2, ["rte"])
     write_run(fine, results_of("mrpc", "std", 0, 60, lr=1e-5))
     write_run(fine, results_of("rte", "std", 2, 60, log_every=1, eval_tasks=["sick"]))
+    write_run(fine, results_of("rte", "most", 0, 60, micro_batch_size=16))
     common.main_report([str(fine)])
 
 
@@ -7135,6 +7136,8 @@ def test_recipes_are_those_of_table_7():
     assert length_of("--task", "mnli") == (128, 10000, 1000, 4e-5)
     assert length_of("--task", "cola") == (64, 2000, 200, 2e-5)
     assert length_of("--task", "ocnli") == (64, 3000, 300, 4e-5)
+    assert parse("tdt", "--task", "rte").micro_batch_size == 32
+    assert parse("tdt", "--task", "cola").micro_batch_size is None
     large = ["--model", "google-bert/bert-large-uncased"]
     assert length_of("--task", "cola", *large) == (32, 3000, 300, 2e-5)
     assert length_of("--task", "rte", *large) == (64, 2000, 100, 2e-5)
