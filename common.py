@@ -1,6 +1,6 @@
 """What the scripts share: flags, processes, models, evaluation, runs and their files. No method.
 
-    python common.py runs              the report: finished runs as one table, with its page
+    python common.py runs              the report: finished runs as a table, and as a web page
 
      1  flags                          parser, parse, number
      2  processes and signals          cli, World, processes, Progress
@@ -47,22 +47,22 @@ import numpy as np
 import data
 from data import UserError, first_line
 
-# The report, this file as a program, starts at once because it does not load torch.
+# Run as a program, this file is the report, which needs no torch and starts at once without it.
 if __name__ != "__main__":
     import torch
     from torch import distributed as dist
 
 
 class RunError(Exception):
-    """A run that cannot go on: its loss is not finite, its disk is full. One line, as UserError."""
+    """A run cannot go on, for example because its disk is full. The message is one line."""
 
 
 class NotFinite(RunError):
-    """The loss of a step is not finite, in all processes alike."""
+    """A loss or another logged term of a step is not finite. All processes raise it together."""
 
 
 class Stopped(SystemExit):
-    """A signal ends the run. code: 128 + its number. message: the line that says how to go on."""
+    """A signal ends the program. code: 128 + its number. message: a line for the user."""
 
     def __init__(self, number, message):
         super().__init__(128 + number)
@@ -72,12 +72,12 @@ class Stopped(SystemExit):
 # ----------------------------------------------------------------------------------------  1  flags
 
 def refuse(message):
-    """Replaces argparse's `error`: a bad flag looks like any other wrong input."""
+    """Replaces argparse's `error`: raises UserError, as for any other wrong input."""
     raise UserError(message.removeprefix("argument "))
 
 
 def shown(value):
-    """A flag's value in a message."""
+    """How a message shows a flag's value: a list as its words, None and "" as none."""
     if isinstance(value, list):
         value = " ".join(map(str, value))
     return "none" if value in (None, "") else value
@@ -88,7 +88,7 @@ def plural(number, word):
     return f"{number} {word}" + "s" * (number != 1)
 
 
-# What other scripts call these flags.
+# {a flag's name in other fine-tuning scripts: its name here}, to suggest the right one.
 NAMES_ELSEWHERE = {
     "learning_rate": "lr", "num_train_epochs": "epochs", "seed": "seeds", "task_name": "task",
     "model_name_or_path": "model", "per_device_train_batch_size": "batch_size",
@@ -97,7 +97,7 @@ NAMES_ELSEWHERE = {
 
 
 def refuse_unknown(word, p):
-    """UserError on a word of the command line that is no flag of the parser."""
+    """UserError for a word of the command line that is no flag of the parser. It suggests one."""
     name = word.partition("=")[0].removeprefix("--").replace("-", "_")
     known = [action.dest for action in p._actions]
     near = [NAMES_ELSEWHERE[name]] if name in NAMES_ELSEWHERE else []
@@ -135,7 +135,10 @@ def task_name(text):
 
 
 def own_name(text):
-    """The name of one's own task, which becomes a folder's name."""
+    """An argparse type: the name of the user's own task.
+
+    It becomes a folder in --output_dir, beside those of TASKS and `grid`, where searches lie.
+    """
     plain = all(letter.isalnum() or letter in "._-" for letter in text)
     if not plain or not text[:1].isalnum() or text in [*data.TASKS, "grid"]:
         raise argparse.ArgumentTypeError(
@@ -145,7 +148,11 @@ def own_name(text):
 
 
 class Help(argparse.HelpFormatter):
-    """Shows each flag's default, unless that is empty: then the help says what holds without."""
+    """Adds each flag's default to its help text.
+
+    A default that is None or empty is not shown: the text itself then says, mostly in parentheses,
+    what holds without the flag.
+    """
 
     def _get_help_string(self, action):
         default = action.default
@@ -156,7 +163,10 @@ class Help(argparse.HelpFormatter):
 
 
 def parser(doc, methods, default_methods):
-    """The flags that all scripts have. A script adds its own group."""
+    """An argparse parser with the flags that all scripts have; a script adds groups of its own.
+
+    doc: the script's docstring. methods: the choices of --method.
+    """
     p = argparse.ArgumentParser(
         description=doc.strip().split("\n")[0], allow_abbrev=False,
         epilog="A task's recipe from the paper overrides these defaults; a flag overrides both. "
@@ -174,46 +184,49 @@ def add_data_flags(g):
     g.add_argument("--task", type=task_name, default="toy", metavar="NAME",
                    help=f"one of {data.task_names()}")
     g.add_argument("--train_file", default="", metavar="FILE",
-                   help="your own rows: csv, tsv, json or jsonl, also .gz")
+                   help="your own rows to train on: csv, tsv, json or jsonl, also .gz")
     g.add_argument("--validation_file", default="", metavar="FILE", help="your own rows to score")
     g.add_argument("--test_file", default="", metavar="FILE",
                    help="your own rows to predict; labels may be missing")
     g.add_argument("--name", type=own_name, default="custom", metavar="NAME",
-                   help="what your own task is called in --output_dir")
+                   help="name of your own task, for its folder in --output_dir")
     g.add_argument("--text_columns", nargs="+", metavar="NAME",
-                   help="one or two columns of your files (found by name)")
+                   help="the one or two columns of texts in your files (found by their usual "
+                        "names)")
     g.add_argument("--label_column", default="label", metavar="NAME",
-                   help="column of labels in your files; numbers with a point: regression")
+                   help="column of labels in your files; numbers with a decimal point: regression")
     g.add_argument("--target_column", metavar="NAME",
-                   help="column of texts to write in your files (summaries), in place of labels")
+                   help="in place of labels: column of texts in your files that are to be written, "
+                        "such as summaries")
     g.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
-                   help="the file of a task, for all its splits, in place of the hub's")
+                   help="read all splits of a task from this file, not from the hub")
     g.add_argument("--train_samples", type=number(int, 1), metavar="N",
-                   help="train on N seeded rows, classes in proportion")
+                   help="train on N rows drawn by the seed, each class in its share (all)")
     g.add_argument("--dev_samples", type=number(int, 0), default=0, metavar="N",
-                   help="that many training rows are held out, to choose the best state by")
+                   help="hold out N training rows, and choose the best state by them")
     g.add_argument("--choosing", action="store_true",
-                   help=argparse.SUPPRESS)             # by --grid: score the held-out rows alone
+                   help=argparse.SUPPRESS)             # set by --grid: score only held-out rows
     g.add_argument("--searched", nargs="*", default=[],
-                   help=argparse.SUPPRESS)             # by --grid: what it tried for this run
+                   help=argparse.SUPPRESS)             # set by --grid: what it tried for this run
     g.add_argument("--eval_samples", type=number(int, 1), metavar="N",
-                   help="during training score N seeded rows of a set (all); at the end all")
+                   help="during training score only N rows of a set (all); at the end all")
     g.add_argument("--eval_tasks", nargs="+", metavar="NAME",
-                   help="also test on these tasks (NAME or NAME:SPLIT); a group, such as xnli, is "
-                        "all its languages")
+                   help="also score these tasks, NAME or NAME:SPLIT; a group, such as xnli, stands "
+                        "for all its languages")
     g.add_argument("--predict", nargs="+", default=[], metavar="SPLIT",
-                   help="write predictions-SPLIT.tsv, as GLUE wants it; tags and texts: .jsonl, "
-                        "answers: .json")
+                   help="write predictions-SPLIT.tsv, for GLUE in the leaderboard's form; of tags "
+                        "and texts a .jsonl, of answers a .json")
     g.add_argument("--main_metric", metavar="NAME",
-                   help="the task's metric that comes first and is chosen by (the task's first)")
+                   help="the task's metric that comes first, and by which the best state is chosen "
+                        "(the task's first)")
     g.add_argument("--max_length", type=number(int, 4), metavar="N",
-                   help="tokens a row (512, or the model's limit)")
+                   help="longest row, in tokens (512, or the model's limit if less)")
     g.add_argument("--max_target_length", type=number(int, 4), metavar="N",
-                   help="tokens of a text to write, in training (the task's)")
+                   help="longest text to write, in tokens, in training (the task's)")
     g.add_argument("--batching", nargs="+", default=["length"], metavar="ORDER",
                    choices=["length", "random", "padded"],
-                   help="rows of like length, random ones, or padded to --max_length; several: "
-                        "--profile compares")
+                   help="a batch has rows of similar length, or random ones, or random ones padded "
+                        "to --max_length; several: for --profile to compare")
 
 
 def add_model_flags(g):
@@ -221,12 +234,13 @@ def add_model_flags(g):
     g.add_argument("--init_from", default="", metavar="RUN",
                    help="start from a finished run's encoder, with a fresh head")
     g.add_argument("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"],
-                   help="in the passes; weights are fp32; auto: bf16 where the machine has it")
+                   help="of forward and backward passes; weights are fp32; auto: bf16 where the "
+                        "machine has it, else fp32")
     g.add_argument("--weight_noise", type=number(float, 0), default=0.0, metavar="L",
                    help="NoisyTune: before training W := W + U(-L/2, L/2) std(W); its paper: 0.15")
     g.add_argument("--post_train", type=number(float, 0, 10**6, above=True), metavar="E",
-                   help="first E epochs of masked language modelling on the rows that are trained "
-                        "on, without their labels (none)")
+                   help="before fine-tuning, E epochs of masked language modelling on the texts of "
+                        "the training rows (none)")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile of the model's layers; slower on CPUs")
 
@@ -234,75 +248,77 @@ def add_model_flags(g):
 def add_training_flags(g, methods, default_methods):
     positive = number(float, 0, above=True)
     g.add_argument("--method", nargs="+", default=default_methods, choices=methods,
-                   help="several: all run, one table")
+                   help="several run one after the other, and share one table")
     g.add_argument("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], metavar="N",
-                   help="a run for each")
+                   help="one run for each seed")
     size = g.add_mutually_exclusive_group()
     size.add_argument("--batch_size", type=number(int, 1), default=32, metavar="N",
-                      help="rows a step, over all processes")
+                      help="rows per step, of all processes together")
     size.add_argument("--batch_tokens", type=number(int, 1), metavar="N",
-                      help="instead: real tokens a step, also of texts to write, to within a row")
+                      help="instead of --batch_size: about N real tokens per step, with those of "
+                           "texts to write")
     g.add_argument("--micro_batch_size", type=number(int, 1), metavar="N",
-                   help="most rows of one process in one pass (all)")
+                   help="most rows that a process puts into one pass (all)")
     length = g.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=number(float, 0, 10**6, above=True), default=3.0,
-                        metavar="N", help="passes over the rows")
+                        metavar="N", help="passes over the training rows")
     length.add_argument("--max_steps", type=number(int, 1), metavar="N",
                         help="instead of --epochs")
     g.add_argument("--lr", type=positive, default=1e-5,
                    help="peak learning rate; it decays linearly to 0")
     g.add_argument("--warmup", type=number(float, 0), default=0.06,
-                   help="steps if 1 or more, else a share of all steps")
+                   help="steps of warm-up if 1 or more, else their share of all steps")
     g.add_argument("--weight_decay", type=number(float, 0), default=0.01,
-                   help="AdamW's, on matrices only")
+                   help="AdamW's weight decay, on matrices only")
     g.add_argument("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.9, 0.999],
-                   help="Adam's")
-    g.add_argument("--adam_eps", type=positive, default=1e-8, help="Adam's")
+                   help="AdamW's betas")
+    g.add_argument("--adam_eps", type=positive, default=1e-8, help="AdamW's epsilon")
     g.add_argument("--grad_clip", type=number(float, 0), default=0.0,
                    help="largest gradient norm; 0: no clipping")
 
 
 def add_running_flags(g):
     g.add_argument("--run", nargs="+", default=[], metavar="FOLDER",
-                   help="finished runs of one task: score them on --eval_tasks, predict "
-                        "--test_file or --predict; nothing is trained (torchrun needs -- before "
-                        "the script then)")
+                   help="use finished runs of one task: score them on --eval_tasks, predict "
+                        "--test_file or --predict; nothing is trained (with torchrun, put -- "
+                        "before the script)")
     g.add_argument("--output_dir", default="runs", metavar="DIR",
                    help="a run's folder is DIR/TASK/METHOD-SEED")
     again = g.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true",
                        help="go on where an unfinished run stopped")
     again.add_argument("--overwrite", action="store_true",
-                       help="start afresh where a run is already")
+                       help="start afresh, and empty the folders of earlier runs")
     g.add_argument("--eval_every", type=number(int, 0), default=0, metavar="N",
-                   help="steps between looks at the validation set, of which the best state is "
-                        "kept; 0: one look at the end")
+                   help="steps between evaluations on the validation set, by which the best state "
+                        "is kept; 0: evaluate only at the end")
     g.add_argument("--save_every", type=number(int, 0), default=0, metavar="N",
                    help="steps between checkpoints; 0: every five minutes")
     g.add_argument("--log_every", type=number(int, 1), default=20, metavar="N",
                    help="steps between lines of log.jsonl")
     g.add_argument("--profile", type=number(int, 0, 10**6), default=0, metavar="N",
-                   help="time N steps of each --method, and stop")
+                   help="only time N steps of each --method")
     g.add_argument("--grid", nargs="*", default=[], metavar="FLAG=A,B",
-                   help="try all combinations, choose by the held-out rows, then run all --seeds")
+                   help="try all combinations of these values, choose by the held-out rows, then "
+                        "run all --seeds")
     g.add_argument("--grid_seeds", type=number(int, 1), default=1, metavar="N",
                    help="how many of the --seeds try each combination; their mean decides")
     g.add_argument("--threads", type=number(int, 0, 4096), default=0, metavar="N",
                    help="CPU threads; 0: as many as torch takes")
     g.add_argument("--detect_anomaly", action="store_true",
-                   help="torch's search for the first nan; slow")
+                   help="let torch search for the first nan; slow")
 
 
 def parse(p, argv, recipe):
     """The flags of a run: the defaults, over them the task's recipe, over both what is set by hand.
 
-    recipe(args) -> (its name, {flag: value}). The result has some attributes besides the flags:
+    recipe(args) -> (its name, {flag: value}). Besides the flags the result has these attributes:
     by_hand, the names of the flags that were set; recipe_name and recipe, what `recipe` returned;
     own_files, the first of the user's own files, or ""; of_methods and no_effect, see
     check_methods. load_tokenizer adds path, where the model lies.
     """
     by_hand = flags_by_hand(p, argv)
-    args = read_flags(p, argv, by_hand)                # the recipe looks at the task and the model
+    args = read_flags(p, argv, by_hand)                # the recipe depends on the task and model
     recipe_name, values = recipe(args)
 
     p.set_defaults(**values)
@@ -323,14 +339,15 @@ def parse(p, argv, recipe):
 
 
 def flags_by_hand(p, argv):
-    """The names of the flags that stand in argv, or in the command line if it is None."""
+    """The names of the flags that are set in argv; None: in this process's command line."""
     words = sys.argv[1:] if argv is None else argv
     given = {word.split("=")[0] for word in words}
     return sorted(action.dest for action in p._actions if given & set(action.option_strings))
 
 
 def read_flags(p, argv, by_hand):
-    """argparse's flags, with own_files, the name of the user's own task and --init_from's model."""
+    """The parsed flags, with own_files, the name of the user's own task, and --init_from's
+    model."""
     args, unknown = p.parse_known_args(argv)
     if unknown:
         refuse_unknown(unknown[0], p)
@@ -346,7 +363,7 @@ def read_flags(p, argv, by_hand):
 
 
 def run_model(folder):
-    """The model's folder of a finished run."""
+    """The folder of a finished run's model, for --init_from. UserError if there is none."""
     path = os.path.join(folder, "model")
     if not holds_model(path):
         raise UserError(f"--init_from {folder}: must be the folder of a finished run, with "
@@ -366,7 +383,11 @@ def model_flag(args):
 
 
 def settle_length(args):
-    """Of --epochs and --max_steps the one that holds; a recipe's warm-up keeps its share of it."""
+    """Sets --epochs or --max_steps to None, so that one holds: the one set by hand, if any.
+
+    If the length is set by hand but the warm-up is not, the recipe's warm-up steps become the same
+    share of the new length.
+    """
     chosen = {"epochs", "max_steps"} & set(args.by_hand)
     recipe_steps = args.recipe.get("max_steps")
     if chosen and recipe_steps and args.warmup >= 1 and "warmup" not in args.by_hand:
@@ -378,7 +399,7 @@ def settle_length(args):
 
 
 def settle_batch(args):
-    """Of --batch_size and --batch_tokens the one that holds."""
+    """Sets --batch_size or --batch_tokens to None, so that one holds."""
     if "batch_size" in args.by_hand:
         args.batch_tokens = None
     if args.batch_tokens:
@@ -386,7 +407,7 @@ def settle_batch(args):
 
 
 def check_flags(args):
-    for flag in args.by_hand:                          # as of a shell's variable that is not set
+    for flag in args.by_hand:                          # such as a shell's variable that is not set
         if getattr(args, flag) == "":
             raise UserError(f"--{flag}: must not be empty")
     if len(args.batching) > 1 and not args.profile:
@@ -421,9 +442,9 @@ def check_flags(args):
 def check_methods(args, task, methods, why=""):
     """UserError if a --method cannot train this kind of task. why: the reason, for the message.
 
-    methods {name: {"kinds": the kinds of task that it can train, "flags": those of its own}}. Sets
-    args.of_methods: the flags of these methods' own; and args.no_effect: those set by hand that
-    belong to other methods alone.
+    methods: the script's METHODS, {name: {"kinds": kinds of task that it can train, "flags": flags
+    of its own}}, each a string of words. Sets args.of_methods, the own flags of the chosen methods,
+    and args.no_effect, the flags set by hand that only other methods have.
     """
     able = [name for name in methods if task.kind in methods[name]["kinds"].split()]
     for method in args.method:
@@ -444,11 +465,11 @@ def check_methods(args, task, methods, why=""):
 # ------------------------------------------------------------------------  2  processes and signals
 
 def cli(main):
-    """Runs `main`; returns the exit status: 0, 2 for wrong input, 1 for a run that failed, 128 and
-    its number for a signal.
+    """Runs `main`, and returns the exit status.
 
-    An error usually reaches all processes, directly or because rank 0 has gone. So rank 0 prints it
-    at once and the others wait ten seconds: if nobody has ended them by then, the error is theirs
+    It is 0; 2 for wrong input; 1 for a failed run; for a signal 128 plus its number. An error
+    usually reaches all processes, directly or because rank 0 has gone. So rank 0 prints it at once,
+    and the others wait ten seconds. If torchrun has not ended them by then, the error is theirs
     alone, and they print it.
     """
     rank = process_rank()
@@ -479,12 +500,12 @@ def cli(main):
             tell_error(f"{wanted}. A pass in training needs less with a smaller "
                        "--micro_batch_size (and --overwrite)")
             return 1
-        time.sleep(10 if rank else 0)                  # a process that waited for one that failed
+        time.sleep(10 if rank else 0)                  # perhaps only because another has failed
         raise
 
 
 def silence_output():
-    """What is still to be written to stdout goes nowhere: the end of Python then says nothing."""
+    """Discards what is still to be written to stdout: Python would complain of it at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
 
@@ -549,13 +570,14 @@ class World:
         return tensor.numpy()
 
     def add_up(self, tensor):
-        """A tensor's sum over the processes, in its place; a GPU's never leaves the GPUs."""
+        """Sums a tensor over the processes, in place and without leaving the GPUs. Returns it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, found):
-        """[value] in the order of the rows, on all processes, each of which found {row: value}."""
+        """[value] in the order of the rows, on all processes. found {row: value}: of this
+        process."""
         parts = [found]
         if self.size > 1:
             parts = [None] * self.size
@@ -571,11 +593,11 @@ class World:
 
     @contextlib.contextmanager
     def in_turns(self):
-        """The processes run the block in three turns, so that the others find what the first ones
-        write: rank 0; the first process of each other machine, which may have folders of its own;
-        all others.
+        """Lets the processes run the block in three turns, so that later ones find earlier files.
 
-        Each process passes two barriers, those before its turn and those after it.
+        First rank 0; then the first process of each other machine, which may have folders of its
+        own; then all others. Each process passes two barriers, those before its turn and those
+        after it.
         """
         turn = 2
         if self.local_rank == 0:
@@ -590,7 +612,7 @@ class World:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def put(self, inputs):
-        """The inputs {name: tensor, or a dict of further inputs} on the device.
+        """Moves inputs {name: tensor, or a dict of further inputs} to the device, and returns them.
 
         A copy to the GPU runs in the background.
         """
@@ -605,9 +627,10 @@ class World:
         return moved
 
     def ddp(self, module, unused=True):
-        """The module with its gradients averaged over the processes.
+        """Wraps the module so that its gradients are averaged over the processes.
 
-        unused: whether some weights may get no gradient. With --compile its layers are compiled.
+        unused: whether some weights may get no gradient. With --compile the module's layers are
+        compiled first.
         """
         if self.compile:
             compile_layers(module)
@@ -626,7 +649,7 @@ class World:
             torch.cuda.synchronize()
 
     def reset_peak_memory(self):
-        """Of a GPU; a CPU's process cannot forget its peak."""
+        """Starts the measurement of a GPU's peak anew; a CPU's process cannot forget its peak."""
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
 
@@ -635,7 +658,7 @@ class World:
         return torch.cuda.memory_allocated() / 2**20 if self.gpu else 0.0
 
     def peak_memory(self):
-        """MB, of this process since its start (of a GPU: since the last reset)."""
+        """Peak memory in MB: a GPU's since the last reset, else this process's since its start."""
         if self.gpu:
             return torch.cuda.max_memory_allocated() / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -647,8 +670,8 @@ class World:
 
 
 def compile_layers(module):
-    """Compiles each layer of a ModuleList by itself: they share their code, so once for all."""
-    # On a GPU it would recommend, on each rank, what --precision has decided on.
+    """Compiles each layer of a ModuleList by itself. They share their code: it is compiled once."""
+    # torch would advise each rank on a GPU to use TF32, which --precision has decided on.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     for part in module.modules():
         if type(part) is torch.nn.ModuleList:
@@ -657,7 +680,7 @@ def compile_layers(module):
 
 
 class Progress:
-    """How far something is: a bar on a terminal, elsewhere a line every 20 seconds. Rank 0 alone.
+    """Shows progress, on rank 0: as a bar on a terminal, elsewhere as a line every 20 seconds.
 
     As a context manager it closes the bar.
     """
@@ -700,13 +723,15 @@ class Progress:
             self.bar.close()
 
 
-# A signal during a step lets the step end, saves, and stops. One outside a step, or a second one,
-# ends the run at once. at: when it came. way_on: how a stopped run goes on, in words.
+# A signal during a step stops the run after this step and saves it. One outside a step, or a second
+# one, ends the run at once. caught: its number, or 0. at: when the first one came. way_on: how a
+# stopped run goes on, in words.
 signals = {"caught": 0, "at": 0.0, "in_step": False, "way_on": ""}
 
 
 def on_signal(number, frame):
-    # Slurm signals a process and its torchrun, which hands it on at once: that is one signal.
+    # Slurm signals both this process and torchrun, which passes its signal on: two signals within
+    # two seconds are one.
     now = time.monotonic()
     is_first = not signals["caught"]
     if is_first:
@@ -720,7 +745,7 @@ def on_signal(number, frame):
 
 @contextlib.contextmanager
 def handled_signals(args):
-    """SIGTERM and SIGINT save and stop the run; afterwards they do what they did before."""
+    """In the block, SIGTERM and SIGINT save and stop the run. Restores the old handlers."""
     signals["way_on"] = "; the same command with --resume goes on"
     if args.overwrite:
         signals["way_on"] = "; the same command with --resume in place of --overwrite goes on"
@@ -738,13 +763,13 @@ def handled_signals(args):
 
 
 def quiet_libraries():
-    """Only their errors are shown, and bars of `datasets` by rank 0 on a terminal."""
+    """Silences the libraries but for errors, and for bars of `datasets` on rank 0's terminal."""
     import datasets
     import huggingface_hub
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()      # of retries, before the one that counts
+    huggingface_hub.logging.set_verbosity_error()      # else it warns of every retry
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if process_rank() > 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -765,7 +790,7 @@ def join_processes(world):
 
 @contextlib.contextmanager
 def processes(args):
-    """Yields the World, with torchrun's processes joined; `leave` at the program's end."""
+    """Yields the World, with torchrun's processes joined. Call `leave` at the program's end."""
     quiet_libraries()
     with handled_signals(args):
         world = World(args)
@@ -785,8 +810,8 @@ def processes(args):
 def leave():
     """Ends the processes' group, in all of them at the same time.
 
-    Only once no DDP module is left: one that outlives its group may hang when it is deleted. The
-    report, this file as a program, has no group, and no torch.
+    Call it only once no DDP module is left: one that outlives its group may hang when it is
+    deleted. The report, which is this file as a program, has neither a group nor torch.
     """
     if __name__ != "__main__" and dist.is_initialized():
         dist.barrier()
@@ -800,12 +825,12 @@ class Setup:
     """A run's task, tokenizer and encoded rows."""
     task: data.Task
     tokenizer: object
-    train: data.Split | None       # None: finished runs are used, --run
+    train: data.Split | None       # None with --run, which trains nothing
     validation: dict               # {split: (task, Split)}
     further: dict                  # {name: (task, Split)}, of --eval_tasks
     unscored: dict                 # {split: Split}, to predict
     held_out: dict                 # {"held-out": (task, Split)}, of --dev_samples
-    sample: int | None = None      # --eval_samples: so many rows of a set are scored in training
+    sample: int | None = None      # --eval_samples: rows of a set that are scored in training
 
     @property
     def kind(self):
@@ -813,8 +838,10 @@ class Setup:
 
     @functools.cached_property
     def choose_by(self):
-        """{split: (task, Split)}: the one set by which the best state is chosen, the first, or
-        --eval_samples of it."""
+        """{name: (task, Split)} of the one set by which the best state is chosen.
+
+        It is the held-out rows, else the first validation set, or --eval_samples of it.
+        """
         sets = self.held_out or self.validation
         name, (task, split) = next(iter(sets.items()))
         if self.sample and self.sample < len(split):
@@ -828,7 +855,7 @@ class Setup:
 
     @property
     def sets(self):
-        """All rows there are, by the names that messages have for them: {name: (task, Split)}."""
+        """All sets of rows {name: (task, Split)}, by the names that messages have for them."""
         found = {}
         if self.train is not None:
             found["train"] = self.task, self.train
@@ -839,16 +866,17 @@ class Setup:
 
 
 def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
-    """Reads, checks (also by check(task)) and encodes all rows, before a model is loaded: a Setup.
+    """Reads, checks and encodes all rows, before a model is loaded. Returns a Setup.
 
-    also_scores: see data.load. options: of the kind's `tokenise` in data.py. perturb: one more of
-    them, for the training rows alone.
+    check(task): raises UserError if the script cannot train the task. also_scores: see data.load.
+    options: for the kind's `tokenise` in data.py. perturb: one more of them, for the training rows
+    alone.
     """
     if check and not args.own_files:                   # before anything is downloaded
         check(data.TASKS[args.task])
     with world.in_turns():
         rows = data.load(args, also_scores)
-    if args.choosing:                                  # by the held-out rows alone
+    if args.choosing:                                  # only held-out rows are scored
         rows = rows._replace(validation={}, further={}, unscored={})
     for line in rows.warnings:
         world.say(f"warning: {line}")
@@ -871,7 +899,7 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
     if setup.train is not None:
         hold_out(args, setup)
         per_epoch = build_batches(setup, args, args.seeds[0], world).per_epoch
-        warmup_steps(args, count_steps(args, per_epoch))                 # refused before any run
+        warmup_steps(args, count_steps(args, per_epoch))                 # UserError before any run
     tell_settings(args, setup, world, per_epoch)
     return setup
 
@@ -883,7 +911,7 @@ def encode_rows(args, rows, tokenizer, perturb, options):
     def encode(part, its_task, **more):
         return data.encode(part, its_task, tokenizer, args.max_length, **options, **more)
 
-    train = None                                       # of --run
+    train = None                                       # with --run
     if rows.train is not None:
         of_training = {} if perturb is None else {"perturb": perturb}
         train = encode(rows.train, task, **of_training)
@@ -895,7 +923,7 @@ def encode_rows(args, rows, tokenizer, perturb, options):
 
 
 def warn_of_texts(args, setup, world):
-    """A line for each set with empty texts, and with texts to write that have no word for ROUGE."""
+    """Warns of sets with empty texts, and of texts to write that hold no word for ROUGE."""
     if args.choosing or world.rank > 0:
         return
     for name, (task, split) in setup.sets.items():
@@ -911,7 +939,7 @@ def warn_of_texts(args, setup, world):
 
 
 def with_main_metric(task, name):
-    """The task with this of its metrics as the first; None: as it is."""
+    """The task with the metric `name` as its first; None: as it is. UserError if it lacks it."""
     names = task.metric_names
     if name is None:
         return task
@@ -922,7 +950,7 @@ def with_main_metric(task, name):
 
 
 def hold_out(args, setup):
-    """--dev_samples: takes these out of the training rows, the same ones whatever the seed."""
+    """Moves --dev_samples of the training rows to setup.held_out, the same ones for every seed."""
     n = args.dev_samples
     if not n:
         return
@@ -941,11 +969,11 @@ def hold_out(args, setup):
 
 
 def tell_settings(args, setup, world, per_epoch):
-    """What a run is, in a few lines. All flags stand in results.json.
+    """Prints what a run is, in a few lines. results.json has all flags.
 
     per_epoch: how many steps an epoch has; None where nothing is trained.
     """
-    if args.choosing:                                  # the run that is chosen tells all
+    if args.choosing:                                  # the final runs tell the rest
         world.say(f"{args.task}, {args.method[0]}: trying {os.path.basename(args.output_dir)}")
         return
     world.say(f"{args.task}, {args.model}")
@@ -955,7 +983,7 @@ def tell_settings(args, setup, world, per_epoch):
 
 
 def tell_flags(args, world):
-    """The flags by where their values come from: the recipe, the command line, the defaults."""
+    """Prints the flags by where their values come from: recipe, command line, search, defaults."""
     def listed(names):
         words = []
         for name in names:
@@ -988,7 +1016,7 @@ def tell_flags(args, world):
 
 
 def tell_rows(args, setup, world, per_epoch):
-    """The labels, how many rows each set has, the steps, and how many rows are too long."""
+    """Prints the labels, the size of each set, the number of steps, and how many rows are cut."""
     sizes = {name: str(len(split.whole_rows)) for name, (_, split) in setup.sets.items()}
     if args.train_samples and setup.train is not None:
         sizes["train"] = f"{args.train_samples} of {len(setup.train.whole_rows)}"
@@ -1012,7 +1040,7 @@ def tell_rows(args, setup, world, per_epoch):
 
 
 def find_model(name, world):
-    """Where the model of --model lies: a hub id or a folder; the toy models are made first."""
+    """The hub id or folder of the model called `name`. A toy model is made first if need be."""
     toys = {"toy": toy_model, "toy-sum": toy_writer}
     if name not in toys:
         return name
@@ -1023,7 +1051,8 @@ def find_model(name, world):
 def load_tokenizer(args, world, task=None):
     """The tokenizer of --model, checked before any weights are read. Sets args.path, max_length.
 
-    task: what the model is for, if it matters; then also max_target_length.
+    task: what the model is for, or None; for a task of texts to write, max_target_length is set
+    too. UserError if the model or its tokenizer does not fit.
     """
     from transformers import AutoConfig, AutoTokenizer
     args.path = find_model(args.model, world)
@@ -1066,7 +1095,10 @@ def load_tokenizer(args, world, task=None):
 
 
 def settle_limit(args, flag, usual, limit):
-    """A length: that of the flag, or of the recipe or the usual one as far as the model can."""
+    """The length for a flag: its value, or else the usual one, at most the model's limit.
+
+    UserError if the value is above the limit, unless it is the recipe's.
+    """
     given = getattr(args, flag)
     by_recipe = flag in args.recipe and flag not in args.by_hand
     if given and given > limit and not by_recipe:
@@ -1075,9 +1107,10 @@ def settle_limit(args, flag, usual, limit):
 
 
 def load_model(args, setup, seed, world, path=None):
-    """--model, or a finished run's at `path`, in fp32, for the task, in train mode.
+    """The model for the task, in fp32 and train mode: --model, or a finished run's at `path`.
 
-    A fresh head is drawn by the seed.
+    A head for the task's labels is kept, except --init_from's; otherwise a fresh one is drawn by
+    the seed.
     """
     import transformers
     loader = getattr(transformers, setup.kind.auto_class)
@@ -1113,17 +1146,16 @@ def load_model(args, setup, seed, world, path=None):
 
 
 def has_another_head(model, start, info, task):
-    """Whether the checkpoint `start` has a head for other labels than the task's, or for these in
-    another order. info: what from_pretrained says of the keys.
+    """Whether the checkpoint `start` has a whole head, but for other labels or in another order.
 
-    A head that is not all there is none: the layer before the classes that ModernBERT was
-    pre-trained with stays.
+    info: from_pretrained's loading info. A head that lacks weights counts as none: the one layer of
+    it with which ModernBERT was pre-trained is kept.
     """
     from transformers import AutoConfig
     body = model.base_model_prefix + "."
     head = {name for name, _ in model.named_parameters() if not name.startswith(body)}
     has_head = not head & set(info["missing_keys"])
-    if not has_head or not task.label_names:           # numbers are numbers in every head
+    if not has_head or not task.label_names:           # regression has no names to compare
         return False
     names = AutoConfig.from_pretrained(start, trust_remote_code=False).id2label
     names = [str(names[number]).lower() for number in sorted(names)]
@@ -1136,12 +1168,12 @@ def draw_head(model):
     for name, module in model.named_modules():
         if name and not f"{name}.".startswith(body):
             for weight in module.parameters(recurse=False):
-                weight._is_hf_initialized = False      # transformers skips what has this mark
+                weight._is_hf_initialized = False      # transformers skips weights so marked
             model._init_weights(module)
 
 
 def warn_of_lost_weights(args, model, missing, world):
-    """A line if weights of the encoder were not in the checkpoint. missing: names of weights."""
+    """Warns if the checkpoint lacks weights of the encoder. missing: the names of all it lacks."""
     body = model.base_model_prefix + "."
     lost = [key for key in missing if key.startswith(body) and "pooler" not in key]
     if lost:
@@ -1159,8 +1191,11 @@ def check_vocabulary(args, model, tokenizer):
 
 
 def check_ends(args, model, setup):
-    """UserError if a text holds the token that ends it, where the model reads each text at that
-    token: an encoder-decoder that does not write, such as BART with classes."""
+    """UserError if a text itself holds the end token of an encoder-decoder that does not write.
+
+    Such a model, as BART with classes, reads each text at its end token: all rows must have equally
+    many.
+    """
     if not model.config.is_encoder_decoder or setup.kind.decodes:
         return
     end = setup.tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
@@ -1208,7 +1243,7 @@ def count_steps(args, per_epoch):
 
 
 def warmup_steps(args, steps):
-    """--warmup, a number of steps or a share of all `steps`, as a number of steps."""
+    """How many steps warm up: --warmup, or that share of all `steps`. UserError unless fewer."""
     warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
     if warmup and warmup >= steps:
         raise UserError(f"--warmup {args.warmup:g}: must be less than the {steps} steps")
@@ -1216,10 +1251,10 @@ def warmup_steps(args, steps):
 
 
 def build_optimizer(module, args, steps, part=None, part_lr=0.0, schedule="linear"):
-    """AdamW and its schedule: "linear", warm-up and decay to 0, or "constant_with_warmup".
+    """(AdamW, its schedule): "linear", warm-up and decay to 0, or "constant_with_warmup".
 
     Weight decay is on matrices only. part: a part of the module that learns at a rate of its own,
-    part_lr, by the same schedule; without it, or at a rate of 0, all learns at --lr.
+    part_lr, by the same schedule. Without it, or if part_lr is 0, all weights learn at --lr.
     """
     from transformers import get_scheduler
     ids = set()
@@ -1262,12 +1297,12 @@ def per_process(counts, world):
 
 
 def weights_of_means(labels, others, world):
-    """Factors for a term of the loss that is a mean over something other than the labels.
+    """Factors for a term of the loss that is a mean over rows or sentences, not over labels.
 
-    Such a term, over rows or over sentences, is wrong in micro-batches of unequal size: `backward`
-    weights the loss of a micro-batch by its share of all labels. Times its factor the term is
-    weighted by its share of all rows, or sentences, instead. labels, others: how many of either
-    each micro-batch of this process has. Returns a scalar tensor for each.
+    `backward` weights a micro-batch's loss by its share of all labels, which is wrong for such a
+    term if micro-batches are unequal. Multiplied by its factor, the term is weighted by the share
+    of all rows, or sentences, instead. labels, others: how many labels, and how many rows or
+    sentences, each micro-batch of this process has. Returns a scalar tensor for each.
     """
     labels_here = per_process(labels, world)
     others_here = per_process(others, world)
@@ -1306,7 +1341,7 @@ def backward(module, batch, world, **more):
 # -----------------------------------------------------------------------  4  predictions and scores
 
 def eval_inputs(split, world, name, **size):
-    """Yields (rows, labels, inputs on the device) over every row of this process exactly once.
+    """Yields (rows, labels, inputs on the device) until each row of this process has come once.
 
     name: of the progress bar. size: see data.slices.
     """
@@ -1321,10 +1356,10 @@ def eval_inputs(split, world, name, **size):
 
 
 def predict(forward, module, split, setup, world, name):
-    """What the task's kind keeps of the outputs, [one a row of the split], on every process.
+    """The outputs for all rows of a split, as the task's kind keeps them: [one a row].
 
-    forward(**inputs) -> the outputs of a batch. module: what is set to eval mode meanwhile. name:
-    of the progress bar. Each row goes through one process.
+    forward(**inputs) -> the outputs of a batch. module: the model, in eval mode meanwhile. name: of
+    the progress bar. Each row goes through one process; every process gets all outputs.
     """
     module.eval()
     kept = {}
@@ -1339,7 +1374,7 @@ def predict(forward, module, split, setup, world, name):
 
 
 def write_predictions(folder, name, kept, split, setup, world):
-    """predictions-NAME of a split, a file."""
+    """Writes a split's predictions to the file predictions-NAME. kept: see `predict`."""
     ending, text = setup.kind.file(name, setup.task, kept, split)
     write_file(os.path.join(folder, f"predictions-{name}.{ending}"), text, world)
 
@@ -1361,10 +1396,10 @@ def predict_unscored(args, run, setup, world):
 def evaluate(forward, module, sets, setup, world, folder=None):
     """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
 
-    The first metric of the first set is the main one. folder: of the run whose final state this is;
-    what it predicts is kept there, see `keep_predicted` and `write_scored`.
+    The first metric of the first set is the main one. folder: of the run, if this is its final
+    state; predictions are then kept there, see `keep_predicted` and `write_scored`.
     """
-    world.synchronize()                                # what is left of training is not evaluation
+    world.synchronize()                                # unfinished training must not count here
     started = time.monotonic()
     scores = {}
     scored = {}
@@ -1381,9 +1416,9 @@ def evaluate(forward, module, sets, setup, world, folder=None):
 
 
 def keep_predicted(folder, name, task, kept, split, setup, world):
-    """Writes the texts that a decoder wrote for a set; returns what of it belongs in scored.npz.
+    """Writes the texts that a decoder wrote for a set. Returns the set's part of scored.npz.
 
-    A model that predicts the same for every row is warned of.
+    Warns of a model that predicts the same for every row.
     """
     if setup.kind.decodes:
         write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
@@ -1402,9 +1437,9 @@ def keep_predicted(folder, name, task, kept, split, setup, world):
 
 
 def write_scored(folder, scored, world):
-    """scored.npz: of each set SET:predictions and SET:labels, (n,) both, for the report's --rows.
+    """Writes scored.npz for the report's --rows: SET:predictions and SET:labels, (n,), of each set.
 
-    Sets that stood in it stay, as they do in results.json.
+    Sets that the file already has are kept, as results.json keeps their scores.
     """
     if world.rank > 0:
         return
@@ -1415,7 +1450,7 @@ def write_scored(folder, scored, world):
 
 
 def read_scored(path):
-    """What write_scored wrote; nothing if the file is not there. UserError if it is damaged."""
+    """{key: array} as written by write_scored; {} without the file. UserError if it is damaged."""
     if not os.path.exists(path):
         return {}
     try:
@@ -1427,7 +1462,7 @@ def read_scored(path):
 
 
 def predicted_alike(folder):
-    """Which sets of a run's scored.npz have one prediction for all rows, though not one label."""
+    """The sets of a run's scored.npz with one prediction for all rows, though labels differ."""
     scored = read_scored(os.path.join(folder, "scored.npz"))
     found = []
     for key, predictions in scored.items():
@@ -1440,10 +1475,10 @@ def predicted_alike(folder):
 
 
 def averages(scores):
-    """The means over each group of tasks, such as the languages of xnli, with two or more scores.
+    """{GROUP-average: means} of each group, such as xnli's languages, with two or more scores.
 
-    scores {set: {metric: value}}. A set is TASK, or another split of it, TASK/SPLIT: then the mean
-    is over sets of the same split.
+    scores {set: {metric: value}}. A set is called TASK, or TASK/SPLIT: sets of the same split are
+    averaged, as GROUP-average/SPLIT.
     """
     endings = []                                       # "" and "/SPLIT"
     for name in scores:
