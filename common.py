@@ -1500,7 +1500,7 @@ def averages(scores):
 
 # -----------------------------------------------------------  5  a run: its folder, steps and files
 
-# Flags that may differ between two halves of one run.
+# Flags that do not make it another run: they may change when a run is resumed, or found again.
 NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
     "detect_anomaly", "threads", "grid", "grid_seeds", "searched", "name", "run", "test_file",
@@ -1531,7 +1531,7 @@ def flags_that_count(args, method_flags):
 
 
 def digests_of_files(args):
-    """What tells the contents of one's own rows from those that another run of the path had."""
+    """{FLAG_digest: digest} of the user's own files: with other contents it is another run."""
     digests = {}
     paths = {"train_file": args.train_file, "validation_file": args.validation_file}
     for name, path in data.local_files(args.local_file).items():
@@ -1549,7 +1549,8 @@ def digests_of_files(args):
 
 
 def differing_flags(saved, mine):
-    """{flag: how it differs, in words} of the flags {flag: value} of two runs."""
+    """{flag: the difference in words}, of the flags {flag: value} of a saved run and of this
+    one."""
     other = {}
     for name in sorted({*saved, *mine} - NOT_THE_RUN):
         was = saved.get(name)
@@ -1560,7 +1561,7 @@ def differing_flags(saved, mine):
                 other[name] = f"other rows in --{name.removesuffix('_digest')}"
             continue
         if f"{name}_digest" in saved and f"{name}_digest" in mine:
-            continue                                   # a file: what is in it counts, not its path
+            continue                                   # of a file the contents count, not the path
         if name in ("model", "init_from") and was and now:
             was = os.path.normpath(was)
             now = os.path.normpath(now)
@@ -1603,11 +1604,11 @@ class LoggedStep:
 
 
 def runs_to_make(args, methods, world):
-    """The Run of each seed and method, its folder taken; one that is finished has its results.
+    """Yields the Run of each seed and method, its folder locked; a finished one has its results.
 
-    methods: the script's. All folders are looked at before the first run begins, so that what is
-    refused is refused at once, and --overwrite empties all, once all are locked, so that --resume
-    can go on after it.
+    methods: the script's METHODS. All folders are checked before the first run begins, so that a
+    conflict is refused at once. --overwrite locks them all, then empties them all, before the first
+    run: if that is killed, --resume in place of --overwrite goes on.
     """
     runs = []
     for seed, method in itertools.product(args.seeds, args.method):
@@ -1621,16 +1622,16 @@ def runs_to_make(args, methods, world):
         for run in runs:
             run.empty_folder()
     while runs:
-        run = runs.pop(0)                              # one that is over, with its model, is let go
+        run = runs.pop(0)                              # frees the memory of those that are over
         run.take()
         yield run
 
 
 class Run:
-    """One task, method and seed: its folder, steps, log, checkpoints and results.
+    """One run, of a task, method and seed: its folder, steps, log, checkpoints and results.
 
-    method_flags: those of the script's flags that the method uses. These and the flags that
-    all scripts have tell it from other runs.
+    method_flags: those of the script's flags that the method uses. These and the flags that all
+    scripts have tell the run from others.
     """
 
     def __init__(self, args, method, seed, world, method_flags=""):
@@ -1647,20 +1648,20 @@ class Run:
         self.identity = {**flags_that_count(args, method_flags), **digests_of_files(args),
                          "precision": world.precision}
 
-        self.step = 0                                  # how many are done
-        self.total = 0                                 # how many there are
+        self.step = 0                                  # steps done
+        self.total = 0                                 # steps in all
         self.per_epoch = 1
-        self.parts = {}                                # all that training changes
+        self.parts = {}                                # {name: part}: all that training changes
         self.batches = None                            # those of the phase under way
-        self.shift = 0                                 # steps before it that took none of these
+        self.shift = 0                                 # earlier steps that took none of them
         self.first = 0                                 # the step at which that phase began
         self.seconds = 0.0                             # of training, without evaluation
         self.started = None                            # when the step under way began
-        self.saved = 0.0                               # when the last checkpoint was
+        self.saved = 0.0                               # when the last checkpoint was written
         self.best = None                               # {"step", "seconds", "value", "metrics"}
         self.best_weights = None
-        self.lock = None                               # of the folder, rank 0's
-        self.log_file = None                           # rank 0's
+        self.lock = None                               # the folder's lock file, on rank 0
+        self.log_file = None                           # on rank 0
         self.pending = []                              # steps that are not in the log yet
         self.flushed = 0, 0.0                          # step, seconds at the log's last line
         self.results = None                            # once the run is finished
@@ -1670,7 +1671,7 @@ class Run:
         self.take_folder()
         self.world.barrier()
         self.results = self.find_results()
-        # Once all have looked, rank 0 may write there.
+        # This also waits until all have looked: only then may rank 0 write there.
         finished = self.world.gather({self.world.rank: self.results is not None})
         if any(finished) and not all(finished):
             raise UserError(f"--output_dir {self.args.output_dir}: must be shared by all machines; "
@@ -1680,7 +1681,7 @@ class Run:
             self.add_search()
 
     def take_folder(self):
-        """Makes the folder and locks it; once, from rank 0."""
+        """Makes and locks the folder, on rank 0 and only once. UserError if another run has it."""
         if self.world.rank > 0 or self.lock is not None:
             return
         try:
@@ -1697,11 +1698,11 @@ class Run:
                             f"{why}") from None
 
     def empty_folder(self):
-        """--overwrite, from rank 0, whose folder it must be."""
+        """Empties the folder for --overwrite, on rank 0, which must have locked it."""
         if self.world.rank > 0:
             return
         try:
-            # First what marks the run as finished: what is left after a kill must not look so.
+            # First results.json: what a kill in between leaves must not look like a finished run.
             for name in sorted(os.listdir(self.folder), key=lambda name: name != "results.json"):
                 path = os.path.join(self.folder, name)
                 if os.path.isdir(path):
@@ -1727,8 +1728,10 @@ class Run:
         return None
 
     def add_search(self):
-        """Of a finished run that a search has chosen: its results tell what was searched, by this
-        search and by those before it."""
+        """Adds to the results of a finished run which flags and values this search has tried.
+
+        Those of earlier searches stay.
+        """
         before = self.results.get("searched", {})
         searched = {flag: [*values] for flag, values in before.items()}
         for flag, values in read_grid(self.args.searched).items():
@@ -1742,7 +1745,10 @@ class Run:
                 save_file(self.results_path, json.dumps(results, indent=1))
 
     def refuse_another(self, saved):
-        """saved: results or a checkpoint's state. Method, seed and flags must be this run's."""
+        """UserError unless the saved run has this one's method, seed and flags.
+
+        saved: its results, or a checkpoint's state.
+        """
         for name, mine in (("method", self.method), ("seed", self.seed)):
             if saved.get(name) != mine:
                 raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run "
@@ -1766,8 +1772,8 @@ class Run:
     def begin(self, total, per_epoch, **parts):
         """Starts the run, or with --resume goes on from its checkpoint.
 
-        total: its steps. parts: all that training changes, each with a state_dict; checkpoints save
-        and restore them.
+        total: its steps. parts: all that training changes, each with a state_dict, for checkpoints
+        to save and restore.
         """
         self.parts = parts
         self.total = total
@@ -1787,7 +1793,7 @@ class Run:
             self.best_weights = state["best_weights"]
             self.world.say(f"{self.folder}: resumes at step {self.step} of {total}")
         steps = self.world.gather({self.world.rank: self.step})
-        if min(steps) < max(steps):                    # else their weights would differ from here
+        if min(steps) < max(steps):                    # their weights would differ from here on
             raise UserError(f"--output_dir {self.args.output_dir}: must be shared by all machines: "
                             f"some would go on at step {min(steps)}, others at {max(steps)}")
         if self.world.rank == 0:
@@ -1797,7 +1803,10 @@ class Run:
         self.world.reset_peak_memory()
 
     def open_log(self, size):
-        """The log as it was at the checkpoint. One that was deleted since is not made up."""
+        """Opens the log and cuts it to `size` bytes, which it had at the checkpoint.
+
+        If it is shorter, lines were deleted since; a warning says so.
+        """
         self.log_file = open(self.log_path, "a", encoding="utf-8")
         there = os.path.getsize(self.log_path)
         if there < size:
@@ -1805,13 +1814,14 @@ class Run:
         self.log_file.truncate(min(there, size))
 
     def steps(self, until, batches=None, first=0, shift=0, phase=""):
-        """Yields (step, its batch) for the steps that are left of a phase, which ends at `until`.
+        """Yields (step, its batch) for the remaining steps of a phase, which ends at step `until`.
 
-        Around each yield stands all that a step has besides training: it seeds the random state by
-        the run's seed, the step and the rank alone, so that a run can be resumed at any step; and
-        it logs, saves and stops where that is due. batches: None for steps without one. shift:
-        earlier steps of the run that took none of these batches; the batch is batches[step -
-        shift]. first: the step at which the phase began, where its progress bar starts.
+        It does all that a step has besides training. Before each yield it seeds the random state by
+        the run's seed, the step and the rank alone, so that a run can be resumed at any step. After
+        it, it logs, saves and stops where that is due. batches: step s takes batches[s - shift];
+        None: steps take none. shift: how many earlier steps of the run took none of these batches.
+        first: the step at which the phase began, where its progress bar starts. phase: its name in
+        the bar.
         """
         self.batches = batches
         self.shift = shift
@@ -1834,25 +1844,26 @@ class Run:
                 self.step += 1
                 progress.update(message=self.end_step(until))
                 signals["in_step"] = False
-                if signals["caught"] and self.step == self.total:        # it came while this saved
+                if signals["caught"] and self.step == self.total:        # it came during end_step
                     raise Stopped(signals["caught"], f"stopped by a signal{signals['way_on']}")
 
     @contextlib.contextmanager
     def timed(self):
-        """Around work of training that is outside its steps: its time counts too."""
+        """Counts the block, training work outside of steps, in the seconds of training."""
         started = self.world.training_clock()
         yield
         self.world.synchronize()
         self.seconds += self.world.training_clock() - started
 
     def seconds_so_far(self):
-        """Of training, with those of the step that is under way, without evaluation."""
+        """Seconds of training, with those of the step that is under way, without evaluation."""
         if self.started is None:
             return self.seconds
         return self.seconds + self.world.training_clock() - self.started
 
     def end_step(self, until):
-        """Logs and saves what is due, and stops if a signal came. Returns a word on the loss."""
+        """Logs and saves what is due, and stops if a signal came. Returns words on a logged
+        loss."""
         late = self.world.rank == 0 and time.monotonic() - self.saved > 300
         # All processes must decide alike: a sum is above 0 if it holds for any of them.
         signalled, late = self.world.total(np.array([signals["caught"], late])) > 0
@@ -1864,18 +1875,18 @@ class Run:
         save_now = signalled or checkpoint_due or is_last
         log_now = self.step % self.args.log_every == 0 or self.step == until
 
-        if log_now or save_now:                        # the time of work that is done
+        if log_now or save_now:                        # so that the seconds are of finished work
             self.world.synchronize()
         self.seconds = self.seconds_so_far()
         self.started = None
 
         message = ""
-        if self.pending and (log_now or save_now):     # a state that is not finite is never saved
+        if self.pending and (log_now or save_now):     # raises before a state with nan is saved
             message = f"loss {self.flush():.3g}"
         if save_now:
             self.save()
         if signalled:
-            self.world.barrier()                       # who leaves first ends all: rank 0 has saved
+            self.world.barrier()                       # the first to leave ends all: wait for save
             number = signals["caught"] or signal.SIGTERM
             raise Stopped(number, f"stopped at step {self.step} of {self.total}, saved in "
                                   f"{self.folder}{signals['way_on']}")
@@ -1888,16 +1899,16 @@ class Run:
     def log(self, loss, stats, **numbers):
         """Keeps a step's terms for the next line of the log.
 
-        loss and stats are tensors, which stay on the device until then; numbers, such as the
-        learning rate, are not.
+        loss and stats {name: scalar} are tensors, which stay on the device until that line is
+        written. numbers, such as the learning rate, are plain numbers.
         """
         terms = {"loss": loss.detach(), **stats}
         self.pending.append(LoggedStep(self.step, terms, numbers))
 
     def flush(self):
-        """Writes a line of the log, the means since the line before it. Returns the mean loss.
+        """Writes a line of the log: means over processes and the steps since the last line.
 
-        The means are over steps and processes. RunError if a term of any step is not finite.
+        Returns the mean loss. NotFinite if a term of any step is not finite.
         """
         pending = self.pending
         self.pending = []
@@ -1922,11 +1933,11 @@ class Run:
         return means["loss"]
 
     def rows_a_step(self):
-        """On average, where --batch_tokens makes batches."""
+        """Rows of a batch, of all processes together; with --batch_tokens their average."""
         return self.args.batch_size or len(self.batches.split) / self.batches.per_epoch
 
     def write_line(self, step, terms):
-        """One line of log.jsonl. Its epoch counts the batches; a phase without any adds none."""
+        """Writes a line of log.jsonl. Its epoch counts batches: a phase without any adds none."""
         taken = self.first
         if self.batches is not None:
             taken = step - self.shift
@@ -1936,8 +1947,10 @@ class Run:
                 print(json.dumps(line), file=self.log_file, flush=True)
 
     def keep_best(self, metrics, module):
-        """Logs an evaluation, and keeps the weights if its main metric, the first one of the first
-        set, is above that of the best state so far."""
+        """Logs an evaluation, and keeps the module's weights if its main score is the best so far.
+
+        metrics: see `evaluate`. The main score is the first metric of the first set.
+        """
         step = min(self.step + 1, self.total)          # in the loop the step is not over yet
         self.log_scores(metrics, step)
         _, _, value = first_score(metrics)
@@ -1948,7 +1961,7 @@ class Run:
             self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in weights}
 
     def log_scores(self, metrics, step):
-        """The line of an evaluation in log.jsonl, for the curves."""
+        """Writes an evaluation to log.jsonl, for the report's curves."""
         self.write_line(step, {"seconds": round(self.seconds_so_far(), 2), "metrics": metrics})
 
     def fail_at(self, step, terms):
@@ -1961,13 +1974,13 @@ class Run:
                         f"--detect_anomaly; {self.last_checkpoint()}")
 
     def last_checkpoint(self):
-        """Where it is, in words."""
+        """Where the last checkpoint is, in words."""
         there = [path for path in self.checkpoints if os.path.exists(path)]
         return f"the last good checkpoint is {there[0]}" if there else "there is no checkpoint"
 
     @contextlib.contextmanager
     def writing(self, path):
-        """`writing`, whose line also says which checkpoint is left."""
+        """As the function `writing`; the error also says which checkpoint is left."""
         try:
             with writing(path):
                 yield
@@ -1975,7 +1988,7 @@ class Run:
             raise RunError(f"{error}; {self.last_checkpoint()}") from error
 
     def save(self):
-        """A checkpoint, from rank 0: all have the same weights."""
+        """Saves a checkpoint, on rank 0 alone, as all processes have the same weights."""
         self.saved = time.monotonic()
         if self.world.rank > 0:
             return
@@ -1989,7 +2002,10 @@ class Run:
             replace_file(newest, lambda file: torch.save(state, file), keep=before)
 
     def read_checkpoint(self):
-        """The newest checkpoint that is whole, by its CRCs, read without running any code."""
+        """The state of the newest checkpoint whose CRCs are right; None if there is no checkpoint.
+
+        No code from the file is run. UserError if none of the checkpoints can be read.
+        """
         there = [path for path in self.checkpoints if os.path.exists(path)]
         for path in there:
             try:
@@ -2010,10 +2026,10 @@ class Run:
         return None
 
     def finish(self, metrics, batches, tokenizer, write_model):
-        """Writes model/ by write_model(folder), then results.json, which marks the run as finished,
-        and removes the checkpoints.
+        """Writes model/ and results.json, and removes the checkpoints.
 
-        Every process returns only when these files are there.
+        write_model(folder) writes the model. results.json comes after it, because it marks the run
+        as finished. Every process returns only when these files are there.
         """
         if self.best is None:
             self.log_scores(metrics, self.step)
@@ -2022,8 +2038,8 @@ class Run:
         self.results = self.collect_results(metrics, float(real / computed))
         if self.world.rank == 0:
             folder = self.model_folder
-            with self.writing(folder):                 # without results.json it is not finished
-                if not self.args.choosing:             # of those only the score is wanted
+            with self.writing(folder):
+                if not self.args.choosing:             # of a search's runs only scores are wanted
                     write_model(folder)
                     data.forget_lengths(tokenizer)
                     tokenizer.save_pretrained(folder)
@@ -2037,7 +2053,7 @@ class Run:
         self.world.barrier()
 
     def collect_results(self, metrics, padding_efficiency):
-        """All of results.json."""
+        """The contents of results.json."""
         import transformers
         _, main_metric, _ = first_score(metrics)
         rate = self.step * self.rows_a_step() / max(self.seconds, 1e-9)
@@ -2079,7 +2095,7 @@ def first_score(scores):
 
 
 def parse_json(text):
-    """What a text of json says. ValueError if it is none, or is nested deeper than Python reads."""
+    """The value of a JSON text. ValueError if it is not JSON, or nested too deeply for Python."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -2100,7 +2116,7 @@ def read_results(folder):
 
 
 def check_keys(found, **kinds):
-    """ValueError unless json's value is an object with these keys, each of its kind."""
+    """ValueError unless `found` is a dict with these keys, each value of the given type."""
     if not isinstance(found, dict):
         raise ValueError("is no object")
     for name, kind in kinds.items():
@@ -2129,12 +2145,12 @@ def labels_of_config(folder):
 
 
 def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
-    """--run: {folder: results} of finished runs of one task and model; empty without the flag.
+    """{folder: results} of the finished runs of --run, of one task and model; {} without the flag.
 
-    Gives args the flags of the first run, but for those set by hand, and besides: own_labels, the
-    labels of the user's own task, and score_validation, whether the validation sets are read.
-    methods: the script's. labels_of(folder) -> the run's labels. alike: the flags that must be the
-    same for all of the runs.
+    Sets args to the flags of the first run, except those set by hand. Also sets args.own_labels,
+    the labels of the user's own task, and args.score_validation, whether the validation sets are
+    scored. methods: the script's METHODS. labels_of(folder) -> the run's labels. alike: the flags
+    that must be the same for all of the runs.
     """
     args.score_validation = True
     runs = {folder: results_of_finished(folder, methods) for folder in args.run}
@@ -2152,7 +2168,8 @@ def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
     args.method = [*dict.fromkeys(other["method"] for other in runs.values())]
     args.seeds = [*dict.fromkeys(other["seed"] for other in runs.values())]
     args.recipe_name = f"that of {folder}"
-    # A model's folder has its tokenizer and config; a frozen encoder is loaded by its name.
+    # A saved model brings its tokenizer and config; else, as for an adapter alone, the frozen
+    # encoder is loaded by its name.
     saved = os.path.join(folder, "model")
     if holds_model(saved):
         args.model = saved
@@ -2164,7 +2181,10 @@ def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
 
 
 def take_flags(args, results):
-    """Gives args the flags of a finished run, but for those set by hand and those of training."""
+    """Sets args to the flags of a finished run, except those set by hand.
+
+    Flags that only matter in training, and sets that are not asked for now, are reset.
+    """
     by_hand = set(args.by_hand)
     its_model = results["args"].get("model")
     if "model" in by_hand and args.model != its_model:
@@ -2190,8 +2210,8 @@ def take_flags(args, results):
 
 
 def take_local_file(args, results):
-    """Beside further --local_file set by hand keeps that of the run's own task. UserError if one
-    is of the task, and another."""
+    """Keeps the run's own --local_file of its task in args.local_file. UserError if that has
+    another."""
     if "local_file" not in args.by_hand:
         return
     task = results["task"]
@@ -2205,8 +2225,11 @@ def take_local_file(args, results):
 
 
 def refuse_unlike_runs(runs, task, alike):
-    """UserError unless the runs {folder: results} are of the task, alike in these flags, and each
-    of another method or seed."""
+    """UserError unless the runs {folder: results} can be used together.
+
+    They must be of the task, have the same values of the flags `alike`, and each must have another
+    method or seed.
+    """
     first, results = next(iter(runs.items()))
     seen = {}
     for folder, other in runs.items():
@@ -2227,9 +2250,9 @@ def refuse_unlike_runs(runs, task, alike):
 
 
 def refuse_other_flags(args, runs, free=()):
-    """UserError if a flag set by hand is not the runs' own and says more than what to score.
+    """UserError if a flag set by hand is not as in the runs, and says more than what to score.
 
-    free: further flags that may be others.
+    free: further flags that may differ.
     """
     may_be_new = {"eval_tasks", "validation_file", "text_columns", "label_column", "precision",
                   "model", "local_file", *free}        # take_flags has looked at these two
@@ -2242,7 +2265,7 @@ def refuse_other_flags(args, runs, free=()):
 
 
 def results_of_finished(folder, methods):
-    """results.json of a finished run of one of these methods. UserError."""
+    """results.json of a finished run. UserError if it is not one, or of none of these methods."""
     wanted = f"--run {folder}: must be the folder of a finished run of {', '.join(methods)}"
     below = [*glob.glob("*/results.json", root_dir=folder),
              *glob.glob("*/*/results.json", root_dir=folder)]
@@ -2277,8 +2300,9 @@ def labels_of_all(runs, labels_of):
 def use_runs(args, runs, setup, world, started, load, score):
     """--run: scores and predicts with finished runs, and prints a table of all their scores.
 
-    load(folder, results) -> (forward, module), score(forward, module, sets, folder) -> the scores,
-    which join those in results.json. Predictions lie beside it. Returns all results.
+    load(folder, results) -> (forward, module). score(forward, module, sets, folder) -> the scores,
+    which are added to those in the run's results.json. Predictions are written beside it. Returns
+    the results of all runs.
     """
     refuse_other_flags(args, runs)
     for folder, results in runs.items():
@@ -2296,7 +2320,7 @@ def use_runs(args, runs, setup, world, started, load, score):
 
 
 def add_scores(folder, scores):
-    """Adds scores to results.json of a finished run, after what another --run may have added."""
+    """Adds scores to a finished run's results.json, which another --run may have added to."""
     path = os.path.join(folder, "results.json")
     with locked(folder):
         results = read_results(folder)
@@ -2307,7 +2331,7 @@ def add_scores(folder, scores):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Inside, the files of a finished run are this process's: another --run waits for its turn."""
+    """In the block only this process may change a finished run's files. Another --run waits."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX)
@@ -2317,7 +2341,7 @@ def locked(folder):
 
 
 def use_models(args, runs, setup, world, started):
-    """`use_runs` for runs whose model/ is of the kind's Auto class."""
+    """`use_runs` for runs whose model/ can be loaded by the kind's Auto class."""
     def load(folder, results):
         path = os.path.join(folder, "model")
         model = load_model(args, setup, results["seed"], world, path)
@@ -2332,10 +2356,10 @@ def use_models(args, runs, setup, world, started):
 # ---------------------------------------------------------------------------------  5  a run: files
 
 def replace_file(path, content, keep=None):
-    """Makes a file: afterwards the old one is there, or the new one as a whole.
+    """Writes a file so that, whatever happens, either the old one is there or the whole new one.
 
-    content: a text, or a function that writes to a binary file. A temporary file, fsync, rename,
-    fsync of the folder. keep: where the old one goes.
+    It writes a temporary file, fsyncs it, renames it, and fsyncs the folder. content: a text, or a
+    function that writes to a binary file. keep: where the old file is moved to; None: it is lost.
     """
     unfinished = path + ".tmp"
     try:
@@ -2365,11 +2389,11 @@ def sync(path):
 
 @contextlib.contextmanager
 def writing(path):
-    """RunError if a write inside, to this file or folder, fails."""
+    """Turns an error of writing to this file or folder, in the block, into a RunError."""
     from safetensors import SafetensorError
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:            # all of a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:            # a full disk raises any
         inner = error.__context__
         cause = inner if isinstance(inner, OSError) else error
         why = getattr(cause, "strerror", None) or first_line(cause)
@@ -2377,13 +2401,13 @@ def writing(path):
 
 
 def save_file(path, content):
-    """`replace_file`. RunError if it cannot be written."""
+    """`replace_file`, with a RunError if it cannot be written."""
     with writing(path):
         replace_file(path, content)
 
 
 def write_file(path, content, world):
-    """`save_file` from rank 0, which says so."""
+    """`save_file` on rank 0, which prints the path."""
     if world.rank == 0:
         save_file(path, content)
     world.say(f"wrote {path}")
@@ -2397,25 +2421,25 @@ def write_json(path, value, world):
 # --------------------------------------------------------------------  5  a run: the search, --grid
 
 def search(main, flags, recipe, methods, argv):
-    """--grid: tries all combinations for each method, then trains the chosen one with all seeds.
+    """--grid: tries all combinations for each method, then trains the best one with all seeds.
 
-    Each combination is run with the first --grid_seeds of the seeds, and scores the held-out rows
-    alone; the best mean of the main metric decides. These runs lie in OUTPUT_DIR/grid, are found
-    again like all finished runs, and the search is told in OUTPUT_DIR/TASK/search-METHOD.json. A
-    combination with a loss that is not finite is the worst. Returns the results of all seeds.
+    Each combination is run with the first --grid_seeds of the seeds, and scores only the held-out
+    rows; the best mean of the main metric decides. A combination whose loss is not finite is the
+    worst. These runs lie in OUTPUT_DIR/grid; a finished one is not run again. What was tried is
+    told in OUTPUT_DIR/TASK/search-METHOD.json. Returns the results of all seeds.
 
-    main: the script's, which has called this. It is called again, once for each combination and
-    once for the chosen one, with flags behind those of argv, which override them: an empty --grid,
-    with which it trains; for a combination also --choosing, with which `prepare` leaves no set to
-    score but the held-out rows. A method without a flag of the grid has one combination, the empty
-    one, and is trained at once.
+    main: the script's, which has called this function. It is called again for each combination, and
+    once for the best one, with flags after those of argv, which override them: an empty --grid, so
+    that it trains; for a combination also --choosing, so that `prepare` leaves only the held-out
+    rows to score. A method that has none of the grid's flags has one combination, the empty one,
+    and is trained at once.
     """
     started = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse(flags(), argv, recipe)
     grid = read_grid(args.grid)
     check_grid(args, grid, methods)
-    grids = {}                                         # {method: what of the grid it has a use for}
+    grids = {}                                         # {method: the part of the grid it can use}
     for method in args.method:
         counted = flags_that_count(args, methods[method]["flags"])
         grids[method] = {flag: values for flag, values in grid.items() if flag in counted}
@@ -2429,10 +2453,10 @@ def search(main, flags, recipe, methods, argv):
     for method, its_grid in grids.items():
         chosen = best_cell(main, argv, method, args, combinations(its_grid))
         searched = [f"{flag}={','.join(values)}" for flag, values in its_grid.items()]
-        # The last --grid holds, and it is empty: this call trains, it does not search.
+        # Of two --grid the last holds, here the empty one: this call trains, it does not search.
         results += main([*argv, "--grid", "--method", method, "--searched", *searched, *chosen])
     if process_rank() == 0:
-        if len(grids) > 1:                             # of one method it is printed already
+        if len(grids) > 1:                             # for one method main has printed it
             print_table(print, results, args, started)
         else:
             print(f"{time.monotonic() - started:.0f} s with the search")
@@ -2440,7 +2464,7 @@ def search(main, flags, recipe, methods, argv):
 
 
 def best_cell(main, argv, method, args, cells):
-    """The combination with the best score, by runs of each; the only one without a run."""
+    """The combination with the best score, found by runs of each. A single one needs no run."""
     if len(cells) == 1:
         return cells[0]
     if process_rank() == 0:
@@ -2450,7 +2474,7 @@ def best_cell(main, argv, method, args, cells):
     for cell in cells:
         try:
             score = score_of_cell(main, cell_flags(argv, method, args, cell))
-        except UserError as error:                     # what only the task's data can tell
+        except UserError as error:                     # one that shows only with the task's data
             raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
         scores.append(score)
         if process_rank() == 0:
@@ -2468,7 +2492,7 @@ def best_cell(main, argv, method, args, cells):
 
 
 def score_of_cell(main, argv):
-    """The main metric of a combination's runs, their mean; -inf if a loss is not finite."""
+    """The mean main metric of a combination's runs; -inf if a loss is not finite."""
     try:
         results = main(argv)
     except NotFinite as error:
@@ -2486,7 +2510,7 @@ def score_of_cell(main, argv):
 
 
 def read_grid(words):
-    """["lr=1e-5,5e-5", ...] as {flag: [values]}."""
+    """["lr=1e-5,5e-5", ...] as {flag: [values]}. UserError if a word has another form."""
     grid = {}
     for word in words:
         flag, _, values = word.partition("=")
@@ -2505,7 +2529,7 @@ def read_grid(words):
 
 
 def check_grid(args, grid, methods):
-    """UserError if a flag cannot be searched, or if a folder of the runs to come is taken."""
+    """UserError if a flag cannot be searched, or if the folder of a final run holds another run."""
     counted = {method: flags_that_count(args, methods[method]["flags"]) for method in args.method}
     for flag in grid:
         if flag not in vars(args):
@@ -2531,7 +2555,7 @@ def check_grid(args, grid, methods):
 
 
 def combinations(grid):
-    """All combinations of a grid's values, each as flags of argv."""
+    """All combinations of a grid's values, called cells: each a list of words --FLAG=VALUE."""
     cells = []
     for values in itertools.product(*grid.values()):
         cells.append([f"--{flag}={value}" for flag, value in zip(grid, values)])
@@ -2543,9 +2567,9 @@ def name_of(cell):
 
 
 def cell_flags(argv, method, args, cell):
-    """The flags of a combination's runs: those given, then those that override them.
+    """The command line of a combination's runs: the words given, then those that override them.
 
-    An empty --grid is among them: such runs do not search.
+    An empty --grid is among these, so that the runs train and do not search.
     """
     folder = os.path.join(args.output_dir, "grid", name_of(cell))
     seeds = map(str, args.seeds[:args.grid_seeds])
@@ -2570,7 +2594,7 @@ def write_search(args, method, cells, scores, chosen):
 
 
 def edges_of(cells, chosen):
-    """Which numbers of the chosen combination are the least or the greatest that was tried."""
+    """Says which numbers of the chosen combination are the least or the greatest tried: [words]."""
     found = []
     for tried, word in zip(zip(*cells), chosen):
         flag, _, value = word.removeprefix("--").partition("=")
