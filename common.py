@@ -2210,7 +2210,7 @@ def take_flags(args, results):
 
 
 def take_local_file(args, results):
-    """Keeps the run's own --local_file of its task in args.local_file. UserError if that has
+    """Keeps the run's --local_file of its own task in args.local_file. UserError if args has
     another."""
     if "local_file" not in args.by_hand:
         return
@@ -2614,28 +2614,32 @@ def edges_of(cells, chosen):
 class CachedSplit(data.Split):
     """A data.Split whose batches hold an encoder's token states in place of the input_ids.
 
-    The states never change while the encoder is frozen, so each sentence goes through it once.
-    They lie in one memory-mapped file, longest sentence first, for whatever run has the same
-    encoder, the same text and the same type. A file beside it marks what is written, so that a kill
-    costs little.
+    The states never change while the encoder is frozen, so each sentence goes through it once. They
+    lie in a memory-mapped file, longest sentence first, which serves all runs with the same
+    encoder, texts and number type. A second file marks the parts that are written: after a kill,
+    only the others are encoded.
     """
 
     def __init__(self, split, sentences, sizes, starts, states):
         """split: the rows. sentences: the same texts as a Split, each a row of its own.
 
-        sizes, starts (sentences,): tokens of each sentence, and where in states its first one is.
-        states (tokens, H): of all sentences, in the file.
+        sizes, starts (sentences,): tokens of each sentence, and the index in `states` of its first
+        one. states (tokens, H): of all sentences, mapped from the file.
         """
         super().__init__(split.fields, split.left, split.rows)
         self.texts = sentences
         self.sizes = sizes
         self.starts = starts
         self.states = states
-        self.per_row = len(sizes) // len(split)        # 2 sentences of pairs that are encoded apart
+        self.per_row = len(sizes) // len(split)        # 2 where pairs are encoded apart
 
     @classmethod
     def build(cls, split, encode, width, folder, model_digest, world):
-        """encode(**inputs) -> states (B, n, width). Finds the file in `folder`, or writes it."""
+        """The CachedSplit of a Split. Finds the file of states in `folder`, or writes it.
+
+        encode(**inputs) -> states (B, n, width). model_digest: see `digest_weights`. UserError if
+        the file cannot be written.
+        """
         sentences = split.sentences()
         parts = list(data.slices(sentences.lengths, tokens=4096))
         order = np.concatenate(parts)
@@ -2652,7 +2656,7 @@ class CachedSplit(data.Split):
                 reserve_states(path, bytes_needed, len(parts), len(order), total, world)
             states = torch.from_file(path, shared=True, size=total * width, dtype=dtype)
             marks = np.memmap(f"{path}.done", np.uint8, "r+")            # a byte for each part
-        except (OSError, RuntimeError) as error:       # torch's own of a file is a RuntimeError
+        except (OSError, RuntimeError) as error:       # torch.from_file raises RuntimeError
             why = getattr(error, "strerror", None) or first_line(error)
             raise UserError(
                 f"--cache_dir {folder}: the feature cache ({bytes_needed / 1e6:.1f} MB) cannot be "
@@ -2662,10 +2666,11 @@ class CachedSplit(data.Split):
         return self
 
     def fill(self, path, parts, marks, encode, world):
-        """Encodes the parts that are not marked, each machine its own file."""
+        """Encodes the parts that are not marked: each machine its own file, by all its
+        processes."""
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         todo = np.flatnonzero(marks == 0)[world.local_rank::processes_here]
-        world.barrier()                                # all know their part before one writes
+        world.barrier()                                # all know their parts before one marks any
         file = os.open(path, os.O_RDWR)
         written = []
         with torch.no_grad(), world.autocast(), Progress(world, "encoding", len(todo)) as progress:
@@ -2686,19 +2691,22 @@ class CachedSplit(data.Split):
         world.barrier()
 
     def sentences(self):
-        """Each text a row of its own."""
+        """Each text as a row of its own, as in Split.sentences."""
         return CachedSplit(self.texts, self.texts, self.sizes, self.starts, self.states)
 
     def collate(self, rows, width=0, target_width=0):
-        """states (B, n, H), attention_mask (B, n), with _2 the second sentence's; labels (B,), or
-        (B, n) of tokens."""
+        """Tensors of the given rows, padded as in Split.collate.
+
+        They are states (B, n, H) and attention_mask (B, n), for a second sentence with the suffix
+        _2; labels (B,), or (B, n) where each token has one.
+        """
         batch = {"labels": self.tensor("labels", rows, width)}
         for second in range(self.per_row):
             suffix = "_2" if second else ""
             sentences = rows + second * len(self)
             sizes = self.sizes[sentences][:, None]                       # (B, 1)
             n = max(width, int(sizes.max()))
-            places = np.arange(n)                      # of the tokens in their sentence
+            places = np.arange(n)                      # of tokens in the sentence
             if self.left:
                 places = places - (n - sizes)                            # (B, n)
             real = (places >= 0) & (places < sizes)                      # (B, n)
@@ -2710,7 +2718,8 @@ class CachedSplit(data.Split):
 
 
 def states_key(sentences, model):
-    """A file name for the states that `model` (a digest and a type) makes of these sentences."""
+    """A file name for the sentences' states. model: the digest of the encoder, and its
+    precision."""
     key = hashlib.blake2b(f"{model} {sentences.left}".encode(), digest_size=12)
     for name in sorted(sentences.fields):
         values, offsets, _ = sentences.fields[name]
@@ -2722,9 +2731,9 @@ def states_key(sentences, model):
 
 
 def reserve_states(path, size, parts, sentences, tokens, world):
-    """Makes the file of the states and that of the marks, unless they are there.
+    """Makes the file of the states, of `size` bytes, and that of the marks, unless they are there.
 
-    Another run that wants the same ones waits for both, and empties neither.
+    Another run that wants the same files waits until both are made, and does not empty them.
     """
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
@@ -2744,7 +2753,7 @@ def reserve_states(path, size, parts, sentences, tokens, world):
 
 
 def digest_weights(module):
-    """A name for what an encoder computes: of all weights but the pooler's, which is not used."""
+    """A name for what an encoder computes: a digest of its weights, but for the unused pooler's."""
     digest = hashlib.blake2b()
     for name, tensor in module.state_dict().items():
         if "pooler" not in name:
@@ -2756,11 +2765,11 @@ def digest_weights(module):
 # ---------------------------------------------------------------------  7  tables, pages, --profile
 
 def print_table(say, results, args, started):
-    """Methods and seeds, as the papers give them: mean, standard deviation, median and max."""
-    if args.choosing:                                  # the search tells its score
+    """Prints mean, standard deviation, median and max of each method. Returns the results."""
+    if args.choosing:                                  # the search prints the score
         return results
     sets = {}
-    for result in results:                             # with --run not all may have the same ones
+    for result in results:                             # with --run, runs may have unlike sets
         sets.update(result["metrics"])
     wide = max(10, *map(len, sets))
     wide_method = max(9, *map(len, args.method))
@@ -2789,7 +2798,7 @@ def print_table(say, results, args, started):
 
 
 def report_command(args):
-    """The command that reports the runs of these flags, apart from those of another recipe."""
+    """The command that reports the runs of these flags, without other recipes' runs beside them."""
     task_folder = os.path.join(args.output_dir, args.task)
     folders = glob.glob(os.path.join(glob.escape(task_folder), "*"))
     recipes = {recipe_in(folder) for folder in folders} - {""}
@@ -2837,7 +2846,7 @@ figure svg {{ display: block; width: 100% }}
 
 
 def html_page(title, style, body):
-    """A self-contained page, light and dark, without a script. style: css; body: html."""
+    """A self-contained page, light and dark, without scripts. style: more css; body: html."""
     return PAGE.format(title=html.escape(title), style=style, body=body)
 
 
@@ -2850,8 +2859,8 @@ def svg(width, height, shapes, label):
 def count_flops(call):
     """Floating point operations of the matrix products and attention in a call.
 
-    Not by torch's FlopCounterMode: the hooks that it gives to modules raise "A leaf node was passed
-    to _will_engine_execute_node" where a penalty's gradient is itself differentiated.
+    torch's FlopCounterMode will not do: its hooks on modules raise "A leaf node was passed to
+    _will_engine_execute_node" where a penalty's gradient is itself differentiated.
     """
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
@@ -2890,7 +2899,7 @@ def profile_methods(args, world, setup, build):
 
 
 def ordinary_step(module, optimizer, schedule, args, world, batch):
-    """What a round of the training loops does."""
+    """One training step, as in the scripts' loops."""
     backward(module, batch, world)
     if args.grad_clip:
         torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
@@ -2900,17 +2909,17 @@ def ordinary_step(module, optimizer, schedule, args, world, batch):
 
 
 def profile_steps(args, world, rows):
-    """Times `rows` {name: make} in turn, and prints one table. Returns the seconds.
+    """Times the steps of `rows` {name: make} and prints one table. Returns seconds (3, N, rows).
 
-    make() -> (batches, step), all that the row needs of the GPU. Each takes N batches that are
-    evenly spaced over the epoch's lengths, and of each batch the median of three: seconds
-    (3, N, rows).
+    make() -> (batches, step) puts all that the row needs on the GPU; step(batch) trains. Each row
+    is timed on N (--profile) batches, evenly spaced over the lengths of an epoch's batches, three
+    times, in turn with the other rows. The table has means over batches of the median of three.
     """
     made = {}
     chosen = {}
     counted = {}
     for name, make in rows.items():
-        of_others = world.taken_memory()               # they stay, to be timed in turn
+        of_others = world.taken_memory()               # rows made before stay in memory
         batches, step = make()
         made[name] = batches, step
         by_length = sorted(range(batches.per_epoch),
@@ -2922,7 +2931,7 @@ def profile_steps(args, world, rows):
         batches.computed = 0
         world.reset_peak_memory()
         flops = 0
-        with torch.compiler.set_stance("force_eager"):                   # compiled is not counted
+        with torch.compiler.set_stance("force_eager"):                   # else they go uncounted
             for i in chosen[name]:                     # this also warms up
                 batch = batches[i]
                 flops += count_flops(lambda: step(batch))
@@ -2950,7 +2959,7 @@ def time_call(world, call):
 
 
 def print_profile(args, world, counted, seconds):
-    """The table of --profile. counted {name: its counts}; seconds (rows,), of a step."""
+    """Prints the table of --profile. counted {name: its counts}; seconds (rows,), of a step."""
     n = 8192 if world.gpu else 1536
     dtype = torch.bfloat16 if world.bf16 else torch.float32
     matrix = torch.randn(n, n, device=world.device, dtype=dtype)
@@ -2988,7 +2997,7 @@ def affinities(x, perplexity):
     """
     distances = square_distances(x)
     np.fill_diagonal(distances, np.inf)
-    distances -= distances.min(1, keepdims=True)       # a row has at least one exp(0)
+    distances -= distances.min(1, keepdims=True)       # exp(0) = 1: no row's sum is 0
     np.fill_diagonal(distances, 0)
 
     n = len(x)
@@ -3009,22 +3018,22 @@ def affinities(x, perplexity):
 
 
 def principal_axes(x):
-    """Points (n, H), their mean at 0, by their first two principal axes: (n, 2)."""
+    """Coordinates of points (n, H), with mean 0, on their first two principal axes: (n, 2)."""
     axes = np.linalg.svd(x, full_matrices=False)[2][:2]                  # (2, H)
     return x @ axes.T
 
 
 def perplexity_for(n):
-    """The usual 30, or less: t-SNE needs more than thrice as many points."""
+    """The usual 30, or less: t-SNE needs more than three times as many points."""
     return min(30, (n - 1) // 3)
 
 
 def tsne(x, perplexity=30.0, steps=1000):
     """Exact t-SNE (van der Maaten and Hinton, JMLR 2008): (n, H) -> (n, 2).
 
-    The same on every call: it starts from the two principal axes. It keeps a few (n, n) arrays.
-    ValueError unless n > 3 * perplexity, as a point needs that many others to tell near from far,
-    and if all points are the same.
+    It gives the same on every call, as it starts from the two principal axes. It needs memory for a
+    few (n, n) arrays. ValueError if all points are the same, or unless n > 3 * perplexity: a point
+    needs that many others to tell near from far.
     """
     x = np.asarray(x, np.float64)
     n = len(x)
@@ -3089,7 +3098,7 @@ def density(cloud, xs, ys):
 
 
 def grid_over(points):
-    """The axes of a grid over all points (n, 2), and 25% beyond: xs (60,), ys (60,).
+    """The axes of a grid that reaches 25% beyond all points (n, 2): xs (60,), ys (60,).
 
     Contour lines around points at the edge need the room.
     """
@@ -3100,7 +3109,7 @@ def grid_over(points):
 
 
 def densest(cloud, points):
-    """Where on a grid over all points (n, 2) those of the cloud lie densest: (2,)."""
+    """Where on a grid over all points (n, 2) the points of the cloud lie densest: (2,)."""
     xs, ys = grid_over(points)
     values = density(cloud, xs, ys)
     row, column = np.unravel_index(values.argmax(), values.shape)
@@ -3110,8 +3119,8 @@ def densest(cloud, points):
 def contour(values, level):
     """The line on which a grid (rows, columns) has the level, by marching squares.
 
-    Pieces [(start, end)], each end a (column, row) on an edge of a square of four neighbours, where
-    the level lies between the two values.
+    It consists of pieces [(start, end)]. Each end is a (column, row) between two neighbouring grid
+    points, where the level lies between their values.
     """
     above = (values >= level).astype(int)
     corners_above = above[:-1, :-1] + above[:-1, 1:] + above[1:, 1:] + above[1:, :-1]
@@ -3127,7 +3136,7 @@ def contour(values, level):
     return pieces
 
 
-# Around (0, 0), 7 wide.
+# The paths of marks around (0, 0), about 7 wide.
 SHAPES = {
     "circle": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
     "triangle": "M0 -3.5L3.5 3L-3.5 3z",
@@ -3137,16 +3146,16 @@ LEVELS = (0.25, 0.5, 0.75)         # of contour lines, in shares of the cloud's 
 
 
 def mark_at(name, shape, x, y, filled, size=1):
-    """A mark of the cloud `name`, which is its css class. filled: from 0, hollow, to 1."""
+    """The svg of a mark. name: its cloud, also its css class. filled: from 0, hollow, to 1."""
     scaled = f" scale({size})" if size != 1 else ""
     return (f'<path class="{name}" transform="translate({x:.1f} {y:.1f}){scaled}" '
             f'd="{SHAPES[shape]}" fill-opacity="{filled:.2g}"/>')
 
 
 def contour_paths(cloud, points, place):
-    """The contour lines of a cloud's density, one of each of LEVELS, as `d` of an svg's path.
+    """The contour lines of a cloud's density, one for each of LEVELS, as `d` of an svg's path.
 
-    points (n, 2): all of the map. place: from a point of the map to x and y of the svg.
+    points (n, 2): all of the map. place(point) -> its x and y in the svg.
     """
     xs, ys = grid_over(points)
     steps = np.arange(len(xs))
@@ -3164,11 +3173,11 @@ def contour_paths(cloud, points, place):
 
 
 def map_svg(clouds, marks, filled=None, outlined=False, reach=None):
-    """The clouds {name: points (n, 2)} on a map. marks {name: one of SHAPES}.
+    """A map, as svg, of clouds {name: points (n, 2)}. marks {name: a key of SHAPES}.
 
-    filled (n,): the marks, each from 0, hollow, to 1. outlined: with contour lines of each cloud's
-    density, and a large mark where it is greatest. reach: both axes go from -reach to reach; None:
-    as far as there are points.
+    filled (n,): how full each mark of a cloud is, from 0, hollow, to 1; None: all are full.
+    outlined: with contour lines of each cloud's density, and a large mark where it is greatest.
+    reach: both axes go from -reach to reach; None: as far as there are points.
     """
     points = np.concatenate([*clouds.values()])
     if reach is None:
@@ -3211,7 +3220,7 @@ path.densest { stroke: var(--ink); stroke-width: .6 }
 
 
 def legend_of(name, shape, words):
-    """A mark of a cloud and what it means, as html."""
+    """The html of an entry of a legend: a cloud's mark, and what it means."""
     return (f'<span><svg viewBox="-4 -4 8 8">{mark_at(name, shape, 0, 0, 1)}</svg> '
             f"{html.escape(words)}</span>")
 
@@ -3227,7 +3236,7 @@ def number_rows(numbers):
 def maps_body(maps, legend, words, numbers):
     """The html of a page of maps. maps {caption: svg}; legend: html; words: below, in small type.
 
-    numbers {column: {row: value}}: computed on the vectors themselves.
+    numbers {column: {row: value}}: a table, computed on the vectors themselves, not on the maps.
     """
     figures = [figure(drawn, caption) for caption, drawn in maps.items()]
     return f"""<p class="legend">{"".join(legend)}</p>
@@ -3238,7 +3247,7 @@ def maps_body(maps, legend, words, numbers):
 
 
 def print_numbers(numbers, title, world):
-    """A table of {column: {row: value}}."""
+    """Prints a table of {column: {row: value}}."""
     world.say("\n".join(["", title, *text_lines(*number_rows(numbers))]))
 
 
