@@ -2210,8 +2210,7 @@ def take_flags(args, results):
 
 
 def take_local_file(args, results):
-    """Keeps the run's --local_file of its own task in args.local_file. UserError if args has
-    another."""
+    """Keeps the run's --local_file of its own task. UserError if another one is set by hand."""
     if "local_file" not in args.by_hand:
         return
     task = results["task"]
@@ -2931,7 +2930,7 @@ def profile_steps(args, world, rows):
         batches.computed = 0
         world.reset_peak_memory()
         flops = 0
-        with torch.compiler.set_stance("force_eager"):                   # else they go uncounted
+        with torch.compiler.set_stance("force_eager"):                   # compiled is not counted
             for i in chosen[name]:                     # this also warms up
                 batch = batches[i]
                 flops += count_flops(lambda: step(batch))
@@ -3262,8 +3261,8 @@ T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622
 def t_interval(differences):
     """95 % interval of the mean of n paired differences, by Student's t: (low, high).
 
-    A bootstrap over so few differences would be too narrow: of normal ones, 89 % of its intervals
-    hold the true mean with 8 seeds. nan for a single difference, which says nothing of the spread.
+    With few seeds a bootstrap would be too narrow: of 8 normal differences, only 89 % of its
+    intervals hold the true mean. (nan, nan) for one difference, which says nothing of the spread.
     """
     n = len(differences)
     if n < 2:
@@ -3321,7 +3320,7 @@ def wilcoxon(differences):
     differences = differences[differences != 0]
     doubled = np.rint(2 * data.ranks(np.abs(differences))).astype(int)   # whole in spite of ties
     total = int(doubled.sum())
-    share = np.zeros(total + 1)                        # [k]: of patterns with a positive sum of k
+    share = np.zeros(total + 1)                        # [k]: of patterns whose positives sum to k
     share[0] = 1
     for rank in doubled:
         with_it = np.zeros(total + 1)
@@ -3333,12 +3332,12 @@ def wilcoxon(differences):
 
 
 def smallest_p(n, tests=1):
-    """The least that `wilcoxon` can give for n differences; tests: after `holm` for so many."""
+    """The least p that `wilcoxon` can give for n differences, after `holm` for so many tests."""
     return min(1.0, tests * 2.0**(1 - n))
 
 
 def needed(tests=1):
-    """How many differences it takes at least to reach .05: 6 of a single test."""
+    """The fewest differences for p to reach .05, after `holm` for so many tests: 6 for one test."""
     return 1 + math.ceil(math.log2(20 * tests))
 
 
@@ -3357,7 +3356,7 @@ def holm(ps):
 
 @dataclass
 class Difference:
-    """n paired differences to the baseline, in points."""
+    """A summary of n paired differences to the baseline, in points."""
     n: int
     mean: float
     std: float                     # n - 1 in the denominator; nan for one alone
@@ -3366,11 +3365,11 @@ class Difference:
     p: float
     wins: int                      # differences above 0
     losses: int                    # below
-    corrected_p: float             # after Holm's correction for `tests` of them; of one alone p
+    corrected_p: float             # after Holm's correction for so many `tests`; p for one
     tests: int = 1
 
     def verdict(self):
-        """What it shows, in words."""
+        """What the differences show, in words."""
         if self.n < needed(self.tests):
             return "too few to show"
         if self.corrected_p <= 0.05 and self.low > 0:
@@ -3381,7 +3380,7 @@ class Difference:
 
 
 def summarise_differences(differences):
-    """A Difference of (n,) paired differences in points."""
+    """A Difference, of (n,) paired differences in points."""
     differences = np.round(differences, 10)            # as in `wilcoxon`
     low, high = t_interval(differences)
     std = math.nan
@@ -3395,8 +3394,8 @@ def summarise_differences(differences):
 
 # ------------------------------------------------------------  9  the report: reading finished runs
 
-# Flags that change neither what is trained nor which state of it is scored. In parts a batch has
-# other dropout masks, and the same loss but for what a script's choices say.
+# Flags that change neither what is trained nor which state is scored. (A batch in micro-batches has
+# other dropout masks, but the same loss, unless a script's choices say otherwise.)
 NOT_COMPARED = {"task", "eval_tasks", "log_every", "test_file", "micro_batch_size"}
 
 # Common flags that change the method itself: a run with one is a method of its own in the report.
@@ -3404,11 +3403,11 @@ METHOD_FLAGS = ["weight_noise", "post_train"]
 
 
 def result_line(results):
-    """A run's results.json as one small dict: the line that is kept of it.
+    """A run's results.json as one small dict, the line that --keep writes.
 
-    All that a table needs is in it: a table of kept lines is that of the runs. flags: all of the
-    script's own, and of those that all scripts have the ones that are not a default. searched:
-    {flag: values} of a search that chose the run's flags, if there was one.
+    It has all that a table needs: kept lines give the same table as their runs. flags: the script's
+    own, and those common to all scripts that are not a default. searched {flag: values}: of the
+    search that chose the run's flags, if there was one.
     """
     defaults = default_flags()
     flags = {}
@@ -3458,7 +3457,7 @@ def check_line(line):
 
 
 def is_number(value):
-    """Whether it is an int or a float, finite and of a size with which one can reckon."""
+    """Whether it is an int or a float, finite and small enough to compute with."""
     return isinstance(value, (int, float)) and -1e300 < value < 1e300
 
 
@@ -3468,8 +3467,8 @@ class Finished:
     where: str                     # its folder, or FILE:LINE of a kept line
     line: dict                     # see result_line
     flags: dict                    # all flags, defaults too
-    method: str                    # with those of METHOD_FLAGS and --by that are not a default
-    curves: dict                   # {(set, metric): {step: value}} of its log; empty of a kept line
+    method: str                    # with flags of METHOD_FLAGS and --by that are not a default
+    curves: dict                   # {(set, metric): {step: value}} of its log; {} for a kept line
 
     @property
     def task(self):
@@ -3481,14 +3480,14 @@ class Finished:
 
     @property
     def seconds_a_step(self):
-        """None where it is not known."""
+        """Seconds of training per step; None where they are not known."""
         if not self.line.get("seconds") or not self.line.get("steps"):
             return None
         return self.line["seconds"] / self.line["steps"]
 
     @property
     def seconds_to_best(self):
-        """Of training, to the state that was kept; None where there was one evaluation alone."""
+        """Seconds of training up to the best state; None where none was chosen."""
         best = self.line.get("best")
         if isinstance(best, dict) and is_number(best.get("seconds")):
             return best["seconds"]
@@ -3496,7 +3495,7 @@ class Finished:
 
 
 def finished_run(where, line, by, curves):
-    """A Finished of a line that is checked. ValueError says what is wrong with it."""
+    """The Finished of a line, which is checked. ValueError says what is wrong with it."""
     check_line(line)
     defaults = default_flags()
     flags = {**defaults, **line["flags"]}
@@ -3507,12 +3506,12 @@ def finished_run(where, line, by, curves):
     return Finished(where, line, flags, " ".join(words), curves)
 
 
-PROBES = "probes.jsonl"            # what linear layers found in frozen encoders, a line each
+PROBES = "probes.jsonl"            # scores of linear layers on frozen encoders, a line each
 
 
 @dataclass
 class FoundFiles:
-    """What a report can be made of, in order, in a folder and below it, or in one file."""
+    """The files of which a report can be made, found in and below a folder, or a single file."""
     place: str                     # that folder or file
     finished: list                 # folders of runs
     unfinished: list               # folders of runs
@@ -3531,7 +3530,7 @@ def find_files(place):
         return found
     seen = set()                                       # a link may lead back
     for here, inner, names in os.walk(place, followlinks=True):
-        inner[:] = sorted(set(inner) - {".git", "grid"})                 # grid: of a search
+        inner[:] = sorted(set(inner) - {".git", "grid"})                 # grid: a search's runs
         if os.path.realpath(here) in seen:
             inner.clear()
             continue
@@ -3550,7 +3549,7 @@ def find_files(place):
 
 
 def read_run(folder, by, left_out):
-    """A Finished of a run's folder, or None of one that is damaged: left_out says so."""
+    """The Finished of a run's folder; None if it is damaged, and left_out gets a line on that."""
     path = os.path.join(folder, "results.json")
     try:
         line = result_line(read_results(folder))
@@ -3588,7 +3587,7 @@ def read_curves(path, left_out):
 
 
 def lines_of(path, left_out):
-    """The lines of a .jsonl file. left_out gets a line if it cannot be read."""
+    """The lines of a .jsonl file. If it cannot be read: none, and left_out gets a line on that."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().splitlines()
@@ -3609,7 +3608,7 @@ def read_evaluation(text):
 
 
 def read_kept(path, by, left_out):
-    """The Finished of a file of kept lines, without those that are damaged."""
+    """The runs of a file of kept lines, as Finished. left_out gets a line on each damaged one."""
     runs = []
     damaged = []
     texts = lines_of(path, left_out)
@@ -3626,10 +3625,10 @@ def read_kept(path, by, left_out):
 
 
 def read_places(places, by, left_out):
-    """[(title, runs)]: one of all runs below the folders, and one of each file of kept lines.
+    """[(title, runs)]: one pair for all runs below the folders, one for each file of kept lines.
 
     places: the FoundFiles of each. left_out gets a line on whatever could not be read. UserError if
-    a place has no finished run, nor probes.
+    a place has neither a finished run nor probes.
     """
     folders = []
     groups = {}                                        # {where the lines are: runs}
@@ -3667,8 +3666,8 @@ def read_places(places, by, left_out):
 def read_probes(places, left_out):
     """{(probed task, metric, recipe, rows): {(links, method): {probe: score in percent}}}.
 
-    links: the tasks of the runs that the encoder went through, in order; an untuned one has none,
-    and the method "". A probe is known by its encoder's name and its seed; of equal ones the last
+    links: the tasks that the encoder was trained on, run after run; an untuned one has none, and
+    the method "". probe: the encoder's name and the probe's seed; of two that are equal the last
     counts. left_out gets a line on what could not be read.
     """
     probes = {}
@@ -3702,11 +3701,11 @@ def in_order(runs):
 
 
 def keep_lines(path, runs, by, differ):
-    """Writes the runs' lines to a file of kept lines, beside or instead of those that are there.
+    """Adds the runs' lines to a file of kept lines, in place of those of the same runs.
 
-    by, differ: the report's flags. Each line holds them too, beside those that it had, so that a
-    later report needs none of them. UserError if they cannot stand in one table. Returns all runs
-    of the file.
+    by, differ: the report's flags. Each line keeps them too, with those that it had before, so that
+    a later report need not name them. UserError if the runs cannot stand in one table. Returns all
+    runs of the file.
     """
     left_out = []
     there = read_kept(path, by, left_out) if os.path.exists(path) else []
@@ -3735,12 +3734,13 @@ def keep_lines(path, runs, by, differ):
 # -------------------------------------------------------------  9  the report: what may be compared
 
 def refuse_incomparable(runs, by, differ):
-    """UserError if two runs of one task differ in what is not the method.
+    """UserError if two runs of one task differ in flags that are not the method's own.
 
-    The seeds of a method must agree in all flags; the methods of a task in those that all scripts
-    have, except for what was searched over the same values. Two sorts of flags may differ all the
-    same: those in `by` and `differ`, and those that kept lines were kept with (see `keep_lines`). A
-    flag that only one of two runs has is not compared: it is newer than the other run.
+    The runs of a method must agree in all flags. The methods of a task must agree in the flags that
+    all scripts have, except those that were searched over the same values. Free to differ are
+    NOT_COMPARED, METHOD_FLAGS, those in `by` and `differ`, and those that kept lines were kept with
+    (see `keep_lines`). A flag that only one of two runs has is not compared: the other run is older
+    than the flag.
     """
     free = NOT_COMPARED.union(METHOD_FLAGS, by, differ)
     for run in runs:
@@ -3772,7 +3772,7 @@ def by_task(runs):
 
 
 def comparable_runs(runs, by, differ, refused):
-    """The runs of those tasks whose runs may be compared. `refused` gets the others' reasons."""
+    """The runs of tasks whose runs may be compared. `refused` gets the reasons against others."""
     found = []
     for of_task in by_task(runs).values():
         try:
@@ -3801,7 +3801,7 @@ def refuse_flags(run, other, names, whose):
 
 @dataclass
 class DifferenceOverRows:
-    """Of a method to the baseline, in points, with its interval over seeds and scored rows."""
+    """A method's difference to the baseline, in points, with an interval over seeds and rows."""
     seeds: int
     rows: int
     mean: float                    # over these seeds
@@ -3813,7 +3813,7 @@ class DifferenceOverRows:
 class Table:
     """Scores in percent, and their differences to the baseline."""
     title: str
-    runs: list                     # of Finished
+    runs: list                     # [Finished]
     baseline: str                  # "" if it has no run
     methods: list                  # the baseline first
     scores: dict                   # {(task, set, metric): {method: {seed: value}}}
@@ -3833,9 +3833,9 @@ class Table:
 
 
 def build_table(title, runs, baseline, draws):
-    """A Table. UserError if two runs have the same task, method and seed, and differ.
+    """A Table. UserError if two runs have the same task, method and seed, but other contents.
 
-    runs: as of `in_order`. draws: of the bootstrap over rows; None: there is none.
+    runs: in the order of `in_order`. draws: of the bootstrap over rows; None: no bootstrap.
     """
     seen = {}
     scores = {}
@@ -3878,10 +3878,10 @@ def paired_differences(by_method, method, baseline):
 
 
 def compare_over_tasks(differences):
-    """{("tasks" or "further sets", method): Difference}, where there are two or more.
+    """{("tasks" or "further sets", method): Difference}, where a method has two or more.
 
-    A task counts once, by its main metric, a further set by its first one; each is a mean over
-    seeds. p is corrected for the number of methods.
+    Each value is a mean over seeds: of a task's main metric, or of a further set's first one. p is
+    corrected for the number of methods.
     """
     main_keys = [*first_keys(differences, 1).values()]
     further = [key for key in first_keys(differences, 2).values()
@@ -3904,8 +3904,7 @@ def compare_over_tasks(differences):
 def read_predictions(runs):
     """({(task, set): {method: {seed: predictions}}}, {(task, set): labels}), arrays (rows,).
 
-    Of runs' folders with a scored.npz. A run that was scored on other rows of a set is left out
-    there.
+    They are read from each run's scored.npz. A set leaves out a run that was scored on other rows.
     """
     predictions = {}
     labels = {}
@@ -3952,7 +3951,7 @@ def difference_over_rows(metric, labels, mine, base, draws):
 def first_keys(keys, length):
     """{the first `length` parts of a key (task, set, metric): the first key that begins so}.
 
-    With 1 of them: each task's main metric, with 2: each set's first one.
+    With length 1 the keys are those of each task's main metric, with 2 of each set's first one.
     """
     first = {}
     for key in keys:
@@ -3961,7 +3960,7 @@ def first_keys(keys, length):
 
 
 def relative_costs(table, task, method):
-    """Seconds of training over the baseline's, of the seeds that both ran on the same device."""
+    """Training seconds divided by the baseline's, for seeds that both ran on the same device."""
     base = {run.seed: run for run in table.runs_of(task, table.baseline)}
     ratios = []
     for run in table.runs_of(task, method):
@@ -3974,13 +3973,13 @@ def relative_costs(table, task, method):
 
 
 def remarks(table):
-    """What has to be said of a table, in whole sentences."""
+    """All remarks on a table, as sentences."""
     return [*remarks_on_one_prediction(table), remark_on_intervals(table),
             *remarks_on_seeds(table), *remarks_on_tasks(table), *remarks_on_choice(table)]
 
 
 def remarks_on_one_prediction(table):
-    """How many runs predict the same for all rows of their first set."""
+    """On runs that predict the same for all rows of their first set."""
     alike = collections.Counter()                      # (task, set, method)
     for run in table.runs:
         name = next(iter(run.line["metrics"]))
@@ -3992,7 +3991,7 @@ def remarks_on_one_prediction(table):
 
 
 def remark_on_intervals(table):
-    """What the intervals hold, and what is not in them."""
+    """What the intervals take into account, and what they do not."""
     if not table.baseline:
         return ("There is no run of the baseline here, so nothing is compared to it; another one "
                 f"is named by --baseline: {', '.join(map(shlex.quote, table.methods))}.")
@@ -4015,7 +4014,7 @@ def remarks_on_seeds(table):
 
 
 def remarks_on_few_seeds(table):
-    """Which differences are of too few seeds to show anything."""
+    """On differences over too few seeds to show anything."""
     few = {}                                           # {seeds: {method: tasks}}
     for (task, _, _), by_method in table.differences.items():
         for method, difference in by_method.items():
@@ -4031,7 +4030,7 @@ def remarks_on_few_seeds(table):
 
 
 def remarks_on_many_tests(table):
-    """How many of the tests over seeds would find something if there were nothing to find."""
+    """How many of the tests over seeds would find a difference if there were none."""
     all_differences = [difference for by_method in table.differences.values()
                        for difference in by_method.values()]
     tests = sum(difference.n >= needed() for difference in all_differences)
@@ -4042,7 +4041,7 @@ def remarks_on_many_tests(table):
 
 
 def remarks_on_unlike_seeds(table):
-    """Where a method and the baseline share some of their seeds alone, or none."""
+    """On methods that share only some of their seeds with the baseline, or none."""
     unlike = set()                                     # tasks
     apart = {}                                         # {method: tasks}
     for key, by_method in table.scores.items():
@@ -4080,7 +4079,7 @@ def remarks_on_tasks(table):
 
 
 def remarks_on_states(table):
-    """Which methods' scores are those of the best state on the set that is scored."""
+    """On methods whose best state was chosen on the very set that is scored."""
     tasks_of = {}                                      # {methods, in words: their tasks}
     for task in table.tasks:
         methods = [method for method in table.methods if table.runs_of(task, method)]
@@ -4121,7 +4120,7 @@ def remarks_on_choice(table):
 
 # ----------------------------------------------------------------  9  the report: tables of strings
 #
-# Such a table is (header, rows, keys): keys says how many of the first columns name a row.
+# A table of strings is (header, rows, keys). keys: how many of the first columns name a row.
 
 def sizes_of(table):
     return ", ".join([plural(len(table.runs), "run"), plural(len(table.tasks), "task"),
@@ -4133,7 +4132,7 @@ def short_p(p):
 
 
 def difference_cells(difference):
-    """Its mean and interval."""
+    """A difference's mean and interval, as text."""
     interval = "-"
     if not math.isnan(difference.low):
         interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
@@ -4141,7 +4140,7 @@ def difference_cells(difference):
 
 
 def spread_cells(difference):
-    """Wins and losses, std and number."""
+    """A difference's wins and losses, std and number, as text."""
     std = "-" if math.isnan(difference.std) else f"{difference.std:.2f}"
     return [f"{difference.wins}-{difference.losses}", std, f"{difference.n}"]
 
@@ -4201,7 +4200,7 @@ def over_tasks_rows(table):
 
 
 def median_cell(values, decimals):
-    """The median of those that are known, as text."""
+    """The median of the values that are not None, as text."""
     known = [value for value in values if value is not None]
     return f"{np.median(known):.{decimals}f}" if known else "-"
 
@@ -4237,11 +4236,11 @@ def probe_rows(probes):
 
 
 def text_lines(header, rows, keys, width=110):
-    """A table as lines of text.
+    """A table of strings as lines of text.
 
-    The last of the columns that name a row begins each line. What the ones before it hold, such as
-    task, set and metric, is a line of its own above the rows that share it. Columns that do not fit
-    into the width are a second table below the first.
+    Each line begins with the last of the columns that name a row. What the ones before it hold,
+    such as task, set and metric, is a heading above the rows that share it. Columns that do not fit
+    into the width make a second table below the first.
     """
     above = keys - 1
     sizes = [max(map(len, cells)) for cells in zip(header, *rows)]
@@ -4268,7 +4267,7 @@ def text_lines(header, rows, keys, width=110):
 
 
 def report_rows(table):
-    """{heading: a table of strings}, those with any row."""
+    """{heading: a table of strings}, of those parts of the report that have a row."""
     found = {"Scores, in percent": score_rows(table)}
     if table.baseline:
         found[over_seeds_heading(table)] = difference_rows(table)
@@ -4301,7 +4300,7 @@ TSV_HEADER = [
 
 
 def tsv_report(tables):
-    """report.tsv: a line for each table, task, set, metric and method, and for those over tasks."""
+    """report.tsv: a line for each table, task, set, metric and method, then those over tasks."""
     lines = []
     for table in tables:
         for key, by_method in table.scores.items():
@@ -4400,7 +4399,7 @@ def round_numbers(low, high):
 
 
 def span(values):
-    """(low, high) of an axis: what the values take up, and a little more."""
+    """The range (low, high) of an axis: that of the values, and a little more."""
     low = min(values)
     high = max(values)
     room = 0.05 * (high - low) or max(0.5, 0.05 * abs(high))
@@ -4490,7 +4489,10 @@ def interval_svg(difference, reach, colours):
 
 
 def html_table(header, rows, keys, drawings=None):
-    """As text_lines, in a box that scrolls. drawings: html of a second cell for each row."""
+    """A table of strings as html, in a box that scrolls, with headings as in text_lines.
+
+    drawings: html of an additional second cell for each row.
+    """
     above = keys - 1
     names = [f"<th>{html.escape(cell)}</th>" for cell in header[above:]]
     if drawings:
@@ -4510,7 +4512,7 @@ def html_table(header, rows, keys, drawings=None):
 
 
 def draw_intervals(table):
-    """The drawings beside the differences, all on one axis."""
+    """The drawings beside the differences, all on the same scale."""
     found = []
     for differences in table.differences.values():
         found += differences.items()
@@ -4521,7 +4523,7 @@ def draw_intervals(table):
 
 
 def figure(picture, caption, colours=None):
-    """The html of a drawing. colours {name: classes}: a legend."""
+    """The html of a drawing. colours {name: its css classes}: for a legend."""
     words = html.escape(caption)
     if colours:
         names = ""
@@ -4584,8 +4586,10 @@ def seconds_figures(table):
 
 
 def probe_figures(probes):
-    """The figures of each probed task: one for each chain of runs that its encoders went through,
-    and one of those that went through a single run."""
+    """The figures of each probed task.
+
+    There is one for each of its `whole_chains`, and one for all encoders that are on none of them.
+    """
     figures = []
     for (task, metric, recipe, _), encoders in probes.items():
         what = f"{task}, {metric}, layer: {recipe}"
@@ -4603,7 +4607,7 @@ def probe_figures(probes):
 
 
 def whole_chains(encoders):
-    """The chains of more than one run that were probed on their way too, each to its last probe."""
+    """The chains of two or more runs that were also probed on their way, each to its last probe."""
     all_links = sorted({links for links, _ in encoders})
     chains = []
     for chain in all_links:
@@ -4615,7 +4619,7 @@ def whole_chains(encoders):
 
 
 def is_beginning(links, chain):
-    """Whether a chain begins with these links, and goes on."""
+    """Whether the chain begins with these links, and is longer."""
     return len(links) < len(chain) and chain[:len(links)] == links
 
 
@@ -4636,7 +4640,7 @@ def chain_figure(chain, encoders, colours, what):
 
 
 def probe_dots(encoders, colours, what):
-    """A row of dots for each encoder."""
+    """A figure with a row of dots for each encoder."""
     groups = {}
     colour_of_group = {}
     for links, method in sorted(encoders, key=lambda encoder: encoder[1]):
@@ -4695,26 +4699,29 @@ def report_flags():
         allow_abbrev=False, formatter_class=Help)
     p.error = refuse
     p.add_argument("places", nargs="+", metavar="FOLDER",
-                   help="all runs below are one table; a file of kept lines (.jsonl) is one each")
+                   help="all runs below these folders make one table; each file of kept lines "
+                        "(.jsonl) makes one too")
     p.add_argument("--baseline", metavar="METHOD",
-                   help="what differences are to (std, or adapter where there is no std)")
+                   help="the method that the others are compared to (std, or adapter where there "
+                        "is no std)")
     p.add_argument("--rows", type=number(int, 100), nargs="?", const=10000, metavar="DRAWS",
-                   help="also an interval over seeds and the rows that are scored, by a bootstrap "
-                        "of so many draws (10000)")
+                   help="also give intervals over seeds and scored rows, by a bootstrap of so many "
+                        "draws (10000)")
     p.add_argument("--by", nargs="+", default=[], metavar="FLAG",
-                   help="flags that belong to the method: a column for each value, as for those of "
-                        f"{' and '.join(METHOD_FLAGS)}")
+                   help="flags that count as part of the method: each value has a column, as have "
+                        f"those of {' and '.join(METHOD_FLAGS)}")
     p.add_argument("--differ", nargs="+", default=[], metavar="FLAG",
-                   help="flags that may differ though they are not the method")
+                   help="flags that may differ between runs although they are no part of the "
+                        "method")
     p.add_argument("--keep", default="", metavar="FILE",
-                   help="also write the runs of the folders to this file of kept lines")
+                   help="also add a line for each run of the folders to this file of kept lines")
     p.add_argument("--out", default="", metavar="DIR",
-                   help="where the report is written (the first folder)")
+                   help="folder for report.tsv and report.html (the first FOLDER)")
     return p
 
 
 def usual_baseline(runs):
-    """The method that others are compared to: plain fine-tuning, or the plain adapter."""
+    """The name of the usual baseline: plain fine-tuning, or the plain adapter."""
     methods = {run.method for run in runs}
     return "adapter" if "adapter" in methods and "std" not in methods else "std"
 
@@ -4827,13 +4834,13 @@ def toy_model(world):
 
 
 def toy_folder(name, words, *settings):
-    """Where a toy model lies that is made of the toy corpus with these words and settings."""
+    """The folder of a toy model that is made of the toy corpus with these words and settings."""
     text = "\n".join([*words, *data.toy_corpus()])
     return made_folder(name, text.encode(), f"{settings}".encode())
 
 
 def made_folder(name, *made_of):
-    """Where a model lies that was made here of these bytes."""
+    """The folder, below HF_HOME, for a model that is made here of these bytes."""
     from huggingface_hub.constants import HF_HOME
     key = hashlib.sha256()
     for part in made_of:
@@ -4843,9 +4850,9 @@ def made_folder(name, *made_of):
 
 
 def save_made(model, tokenizer, folder):
-    """Saves them into the folder, which is there whole or not at all.
+    """Saves model and tokenizer into the folder, which is there whole or not at all. Returns it.
 
-    Another run may make the same at the same time: the first to end is the one that counts.
+    If another run makes the same model at the same time, the first to end counts.
     """
     unfinished = f"{folder}.{os.getpid()}.tmp"
     try:
@@ -4858,7 +4865,7 @@ def save_made(model, tokenizer, folder):
         raise
     try:
         os.replace(unfinished, folder)
-    except OSError:                                    # there is one
+    except OSError:                                    # there is a folder already
         if holds_model(folder):
             shutil.rmtree(unfinished)
         else:
@@ -4868,7 +4875,7 @@ def save_made(model, tokenizer, folder):
 
 
 def toy_batches(tokenizer, steps, world):
-    """64 reviews of the toy corpus a step, about as long as each other: the ids and their mask."""
+    """Yields the ids and mask of 64 reviews of the toy corpus a step, all of similar length."""
     rows = data.general_text("toy", len(data.toy_corpus()))
     split = data.encode(rows, data.TASKS["toy"], tokenizer, 64)
     batches = data.Batches(split, 64, seed=0)
@@ -4878,18 +4885,19 @@ def toy_batches(tokenizer, steps, world):
 
 
 def one_cycle(model, steps, lr, betas=(0.9, 0.999)):
-    """AdamW, and its rate: up to `lr` in the first tenth of the steps, then down to about 0."""
+    """(AdamW, its schedule): the rate rises to `lr` in a tenth of the steps, then falls to about
+    0."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     return optimizer, schedule
 
 
 def hide_words(x, share, special, mask, others=0):
-    """(m(x), the places that are to be predicted): x (B, n) -> (B, n), (B, n), bool.
+    """Hides some words of x (B, n): (m(x), the places that are to be predicted), both (B, n).
 
-    That share of the words is drawn; `special` tokens never are. All of them become the token
-    `mask`; or, if `others` is the size of the vocabulary, 80% of them, while 10% become a random
-    token and 10% stay, as in BERT.
+    Each word is drawn with probability `share`; `special` tokens never are. All that are drawn
+    become the token `mask`. But if `others` is given, the size of the vocabulary, only 80% of them
+    do, while 10% become a random token and 10% stay, as in BERT.
     """
     drawn = torch.rand(x.shape, device=x.device) < share
     drawn &= ~torch.isin(x, special.to(x.device))
@@ -4903,9 +4911,9 @@ def hide_words(x, share, special, mask, others=0):
 
 
 def logits_at(places, model, inputs):
-    """A masked language model's logits at these places (B, n) alone: (places, V).
+    """A masked language model's logits at these places alone, bool (B, n): (places, V).
 
-    Its head, which is as wide as the vocabulary, reads nothing else.
+    Its head is as wide as the vocabulary V, and so computes nothing elsewhere.
     """
     def choose(module, args, outputs):
         outputs["last_hidden_state"] = outputs["last_hidden_state"][places][None]
@@ -4927,7 +4935,7 @@ def learn_masked_words(model, batches, hide, optimizer, schedule, autocast=conte
     for inputs in batches:
         x = inputs["input_ids"]                                          # (B, n)
         m_x, places = hide(x)
-        if not places.any():                           # a few short rows
+        if not places.any():                           # possible with a few short rows
             continue
         with autocast():
             logits = logits_at(places, model, {**inputs, "input_ids": m_x})
@@ -4944,20 +4952,21 @@ POST_TRAINING = {"share": 0.15, "lr": 5e-5, "batch_size": 32, "warmup": 0.06}
 
 
 def post_trained(args, setup, seed, world):
-    """--post_train E: the folder of --model after E epochs on the text it is then trained on.
+    """--post_train E: the folder of --model after E epochs of masked language modelling.
 
-    Gururangan et al., Don't Stop Pretraining, ACL 2020. 15% of the words, drawn anew each time,
-    BERT's 80/10/10 of them, batches of 32 rows, both sentences of a pair in one; AdamW at 5e-5
-    after a warm-up of 6%, with linear decay. The paper gives none of these. The same model, text
-    and settings are found again, whatever script or run wants them. One process makes it: for a
-    large text start the run with one first.
+    Gururangan et al., Don't Stop Pretraining, ACL 2020. The text is that of the rows that are
+    trained on, both sentences of a pair in one. 15% of the words are drawn, anew each time, and
+    hidden as in BERT (80/10/10). Batches have 32 rows. AdamW learns at 5e-5 after a warm-up of 6%,
+    with linear decay. The paper gives none of these. A model made before of the same model, text
+    and settings is found again, whatever script or run wants it. One process makes it, and the
+    others wait: for a large text, start the run with one process first.
     """
     import transformers
     given = f"--post_train {args.post_train:g}: {args.model}"
     tokenizer = setup.tokenizer
     if tokenizer.mask_token_id is None:
         raise UserError(f"{given} must have a mask token")
-    torch.manual_seed(0)                               # a head that it lacks begins at random
+    torch.manual_seed(0)                               # for a head that the model may lack
     try:
         model, info = transformers.AutoModelForMaskedLM.from_pretrained(
             args.path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
@@ -4969,7 +4978,7 @@ def post_trained(args, setup, seed, world):
 
     chosen = training_rows(setup, args, seed)
     rows = chosen.rows
-    if "note_row" in chosen.fields:                    # parts of rows know all of these
+    if "note_row" in chosen.fields:                    # split rows: `rows` still holds all of them
         rows = rows.select(chosen.whole_rows)
     split = data.encode(rows, setup.task, tokenizer, args.max_length)
     split.fields.pop("labels", None)
@@ -4986,7 +4995,7 @@ def post_trained(args, setup, seed, world):
 
 
 def post_train(model, split, epochs, tokenizer, world):
-    """Masked language modelling of all the split's rows, in place."""
+    """Trains the model by masked language modelling on all of the split's rows, in place."""
     from transformers import get_scheduler
     batches = data.Batches(split, POST_TRAINING["batch_size"], 0)
     steps = max(1, round(epochs * batches.per_epoch))
@@ -4994,7 +5003,7 @@ def post_train(model, split, epochs, tokenizer, world):
     warmup = int(POST_TRAINING["warmup"] * steps)
     schedule = get_scheduler("linear", optimizer, warmup, steps)
 
-    # A word that the tokenizer does not know is a word, though its token is special.
+    # An unknown word may be hidden like others, though [UNK] is a special token.
     special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
     hide = functools.partial(
         hide_words, share=POST_TRAINING["share"], special=torch.tensor(special),
@@ -5021,8 +5030,10 @@ def post_train(model, split, epochs, tokenizer, world):
 
 
 def toy_writer(world):
-    """Folder of a BART of 2 + 2 layers, pre-trained once to restore what was damaged of the toy
-    corpus, which covers both domains."""
+    """Folder of a BART of 2 + 2 layers, pre-trained once to restore masked words.
+
+    It learns on the toy corpus, which covers both domains.
+    """
     from transformers import BartConfig, BartForConditionalGeneration
     words = [*data.toy_vocabulary(), "\n"]
     folder = toy_folder("toy-bart", words, TOY_BART, TOY_BART_TRAINING)
@@ -5043,7 +5054,7 @@ def toy_writer(world):
 
 
 def toy_tokenizer(words):
-    """One word a token, the end of a line a word like others; the first five are special."""
+    """A tokenizer with a token for each word; a line end is one too. The first five are special."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     pad, unknown, begin, end, mask = words[:5]
@@ -5060,10 +5071,10 @@ def toy_tokenizer(words):
 
 
 def learn_to_restore(model, batches, steps):
-    """Denoising of a toy BART: -E log P(x | m(x)), m masks a third of the words.
+    """Trains a toy BART as a denoiser: -E log P(x | m(x)), where m masks a third of the words.
 
-    batches: the inputs of each step, padded with 0; words are above 4, the special tokens' ids,
-    [MASK] is 4.
+    batches: the inputs of each step. Ids: padding is 0, [MASK] is 4, special tokens are 0 to 4, and
+    words come after them.
     """
     optimizer, schedule = one_cycle(model, steps, TOY_BART_TRAINING["lr"])
     for inputs in batches:
