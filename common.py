@@ -150,8 +150,8 @@ def own_name(text):
 class Help(argparse.HelpFormatter):
     """Adds each flag's default to its help text.
 
-    A default that is None or empty is not shown: the text itself then says, mostly in parentheses,
-    what holds without the flag.
+    A default that is None, False or empty is not shown: the text itself then says, mostly in
+    parentheses, what holds without the flag.
     """
 
     def _get_help_string(self, action):
@@ -290,8 +290,8 @@ def add_running_flags(g):
     again.add_argument("--overwrite", action="store_true",
                        help="start afresh, and empty the folders of earlier runs")
     g.add_argument("--eval_every", type=number(int, 0), default=0, metavar="N",
-                   help="steps between evaluations on the validation set, by which the best state "
-                        "is kept; 0: evaluate only at the end")
+                   help="steps between evaluations on the validation set (or the held-out rows), "
+                        "by which the best state is kept; 0: evaluate only at the end")
     g.add_argument("--save_every", type=number(int, 0), default=0, metavar="N",
                    help="steps between checkpoints; 0: every five minutes")
     g.add_argument("--log_every", type=number(int, 1), default=20, metavar="N",
@@ -346,8 +346,7 @@ def flags_by_hand(p, argv):
 
 
 def read_flags(p, argv, by_hand):
-    """The parsed flags, with own_files, the name of the user's own task, and --init_from's
-    model."""
+    """The parsed flags, with own_files, the user's own task's name, and --init_from's model."""
     args, unknown = p.parse_known_args(argv)
     if unknown:
         refuse_unknown(unknown[0], p)
@@ -576,8 +575,7 @@ class World:
         return tensor
 
     def gather(self, found):
-        """[value] in the order of the rows, on all processes. found {row: value}: of this
-        process."""
+        """[value] in the order of rows, on all processes. found {row: value}: this process's."""
         parts = [found]
         if self.size > 1:
             parts = [None] * self.size
@@ -1549,8 +1547,7 @@ def digests_of_files(args):
 
 
 def differing_flags(saved, mine):
-    """{flag: the difference in words}, of the flags {flag: value} of a saved run and of this
-    one."""
+    """{flag: the difference in words}, of flags {flag: value} of a saved run and of this one."""
     other = {}
     for name in sorted({*saved, *mine} - NOT_THE_RUN):
         was = saved.get(name)
@@ -1862,8 +1859,7 @@ class Run:
         return self.seconds + self.world.training_clock() - self.started
 
     def end_step(self, until):
-        """Logs and saves what is due, and stops if a signal came. Returns words on a logged
-        loss."""
+        """Logs and saves what is due, and stops if a signal came. Returns words on the loss."""
         late = self.world.rank == 0 and time.monotonic() - self.saved > 300
         # All processes must decide alike: a sum is above 0 if it holds for any of them.
         signalled, late = self.world.total(np.array([signals["caught"], late])) > 0
@@ -2665,8 +2661,7 @@ class CachedSplit(data.Split):
         return self
 
     def fill(self, path, parts, marks, encode, world):
-        """Encodes the parts that are not marked: each machine its own file, by all its
-        processes."""
+        """Encodes the parts that are not marked, on each machine by all its processes."""
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         todo = np.flatnonzero(marks == 0)[world.local_rank::processes_here]
         world.barrier()                                # all know their parts before one marks any
@@ -2717,8 +2712,7 @@ class CachedSplit(data.Split):
 
 
 def states_key(sentences, model):
-    """A file name for the sentences' states. model: the digest of the encoder, and its
-    precision."""
+    """A file name for the sentences' states. model: the encoder's digest and precision."""
     key = hashlib.blake2b(f"{model} {sentences.left}".encode(), digest_size=12)
     for name in sorted(sentences.fields):
         values, offsets, _ = sentences.fields[name]
@@ -4885,8 +4879,7 @@ def toy_batches(tokenizer, steps, world):
 
 
 def one_cycle(model, steps, lr, betas=(0.9, 0.999)):
-    """(AdamW, its schedule): the rate rises to `lr` in a tenth of the steps, then falls to about
-    0."""
+    """(AdamW, its schedule): the rate rises to `lr` in a tenth of the steps, then falls to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     return optimizer, schedule
