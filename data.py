@@ -10,11 +10,11 @@
                                    answers and retrieval also reading and encoding; KINDS
     6  the toy language            toy_rows, toy_summaries, toy_tags, toy_questions, toy_corpus
 
-A further task is one row of TASKS. A further metric of classes or numbers is one function and one
-word in METRICS; the other kinds compute theirs in `score`. A further kind of task is one group of
-functions and one line of KINDS, which stands at the end of section 5; labels that are neither one
-number a row nor one for each token also need lines in fields_of, perhaps in subset. Nothing here
-knows how a model is trained: a script has the loss of each kind that it trains.
+To add a task, add a row to TASKS. To add a metric of classes or numbers, add a function and its
+entry in METRICS; other kinds compute their metrics in `score`. To add a kind of task, add a group
+of functions and a line of KINDS, at the end of section 5; labels that are neither one number a row
+nor one for each token also need lines in fields_of, perhaps in subset. Nothing here knows how a
+model is trained: a script has the loss of each kind that it trains.
 """
 import collections
 import csv
@@ -49,7 +49,7 @@ class NoSplit(UserError):
 # ------------------------------------------------------------------------------- 1  kinds and tasks
 
 def nothing(*arguments):
-    """In place of a function that a Kind leaves out: it takes anything, and adds nothing."""
+    """Stands in for a function that a Kind leaves out: takes any arguments, and adds nothing."""
     return {}
 
 
@@ -58,33 +58,35 @@ class Kind:
     """All that differs between kinds of task, so that no other place asks which kind a task is.
 
     auto_class    the class of `transformers` that loads a model for it
-    read          (table, task, where) -> Dataset: checks raw columns, gives rows with "label"
+    read          (table, task, where) -> Dataset with the column "label"; checks the raw columns.
+                  where: for messages
     hidden        (label) -> bool: whether the label is missing
     tokenise      (rows, task, tokenizer, max_length, ...) -> {field: a number or a list of whole
                   numbers per row}; "labels" and "cut" among them, see `tokenise_texts`. Batches pad
-                  lists; labels of a shape of their own are made in `fields_of`
+                  lists; labels of another shape are put together in `fields_of`
     collect       (outputs, labels, tokenizer) -> [what is kept of each row of a batch]
-    score         (task, trained, kept, split) -> {metric: value}
-    answer        what a label is where labels have no names
-    eval_size     (task) -> how large the batches of an evaluation are, see `slices`; left out: its
-                  defaults
+    score         (task, trained, kept, split) -> {metric: value}. kept: what `collect` gave of all
+                  rows; trained: the task that the model was trained on
+    answer        what a label is, in words, for tasks whose labels have no names
+    eval_size     (task) -> the arguments of `slices`, which makes the batches of an evaluation;
+                  left out: its defaults
 
-    Of a kind that is trained, and not only scored:
+    For a kind that is trained, and not only scored:
 
-    settings      (task) -> what `from_pretrained` of the class is given; left out: nothing, as of a
+    settings      (task) -> arguments of the class's `from_pretrained`; left out: none, as for a
                   model that writes, which has no head of the task's own
-    comparable    (task, trained): UserError if a model trained for one cannot do the other; left
-                  out: a model of any task of the kind can
-    forward       (model, task) -> forward(**inputs), the outputs of a batch; None: a method has
+    comparable    (task, trained): UserError if a model trained on one cannot do the other; left
+                  out: a model trained on any task of the kind can
+    forward       (model, task) -> forward(**inputs) -> the outputs of a batch; None: a method has
                   its own
     file          (name, task, kept, split) -> (ending, text) of the file of a set's predictions
     decodes       the model must have a decoder; what it writes is kept for all sets that are scored
     by_token      a model answers with a vector for each token of a text, not with one for the text
     passages      the texts are of several sentences
     predictions   (task, trained, kept) -> (n,), which METRICS compare with the labels of the rows;
-                  None: the scores are no such comparison
-    in_words      (task, kept of one row) -> its prediction, for people; None: a row has none of its
-                  own
+                  None: the kind is scored in another way
+    in_words      (task, what is kept of a row) -> its prediction as text, for people; None: a row
+                  alone has no prediction
     """
     auto_class: str
     read: Callable
@@ -106,10 +108,10 @@ class Kind:
 
 
 class Decoding(NamedTuple):
-    """How a text is searched for: by beams, whose scores are log P / length^penalty.
+    """How a text is written: by beam search, with scores log P / length^penalty.
 
     shortest, longest: tokens, without those that begin and end a text. no_repeat: no sequence of
-    that many tokens comes twice; 0: all may.
+    that many tokens may come twice; 0: all may.
     """
     beams: int = 4
     penalty: float = 1.0
@@ -119,7 +121,7 @@ class Decoding(NamedTuple):
 
 
 def names_of(value):
-    """A list of names: those of a tuple, or the words of a string."""
+    """A list of names, from a tuple of them or from a string of words."""
     return list(value) if isinstance(value, tuple) else value.split()
 
 
@@ -128,24 +130,24 @@ class Task:
     """One row of TASKS. Lists are written as words with spaces between them.
 
     path, config    the hub repository; a task without one is read from a --local_file
-    where           where that file is to be had
+    where           where that file can be found
     text            one or two columns (a tuple of them if a name has a space)
     labels          names in the order of the ids (a tuple of them if a name has a space); none:
                     the label is a number
     metrics         names of METRICS, or of what the kind's `score` computes; the first is the main
                     one
     train, validation, test    splits: to train on, to score, to predict
-    slices          {split: the part of the repository's splits that it is}
+    slices          {split: what it is of the repository's splits, such as train[:80%]}
     label           the column of the label, or of the text to write
     kind            a line of KINDS
     script          the repository holds only a loading script, which is never run: its parquet
                     export is read
-    sample          as one of --eval_tasks, that many seeded rows of it are scored
-    perturb         the one text column whose words may be perturbed
+    sample          among --eval_tasks, so many rows of it are scored, always the same; 0: all
+    perturb         the one text column whose words may be perturbed; "": all
     submits_names   the leaderboard's files hold label names, not ids
-    further         the sets out of its domain that go with it, unless --eval_tasks names others
+    further         sets that are also scored, unless --eval_tasks names others
     target_length   tokens at which the text to write is cut in training
-    decoding        how one is written
+    decoding        how such a text is written
     id_prefix       of questions: only rows whose id begins with this
     language        of questions: answers are compared by MLQA's rules for it
     """
@@ -185,7 +187,7 @@ class Task:
 
     @property
     def outputs(self):
-        """Numbers that a model gives for it: one for each label, or one."""
+        """How many numbers a model's head gives: one for each label, or one."""
         return len(self.label_names) or 1
 
 
@@ -230,7 +232,7 @@ TASKS = {
     "qnli":     Task(GLUE, "qnli", "question sentence", "entailment not_entailment",
                      submits_names=True),
     "rte":      Task(GLUE, "rte", labels="entailment not_entailment", submits_names=True),
-    # CLUE; OCNLI and CMNLI order their labels unlike MNLI
+    # CLUE; the labels of OCNLI and CMNLI have another order than those of MNLI
     "ocnli":    Task(CLUE, "ocnli", labels="neutral entailment contradiction"),
     "cmnli":    Task(CLUE, "cmnli", labels="neutral entailment contradiction"),
     "iflytek":  Task(CLUE, "iflytek", "sentence", " ".join(map(str, range(119)))),
@@ -277,12 +279,12 @@ TASKS = {
                      decoding=Decoding(6, 1.0, 10, 60, no_repeat=3)),
 }
 
-# A name of --eval_tasks that stands for several; their average is given too.
+# {a name in --eval_tasks that stands for several tasks: these}. Their average is scored too.
 GROUPS = {}
 
 
 def add_languages(group, languages, task):
-    """A row GROUP-LANGUAGE of TASKS, task(language), for each of them; GROUP stands for all."""
+    """Adds a row GROUP-LANGUAGE to TASKS, task(language), for each language; GROUP means all."""
     GROUPS[group] = []
     for language in languages:
         name = f"{group}-{language}"
@@ -340,7 +342,7 @@ add_languages("mlqa", MLQA_LANGUAGES, lambda language: Task(
 add_languages("tydiqa", TYDIQA_LANGUAGES, lambda language: Task(
     XTREME, "tydiqa", **QUESTIONS, id_prefix=f"{language}-"))
 
-# Asked as XTREME does: Tatoeba from English to the other language, BUCC to English.
+# Which side is asked is as in XTREME: Tatoeba from English to the other language, BUCC to English.
 BUCC_LANGUAGES = "de fr ru zh".split()
 TATOEBA_LANGUAGES = ("afr ara ben bul cmn deu ell est eus fin fra heb hin hun ind ita jav jpn kat "
                      "kaz kor mal mar nld pes por rus spa swh tam tel tgl tha tur urd vie").split()
@@ -351,8 +353,8 @@ add_languages("tatoeba", TATOEBA_LANGUAGES, lambda language: Task(
     XTREME, f"tatoeba.{language}", kind="retrieve", text="target_sentence source_sentence",
     train="validation"))
 
-# Where another set has no label of the same name, these of its labels count as the trained task's,
-# as in the papers.
+# {a label of the trained task: the labels of another set that count as the same}, if that set has
+# no label of this name; as in the papers.
 SAME = ["equivalent", "duplicate", "1"]
 NOT_SAME = ["not_equivalent", "not_duplicate", "0"]
 NOT_ENTAILED = ["not_entailment", "non-entailment"]
@@ -371,7 +373,7 @@ COUNTERPARTS = {
 
 
 def map_labels(names, targets):
-    """For each of `names` its index in `targets`: by name, then by COUNTERPARTS: (len(names),).
+    """The index in `targets` of each of `names`, by name or else by COUNTERPARTS: (len(names),).
 
     Raises UserError with both lists if one has no counterpart.
     """
@@ -387,7 +389,7 @@ def map_labels(names, targets):
 
 
 def task_names():
-    """The tasks in a line, those of a group as one word."""
+    """All tasks in a line of text, those of a group as one word."""
     in_groups = {name for names in GROUPS.values() for name in names}
     alone = [name for name in TASKS if name not in in_groups]
     return " ".join(alone + [f"{group}-LANGUAGE" for group in GROUPS])
@@ -407,8 +409,8 @@ def check_task(name, flag):
 class Rows(NamedTuple):
     """All that a run reads, checked. Rows are a `datasets.Dataset`, see Kind.read.
 
-    further: the sets of --eval_tasks. warnings: lines, on those that are not there and the like.
-    unscored: splits to predict.
+    further: the sets of --eval_tasks. warnings: lines to print, for example on sets that are not
+    there. unscored: splits to predict.
     """
     task: Task
     train: object                                                       # rows
@@ -437,14 +439,14 @@ def load(args, also_scores=()):
 
     train = splits.pop(task.train)
     for flag in ("batch_size", "train_samples"):
-        value = getattr(args, flag) or 0               # a batch of so many tokens has no size
+        value = getattr(args, flag) or 0               # with --batch_tokens there is no size
         if value > len(train):
             raise UserError(f"--{flag} {value}: must be at most the {len(train)} training rows")
 
     unscored = load_unscored(args, task)
     further, warnings = load_further(args, task, also_scores)
     warnings += warnings_of_labels(args, task, train, unscored)
-    if args.own_files and not args.choosing:           # which scores training rows alone
+    if args.own_files and not args.choosing:           # --choosing scores only training rows
         count = count_shared(task, train, splits["validation"])
         if count:
             warnings.append(f"--validation_file {args.validation_file}: the texts of {count} of "
@@ -457,7 +459,7 @@ def load(args, also_scores=()):
 
 
 def count_shared(task, train, others):
-    """How many of the other rows have the texts of a training row, which are not all blank."""
+    """How many other rows have the same texts as a training row. Blank texts do not count."""
     def texts(rows):
         columns = [map(as_text, cells_of(rows, name)) for name in task.columns]
         return [row for row in zip(*columns) if any(text.strip() for text in row)]
@@ -467,7 +469,7 @@ def count_shared(task, train, others):
 
 
 def warnings_of_labels(args, task, train, unscored):
-    """What may not be meant with the labels of one's own files: lines."""
+    """Lines on labels of the user's own files that may be a mistake."""
     if not args.own_files:
         return []
     warnings = []
@@ -490,9 +492,9 @@ def warnings_of_labels(args, task, train, unscored):
 
 
 def load_to_use(args, also_scores):
-    """The Rows that finished runs are used on (--run), without any to train on.
+    """The Rows with which --run uses finished runs; there are none to train on.
 
-    validation: the runs' own sets, if these are wanted; of the user's own task the
+    validation: the runs' own sets, if these are to be scored; for the user's own task, the
     --validation_file.
     """
     task = task_of_run(args) if args.own_files else TASKS[args.task]
@@ -512,7 +514,7 @@ def load_to_use(args, also_scores):
 
 def task_of_run(args):
     """The Task of a finished run on one's own files, by its flags and its model's labels."""
-    columns = args.text_columns or ["text"]            # old runs' results do not tell
+    columns = args.text_columns or ["text"]            # results of old runs do not name them
     if args.target_column:
         return own_summary_task(args, columns)
     settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
@@ -524,8 +526,8 @@ def task_of_run(args):
 def read_own(args, flag, task):
     """The rows of --test_file or --validation_file, for a task whose labels are known.
 
-    --text_columns and --label_column say where the texts and labels are; without them they are
-    where the task has them, or the texts in the usual columns.
+    --text_columns and --label_column say where the texts and labels are. Without these flags they
+    are in the task's columns, or, if the file lacks those, the texts are in the usual ones.
     """
     path = getattr(args, flag)
     table = read_file(path, f"--{flag}")
@@ -542,14 +544,14 @@ def read_own(args, flag, task):
         check_column(args.label_column, "--label_column", table, path)
     if "label_column" in args.by_hand and args.label_column in table:
         found[task.label] = table[args.label_column]
-    table.update(found)                                # all read before the first is written
+    table.update(found)                                # only now: a new name may be an old one
     if flag == "test_file":
         drop_blank_labels(table, task)
     return KINDS[task.kind].read(table, task, f"--{flag} {path}")
 
 
 def set_name(args, flag):
-    """What a file is called among the sets: its own name, without endings if no set has that."""
+    """The name of a file among the sets: its own, without endings if no set can have that."""
     if flag not in args.by_hand:
         return "validation"
     name = os.path.basename(getattr(args, flag))
@@ -580,9 +582,9 @@ def load_unscored(args, task):
 
 
 def drop_blank_labels(table, task):
-    """Takes the column of labels out of a table of rows to predict, if any of them is blank.
+    """Removes the column of labels from a table of rows to predict, if any of them is blank.
 
-    Of texts to write some may be: they are as good as missing.
+    Texts to write may be blank, which is the same as missing.
     """
     if not KINDS[task.kind].decodes and not all(map(label_of, table.get(task.label, []))):
         table.pop(task.label, None)
@@ -591,8 +593,8 @@ def drop_blank_labels(table, task):
 def load_further(args, trained, also_scores=()):
     """({name: (task, rows)}, lines on what was skipped) of --eval_tasks.
 
-    Each is NAME or NAME:SPLIT. A name of GROUPS stands for all its languages; of a SPLIT those that
-    have none are skipped.
+    Each is NAME or NAME:SPLIT. A name of GROUPS stands for all its languages; those that lack the
+    SPLIT are skipped.
     """
     further = {}
     skipped = []
@@ -620,8 +622,8 @@ def load_further(args, trained, also_scores=()):
 def load_set(args, trained, name, split, also_scores):
     """{name of the set: (task, rows)} of one task: of this split, or of its validation splits.
 
-    A task's only validation split is named after the task, any other split TASK/SPLIT; another
-    split of the trained task is named SPLIT.
+    A task's only validation split has the name of the task; any other split is called TASK/SPLIT,
+    or, if it is of the trained task and asked for by name, SPLIT.
     """
     check_task(name, "--eval_tasks")
     task = TASKS[name]
@@ -656,7 +658,7 @@ def check_comparable(task, trained, name):
 
 
 def refuse_hidden(task, rows, where):
-    """Rows that are scored must have labels."""
+    """UserError if a row has no label: rows that are scored need one."""
     labels = cells_of(rows, "label")
     is_hidden = KINDS[task.kind].hidden
     row = next((row for row, label in enumerate(labels) if is_hidden(label)), None)
@@ -666,9 +668,9 @@ def refuse_hidden(task, rows, where):
 
 
 def read(name, split, args, given=""):
-    """Rows of one split of the task of this name: of a local file, the toy grammar, or the hub.
+    """Rows of one split of the task of this name: of a local file, the toy language, or the hub.
 
-    given: the flag that asks for it, with its value; "": --task.
+    given: the flag that asks for it, with its value, for messages; "": --task.
     """
     task = TASKS[name]
     given = given or f"--task {name}"
@@ -690,7 +692,7 @@ def read(name, split, args, given=""):
 
 
 def local_files(words):
-    """{name of a task: path} of the words behind --local_file."""
+    """{name of a task: path} of the words after --local_file."""
     local = {}
     for given in words:
         name, _, path = given.partition("=")
@@ -765,7 +767,7 @@ def own_files(args):
 
 
 def usual_columns(table, where):
-    """The text columns of a table, if they have one of the usual names. where: flag and file."""
+    """The text columns of a table, by their usual names, or UserError. where: flag and file."""
     for names in (["text"], ["sentence1", "sentence2"], ["sentence"]):
         if set(names) <= set(table):
             return names
@@ -784,8 +786,8 @@ def check_column(name, flag, table, path):
 def own_task(args, columns, tables):
     """The Task of one's own files, {"train": a table, "validation": a table}.
 
-    Its labels decide the kind: words and whole numbers are classes, numbers with a point are to be
-    predicted. A --target_column holds texts to write.
+    Its labels decide the kind: words and whole numbers are classes, numbers with a decimal point
+    are regression targets. A --target_column holds texts to write.
     """
     if args.target_column:
         return own_summary_task(args, columns)
@@ -814,7 +816,7 @@ def own_task(args, columns, tables):
 
 
 def own_labels(table, task, where):
-    """The labels of one's own table, as strings. UserError if a row has none that is one."""
+    """The labels of one's own table, as strings. UserError if one is missing or infinite."""
     labels = [label_of(cell) for cell in raw_labels(table, task, where)]
     if "" in labels:
         raise UserError(f"{where}: row {labels.index('') + 1}: no label in column {task.label!r} "
@@ -929,7 +931,7 @@ def parse_json(file, kind):
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise
-        rows = parse_lines(text)                       # lists, one a line
+        rows = parse_lines(text)                       # one list a line, refused below
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"row {number} is {row!r:.40}; "
@@ -958,7 +960,7 @@ def parse_lines(text):
     return rows
 
 
-# Half of a character, as a json escape that was cut leaves it: no table can hold it.
+# Half of a character, as a cut json escape leaves it. A Dataset cannot hold it.
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -992,7 +994,7 @@ def text_of(cell, row, column, where):
 
 
 def whole_text(text, row, column, where):
-    """The text. UserError if it holds half a character, which no table can."""
+    """The text. UserError if it holds half a character, see SURROGATE."""
     if SURROGATE.search(text):
         raise UserError(f"{where}: row {row}: column {column!r} holds half a character: "
                         f"{text!a:.40}")
@@ -1012,7 +1014,7 @@ def column_names(table):
 
 
 def cells_of(table, column):
-    """A column of a dict of lists or of a Dataset as a list. (A Dataset's own reads row by row.)"""
+    """A column of a dict of lists or of a Dataset, as a list: a Dataset's own reads row by row."""
     return table[column][:]
 
 
@@ -1053,25 +1055,24 @@ def raw_labels(table, task, where):
 
 
 def label_type(cell):
-    """The type of a label in words: whole numbers and others are one."""
+    """The type of a label in words. Whole and other numbers are of one type."""
     if isinstance(cell, bool):
         return "truth value"
     return "string" if isinstance(cell, str) else "number"
 
 
 def class_index(table, task):
-    """How a table's labels are read: {name, or id: index of task.label_names; "-1": -1, hidden,
-    unless a class is called so}.
+    """How to read a table's labels: {a name or an id: its index in task.label_names}.
 
-    The ids are the table's own, whose order may not be ours. The user's own files have none: there
-    a number is a name.
+    "-1" is -1, a hidden label, unless a class has that name. Ids are the table's own, whose order
+    may differ from the task's. The user's own files have no ids: there a number is a name.
     """
     import datasets
     names = task.label_names
     names_of_table = [] if task.path == "custom" else names
     if isinstance(table, datasets.Dataset) and task.label in table.column_names:
         feature = table.features[task.label]
-        feature = getattr(feature, "feature", feature)                  # of tags: that of one tag
+        feature = getattr(feature, "feature", feature)                  # of a list of tags: one's
         names_of_table = getattr(feature, "names", names_of_table)
 
     index = {"-1": -1}
@@ -1089,7 +1090,7 @@ def class_index(table, task):
 def read_classify(table, task, where):
     """Rows with the text columns as strings and "label": an index of task.label_names.
 
-    It is -1 where the label is hidden.
+    The label is -1 where it is hidden.
     """
     texts = read_texts(table, task, where)
     if task.label not in column_names(table):          # hidden, also where a class is called -1
@@ -1119,16 +1120,13 @@ def read_regress(table, task, where):
         if abs(number) > float(np.finfo(np.float32).max):
             raise UserError(f"{where}: row {row}: label {cell!r} must fit into 32 bits")
         labels.append(number)
-    if set(labels) == {-1.0}:                          # hidden; else a number like any other
+    if set(labels) == {-1.0}:                          # all hidden; else -1 is a number like others
         labels = [math.nan] * len(labels)
     return make_rows(texts, labels, "float32", ids_of(table, where))
 
 
 def read_generate(table, task, where):
-    """Rows with the text columns as strings and "label", the text to write.
-
-    It is "" where it is not given.
-    """
+    """Rows with the text columns as strings and "label", the text to write; "" if there is none."""
     texts = read_texts(table, task, where)
     targets = []
     for row, cell in enumerate(cells_or_none(table, task.label, len(texts[task.columns[0]])), 1):
@@ -1161,14 +1159,14 @@ def none_given(label):
 
 
 def as_text(cell):
-    """A text, or a list as one."""
+    """A text as it is; a list joined with spaces."""
     if isinstance(cell, list):
         return " ".join(map(str, cell))
     return cell
 
 
 def count_empty_texts(task, rows):
-    """How many rows have a text, one or both, that is empty or blank."""
+    """How many rows have a text column that is empty or blank."""
     is_empty = np.zeros(len(rows), bool)
     for name in task.columns:
         is_empty |= [not as_text(text).strip() for text in cells_of(rows, name)]
@@ -1198,7 +1196,7 @@ def general_text(where, n):
 
 
 def sentences_of(line):
-    """The sentences of a line, in English or Chinese; scraps and headings of wikitext are none."""
+    """The sentences of a line, in English or Chinese, without scraps and headings of wikitext."""
     if line.lstrip().startswith("="):
         return []
     sentence_end = r"(?<=[.!?]) +(?=[^a-z])|(?<=[。！？])"
@@ -1207,7 +1205,7 @@ def sentences_of(line):
 
 
 def general_texts(where):
-    """The lines of a text file, or the texts of a table, or of a hub data set."""
+    """The lines of a text file, or the texts of a table or a hub data set, see `general_text`."""
     import datasets
     if where == "toy":
         return toy_corpus()
@@ -1230,12 +1228,12 @@ def general_texts(where):
 
 # ----------------------------------------------------------------------------- 3  encoding, by kind
 
-# Raise it when a function `tokenise` changes; else the cache still gives what the old one made.
+# Add 1 when a Kind's `tokenise` changes: else the cache still gives what the old function made.
 ENCODING_VERSION = 4
 
 
 def encode(rows, task, tokenizer, max_length, **options):
-    """Tokenises rows by the task's kind, once. Returns a Split. options: of the kind's `tokenise`.
+    """Tokenises rows by the task's kind, once. Returns a Split. options: for the kind's `tokenise`.
 
     The result is cached under the hash of the rows, the tokenizer and the settings.
     """
@@ -1256,9 +1254,10 @@ def encode(rows, task, tokenizer, max_length, **options):
 
 
 def forget_lengths(tokenizer):
-    """Takes out of a fast tokenizer to what length it last cut or padded: each call says that.
+    """Removes from a fast tokenizer the lengths to which its last call cut or padded.
 
-    Others than transformers would read it as the tokenizer's own from what is saved.
+    Every call sets its own. If they were saved, libraries other than transformers would take them
+    for the tokenizer's.
     """
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
@@ -1279,7 +1278,7 @@ def encoding_key(rows, task, tokenizer, max_length, options):
 
 
 def fields_of(table, pad_token_id):
-    """What a function `tokenise` made, an arrow table, as the fields of a Split: {name: Field}."""
+    """The fields of a Split, {name: Field}, of the arrow table that a `tokenise` has made."""
     fills = {"input_ids": pad_token_id, "labels": -100}
     fields = {}
     for name in table.column_names:
@@ -1296,9 +1295,9 @@ def fields_of(table, pad_token_id):
 
 
 def make_cache_folder(folder, flag="HF_HOME", way_out=""):
-    """UserError if it cannot be made, or not be written into. flag: what says where it is.
+    """Makes a folder, if need be. UserError if it cannot be made, or not be written into.
 
-    way_out: what to do then, the end of the message.
+    flag: what says where it is. way_out: what to do then, the end of the message.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -1327,9 +1326,9 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
     Fields: input_ids, attention_mask, token_type_ids where the model has them, labels, and `cut`, 1
     for a row that was truncated.
 
-    separate: each column alone, the second one's fields with the suffix _2.
-    perturb: adds `perturbable`, 1 at the tokens of the texts (True: all but the special ones) or of
-    one column alone (its name).
+    separate: each column is encoded alone; fields of the second one end in _2.
+    perturb: adds the field `perturbable`, 1 at tokens that may be perturbed: of all columns (True)
+    or of one (its name), but no special tokens.
     """
     found = {"labels": rows["label"], "cut": [0] * len(rows["label"])}
     groups = [[column] for column in task.columns] if separate else [task.columns]
@@ -1354,7 +1353,7 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
 
 
 def mark_cut(found, encoded):
-    """Makes `cut` 1 for the rows that a tokenizer has truncated; a slow one cannot tell."""
+    """Sets found["cut"] to 1 for rows that were truncated. A slow tokenizer cannot tell which."""
     if encoded.is_fast:
         for row, encoding in enumerate(encoded.encodings):
             if encoding.overflowing:
@@ -1362,14 +1361,17 @@ def mark_cut(found, encoded):
 
 
 def model_inputs(encoded):
-    """Of what a tokenizer gives, the model's inputs."""
+    """The model's inputs {name: lists}, out of all that a tokenizer gives."""
     names = "input_ids", "attention_mask", "token_type_ids"
     return {name: encoded[name] for name in names if name in encoded}
 
 
 def tokenise_in_windows(tokenizer, *texts, **settings):
-    """A tokenizer's encoding of texts, too long ones in several rows, with the characters that each
-    token is: offset_mapping. UserError if it does not know them."""
+    """A tokenizer's encoding of texts, with too long ones in several rows.
+
+    It has offset_mapping, the characters that each token is. UserError if the tokenizer does not
+    know them.
+    """
     if not tokenizer.is_fast:
         raise UserError(f"tags and answers need a fast tokenizer; {type(tokenizer).__name__} is "
                         "not fast")
@@ -1393,9 +1395,9 @@ def tokenise_generate(rows, task, tokenizer, max_length, max_target_length):
 # --------------------------------------------------------------------------------------- 4  batches
 
 class Field(NamedTuple):
-    """What all rows have of one name: `values` one after another, padded with `fill` in a batch.
+    """One field of all rows: their `values` one after another, padded with `fill` in a batch.
 
-    Row r's stand from offsets[r] to offsets[r + 1]; without offsets each row has one value.
+    Row r has values[offsets[r]:offsets[r + 1]]; without offsets each row has one value.
     """
     values: np.ndarray
     offsets: np.ndarray | None
@@ -1407,14 +1409,14 @@ class Split:
 
     left: whether padding stands on the left (XLNet).
     rows: the Dataset that they were made of, or None. lengths (n,): tokens of each row.
-    has_targets: the labels of a row are a text for a decoder to write; else they are one number,
-    or one for each token.
+    has_targets: the labels of a row are a text for a decoder to write; else they are one number, or
+    one for each token.
     target_lengths (n,): tokens of that text; 0 without one.
-    sides: the lengths, (n,) each, of what gets padding of its own: of the text alone, of the two
-    texts of a pair that are encoded apart, or of the text and the one to write.
+    sides: [lengths (n,)] of each part of a row that is padded by itself: of the text alone; or of
+    the two texts of a pair that are encoded apart; or of the text and the one to write.
 
-    A field note_NAME is in no batch. note_cut (n,): 1 where a row was truncated. note_row (n,):
-    where one of `rows` was split into several, the one that each is a part of.
+    A field note_NAME is in no batch. note_cut (n,): 1 where a row was truncated. note_row (n,),
+    only where one of `rows` may be split into several: the index of the one that each is a part of.
     """
 
     def __init__(self, fields, left=False, rows=None, has_targets=False):
@@ -1444,7 +1446,7 @@ class Split:
 
     @property
     def whole_rows(self):
-        """Which of `rows` these are, each once; all where none was split."""
+        """Which of `rows` are here, as indices, each once even if it was split."""
         if "note_row" in self.fields:
             return np.unique(self.fields["note_row"].values)
         return np.arange(len(self))
@@ -1471,14 +1473,14 @@ class Split:
                 ends = np.cumsum([len(part) for part in parts])
                 fields[name] = Field(np.concatenate(parts), np.concatenate([[0], ends]), fill)
         kept = self.rows
-        if kept is not None and "note_row" not in self.fields:           # which points into all
+        if kept is not None and "note_row" not in self.fields:           # it points into all rows
             kept = kept.select(rows)
         return Split(fields, self.left, kept, self.has_targets)
 
     def sentences(self):
-        """Each text a row of its own: the first text of all rows, then the second.
+        """Each text as a row of its own: the first text of all rows, then the second.
 
-        A row has two if its columns were encoded apart.
+        A row has two texts if its columns were encoded apart; else the Split stays as it is.
         """
         if "input_ids_2" not in self.fields:
             return self
@@ -1493,9 +1495,10 @@ class Split:
         return Split(fields, self.left)
 
     def collate(self, rows, width=0, target_width=0):
-        """Tensors of the given rows: (B, n), padded to their longest or to `width`; labels (B,).
+        """Tensors of the given rows {name: (B, n)}, padded to the longest row, at least to `width`.
 
-        Lists of labels are (B, m), padded to their longest, to `target_width` or to `width`.
+        Labels are (B,). Lists of labels are (B, m), padded to their longest, at least to
+        `target_width`, or without one to `width`.
         """
         batch = {}
         for name in self.fields:
@@ -1534,7 +1537,7 @@ class Split:
 
 
 def padded_size(batches, lengths):
-    """What batches hold with their padding: rows times the longest of each side."""
+    """Tokens in batches, padding included: rows times the longest of each side."""
     total = 0
     for rows in batches:
         longest = sum(length[rows].max() for length in lengths)
@@ -1545,22 +1548,25 @@ def padded_size(batches, lengths):
 class Batches:
     """`batches[step]`: the micro-batches of one process at one step, each a dict of tensors.
 
-    Any step can be had at once: the order is a function of (seed, epoch) alone. Rows are shuffled,
-    cut into large chunks, sorted by length within each, cut into batches, and the batches shuffled;
-    the last one is topped up with the epoch's first rows. Process `rank` of `processes` takes
-    rows[rank::processes] of each batch. Rows of two sides, two sentences apart or a text and what
-    is to be written, are put into batches by both lengths, see `halve`.
+    Any step can be had at once, because the order depends on (seed, epoch) alone. Rows are
+    shuffled, and topped up with the epoch's first rows to fill the last batch. They are cut into
+    large chunks, sorted by length within each, and cut into batches, which are shuffled. Process
+    `rank` of `processes` takes rows[rank::processes] of each batch. Rows of two sides (two
+    sentences apart, or a text and what is to be written) are put into batches by both lengths, see
+    `halve`.
 
-    tokens: a batch is not `batch_size` rows but about that many tokens, labels that are lists
-    counted in: ceil(all tokens / tokens) batches an epoch, of equal size to within two rows, with
-    each row once.
+    micro: most rows of a micro-batch; 0: all.
 
-    batching: "length" is that; "random" leaves the shuffled order; "padded" also pads to `width`
-    and `target_width`. The last two are what other scripts do, kept for --profile to compare with.
+    tokens: a batch has about so many tokens, of texts to write too, and not `batch_size` rows. An
+    epoch has ceil(all tokens / tokens) batches, of equal size to within two rows, each row once.
+
+    batching: "length" is all that; "random" leaves the shuffled order; "padded" also pads to
+    `width` and `target_width`. The last two are what other scripts do, for --profile to compare
+    with.
 
     real, computed: tokens handed out so far, without and with their padding, on both sides.
     """
-    # Batches that are sorted together, by one length or by two.
+    # How many batches are sorted together, by one length or by two.
     CHUNK = 256
     CHUNK_OF_TWO = 4096
 
@@ -1604,8 +1610,8 @@ class Batches:
         return count
 
     def rows(self, step):
-        """The rows of the whole batch at `step`, over all processes: (batch_size,), or by tokens
-        as many as that batch has."""
+        """The batch at `step`, as the rows of all processes: (batch_size,), or as many as it
+        has."""
         epoch, at = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
@@ -1632,18 +1638,18 @@ class Batches:
         return lengths * rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(lengths))
 
     def sort(self, rows, lengths):
-        """The rows, of these lengths, in chunks, each sorted by length."""
+        """The rows, of these lengths, sorted within chunks of CHUNK batches or less."""
         chunks = np.array_split(np.arange(len(rows)), math.ceil(self.per_epoch / self.CHUNK))
         by_length = [chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks]
         return rows[np.concatenate(by_length)]
 
     def halve(self, rows, count, lengths, sizes=None, least=1):
-        """The rows as `count` batches, in each of which both lengths are alike.
+        """Cuts the rows into a list of `count` batches, in each of which both lengths are alike.
 
         The rows are sorted by the length of one side or of the other, by the one that leaves less
         padding, and cut into a short and a long half, which are halved in turn.
 
-        lengths: [of one side, of the other], (all rows,) each, over their mean; none: the rows
+        lengths: [of one side, of the other], (all rows,) each, divided by their mean; []: the rows
         stay in their order. sizes (all rows,): the batches have about equal sums of these; None:
         equal numbers of rows. No batch has fewer than `least` rows.
         """
@@ -1651,7 +1657,7 @@ class Batches:
             return [rows]
         short_count = count // 2                       # batches that the short half becomes
         long_count = count - short_count
-        orders = [rows]                                # while there are many: cut as they are
+        orders = [rows]                                # too many batches to sort together
         if lengths and count <= self.CHUNK_OF_TWO:
             orders = [rows[np.argsort(length[rows], kind="stable")] for length in lengths]
 
@@ -1670,13 +1676,13 @@ class Batches:
                 *self.halve(long, long_count, lengths, sizes, least)]
 
     def cut(self, rows):
-        """Rows in order as an epoch's batches: of batch_size rows, or of about equal tokens."""
+        """Cuts rows, in order, into an epoch's batches: of batch_size rows, or of equal tokens."""
         if self.tokens:
             return self.halve(rows, self.per_epoch, [], self.sizes, self.processes)
         return rows.reshape(-1, self.batch_size)
 
     def passes(self, rows):
-        """The rows of a batch that are this process's, in micro-batches of like length."""
+        """This process's `rows` of a batch, in micro-batches of similar length."""
         rows = rows[np.argsort(self.split.lengths[rows], kind="stable")]
         count = math.ceil(len(rows) / self.micro)
         if self.two_sided:
@@ -1684,7 +1690,7 @@ class Batches:
         return [rows[i * self.micro:(i + 1) * self.micro] for i in range(count)]
 
     def state_dict(self):
-        """Rank 0's counts; after a resumption they stand for those of all."""
+        """The token counts. Rank 0 saves its own; a resumed run takes them for all processes."""
         return {"real": self.real, "computed": self.computed}
 
     def load_state_dict(self, state):
@@ -1707,9 +1713,9 @@ class Batches:
 
 
 def slices(lengths, tokens=8192, most=256):
-    """Every row exactly once, longest first, in arrays of about `tokens` tokens.
+    """Yields arrays that hold every row exactly once, longest first.
 
-    No array has more than `most` rows.
+    An array has at most `tokens` tokens, padding included, and `most` rows, but at least one row.
     """
     order = np.argsort(-lengths, kind="stable")
     while len(order):
@@ -1719,9 +1725,9 @@ def slices(lengths, tokens=8192, most=256):
 
 
 def subset(split, n, seed):
-    """n seeded rows of a Split, each class in its share (largest remainder): (n,) indices.
+    """The indices (n,) of n seeded rows of a Split, each class in its share (largest remainder).
 
-    They are the same for every method. Of rows that were split, n whole ones are drawn.
+    They are the same for every method. If rows were split, these are all parts of n whole ones.
     """
     labels = split.labels
     rng = np.random.default_rng([seed, n])
@@ -1759,10 +1765,10 @@ def ranks(x):
 
 
 def pearson(predictions, labels):
-    """The correlation; 0 if one of them does not vary. Of two classes it is Matthews'."""
+    """Pearson's correlation; 0 if one of them does not vary. Of two classes it is Matthews'."""
     p = np.asarray(predictions, float)
     y = np.asarray(labels, float)
-    if not (np.ptp(p) > 0 and np.ptp(y) > 0):          # nor if one is nan
+    if not (np.ptp(p) > 0 and np.ptp(y) > 0):          # also if one is nan
         return 0.0
     p = p - p.mean()
     y = y - y.mean()
@@ -1779,9 +1785,9 @@ METRICS = {"accuracy": accuracy, "f1": f1, "mcc": pearson, "pearson": pearson, "
 def rouge(prediction, reference):
     """{"rouge1", "rouge2", "rougeLsum"}: F1 from 0 to 1, without a stemmer. Sentences are lines.
 
-    Lin, ROUGE, 2004. rougeLsum is the ROUGE-L of the summarisation papers: for each sentence of the
-    reference the words that it has in common, in order, with any predicted sentence. A word counts
-    no more often than it stands in either text.
+    Lin, ROUGE, 2004. rougeLsum is the ROUGE-L of the summarisation papers: of each reference
+    sentence it counts the words that also stand, in the same order, in any predicted sentence. A
+    word counts no more often than it stands in either text.
     """
     predicted = words_of(prediction)
     wanted = words_of(reference)
@@ -1820,7 +1826,7 @@ def f1_of_counts(hits, predicted, wanted):
 
 def common_in_order(a, b):
     """A longest common subsequence of two lists of words, as the set of its places in `a`."""
-    # longest[i][j]: its length in the first i words of a and the first j of b
+    # longest[i][j]: its length for the first i words of a and the first j of b
     longest = [[0] * (len(b) + 1)]
     there = set(b)
     for word in a:
@@ -1848,7 +1854,7 @@ def common_in_order(a, b):
     return places
 
 
-# Of each kind: how a model is loaded and asked, and what is kept of its answers.
+# For all kinds: how a model is loaded and asked, and what is kept of its answers.
 
 def logits_of(model, task):
     """forward(**inputs) -> logits (B, C) of a Hugging Face classifier."""
@@ -1861,7 +1867,7 @@ def logits_of(model, task):
 def decoded(model, task):
     """forward(**inputs) -> the tokens of a text for each row (B, m), by beam search.
 
-    Two more are allowed than the task's longest text has, for those that begin and end it.
+    Two tokens more than in the task's longest text are allowed: those that begin and end it.
     """
     decoding = task.decoding
     longest = decoding.longest + 2
@@ -1901,14 +1907,14 @@ def same_labels(task, trained):
 
 
 def size_for_beams(task):
-    """Each row is searched for by so many beams at once."""
+    """Arguments of `slices`: fewer rows at once, as each takes a row for every beam."""
     return {"tokens": 32768 // task.decoding.beams, "most": 256 // task.decoding.beams}
 
 
 # Classes, numbers and texts to write: their scores, and their files of predictions.
 
 def predicted_classes(task, trained, kept):
-    """The best of logits, the trained task's labels mapped to those of `task`: (n,)."""
+    """The class with the best logit, mapped from the trained task's labels to `task`'s: (n,)."""
     mapped = map_labels(trained.label_names, task.label_names)
     return mapped[np.stack(kept).argmax(1)]
 
@@ -1925,7 +1931,7 @@ def score_predictions(task, trained, kept, split):
 
 
 def score_texts(task, trained, kept, split):
-    """{metric: mean over all rows}. A text without words has 0."""
+    """{metric: mean over all rows}. A text without words scores 0."""
     scores = [rouge(text, reference) for text, reference in zip(kept, split.column("label"))]
     return {name: float(np.mean([score[name] for score in scores])) for name in task.metric_names}
 
@@ -1948,7 +1954,7 @@ def is_submission(task, name):
 
 
 def file_of_classes(name, task, kept, split):
-    """For GLUE its submission format, an index and a label; for others also all probabilities."""
+    """For GLUE's test sets the submission format, index and label; else with all probabilities."""
     labels = [class_text(task, logits) for logits in kept]
     if is_submission(task, name):
         if not task.submits_names:
@@ -1984,7 +1990,7 @@ def file_of_texts(name, task, kept, split):
 
 
 def as_jsonl(lines):
-    """The ending and the text of a file of these dicts, one a line."""
+    """The ending and the text of a file: these dicts, one a line."""
     return "jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
@@ -2006,7 +2012,7 @@ def as_tsv(header, columns, ids=None):
 def read_tags(table, task, where):
     """Rows with the words, lists of strings, and "label": a list of indices of task.label_names.
 
-    They are -1 where they are hidden. A tag is a name, or an id of the table's own names.
+    The indices are -1 where tags are hidden. A tag is a name, or an id of the table's own names.
     """
     import datasets
     column = task.columns[0]
@@ -2046,12 +2052,12 @@ def same_tags(task, trained):
 
 
 def tokenise_tags(rows, task, tokenizer, max_length, separate=False):
-    """A list of words as the model's inputs. The first piece of a word has its tag, all else -100.
+    """Lists of words as model inputs. A word's first token has its tag as label, others -100.
 
     A sentence that is too long becomes several rows. Fields beside those of tokenise_texts:
     note_begins, 1 at the first row of a sentence; note_words, the words that have a label in a row,
-    by their place in the sentence. A word without a piece has none. separate: there is one text
-    alone.
+    by their place in the sentence. A word without a token has no label. separate: is ignored, as
+    there is only one text.
     """
     sentences = rows[task.columns[0]]
     texts = [" ".join(words) for words in sentences]
@@ -2081,7 +2087,7 @@ def tokenise_tags(rows, task, tokenizer, max_length, separate=False):
 
 
 def word_of_each_token(text, words, offsets):
-    """The word, by its place in `words`, that each token is a piece of; None: of no word.
+    """For each token the word that it is a piece of, by its place in `words`; None: of no word.
 
     text: the words with a space between each two. offsets: a token's first character and the one
     after its last. Special tokens, and a space that is a token, are of no word.
@@ -2105,7 +2111,7 @@ def collect_tags(outputs, labels, tokenizer):
 
 
 def predicted_tags(kept, split):
-    """{sentence: a tag for each word}, -1 where the word has no piece."""
+    """{sentence: its tags, one for each word}; -1 where the word has no token."""
     lengths = [len(tags) for tags in split.column("label")]
     found = {}
     for part, tags in enumerate(kept):
@@ -2117,7 +2123,7 @@ def predicted_tags(kept, split):
 
 
 def score_tags(task, trained, kept, split):
-    """{metric: value}. A word without a prediction is an error; no word is left out."""
+    """{metric: value}. Every word counts; one without a prediction is an error."""
     predicted = predicted_tags(kept, split)
     gold = split.column("label")
     names = task.label_names
@@ -2139,8 +2145,8 @@ def score_tags(task, trained, kept, split):
 def tag_spans(tags):
     """{(type, first word, last word)} of a sentence's tags, as XTREME's scores count them.
 
-    B-PER I-PER is one span; so is I-PER at the start, or behind another type. Plain tags have no
-    B and I: runs of equal ones are spans, but each tag that begins with S is one alone.
+    B-PER I-PER is one span; an I-PER at the start, or after another type, begins one too. If tags
+    have no B and I, runs of equal tags are spans, but each tag that begins with S is one by itself.
     """
     spans = set()
     first = None
@@ -2160,12 +2166,12 @@ def tag_spans(tags):
 
 
 def tags_text(task, tags):
-    """The different tags of a row."""
+    """The different tags of a row, in words."""
     return " ".join(task.label_names[tag] for tag in sorted(set(tags)))
 
 
 def file_of_tags(name, task, kept, split):
-    """A json object a line: a sentence's words and tags, null where a word has no piece."""
+    """A json object a line: a sentence's words and tags, null where a word has no token."""
     sentences = split.column(task.columns[0])
     lines = []
     for row, tags in sorted(predicted_tags(kept, split).items()):
@@ -2176,12 +2182,10 @@ def file_of_tags(name, task, kept, split):
 
 # Spans: the answer to a question is a part of a context.
 
-# Tokens from the start of one window over a context to that of the next, tokens of a question at
-# most, best starts and ends of a window that are combined, and tokens of an answer at most.
-STRIDE = 128
-LONGEST_QUESTION = 64
-BEST = 20
-LONGEST_ANSWER = 30
+STRIDE = 128                       # tokens between the starts of two windows over a context
+LONGEST_QUESTION = 64              # in tokens
+BEST = 20                          # so many best starts and best ends of a window are combined
+LONGEST_ANSWER = 30                # in tokens
 
 # The articles that MLQA's scores leave out, by language.
 ARTICLES = {
@@ -2193,9 +2197,9 @@ ARTICLES = {
 def read_span(table, task, where):
     """Rows with id, question and context, "label", the texts of the answers, and "starts".
 
-    starts: where each answer stands in the context, the place nearest to the given `answer_start`
-    (which is moved in some sets); -1 where the context has it not. task.id_prefix: of only these
-    rows.
+    starts: where each answer stands in the context, in characters: the place nearest to the given
+    `answer_start` (which is wrong in some sets); -1 where it does not occur. With task.id_prefix
+    only rows with such an id are read.
     """
     import datasets
     texts = read_texts(table, task, where)
@@ -2247,12 +2251,12 @@ def nearest(context, answer, start):
 
 
 def tokenise_span(rows, task, tokenizer, max_length, separate=False):
-    """Question and context as one text, a long context in windows, each a row.
+    """Question and context as one text. A long context becomes several windows, each a row.
 
-    Labels: the tokens of the first answer's start and end, (2,); (0, 0) where it is not all in the
+    Labels: the first and the last token of the first answer, (2,); (0, 0) if it is not all in the
     window. Fields beside those of tokenise_texts: note_begins, 1 at the first window of a question;
-    note_from and note_to, the characters of the context that each token is, -1 where it is none.
-    `cut` is 1 for a question that was cut. separate: the two are never apart.
+    note_from and note_to, the characters of the context that each token is, -1 outside of it. `cut`
+    is 1 for a question that was cut. separate: is ignored, as the two are always together.
     """
     if tokenizer.padding_side == "left":
         raise UserError("answers need a tokenizer that pads on the right, "
@@ -2269,7 +2273,7 @@ def tokenise_span(rows, task, tokenizer, max_length, separate=False):
         room = max_length - special - length           # for the context
         encoded = tokenise_in_windows(
             tokenizer, short, context, truncation="only_second", max_length=max_length,
-            stride=room - min(STRIDE, room))           # theirs is what two windows share
+            stride=room - min(STRIDE, room))           # here it is what two windows share
         for name, windows in model_inputs(encoded).items():
             found[name] += windows
         for window, offsets in enumerate(encoded["offset_mapping"]):
@@ -2287,7 +2291,7 @@ def tokenise_span(rows, task, tokenizer, max_length, separate=False):
 
 
 def shortened(question, tokenizer, most):
-    """(The question, or what its first `most` tokens are of it; how many tokens that has)."""
+    """(the question cut to its first `most` tokens, how many tokens it then has)."""
     encoded = tokenise_in_windows(tokenizer, question, add_special_tokens=False)
     offsets, = encoded["offset_mapping"]
     if len(offsets) <= most:
@@ -2299,7 +2303,7 @@ def shortened(question, tokenizer, most):
 def answer_tokens(rows, row, begins, ends):
     """(first, last) token of a row's first answer in a window, or (0, 0) if it is not all there.
 
-    begins, ends: the characters of the context that each token is, -1 where it is none.
+    begins, ends: the characters of the context that each token is, -1 outside of it.
     """
     starts = rows["starts"][row]
     if not starts or starts[0] < 0:
@@ -2404,11 +2408,13 @@ def file_of_spans(name, task, kept, split):
     return "json", json.dumps(found, ensure_ascii=False, indent=1)
 
 
-# Retrieval: of all candidates the translation of each sentence, without training.
+# Retrieval: find each sentence's translation among all candidates. Nothing is trained.
 
 def read_retrieve(table, task, where):
-    """Rows with the two text columns. The right candidate of a row is its own second sentence, so
-    "label" is 0 for all."""
+    """Rows with the two text columns, and "label", which is 0 for all.
+
+    The right candidate for a row is its own second sentence.
+    """
     texts = read_texts(table, task, where)
     for column, cells in texts.items():
         texts[column] = [cell.strip() for cell in cells]
@@ -2422,7 +2428,7 @@ def tokenise_retrieve(rows, task, tokenizer, max_length, separate=True):
 
 
 def unit(x):
-    """The vectors x (..., H), each made 1 long."""
+    """The vectors x (..., H), each scaled to length 1."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -2503,21 +2509,23 @@ TOY_HABIT = ["really", "rather"]
 
 
 def toy_review(domain, rng, labelled):
-    """One review and its label (1 positive): some phrases, most of them of the review's own mind.
+    """One review and its label (1: positive). Most of its phrases agree with the label.
 
-    What makes it a small model of the real problem: two domains with their own adjectives, labels
-    in one of them only; telling adverbs ("painfully raw") that stand in the unlabelled corpus
-    alone, from which pre-training can learn what the adjectives of BOTH domains mean; and a habit
-    of the labelled film reviewers ("really" in praise, "rather" in blame) that holds in 4 of 5
-    cases there, and in 1 of 3 in the food reviews.
+    Three things make it a small model of the real problem. The two domains have adjectives of their
+    own, and labels are in one of them only. Telling adverbs ("painfully raw") stand in the
+    unlabelled corpus alone, from which pre-training can learn what the adjectives of BOTH domains
+    mean. And the labelled film reviewers have a habit ("really" in praise, "rather" in blame) that
+    holds in 4 of 5 cases there, but in 1 of 3 in the food reviews.
     """
     phrases, _, positive = toy_opinions(domain, rng, labelled)
     return " , ".join(phrases) + " .", int(positive)
 
 
 def toy_opinions(domain, rng, labelled):
-    """(phrases, opinions, positive) of a review: of each phrase (whether it praises, its noun), and
-    whether the review as a whole praises."""
+    """(phrases, opinions, positive) of a review. positive: whether it praises as a whole.
+
+    opinions: of each phrase (whether it praises, its noun).
+    """
     positive = rng.random() < 0.5
     phrases = []
     opinions = []
@@ -2579,7 +2587,7 @@ def toy_summaries(domain, split):
 
 
 def toy_tags(domain, split):
-    """Toy reviews with the part of speech of each word, as a Dataset: as many as of summaries.
+    """Toy reviews with the part of speech of each word, as a Dataset sized like toy_summaries.
 
     A word always has the same tag, so those of films can be learned by heart. The food reviews have
     other nouns and adjectives, and the telling adverbs of the unlabelled corpus: there a tag must
@@ -2603,12 +2611,12 @@ def toy_tags(domain, split):
 
 
 def toy_questions(domain, split):
-    """Toy reviews and a question, "good" or "bad": a noun that is praised, or blamed. A Dataset.
+    """Toy reviews and a question, "good" or "bad", whose answer is a praised or a blamed noun.
 
-    As many rows as of summaries, each a review that does both. Of several answers the first is
-    trained. Who gives any noun is right in 55 % of the film reviews and in 57 % of the others. (A
-    noun as the question and its adjective as the answer was not learned: an F1 of 41 in domain
-    after 1250 steps on 4000 rows.)
+    A Dataset sized like toy_summaries; each review both praises and blames. If there are several
+    answers, the first is trained. Who gives any noun is right in 55 % of the film reviews and in 57
+    % of the others. (A noun as the question, with its adjective as the answer, was not learned: an
+    F1 of 41 in domain after 1250 steps on 4000 rows.)
     """
     rng = random.Random(f"{domain} questions {split}")
     table = {"question": [], "context": [], "answers": []}
@@ -2636,7 +2644,7 @@ TOYS = {"toy": toy_rows, "toy-sum": toy_summaries, "toy-tag": toy_tags, "toy-qa"
 
 @functools.cache
 def toy_corpus(n=10000):
-    """n unlabelled reviews of both domains, for pre-training and as general text: a list."""
+    """A list of n unlabelled reviews of both domains, for pre-training and as general text."""
     rng = random.Random("corpus")
     reviews = []
     for _ in range(n):
@@ -2656,7 +2664,7 @@ def toy_vocabulary():
 
 # ------------------------------------------------------------------------------ python data.py TASK
 
-COUNTED = 5000                     # rows of which the lengths are told
+COUNTED = 5000                     # most rows whose lengths are counted
 
 # A word between spaces; of Chinese and Japanese, which have none, each character.
 WORD = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\s\u3040-\u30ff\u4e00-\u9fff]+")
@@ -2704,7 +2712,7 @@ def main(argv=None):
     parser.add_argument("task", help=f"one of {task_names()}")
     parser.add_argument("--model", help="a tokenizer, to count tokens; else words are counted")
     parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",
-                        help="the file of a task, for all its splits, in place of the hub's")
+                        help="read all splits of a task from this file, not from the hub")
     args = parser.parse_args(argv)
     check_task(args.task, "task")
     task = TASKS[args.task]
@@ -2743,6 +2751,6 @@ if __name__ == "__main__":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError, ValueError) as error:
-        # The last two: no such --model.
+        # OSError and ValueError: there is no such --model.
         print(f"data.py: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
