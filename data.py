@@ -1610,8 +1610,7 @@ class Batches:
         return count
 
     def rows(self, step):
-        """The batch at `step`, as the rows of all processes: (batch_size,), or as many as it
-        has."""
+        """The rows of the batch at `step`, of all processes: (batch_size,), or (m,) by tokens."""
         epoch, at = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
