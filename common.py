@@ -234,8 +234,8 @@ def add_model_flags(g):
     g.add_argument("--init_from", default="", metavar="RUN",
                    help="start from a finished run's encoder, with a fresh head")
     g.add_argument("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"],
-                   help="of forward and backward passes; weights are fp32; auto: bf16 where the "
-                        "machine has it, else fp32")
+                   help="number type in forward and backward passes; weights are fp32; auto: bf16 "
+                        "where the machine has it, else fp32")
     g.add_argument("--weight_noise", type=number(float, 0), default=0.0, metavar="L",
                    help="NoisyTune: before training W := W + U(-L/2, L/2) std(W); its paper: 0.15")
     g.add_argument("--post_train", type=number(float, 0, 10**6, above=True), metavar="E",
@@ -504,7 +504,7 @@ def cli(main):
 
 
 def silence_output():
-    """Discards what is still to be written to stdout: Python would complain of it at its end."""
+    """Discards what is still to be written to stdout: else Python reports an error as it exits."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
 
@@ -591,7 +591,7 @@ class World:
 
     @contextlib.contextmanager
     def in_turns(self):
-        """Lets the processes run the block in three turns, so that later ones find earlier files.
+        """Runs the block in three turns of processes: later ones find what earlier ones wrote.
 
         First rank 0; then the first process of each other machine, which may have folders of its
         own; then all others. Each process passes two barriers, those before its turn and those
@@ -1191,8 +1191,8 @@ def check_vocabulary(args, model, tokenizer):
 def check_ends(args, model, setup):
     """UserError if a text itself holds the end token of an encoder-decoder that does not write.
 
-    Such a model, as BART with classes, reads each text at its end token: all rows must have equally
-    many.
+    Such a model (for example BART with classes) reads a text at its end token, of which all rows
+    must have the same number.
     """
     if not model.config.is_encoder_decoder or setup.kind.decodes:
         return
@@ -1241,7 +1241,7 @@ def count_steps(args, per_epoch):
 
 
 def warmup_steps(args, steps):
-    """How many steps warm up: --warmup, or that share of all `steps`. UserError unless fewer."""
+    """The number of warm-up steps: --warmup, or that share of `steps`. UserError unless fewer."""
     warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
     if warmup and warmup >= steps:
         raise UserError(f"--warmup {args.warmup:g}: must be less than the {steps} steps")
@@ -4906,7 +4906,7 @@ def hide_words(x, share, special, mask, others=0):
 def logits_at(places, model, inputs):
     """A masked language model's logits at these places alone, bool (B, n): (places, V).
 
-    Its head is as wide as the vocabulary V, and so computes nothing elsewhere.
+    Its head is as wide as the vocabulary V: to compute it everywhere would cost much more.
     """
     def choose(module, args, outputs):
         outputs["last_hidden_state"] = outputs["last_hidden_state"][places][None]
@@ -4950,9 +4950,9 @@ def post_trained(args, setup, seed, world):
     Gururangan et al., Don't Stop Pretraining, ACL 2020. The text is that of the rows that are
     trained on, both sentences of a pair in one. 15% of the words are drawn, anew each time, and
     hidden as in BERT (80/10/10). Batches have 32 rows. AdamW learns at 5e-5 after a warm-up of 6%,
-    with linear decay. The paper gives none of these. A model made before of the same model, text
-    and settings is found again, whatever script or run wants it. One process makes it, and the
-    others wait: for a large text, start the run with one process first.
+    with linear decay. The paper gives none of these. A result for the same model, text and settings
+    is found again by any script or run. One process makes it, and the others wait: for a large
+    text, start the run with one process first.
     """
     import transformers
     given = f"--post_train {args.post_train:g}: {args.model}"
