@@ -291,7 +291,8 @@ def add_running_flags(g):
                        help="start afresh, and empty the folders of earlier runs")
     g.add_argument("--eval_every", type=number(int, 0), default=0, metavar="N",
                    help="steps between evaluations on the validation set (or the held-out rows), "
-                        "by which the best state is kept; 0: evaluate only at the end")
+                        "by which the best state is kept; 0: only at the end, or as the script "
+                        "says")
     g.add_argument("--save_every", type=number(int, 0), default=0, metavar="N",
                    help="steps between checkpoints; 0: every five minutes")
     g.add_argument("--log_every", type=number(int, 1), default=20, metavar="N",
@@ -4950,9 +4951,9 @@ def post_trained(args, setup, seed, world):
     Gururangan et al., Don't Stop Pretraining, ACL 2020. The text is that of the rows that are
     trained on, both sentences of a pair in one. 15% of the words are drawn, anew each time, and
     hidden as in BERT (80/10/10). Batches have 32 rows. AdamW learns at 5e-5 after a warm-up of 6%,
-    with linear decay. The paper gives none of these. A result for the same model, text and settings
-    is found again by any script or run. One process makes it, and the others wait: for a large
-    text, start the run with one process first.
+    with linear decay. The papers that we follow give none of these. A result for the same model,
+    text and settings is found again by any script or run. One process makes it, and the others
+    wait: for a large text, start the run with one process first.
     """
     import transformers
     given = f"--post_train {args.post_train:g}: {args.model}"

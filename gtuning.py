@@ -1216,7 +1216,8 @@ def flags():
                    metavar="M", help="general text: a text file; a csv, tsv, json or jsonl with a "
                                      "column text; or ID:CONFIG:SPLIT of the hub")
     g.add_argument("--keep", default="best", choices=["best", "last"],
-                   help="the state that counts: the best evaluated, or the last (choice 13)")
+                   help="the state that counts: the best of those evaluated (once an epoch, "
+                        "unless --eval_every says otherwise), or the last (choice 13)")
 
     g = p.add_argument_group(
         "f, and the states of g", "f(x): a sentence's vector, by the pre-trained model g, then h.")

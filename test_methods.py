@@ -8023,7 +8023,7 @@ def test_a_model_without_a_head_for_masked_words_gets_a_fresh_one_and_a_word(toy
 
 def test_models_that_cannot_be_post_trained_are_refused_in_one_line(toy_folder):
     argv = [*flags_on(toy_folder), "--method", "std", "--post_train", "1"]
-    with pytest.raises(UserError, match="--post_train: must be a number above 0 to 1000000, got '0'"):
+    with pytest.raises(UserError, match="--post_train: must be a number above 0 to 1000000"):
         tdt.main([*argv, "--post_train", "0"])
     save_toy_bert(toy_folder / "model", mask_token=None)
     with pytest.raises(UserError, match="model must have a mask token"):
