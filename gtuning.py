@@ -50,8 +50,8 @@ Choices, where the paper is silent (its authors released no code):
  8. The state that counts is the one with the best main metric on the validation set, of all phases,
     evaluated once an epoch; for the plain adapter too. N, given by --epochs or --max_steps, is the
     number of steps on f, so both methods take equally many; gtuning's steps on D come on top.
- 9. If the numbers of x_t and x_u differ, each mean in Eq. 3 is over its own. z needs pairs: it
-    takes the first of both, as many as the smaller number.
+ 9. If the numbers of x_t and x_u differ, each mean in Eq. 3 is over its own samples. z needs pairs:
+    it takes the first of both, as many as the smaller number.
 10. Tags: the output layer reads each token's state, at length sqrt(H) as it reads f(x). D reads the
     mean of these states, whatever --pooling; the paper: "for the structure prediction task, we use
     the average of all the outputs of all tokens as input". Answers: the same with two outputs, the
@@ -1227,7 +1227,7 @@ def flags():
         "f, and the states of g", "f(x): a sentence's vector, made by the pre-trained model g and "
         "then by the adapter h.")
     g.add_argument("--layers", type=common.number(int, 1), default=3, metavar="N",
-                   help="number of transformer layers of h, and of D")
+                   help="number of transformer layers in h, and in D")
     g.add_argument("--pooling", default="cls", choices=["cls", "mean"],
                    help="f(x): the first token's vector, or the mean over all tokens (choice 2)")
     g.add_argument("--feature_length", type=weight, default=4.0, metavar="L",
@@ -1237,7 +1237,7 @@ def flags():
     g.add_argument("--tune", default="adapter", choices=["adapter", "all"],
                    help="all: g learns too, at a lower rate (FT, Appendix A)")
     g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
-                   help="f's learning rate after the warm-up falls to 0, or stays (choice 12)")
+                   help="after the warm-up f's learning rate falls to 0, or stays (choice 12)")
     g.add_argument("--no_cache", action="store_true",
                    help="encode every batch again, and keep no states; gives the same numbers")
     g.add_argument("--cache_dir", default=os.path.join(home, "states"), metavar="DIR",
@@ -1249,7 +1249,8 @@ def flags():
     g.add_argument("--teach_weight", type=weight, default=1.0,
                    help="self-teach: w, weight of the KL to the teacher (choice 14)")
     g.add_argument("--embed", action="store_true",
-                   help="Figure 2: a map of f(x) in domain and out of it (first of --eval_tasks)")
+                   help="Figure 2: a map of f(x) in domain and out of it (on the first of "
+                        "--eval_tasks)")
     g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
                    help="the map of --embed: by t-SNE, or by two principal axes (embed-pca.html)")
     g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",

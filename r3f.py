@@ -1053,7 +1053,8 @@ def flags():
     g.add_argument("--noise", default="uniform", choices=["uniform", "normal"],
                    help="distribution of z, Eq. 4: U(-eps, eps) or N(0, eps^2)")
     g.add_argument("--stop_grad", default="none", choices=["none", "noised"],
-                   help="noised: no gradient through the pass with z, a third cheaper (choice 3)")
+                   help="noised: no gradient through the pass with z, so a step is a third cheaper "
+                        "(choice 3)")
     g.add_argument("--share_dropout", action="store_true",
                    help="both passes have the same dropout masks: only z differs (choice 2)")
     g.add_argument("--label_smoothing", type=common.number(float, 0, 0.5), default=0.0,
