@@ -1,9 +1,9 @@
 """G-Tuning: a Wasserstein critic makes an adapter map general text into the task's space.
 
 Weng, Cheng, Zhang: G-Tuning: Improving Generalization of Pre-trained Language Models with
-Generative Adversarial Network, Findings of ACL 2023. f = h . g: g the pre-trained model, frozen;
-h the adapter behind it; f(x) a vector (H,). D: the discriminator, a Wasserstein critic: a
-number for a vector.
+Generative Adversarial Network, Findings of ACL 2023. f = h . g, with g the pre-trained model,
+frozen, and h the adapter behind it; f(x) is a vector (H,). D: the discriminator, a Wasserstein
+critic, which gives each vector a number.
 
     L_T = -E log P(y_t | x_t)                              Eq. 2    x_t, y_t from B, the task's rows
     L_D = -E[D(f(x_t)) - D(f(x_u))]                        Eq. 3    x_u from M, general text
@@ -14,7 +14,7 @@ number for a vector.
     Algorithm 1: N/2 steps of Eq. 2 on f; N/2 steps of Eq. 3 on D;
                  N/2 rounds of {one step of Eq. 6 on f, T steps of Eq. 3 on D}, T: 3, 5, 7 or 9
 
-    Self-Teach, a baseline: L = L_T + w KL(teacher(x_u) || f(x_u)), the teacher a finished run
+    Self-Teach, a baseline: L = L_T + w KL(teacher(x_u) || f(x_u)); the teacher: a finished run
 
     python gtuning.py                           the toy task, adapter against gtuning, on a CPU
     torchrun --nproc_per_node=8 gtuning.py --task sst2 --eval_tasks imdb    the paper's setting
@@ -24,66 +24,68 @@ number for a vector.
 
 Choices, where the paper is silent (its authors released no code):
  1. g stays frozen, without dropout, in all phases, as Eq. 2 and Algorithm 1 say (section 3.1
-    speaks of fine-tuning it first); --tune all trains it too, which is the FT of Appendix A.
-    h: 3 pre-norm transformer layers over g's token states, drawn small, so that h begins near
+    speaks of fine-tuning it first); --tune all trains g too, the FT of Appendix A. h is 3 pre-norm
+    transformer layers over g's token states. Its first weights are small, so that h begins near
     the identity.
- 2. f(x) is the first token's vector, or the mean over the real tokens (--pooling mean), after a
-    LayerNorm, lest it grow long to please D, and begins with length 4 whatever the width H.
-    (The LayerNorm's own weights learn: on a toy f it was 6 after 400 rounds.) The length matters
-    because D has slope 1: the longer the vectors, the larger L_G, and the less the penalty weighs
-    beside it. At the LayerNorm's own sqrt(H), 20 for H = 384, L_G overruled L_T. The output layer
-    reads the vectors at sqrt(H). Measured with MiniLM on 2,000 rows of SST-2 (one seed): phase 3
-    took the accuracy from 76.7 to between 51 and 60 at length 20, to 78.9 at 4.
- 3. D: 3 pre-norm transformer layers over f(x) as a sequence of one, then a number. Attention to
-    one token needs no query and no key: theirs never learn. No dropout, and no BatchNorm, for
-    which the penalty of one example would depend on the others.
- 4. e is one draw for each example, from N(0, 1) as written; --epsilon uniform is U(0, 1), as in
-    WGAN-GP.
- 5. D learns from vectors without dropout, and is frozen while f learns.
- 6. Sentence pairs: each sentence goes through f alone, the output layer reads
-    [u; v; |u - v|; u * v] ("combine them before the output layer"), and D sees u and v as two
-    samples. --pair_mode joint encodes a pair as one text, and so two neighbouring sentences of M,
-    or D could tell one sentence from two.
- 7. M: as many single sentences as B has, drawn once from Wikitext-103 (the paper's sentence on it
-    breaks off). If M has fewer, they are used again.
- 8. The state with the best main metric on the validation set counts, of all phases, looked at once
-    an epoch; for the plain adapter too. N, which --epochs or --max_steps gives, is the number of
-    steps on f, so both methods take equally many; those on D come on top.
- 9. With unequal numbers of x_t and x_u each mean in Eq. 3 is over its own; z needs pairs, and takes
-    the first of both, as many as the smaller number.
-10. Tags: the output layer reads each token's state, like f(x) at sqrt(H), and D the mean of them,
-    by the paper's "for the structure prediction task, we use the average of all the outputs of all
-    tokens as input", whatever --pooling. Answers: the same with two outputs, whose softmax goes
-    over the tokens: the start and the end. Question and context are one text, whatever
-    --pair_mode; a sample of M is then as many sentences in a row as make it as long as they are,
-    or D would learn lengths.
+ 2. f(x) is the first token's vector, or the mean over the real tokens (--pooling mean). It passes a
+    LayerNorm, so that it cannot grow long to please D, and is scaled to length 4 whatever the width
+    H. (4 is the start: the LayerNorm has weights that learn, and on a toy f the length was 6 after
+    400 rounds.) The length matters because D has slope 1: the longer the vectors, the larger D's
+    scores, in L_G and in L_D, where the penalty then weighs less beside them. At a LayerNorm's own
+    length sqrt(H), 20 for H = 384, L_G overruled L_T: with MiniLM on 2,000 rows of SST-2 (one seed)
+    phase 3 took the accuracy from 76.7 to between 51 and 60 at length 20, and to 78.9 at length 4.
+    The output layer reads the vectors at length sqrt(H).
+ 3. D is 3 pre-norm transformer layers over f(x) as a sequence of one token, then a linear layer.
+    One token attends only to itself, which needs no query and no key: their weights never learn. D
+    has no dropout, and no BatchNorm, with which one example's penalty would depend on the others.
+ 4. e is one draw for each example, from N(0, 1) as in Eq. 4; --epsilon uniform draws from U(0, 1),
+    as in WGAN-GP.
+ 5. D learns from vectors f(x) without dropout, and is frozen while f learns.
+ 6. Sentence pairs: each sentence goes through f by itself, which gives u and v. The output layer
+    reads [u; v; |u - v|; u * v] ("combine them before the output layer"), and D sees u and v as two
+    samples. --pair_mode joint encodes a pair as one text; two neighbouring sentences of M are then
+    one text too, or D could tell one sentence from two.
+ 7. M is as many single sentences as B has, drawn once from Wikitext-103 (the paper's sentence on
+    this breaks off). If there are fewer, they are used again.
+ 8. The state that counts is the one with the best main metric on the validation set, of all phases,
+    evaluated once an epoch; for the plain adapter too. N, given by --epochs or --max_steps, is the
+    number of steps on f, so both methods take equally many; gtuning's steps on D come on top.
+ 9. If the numbers of x_t and x_u differ, each mean in Eq. 3 is over its own samples. z needs pairs:
+    it takes the first of both, as many as the smaller number.
+10. Tags: the output layer reads each token's state, at length sqrt(H) as it reads f(x). D reads the
+    mean of these states, whatever --pooling; the paper: "for the structure prediction task, we use
+    the average of all the outputs of all tokens as input". Answers: the same with two outputs, the
+    start and the end, whose softmax goes over the tokens. Question and context are one text,
+    whatever --pair_mode. A sample of M is then several sentences in a row, about as long as such a
+    text, or D would learn lengths.
 11. The length of f(x) sets the scale of beta, because L_G grows in proportion to it (D has slope
-    1). --feature_length 0 leaves the LayerNorm's own sqrt(H), which may be the scale of the
-    paper's beta (it names no LayerNorm there); at the default length 4 a --beta of 0.5 is what 0.10
-    would be there for H = 384, and 0.0625 for H = 1024. --pooling mean takes the mean before the
-    LayerNorm, so its length is the same.
-12. Of f's rate the paper says Adam and a list, 5e-6 to 5e-4, and not how it changes. Here it is
-    1e-4, with --tune all 1e-5, the rate at which RoBERTa's own recipes tune it. --schedule decay:
-    one warm-up and one linear decay to 0 over the N steps on f, so phase 3 begins at about half the
-    rate, while D's stays. constant: --lr after the warm-up. Neither is shown to be better on the
-    toy task; decay is the default because the other scripts decay too.
-13. Algorithm 1 returns the f of its last step: --keep last. --keep best is choice 8.
-14. Self-Teach is FILTER's loss (Fang et al., 2021), whose teacher sees translations; the paper
-    does not say what it sees here. It is x_u; of pairs two neighbouring sentences of M. The
-    --teacher is a finished run on the same task with the same --model, of any script, in eval mode,
-    its logits computed once. We read the paper's row as one of a tuned g: --tune all, taught by
-    plain fine-tuning (r3f.py --method std). In a regression the KL is the squared error. Tags and
-    answers have none here.
-15. Retrieval (--eval_tasks bucc tatoeba), after training on any task: f(x) is the mean over the
-    tokens whatever --pooling; --retrieve_layer takes the mean of a block of g in its place.
-16. Figure 2 (--embed): t-SNE as in the paper. It keeps no distances, so a table of numbers that are
-    computed on the vectors stands beside it, with those of f before training.
-17. What the cache can save: a round with T 5 on SST-2 (MiniLM, 32 rows) takes 397 GFLOP without
-    it and 139 with it, those of h and D, so at most 2.85 times less (2.5 in measured time). g has 6
-    layers there; with 24 of the same width it would be 8 times.
+    1). --feature_length 0 leaves the LayerNorm's own length sqrt(H), which may be the scale of the
+    paper's beta (the paper names no LayerNorm there). A --beta of 0.5 at the default length 4 is
+    what 0.10 would be at sqrt(H) for H = 384, and 0.0625 for H = 1024. --pooling mean takes the
+    mean before the LayerNorm, so the length is the same.
+12. For f the paper names Adam and a list of rates, 5e-6 to 5e-4, and no schedule. Here the rate is
+    1e-4, or with --tune all 1e-5, at which RoBERTa's own recipes tune it. --schedule decay has one
+    warm-up and one linear decay to 0 over the N steps on f, so that phase 3 begins at about half
+    the rate; D's rate does not change. --schedule constant stays at --lr after the warm-up. Neither
+    is shown to be better on the toy task; decay is the default because the other scripts decay too.
+13. Algorithm 1 returns the f of its last step, as --keep last does. The default is --keep best,
+    choice 8.
+14. Self-Teach is the loss of FILTER (Fang et al., 2021), whose teacher sees translations; the paper
+    does not say what its teacher sees. Here it is x_u, or for tasks of pairs two neighbouring
+    sentences of M. The --teacher is a finished run of any script on the same task with the same
+    --model; its logits are computed once, in eval mode. We read the paper's row as one with a tuned
+    g: --tune all, taught by plain fine-tuning (r3f.py --method std). In regression the KL is the
+    squared error. Self-Teach cannot train tags or answers here.
+15. Retrieval (--eval_tasks bucc tatoeba) can follow training on any task. f(x) is then the mean
+    over the tokens, whatever --pooling; --retrieve_layer N takes the mean of g's block N instead.
+16. Figure 2 (--embed) is t-SNE as in the paper. t-SNE keeps no distances, so beside the maps stands
+    a table of numbers that are computed on the vectors themselves, also for f before training.
+17. What the cache of g's states can save: a round with T = 5 on SST-2 (MiniLM, 32 rows) takes 397
+    GFLOP without it, and 139 with it, those of h and D; so at most 2.85 times less (2.5 in measured
+    time). g has 6 layers there; with 24 of the same width it would be 8 times.
 
-The third loop of Algorithm 1 in a project of your own, after N/2 steps on f alone and N/2 on D.
-batches and d_batches yield tokenized x_t and x_u (general text), batches y_t besides:
+The third loop of Algorithm 1 in a project of your own, to follow N/2 steps on f alone and N/2 on D.
+batches yields tokenized x_t, labels y_t and tokenized general text x_u; d_batches x_t and x_u:
 
     f = GTuning(AutoModel.from_pretrained(name), num_labels=2)
     D = Discriminator(f.config.hidden_size)
@@ -118,17 +120,17 @@ import sys
 import time
 
 # same: start
-if __name__ == "__main__":                             # Ctrl-C while torch is loaded, for seconds
+if __name__ == "__main__":                             # Ctrl-C ends it quietly while torch loads
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # no warning that all weights are used
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # no DDP warning on unused weights
 # end same
 
 import torch
 import torch.nn.functional as F
 
-# common and data are imported where they are used: the core needs torch alone. What stands between
-# "same" and "end same" is the same in all three scripts; a test keeps it so.
+# common and data are imported inside the functions that use them, so that the core needs torch
+# alone. The code between "same" and "end same" is identical in the scripts; a test checks this.
 
 
 # --------------------------------------------------------------------------------------  the method
@@ -157,10 +159,10 @@ class Layer(torch.nn.Module):
                 torch.nn.init.normal_(weight, std=0.02 if is_matrix else 0.0)
 
     def forward(self, x, mask=None, token=None):
-        """x (B, n, H) -> the new state of every token (B, n, H), or of one a row (B, 1, H).
+        """x (B, n, H) -> the new state of every token (B, n, H), or of one per row (B, 1, H).
 
         mask (B, 1, 1, n), bool: the tokens that may be attended to; None: all. token (B,): the
-        place of the one token whose state is wanted; None: all tokens.
+        place of the one token in each row whose state is wanted; None: all tokens.
         """
         normed = self.norm_1(x)                                          # (B, n, H)
         asking = normed
@@ -205,11 +207,11 @@ class GTuning(torch.nn.Module):
     """f = h . g and the output layer.
 
     plm: g, a Hugging Face encoder. num_labels: 1 is regression. layers: of h. pooling: "cls" or
-    "mean". pair: two sentences a row, the second one's inputs with the suffix _2. tune_plm: g
-    learns too, else its weights are frozen in place. by_token: "", "tag", a label for each token,
-    or "span", a first and a last token (choice 10). length: of a fresh f(x); 0: sqrt(H) (choice
-    11). Inputs are the plm's, or in place of input_ids (B, n) the `states` (B, n, H) that it made
-    of them. Source: sections 2.2 and 3.1.
+    "mean". pair: each row has two sentences, the inputs of the second with the suffix _2. tune_plm:
+    g learns too; else its weights are frozen in place. by_token: "" is one label a row, "tag" one a
+    token, "span" a first and a last token (choice 10). length: of f(x) before training; 0: sqrt(H)
+    (choice 11). Inputs are those of the plm; the `states` (B, n, H) that it made of input_ids
+    (B, n) can take their place. Source: sections 2.2 and 3.1.
     """
 
     def __init__(self, plm, num_labels, layers=3, pooling="cls", pair=False, tune_plm=False,
@@ -254,7 +256,7 @@ class GTuning(torch.nn.Module):
         self.to(plm.device).train()
 
     def encode(self, **inputs):
-        """g's token states (B, n, H), of autocast's type under it; frozen, g has no dropout."""
+        """g's token states (B, n, H), under autocast in its type. A frozen g has no dropout."""
         self.plm.train(self.training and self.tune_plm)
         with torch.set_grad_enabled(self.tune_plm and torch.is_grad_enabled()):
             states = self.plm(**inputs).last_hidden_state                # g(x)          (B, n, H)
@@ -264,7 +266,7 @@ class GTuning(torch.nn.Module):
         return states
 
     def features(self, attention_mask=None, states=None, pooling=None, **inputs):
-        """f(x): (B, H). pooling: in place of f's own; "tokens": each token's vector, (B, n, H).
+        """f(x): (B, H). pooling: overrides f's own; "tokens" gives each token's vector, (B, n, H).
 
         Without an attention_mask all tokens are real ones.
         """
@@ -290,7 +292,7 @@ class GTuning(torch.nn.Module):
         return self.norm(mean) / self.scale                              # f(x)          (B, H)
 
     def logits(self, **inputs):
-        """(B, C), or by token (B, n, C); of spans padding has -inf."""
+        """The logits (B, C), or by token (B, n, C); for spans, padding has -inf."""
         if self.by_token:
             logits = self.output(self.scale * self.features(pooling="tokens", **inputs))
             if self.by_token == "span" and "attention_mask" in inputs:
@@ -311,10 +313,9 @@ class GTuning(torch.nn.Module):
                 **inputs):
         """labels (B,) -> (L_T, {"l_t"}): cross entropy, for one output the mean squared error.
 
-        Labels of tags are (B, n), -100 where there is none; of spans (B, 2), the tokens.
-
-        With D and general, the inputs of general text x_u: (alpha L_T + beta L_G, {"l_t", "l_g"}),
-        L_G times general_weight.
+        Labels of tags are (B, n), -100 where there is none; of spans (B, 2), the first and the last
+        token. With D and general, the inputs of general text x_u, the result is
+        (alpha L_T + beta L_G, {"l_t", "l_g"}), with L_G multiplied by general_weight.
         """
         l_t = self.task_loss(self.logits(**inputs).float(), labels)      # Eq. 2
         if D is None:
@@ -346,10 +347,10 @@ class GTuning(torch.nn.Module):
         return torch.nn.ModuleList([self.adapter, self.norm, self.output])
 
     def save_pretrained(self, folder):
-        """What learned, and the name of the frozen plm; a tuned one with its weights.
+        """Saves what learned, and a frozen plm's name or a tuned plm's weights.
 
-        A frozen plm whose weights are not those of its name is for the caller to save, and to hand
-        to from_pretrained.
+        If a frozen plm has other weights than those under its name, the caller must save it, and
+        hand it to from_pretrained.
         """
         if self.tune_plm:
             self.plm.save_pretrained(folder)
@@ -367,8 +368,8 @@ class GTuning(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, plm=None):
-        """In eval mode. plm: the encoder, if it should not be loaded by the name (or path) that
-        was saved."""
+        """A saved GTuning, in eval mode. plm: the encoder, if it should not be loaded by the saved
+        name (or path)."""
         saved = read_saved(folder)
         if plm is None:
             from transformers import AutoModel
@@ -388,8 +389,8 @@ def read_saved(folder):
 
 class Discriminator(torch.nn.Module):
     """D: (B, H) -> (B,). Transformer layers (three in section 3.1) over a sequence of one; no
-    dropout (choice 3). A sequence of one needs no query and key: DistributedDataParallel around D
-    wants find_unused_parameters=True."""
+    dropout (choice 3). A sequence of one leaves queries and keys unused, so DistributedDataParallel
+    around D wants find_unused_parameters=True."""
 
     def __init__(self, hidden_size, layers=3):
         super().__init__()
@@ -403,14 +404,15 @@ class Discriminator(torch.nn.Module):
 
 
 def at_least_fp32(f):
-    """A vector of lower precision in fp32; one in fp64 stays so."""
+    """f in fp32 if its precision is lower; fp64 stays fp64."""
     return f.to(torch.promote_types(f.dtype, torch.float32))
 
 
 def gradient_norm(D, f_t, f_u, epsilon=None):
-    """||grad D(z)||_2 of Eq. 3, with a graph behind it, at least fp32: (pairs,).
+    """||grad D(z)||_2 of Eq. 3, differentiable, in at least fp32: (pairs,).
 
-    f_t (n_t, H), f_u (n_u, H). There are min(n_t, n_u) pairs (choice 9). epsilon (pairs, 1).
+    f_t (n_t, H), f_u (n_u, H). There are min(n_t, n_u) pairs (choice 9). epsilon (pairs, 1): e of
+    Eq. 4; None: drawn from N(0, 1).
     """
     pairs = min(len(f_t), len(f_u))
     f_t = at_least_fp32(f_t[:pairs].detach())                            # (pairs, H)
@@ -419,8 +421,8 @@ def gradient_norm(D, f_t, f_u, epsilon=None):
     z = e * f_u + (1 - e) * f_t                                          # Eq. 4
     z.requires_grad_()
 
-    # A D may have attention, whose fast kernels lack a second derivative; the root has no
-    # derivative at 0, hence the 1e-12.
+    # D may have attention, whose fast kernels lack the second derivative that is needed here. The
+    # root has no derivative at 0, hence the 1e-12.
     math_kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.autocast(z.device.type, enabled=False), math_kernel:
         gradient, = torch.autograd.grad(D(z).sum(), z, create_graph=True)
@@ -431,7 +433,7 @@ def gradient_penalty(D, f_t, f_u, epsilon=None):
     """E (||grad D(z)||_2 - 1)^2 of Eq. 3: a scalar. Arguments as of gradient_norm.
 
     discriminator_loss does not call this: it computes the same from the norms, which it logs too.
-    D(z) = (3, 4) z has the norm 5 everywhere: the penalty is 16.
+    Example: for D(z) = (3, 4) z the gradient has norm 5 everywhere, so the penalty is 16.
     """
     return gradient_norm(D, f_t, f_u, epsilon).sub(1).square().mean()
 
@@ -454,7 +456,7 @@ def discriminator_loss(D, f_t, f_u, gp_weight=10.0, epsilon=None):
 
 
 def generator_loss(D, f_u):
-    """L_G of Eq. 5: f_u (B, H) -> a scalar. Freeze D around it: D.requires_grad_(False)."""
+    """L_G of Eq. 5: f_u (B, H) -> a scalar. Freeze D first: D.requires_grad_(False)."""
     with torch.autocast(f_u.device.type, enabled=False):
         return -D(at_least_fp32(f_u)).mean()                             # Eq. 5
 
@@ -462,7 +464,7 @@ def generator_loss(D, f_u):
 # -------------------------------------------------------------------------------------  a baseline
 
 class SelfTeach(torch.nn.Module):
-    """L = L_T + weight KL(teacher(x_u) || f(x_u)), of a GTuning f. Choice 14."""
+    """L = L_T + weight KL(teacher(x_u) || f(x_u)), for a GTuning f. Choice 14."""
 
     def __init__(self, f, weight=1.0):
         super().__init__()
@@ -480,8 +482,8 @@ class SelfTeach(torch.nn.Module):
 def kl_to_teacher(teacher, student):
     """KL(teacher || student) of logits (B, C), a mean over the rows, in fp32: a scalar.
 
-    Logits (0, ln 3) of the teacher and (0, 0): ln 2 - (ln 4) / 4 - (3 / 4) ln (4 / 3) = 0.1308.
-    Of one output the squared error.
+    Example: the teacher's logits (0, ln 3) and the student's (0, 0) give
+    ln 2 - (ln 4) / 4 - (3 / 4) ln (4 / 3) = 0.1308. With one output, the squared error.
     """
     if teacher.shape[-1] == 1:
         return F.mse_loss(student.float(), teacher.float())
@@ -495,8 +497,8 @@ def kl_to_teacher(teacher, student):
 class Texts:
     """B, M and the sets to score, with g's token states in place of the ids while g is frozen.
 
-    pair: whether a row has two sentences, apart. M: a Split, or None where no method wants it.
-    taught, teacher_logits: what Self-Teach learns from, a Split and (rows, C), or None.
+    pair: whether a row has two sentences that are encoded apart. M: a Split, or None if no method
+    wants it. taught, teacher_logits: what Self-Teach learns from, a Split and (rows, C), or None.
     folder: where the states lie; None: every batch is encoded again, with the same numbers.
     cached {(digest of g's weights, split): the split with its states}.
     """
@@ -509,7 +511,7 @@ class Texts:
         if args.no_cache or args.tune == "all":
             self.folder = None
         else:
-            data.make_cache_folder(                    # refused before any run
+            data.make_cache_folder(                    # refuses a bad folder before any run
                 self.folder, "--cache_dir", "; use another folder, or --no_cache")
         self.pair = "input_ids_2" in setup.train.fields
         rows = len(common.training_rows(setup, args, args.seeds[0]))
@@ -529,11 +531,12 @@ class Texts:
         self.cached = {}
 
     def with_states(self, f, split):
-        """The split with g's states, made or found once; or the split as it is."""
+        """The split with g's states, which are made or found only once; if there is no folder, the
+        split as it is."""
         import common
         if self.folder is None:
             return split
-        if self.encoder is not f.plm:                  # --post_train: each seed has its own
+        if self.encoder is not f.plm:                  # --post_train: each seed has its own g
             self.encoder = f.plm
             self.digest = common.digest_weights(f.plm)
         key = self.digest, split
@@ -543,7 +546,7 @@ class Texts:
         return self.cached[key]
 
     def sets_with_states(self, f, sets):
-        """The same for sets {name: (task, split)} to score. Its time counts as evaluation."""
+        """`with_states` of sets {name: (task, split)} to score. Its time counts as evaluation."""
         started = time.monotonic()
         found = {name: (task, self.with_states(f, split)) for name, (task, split) in sets.items()}
         self.world.evaluating += time.monotonic() - started
@@ -551,7 +554,7 @@ class Texts:
 
 
 def draw_general(args, setup, wanted, world):
-    """M of choice 7, encoded: `wanted` single sentences of general text, or all if fewer."""
+    """M of choice 7, encoded: `wanted` sentences of general text, or all that there are."""
     import data
     with world.in_turns():
         rows = data.general_text(args.unlabeled, wanted)
@@ -580,7 +583,8 @@ def long_texts(args, setup, sentences, wanted):
 def draw_like_the_task(args, setup, wanted, world):
     """General text with as many columns as the task has, in the same form; labels: 0, 1, 2 ...
 
-    Of pairs the two are neighbours in M (choice 14). They repeat if they are fewer than `wanted`.
+    The two sentences of a pair are neighbours in M (choices 6 and 14). Rows repeat if there are
+    fewer than `wanted`.
     """
     import common
     import data
@@ -602,7 +606,7 @@ def draw_like_the_task(args, setup, wanted, world):
 
 
 def logits_of_teacher(args, setup, split, pair, world):
-    """The logits of --teacher, in eval mode, of all rows: (rows, C), not on the GPU.
+    """The logits of --teacher, in eval mode, of all rows: (rows, C), on the CPU.
 
     The model of another script, such as r3f.py's std, reads the sentences of a pair as one text.
     """
@@ -623,14 +627,14 @@ def logits_of_teacher(args, setup, split, pair, world):
     with torch.no_grad(), world.autocast():
         for rows, _, inputs in common.eval_inputs(split, world, "teacher"):
             logits = forward(**inputs).float().cpu().numpy()
-            found.update(zip(rows, logits))            # a tensor's row is sent as the whole tensor
+            found.update(zip(rows, logits))            # a tensor's row is sent as the whole batch
     return torch.from_numpy(np.stack(world.gather(found)))
 
 
 def load_teacher(args, setup, pair):
     """The model of --teacher in eval mode: a GTuning, or that of another script's run.
 
-    It must be of the same task, model and labels, and a GTuning of the same form.
+    It must have the same task, model and labels, and if it is a GTuning, the same --pair_mode.
     """
     import common
     import data
@@ -698,9 +702,9 @@ class DiscriminatorLoss(torch.nn.Module):
 class Algorithm1:
     """f, D and all else that a run changes, with a method for each line of Algorithm 1.
 
-    N: the steps on f. x_t, x_u: batches of B and of M, for the steps on f. B, M: batches of their
-    single sentences, for the steps on D; a pair has two. gtuning has all of these, self-teach x_t
-    and x_u, adapter x_t alone. parts: what a checkpoint holds.
+    N: the number of steps on f. x_t, x_u: batches of B and of M, for the steps on f. B, M: batches
+    of their single sentences (a pair has two), for the steps on D. gtuning has all of these,
+    self-teach x_t and x_u, adapter x_t alone. parts: what a checkpoint holds.
     """
 
     def __init__(self, args, method, seed, N, setup, texts, world):
@@ -735,14 +739,14 @@ class Algorithm1:
             self.x_u = self.batches(3, taught, args.batch_size, args.batching[0])
 
     def batches(self, stream, split, size, order):
-        """A data.Batches of this process. stream: of random numbers, one for each use."""
+        """A data.Batches of this process. stream: each use has its own stream of random numbers."""
         import data
         return data.Batches(split, size, self.seed + (stream << 32), self.world.rank,
                             self.world.size, self.args.micro_batch_size, order,
                             self.args.max_length)
 
     def fit_task(self, x_t, step):
-        """Line 5: optimize f by Eq. 2; of Self-Teach by its own loss.
+        """Line 5: optimize f by Eq. 2, or for Self-Teach by its own loss.
 
         x_t: the micro-batches of this step. Returns (loss, stats).
         """
@@ -751,7 +755,7 @@ class Algorithm1:
         return self.update_f(x_t)
 
     def with_teacher(self, x_t, x_u):
-        """The micro-batches of x_t, each with its x_u and the teacher's logits of them."""
+        """The micro-batches of x_t, each with its x_u and the teacher's logits of that."""
         both = []
         for inputs, general in zip(x_t, x_u):
             rows = general.pop("labels")               # draw_like_the_task numbered them
@@ -761,7 +765,7 @@ class Algorithm1:
     def update_f(self, batch, **joint):
         """A step on f: by Eq. 2, or with D, alpha and beta by Eq. 6. Returns (loss, stats)."""
         import common
-        module = self.f                                # the other scripts' names, for `update`
+        module = self.f                                # the block `update` has these four names
         optimizer = self.optimizer
         schedule = self.schedule
         args = self.args
@@ -818,7 +822,7 @@ class Algorithm1:
         return e[self.world.rank::self.world.size].to(self.world.device)
 
     def joint_round(self, r, k, x_t):
-        """Lines 12 to 17, round r: f by Eq. 6, then T times D by Eq. 3, from its step k on.
+        """Lines 12 to 17, round r: f by Eq. 6, then T steps on D by Eq. 3, the first its step k.
 
         Returns (the loss of f, the stats of f and the means of D's).
         """
@@ -828,7 +832,7 @@ class Algorithm1:
             both, D=self.D, alpha=self.args.alpha, beta=self.args.beta)  # line 13
         self.D.requires_grad_(True)
 
-        # Meanwhile f stands still, so the sentences of all T steps become vectors together.
+        # f stands still during the T steps on D, so f(x) is computed for all T at once.
         steps = range(k, k + self.args.T)
         f_t = self.vectors_of_steps(self.B, steps)                       # line 15, T times
         f_u = self.vectors_of_steps(self.M, steps)
@@ -841,9 +845,9 @@ class Algorithm1:
         return loss, stats
 
     def with_general(self, x_t, x_u):
-        """The micro-batches of x_t, each with its x_u and with the weight of its L_G.
+        """The micro-batches of x_t, each with its x_u and the weight of its L_G.
 
-        L_T is a mean over labels, L_G one over sentences.
+        Weights are needed because L_T is a mean over labels, and L_G one over sentences.
         """
         import common
         labels = [common.count_labels(inputs["labels"]) for inputs in x_t]
@@ -864,7 +868,7 @@ class Algorithm1:
 def keep_state(run, args, f, look):
     """Gives f the state that counts: the best one, or this last one (choice 13).
 
-    look() -> the scores of the last one.
+    look() returns the scores of this last one.
     """
     if args.keep == "last":
         run.best = None
@@ -891,7 +895,7 @@ def build_f(args, setup, seed, world, pair):
 # -----------------------------------------------------------------------  scores, and finished runs
 
 def mean_vectors(f, layer, attention_mask, **inputs):
-    """f(x) by the mean over the tokens, or the mean of a block of g: (B, H). Choice 15."""
+    """f(x) as a mean over the tokens, or with a layer the mean of g's block: (B, H). Choice 15."""
     if layer is None:
         return f.features(attention_mask=attention_mask, pooling="mean", **inputs)
     f.plm.eval()
@@ -910,7 +914,7 @@ def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
     for name, (task, split) in sets.items():
         if task.kind == setup.task.kind:
             by_logits[name] = task, split
-        else:                                          # what also_scores lets in
+        else:                                          # retrieval, which also_scores lets in
             to_retrieve[name] = task, split
     if texts is not None:
         by_logits = texts.sets_with_states(f, by_logits)
@@ -939,7 +943,7 @@ def args_of_start(args, folder, results, world):
     args.weight_noise = results["args"]["weight_noise"]
     if args.run:
         args.path = common.find_model(args.model, world)
-        if results["args"]["post_train"]:              # the g that this made has a path of its own
+        if results["args"]["post_train"]:              # then g is its own, with a path of its own
             args.path = read_saved(os.path.join(folder, "model"))["plm"]
     return args
 
@@ -947,7 +951,7 @@ def args_of_start(args, folder, results, world):
 def load_f(folder, results, args, setup, world):
     """f of the finished run in this folder.
 
-    --model is its g, wherever that lies now, unless the run made a g of its own.
+    Its g is the run's --model, wherever that lies now, unless the run made a g of its own.
     """
     import common
     import data
@@ -1041,7 +1045,7 @@ BEFORE = "before training"
 def projected(projection, perplexity, clouds):
     """Both clouds of each run as points in a plane: {run: (points, 2)}.
 
-    clouds {run: its two, (n, H) each}.
+    clouds {run: its two clouds, (n, H) each}.
     """
     import common
     import numpy as np
@@ -1068,7 +1072,7 @@ def draw_maps(projection, perplexity, clouds, results, names):
     import numpy as np
     points = projected(projection, perplexity, clouds)
     reaches = {run: np.abs(xy).max() for run, xy in points.items()}
-    if projection == "pca":                            # one scale; each map of t-SNE has its own
+    if projection == "pca":                            # one scale for all; t-SNE has one for each
         reaches = dict.fromkeys(points, max(reaches.values()))
 
     maps = {}
@@ -1110,10 +1114,11 @@ def figure_2_numbers(clouds):
 
 
 def write_figure_2(args, setup, clouds_of_folders, world):
-    """embed.html and embed.json in the folder of the task, and the numbers as a table.
+    """Writes embed.html and embed.json (--projection pca: embed-pca) to the folder of the task, and
+    prints the numbers as a table.
 
-    Of --projection pca they are embed-pca. clouds_of_folders {folder of a finished run: its two
-    clouds, (n, H) each}. Only the runs of the first seed are drawn.
+    clouds_of_folders {folder of a finished run: its two clouds, (n, H) each}. Only the runs of the
+    first seed are drawn.
     """
     import common
     import data
@@ -1178,9 +1183,9 @@ def words_of_figure_2(projection, perplexity, sizes):
 
 ADAPTER = "layers pooling pair_mode tune feature_length schedule keep retrieve_layer"
 OF_D = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
-# Of each method the kinds of task that it can train, and the flags of its own that change what it
-# learns. By these flags its runs are told apart and --grid can search them: with another value of a
-# flag that is missing here a run would be taken for the one before.
+# For each method: the kinds of task that it can train, and those of its flags that change what it
+# learns. Runs are told apart by these flags, and --grid can search them. If one were missing here,
+# a run with another value of it would be taken for the run before.
 METHODS = {
     "adapter": {"kinds": "classify regress tag span", "flags": ADAPTER},
     "gtuning": {"kinds": "classify regress tag span", "flags": f"{ADAPTER} {OF_D}"},
@@ -1197,18 +1202,18 @@ def flags():
     home = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))
 
     g = p.add_argument_group(
-        "G-Tuning", "D: the discriminator, which tells vectors f(x) of the task from others.")
+        "G-Tuning", "D: the discriminator, which tells vectors f(x) of the task from those of "
+        "general text.")
     g.add_argument("--alpha", type=weight, default=1.0,
                    help="weight of L_T, the task's loss, Eq. 6")
     g.add_argument("--beta", type=weight, default=0.5,
-                   help="weight of L_G, by which general text is to look like the task's to D, "
-                        "Eq. 6")
+                   help="weight of L_G, which makes general text look like the task's to D, Eq. 6")
     g.add_argument("--gp_weight", type=weight, default=10.0,
                    help="lambda, Eq. 3: weight of the penalty on D's gradient")
     g.add_argument("--epsilon", default="normal", choices=["normal", "uniform"],
                    help="distribution of e, Eq. 4: where that penalty is taken (choice 4)")
     g.add_argument("--T", type=common.number(int, 1), default=5, metavar="T",
-                   help="T, Algorithm 1: steps on D for one on f; the paper tries 3 5 7 9")
+                   help="T, Algorithm 1: steps on D for each step on f; the paper tries 3 5 7 9")
     g.add_argument("--d_lr", type=positive, default=1e-4, help="learning rate of D")
     g.add_argument("--d_betas", type=common.number(float, 0, 0.99999), nargs=2,
                    default=[0.9, 0.999], help="betas of D's Adam")
@@ -1216,27 +1221,28 @@ def flags():
                    metavar="M", help="general text: a text file; a csv, tsv, json or jsonl with a "
                                      "column text; or ID:CONFIG:SPLIT of the hub")
     g.add_argument("--keep", default="best", choices=["best", "last"],
-                   help="the state that counts: the best of those evaluated (once an epoch, "
-                        "unless --eval_every says otherwise), or the last (choice 13)")
+                   help="the state that counts: the best that was scored (once an epoch, unless "
+                        "--eval_every says otherwise), or the last (choice 13)")
 
     g = p.add_argument_group(
-        "f, and the states of g", "f(x): a sentence's vector, by the pre-trained model g, then h.")
+        "f, and the states of g", "f(x): a sentence's vector, made by the pre-trained model g and "
+        "then by the adapter h.")
     g.add_argument("--layers", type=common.number(int, 1), default=3, metavar="N",
-                   help="transformer layers of h, the adapter, and of D")
+                   help="number of transformer layers in h, and in D")
     g.add_argument("--pooling", default="cls", choices=["cls", "mean"],
-                   help="f(x): the first token's vector, or the mean of all (choice 2)")
+                   help="f(x): the first token's vector, or the mean over all tokens (choice 2)")
     g.add_argument("--feature_length", type=weight, default=4.0, metavar="L",
-                   help="length of f(x); 0: sqrt(H) (choice 11)")
+                   help="length of f(x) before training; 0: sqrt(H) (choice 11)")
     g.add_argument("--pair_mode", default="separate", choices=["separate", "joint"],
-                   help="sentences of a pair each through f, or as one text (choice 6)")
+                   help="encode the two sentences of a pair apart, or as one text (choice 6)")
     g.add_argument("--tune", default="adapter", choices=["adapter", "all"],
                    help="all: g learns too, at a lower rate (FT, Appendix A)")
     g.add_argument("--schedule", default="decay", choices=["decay", "constant"],
-                   help="f's learning rate after the warm-up falls to 0, or stays (choice 12)")
+                   help="after the warm-up f's learning rate falls to 0, or stays (choice 12)")
     g.add_argument("--no_cache", action="store_true",
-                   help="encode every batch again, and keep no states; the same numbers")
+                   help="encode every batch again, and keep no states; gives the same numbers")
     g.add_argument("--cache_dir", default=os.path.join(home, "states"), metavar="DIR",
-                   help="folder of g's states, which are made once")
+                   help="folder of g's states, which are computed only once")
 
     g = p.add_argument_group("Self-Teach, Figure 2, retrieval")
     g.add_argument("--teacher", default="", metavar="RUN",
@@ -1244,17 +1250,18 @@ def flags():
     g.add_argument("--teach_weight", type=weight, default=1.0,
                    help="self-teach: w, weight of the KL to the teacher (choice 14)")
     g.add_argument("--embed", action="store_true",
-                   help="Figure 2: a map of f(x) in domain and out (the first of --eval_tasks)")
+                   help="Figure 2: a map of f(x) in domain and out of it (on the first of "
+                        "--eval_tasks)")
     g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
                    help="the map of --embed: by t-SNE, or by two principal axes (embed-pca.html)")
     g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",
-                   help="tatoeba, bucc: retrieve by the mean of that block of g (choice 15)")
+                   help="tatoeba, bucc: retrieve by the mean of g's block N (choice 15)")
     return p
 
 
 def recipe(args):
-    """Section 3.1: batches of 32, accumulated over two, Adam, 5 + 5 epochs. The rate is of its
-    list: 1e-4 for h alone, 1e-5 where g is tuned too."""
+    """Section 3.1: batches of 32, accumulated over two, Adam, 5 + 5 epochs. The rate is from the
+    list there: 1e-4 for h alone, 1e-5 if g is tuned too."""
     if args.task.removesuffix("-food") in ("toy", "toy-tag", "toy-qa"):
         return "toy", {
             "model": "toy", "lr": 1e-3, "epochs": 20, "batch_size": 16, "precision": "fp32",
@@ -1276,7 +1283,7 @@ def recipe(args):
 # ----------------------------------------------------------------------------------  the experiment
 
 def count_steps_on_f(args, setup):
-    """N of Algorithm 1 (choice 8); by --epochs at least 2, so that each phase has a step."""
+    """N of Algorithm 1 (choice 8); with --epochs at least 2, so that each phase has a step."""
     import common
     rows = len(common.training_rows(setup, args, args.seeds[0]))
     per_epoch = math.ceil(rows / args.batch_size)
@@ -1334,7 +1341,7 @@ def step_on_f(algorithm, method):
 
 
 def check_flags(args):
-    """UserError if flags do not go together. Sets those that follow from --embed."""
+    """UserError if flags do not go together. Sets the flags that follow from --embed."""
     import common
     if args.embed and args.profile:
         raise common.UserError("--embed: cannot go together with --profile, which trains nothing")

@@ -2,62 +2,66 @@
 
 Aghajanyan, Shrivastava, Gupta, Goyal, Zettlemoyer, Gupta: Better Fine-Tuning by Reducing
 Representational Collapse, ICLR 2021. f: the pre-trained encoder, g: the classification head,
-x: the word embeddings (B, n, H), y: labels (B,).
+x: the word embeddings (B sentences, n tokens, width H), y: labels (B,).
 
     L = CE(g.f(x), y) + lam * KL_S(g.f(x) || g.f(x + z))    Eq. 3
         KL_S(p, q) = KL(p || q) + KL(q || p)
     z ~ N(0, eps^2 I)  or  z ~ U(-eps, eps)                  Eq. 4, where eps is called sigma
     R4F: Lip{g} <= 1, by W := W / sigma(W) in the head g     Eq. 5
 
-Generation (section 3.2) and tags: labels y_t at m positions of B sentences, N of them real. LS is
-cross entropy with the weight 1 - e on y_t and e / (V - 1) on each of the other V - 1 words.
+Generation (section 3.2) and tags: each of the B sentences has labels y_t at m positions. N of the
+B * m labels are real, the others padding. p_t and q_t: the predictions at position t without and
+with noise. LS: label-smoothed cross entropy, with weight 1 - e on y_t and e / (V - 1) on each of
+the other V - 1 words. R: in one of three units (choice 7).
 
     L = 1/N sum_real LS(p_t, y_t) + lam * R                  Eq. 3, by position t
         R = 1/N sum_real KL_S(p_t, q_t) "token" | 1/B sum_real "sentence" | 1/B sum_all "released"
 
-    python r3f.py                               the toy task, std against r3f, on a CPU
+    python r3f.py                               the toy task, plain (std) against r3f, on a CPU
     python r3f.py --task toy-sum                the same for summaries
     python r3f.py --task rte                    the paper's recipe (Tables 5 and 6)
     torchrun --nproc_per_node=8 r3f.py --task sst2 --method r4f --seeds 0 1 2
     cp r3f.py elsewhere/                        the core needs torch and a Hugging Face model
 
 Choices, where the paper is silent or the authors' release does otherwise:
- 1. z is added to the output of the encoder's word embeddings, before positions and LayerNorm, by
-    a forward hook while `input_ids` are passed. The release never hands z to RoBERTa; here a z
-    that does not arrive exactly once a pass is an error.
- 2. Both passes have dropout masks of their own, as in the release: they, not z, then make most of
-    the KL. Measured: mean symmetric KL of MiniLM fine-tuned on CoLA, 256 of its validation
-    sentences, fp32, dropout 0.1, four draws:
+ 1. A forward hook adds z to the output of the encoder's word embeddings, before positions and
+    LayerNorm; the model still gets `input_ids`. In the release z never reaches RoBERTa; here it is
+    an error if z does not arrive exactly once in a pass.
+ 2. Each of the two passes draws dropout masks of its own, as in the release. At the paper's eps of
+    1e-5 these masks, not z, then make most of the KL. Measured: the mean symmetric KL of MiniLM
+    fine-tuned on CoLA, over 256 of its validation sentences (fp32, dropout 0.1, four draws):
         eps                      0       1e-5      1e-3     1e-1
         masks independent     0.072     0.067     0.073     0.89
         masks shared          0       1.6e-09   1.6e-05     0.89
     `share_dropout` gives both passes the same masks, so that z alone separates them.
- 3. Gradients flow through both branches down to the word embeddings: Eq. 3 as it stands, 2
-    forward and 2 backward passes. stop_grad="noised" holds the noised prediction constant, which
-    is the 2 FP + 1 BP that Table 1 counts.
- 4. KL_S is summed over the classes and averaged over the examples; softmax in fp32 also under
-    autocast. In bf16 an eps of 1e-5 is lost in rounding, and the rounding makes a KL of its own.
- 5. R4F normalises every Linear of the head, as the paper says; the release only the last. Other
-    weights stay as they are: with a LayerNorm (ModernBERT's head) Lip{g} is not bounded by 1, which
-    r3f.py says. In generation g has no weights of its own (section 3.2): R4F is an error there.
- 6. Regression: the KL is undefined (footnote 1), so it is an error, not a silent zero.
- 7. Generation: z goes to the encoder's word embeddings alone, as in the release. R can be taken in
-    three units. "token" (the default) is a mean over the real positions. "released" sums over each
-    sentence, padding included, and averages over the sentences; the paper's lam (0.001 to 0.1) is
-    in this unit. "sentence" is the same without the padding, and as strong as "token" with
-    lam_token = lam * N / B. All three are means over the whole batch, whatever its micro-batches
-    and processes; but "released" depends on the padding, and so on what each of these pads to.
- 8. Label smoothing is in CE alone: KL_S is of the predictions as they are (section 3.2). In eval
-    mode the plain loss has it too. torch's own label_smoothing also puts e / V on y_t, so it is
-    called with e * V / (V - 1).
+ 3. Gradients flow through both predictions, without and with z, down to the word embeddings. This
+    is Eq. 3 as it stands: 2 forward and 2 backward passes. stop_grad="noised" holds the noised
+    prediction constant, which is the 2 FP + 1 BP that Table 1 counts.
+ 4. KL_S is summed over the classes and averaged over the examples. Its softmax is in fp32, under
+    autocast too. In bf16 an eps of 1e-5 is lost in rounding, and rounding makes a KL of its own.
+ 5. R4F normalises every Linear of the head, as the paper says; the release normalises only the
+    last. Other weights stay as they are, so in a head with a LayerNorm (ModernBERT's) Lip{g} is not
+    bounded by 1; r3f.py warns of this. In generation g has no weights of its own (section 3.2), so
+    R4F is an error there.
+ 6. In regression the KL is undefined (footnote 1), so R3F is an error there, not a silent zero.
+ 7. In generation z is added to the encoder's word embeddings alone, as in the release. R can be
+    taken in three units. "token" (the default) is a mean over the real positions. "released" sums
+    over each sentence, padding included, and averages over the sentences; the paper's lam (0.001 to
+    0.1) is in this unit. "sentence" is "released" without the padding; it equals "token" with
+    lam_token = lam * N / B. All three are taken over the whole batch, however it is split into
+    micro-batches and processes; but "released" depends on the length to which each of these pads.
+ 8. Label smoothing is in CE alone: KL_S compares the predictions as they are (section 3.2). In eval
+    mode the plain loss is smoothed too. torch's own label_smoothing s puts a further s / V on y_t,
+    so it is called with s = e * V / (V - 1).
  9. The rivals of Table 2 and of TDT's Table 5 stand below the method, each with choices of its own.
-10. Summaries: the paper is silent on label smoothing (0.1), on where sources are cut (1024) and on
-    decoding (data.py's table): all as in BART's scripts, TIFU like XSum; of Gigaword they say
-    nothing. --batch_tokens is Table 7's "max tokens", of the whole batch and real ones of both
-    sides; on how many GPUs and with what accumulation the authors had theirs is unknown. lam is
-    0.01, by position: on the toy summaries lam 0 (std), 0.01, 0.1 and 1 have a rouge1 of 48, 45, 41
-    and 28 on food, 92, 92, 92 and 91 on films (means of three seeds). XSum is not in the paper, and
-    is trained like TIFU.
+10. Summaries: the paper does not say how much label smoothing it has (here 0.1), where sources are
+    cut (1024 tokens) or how summaries are decoded (data.py's table). All three follow BART's
+    scripts, TIFU what they say of XSum; of Gigaword they say nothing. --batch_tokens is Table 7's
+    "max tokens", here the real tokens of sources and summaries in the whole batch; on how many GPUs
+    and with what accumulation the authors had theirs is unknown. lam is 0.01, in the unit "token":
+    on the toy summaries lam 0 (std), 0.01, 0.1 and 1 have a ROUGE-1 of 48, 45, 41 and 28 on food,
+    and of 92, 92, 92 and 91 on films (means of three seeds). XSum is not in the paper, and is
+    trained like TIFU.
 """
 import contextlib
 import copy
@@ -69,18 +73,18 @@ import sys
 import time
 
 # same: start
-if __name__ == "__main__":                             # Ctrl-C while torch is loaded, for seconds
+if __name__ == "__main__":                             # Ctrl-C ends it quietly while torch loads
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # no warning that all weights are used
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # no DDP warning on unused weights
 # end same
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrizations, parametrize
 
-# common and data are imported where they are used: the core needs torch alone. What stands between
-# "same" and "end same" is the same in all three scripts; a test keeps it so.
+# common and data are imported inside the functions that use them, so that the core needs torch
+# alone. The code between "same" and "end same" is identical in the scripts; a test checks this.
 
 
 # --------------------------------------------------------------------------------------  the method
@@ -88,7 +92,7 @@ from torch.nn.utils import parametrizations, parametrize
 def symmetric_kl(logits_p, logits_q):
     """KL(p || q) + KL(q || p), summed over classes: (B, C), (B, C) -> (B,), in fp32. Eq. 3.
 
-    Logits (0, ln 3) and (0, 0) are p = (1/4, 3/4) and q = (1/2, 1/2): it is (1/4) ln 3 = 0.2747.
+    Example: logits (0, ln 3) and (0, 0), p = (1/4, 3/4) and q = (1/2, 1/2): (1/4) ln 3 = 0.2747.
     """
     log_p = logits_p.float().log_softmax(-1)
     log_q = logits_q.float().log_softmax(-1)
@@ -96,7 +100,7 @@ def symmetric_kl(logits_p, logits_q):
 
 
 def sample_noise(like, eps, kind):
-    """z of Eq. 4, of the shape, type and device of `like`.
+    """z of Eq. 4, with the shape, type and device of `like`.
 
     kind: "uniform", U(-eps, eps), or "normal", N(0, eps^2).
     """
@@ -111,10 +115,10 @@ class R3F(torch.nn.Module):
     """The loss of Eq. 3 around a Hugging Face model.
 
     lam: weight of the KL; 0 is plain fine-tuning. eps: scale of z. noise: "uniform" or "normal".
-    stop_grad: "none", or "noised" (choice 3). share_dropout: choice 2. label_smoothing: e, and
-    reduction: "token", "sentence" or "released", for labels by position (choices 7 and 8).
-    In eval mode there is no noise: one pass, the plain loss. Call .train() before training: what
-    from_pretrained returns is in eval mode, without dropout. Source: Eq. 3, 4; Table 6.
+    stop_grad: "none" or "noised" (choice 3). share_dropout: choice 2. label_smoothing: e (choice
+    8). reduction: for labels by position, "token", "sentence" or "released" (choice 7).
+    In eval mode there is no noise: one pass gives the plain loss. Call .train() before training:
+    what from_pretrained returns is in eval mode, without dropout. Source: Eq. 3, 4; Table 6.
     """
 
     def __init__(self, model, lam=1.0, eps=1e-5, noise="uniform", stop_grad="none",
@@ -142,15 +146,15 @@ class R3F(torch.nn.Module):
         self.reduction = reduction
         self.has_dropout = has_dropout(model)
 
-    @parametrize.cached()                              # R4F: all passes have one W / sigma(W)
+    @parametrize.cached()                              # R4F: both passes use one W / sigma(W)
     def forward(self, labels, kl_weight=1.0, **inputs):
         """labels (B,) or (B, m), inputs as the model takes them, input_ids (B, n)
         -> (loss, {"ce", "kl"}), means over the batch.
 
-        Labels by position belong to the logits at the same position: of a causal language model
-        the caller shifts them. kl_weight: for a part of a batch whose R is a mean over rows: this
-        part's share of the rows over its share of the real labels; 2 of 8 rows with 30 of 60
-        labels have 1/4 over 1/2.
+        Labels (B, m) belong to the logits at the same positions; for a causal language model the
+        caller must shift them. kl_weight: for a micro-batch, if R is a mean over rows: its share of
+        the batch's rows over its share of the real labels. 2 of 8 rows with 30 of 60 labels have
+        (1/4) / (1/2).
         """
         refuse_two_modes(self)
         inputs = with_decoder_inputs(self.model, labels, inputs)
@@ -170,7 +174,7 @@ class R3F(torch.nn.Module):
         return loss, {"ce": ce.detach(), "kl": kl.detach()}
 
     def needs_two_passes(self):
-        """False where the KL has no weight, or is 0 for sure."""
+        """False if the KL has weight 0, or is certain to be 0."""
         if not self.training or self.lam == 0:
             return False
         return self.eps > 0 or (self.has_dropout and not self.share_dropout)
@@ -178,16 +182,16 @@ class R3F(torch.nn.Module):
     def two_passes(self, inputs):
         """The logits without and with noise, g.f(x) and g.f(x + z), as a list of tensors.
 
-        One tensor (2B, C) of a single stacked pass: B rows of g.f(x), then B rows of g.f(x + z).
-        Or two tensors (B, C) of two passes, where choices 2 or 3 need them: not concatenated, since
-        loss_by_position writes gradients into these very tensors.
+        Either one tensor (2B, C) of a single stacked pass: B rows of g.f(x), then B of g.f(x + z).
+        Or two tensors (B, C) of two passes, if choice 2 or 3 needs these. They are not concatenated
+        here, because loss_by_position writes gradients into these very tensors.
         """
         if self.stop_grad == "none" and not self.share_dropout:
             with noise_added(self.model, self.noise_for_second_half):
                 return [logits_of(self.model, stack(inputs, 2))]
 
         if self.share_dropout:
-            # Afterwards the random state is what it was: the next pass draws the same masks.
+            # The random state is then put back, so that the next pass draws the same masks.
             with random_state_restored(inputs), noise_added(self.model, self.zero_noise):
                 logits = logits_of(self.model, inputs)              # g.f(x)       (B, C)
         else:
@@ -203,12 +207,12 @@ class R3F(torch.nn.Module):
         return sample_noise(x, self.eps, self.noise)
 
     def noise_for_second_half(self, x):
-        """z for a stacked batch, whose first half stays as it is. (2B, n, H) -> (2B, n, H)."""
+        """z for a stacked batch: 0 for its first half. (2B, n, H) -> (2B, n, H)."""
         first, second = x.chunk(2)
         return torch.cat([torch.zeros_like(first), self.noise_for(second)])
 
     def zero_noise(self, x):
-        """Zeros, after z was drawn and thrown away: (B, n, H) -> (B, n, H).
+        """Zeros, but only after a z has been drawn and thrown away: (B, n, H) -> (B, n, H).
 
         Drawing z moves the random state on, so both passes must draw it to get the same masks.
         """
@@ -216,9 +220,9 @@ class R3F(torch.nn.Module):
 
 
 def word_embeddings(model):
-    """The module that looks up the encoder's words.
+    """The encoder's word embeddings, a module.
 
-    The whole of an encoder-decoder has one too, but its encoder need not use that.
+    An encoder-decoder model as a whole has such a module too, but its encoder need not use that.
     """
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     return encoder.get_input_embeddings()
@@ -226,9 +230,10 @@ def word_embeddings(model):
 
 @contextlib.contextmanager
 def noise_added(model, noise_for):
-    """Inside, for one pass, the encoder reads x + noise_for(x) for its word embeddings x (B, n, H).
+    """A context for one pass, in which the encoder reads x + noise_for(x) in place of its word
+    embeddings x (B, n, H).
 
-    RuntimeError if that pass did not go through the encoder's word embeddings exactly once.
+    RuntimeError unless that pass calls the encoder's word embeddings exactly once.
     """
     is_xlnet = model.config.model_type == "xlnet"                   # its x is (n, B, H)
     calls = []
@@ -250,7 +255,7 @@ def noise_added(model, noise_for):
 
 
 def random_state_restored(inputs, enabled=True):
-    """A context that puts the random state back on leaving, of the CPU and of the inputs' GPU.
+    """A context that, on leaving, restores the random state of the CPU and of the inputs' GPU.
 
     So the pass inside it and the pass after it have the same dropout masks.
     """
@@ -267,14 +272,15 @@ def has_dropout(model):
 
 
 def spectral_normalize(model):
-    """R4F, Eq. 5: every Linear of the head (all outside `model.base_model`) gets W / sigma(W), in
-    place. Returns model.
+    """R4F, Eq. 5: gives every Linear of the head (all outside `model.base_model`) the weight
+    W / sigma(W), in place. Returns model.
 
-    sigma(W) by power iteration, one a training pass (Miyato et al., 2018), frozen in eval mode. It
-    lags behind a head that learns, so the norm is 1 but for what the last steps changed.
-    With tanh between its layers the head is 1-Lipschitz (RoBERTa's). With GELU (ELECTRA's) its
-    bound is 1.13, with a LayerNorm (ModernBERT's) W alone sets none. BERT's pooler is part of f and
-    stays as it is. ValueError if there is no Linear to normalise, or if it is normalised already.
+    sigma(W) is estimated by power iteration (Miyato et al., 2018): one iteration in each training
+    pass, none in eval mode. While the head learns the estimate lags behind, so the norm is 1 up to
+    what the last steps changed. A head with tanh between its layers (RoBERTa's) is then
+    1-Lipschitz. With GELU (ELECTRA's) the bound is 1.13; with a LayerNorm (ModernBERT's) W alone
+    gives no bound. BERT's pooler is part of f, and stays as it is. ValueError if there is no Linear
+    to normalise, or if the head is normalised already.
     """
     if model.get_output_embeddings() is not None:
         raise ValueError(f"{type(model).__name__} predicts words: there g has no weights of its "
@@ -293,14 +299,14 @@ def spectral_normalize(model):
 
 
 def head_modules(model):
-    """The modules of g, all outside `model.base_model`, that have weights."""
+    """The modules of g (all outside `model.base_model`) that have weights."""
     body = {id(module) for module in model.base_model.modules()}
     return [module for module in model.modules()
             if id(module) not in body and list(module.parameters(recurse=False))]
 
 
 class InFullPrecision(torch.nn.Module):
-    """A parametrization outside autocast, which on a GPU would compute sigma(W) in bf16."""
+    """Runs a parametrization outside autocast, which on a GPU would compute sigma(W) in bf16."""
 
     def __init__(self, inner):
         super().__init__()
@@ -312,14 +318,14 @@ class InFullPrecision(torch.nn.Module):
 
 
 def plain_state_dict(model):
-    """model.state_dict() with each normalised weight as one plain tensor, as
-    `save_pretrained(state_dict=...)` needs it: saved as it is, a parametrised head would be
-    re-initialised silently by `from_pretrained`."""
+    """model.state_dict() with each normalised weight as one plain tensor, for
+    `save_pretrained(state_dict=...)`. If a parametrised head were saved as it is, `from_pretrained`
+    would silently re-initialise it."""
     state = {k: v for k, v in model.state_dict().items() if ".parametrizations." not in k}
     for name, module in model.named_modules():
         for weight in getattr(module, "parametrizations", {}):
             was_training = module.training
-            module.eval()                      # in train mode, to read it is a power iteration
+            module.eval()                      # reading it in train mode would iterate
             state[f"{name}.{weight}"] = getattr(module, weight).detach()
             module.train(was_training)
     return state
@@ -333,11 +339,11 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
     both: the logits without and with noise, as `R3F.two_passes` returns them: [(2B, m, V)] or
     [(B, m, V), (B, m, V)]. labels (B, m), -100 where there is none. reduction: see `R3F`.
 
-    The logits' own memory becomes that of their gradients: nobody may read the logits after this
-    call. Over a whole vocabulary, softmax and its gradient would be the largest tensors of a step.
-    So they are computed for a few positions at a time (for more on a GPU, which is slow at many
-    small steps), and the gradient of these is written over their logits. In fp16 the gradient is
-    rounded before a GradScaler can scale it; bf16 has no such limit.
+    The gradients are written over the logits, so nothing may read the logits after this call. The
+    reason: over a whole vocabulary, softmax and its gradient would be the largest tensors of a
+    step. So they are computed for a few positions at a time (for more on a GPU, which is slow at
+    many small steps), and the gradient of these takes the place of their logits. In fp16 the
+    gradient is rounded before a GradScaler can scale it; bf16 has no such limit.
     """
     rows = sum(map(len, both)) // 2                                 # B
     refuse_unlike((rows, *both[0].shape[1:]), labels)
@@ -345,8 +351,8 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
     labels = labels.flatten()                                       # (B m,)
     in_ce, in_kl = position_weights(labels, rows, reduction)        # (B m,) each
 
-    # The memory of the logits, which is to hold their gradients; and of it the views that belong
-    # to x and to x + z.
+    # The memory of the logits, where their gradients are to go; and views of it: the half that
+    # belongs to x, and the half that belongs to x + z.
     gradients = [logits.detach().contiguous() for logits in both]
     halves = []
     for memory in gradients:
@@ -363,7 +369,7 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
         with torch.enable_grad():
             logits, noised = [half[positions].float().requires_grad_() for half in halves]
             targets = labels[positions]
-            targets = targets.masked_fill(targets == -100, 0)       # their weight in CE is 0
+            targets = targets.masked_fill(targets == -100, 0)       # with weight 0 in CE
             losses = cross_entropy(logits, targets, label_smoothing, "none")
             part_of_ce = (in_ce[positions] * losses).sum()
             part_of_kl = (in_kl[positions] * symmetric_kl(logits, noised)).sum()
@@ -372,7 +378,7 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
             half[positions] = gradient.to(half.dtype)
         ce += part_of_ce.detach()
         kl += part_of_kl.detach()
-    loss = ce + lam * kl                                            # Eq. 3, by t
+    loss = ce + lam * kl                                            # Eq. 3, by position
     return KnownGradient.apply(loss, gradients, *both), ce, kl
 
 
@@ -390,9 +396,9 @@ def position_weights(labels, rows, reduction):
 # --------------------------------------------------------------------------  shared with its rivals
 
 class KnownGradient(torch.autograd.Function):
-    """A loss whose gradients on `tensors` are computed already: backward only scales them.
+    """A loss whose gradients on `tensors` are computed already, so that backward only scales them.
 
-    It does so in place and lets go of them, so that backward works once.
+    It does so in place and then lets go of them, so backward works only once.
     """
 
     @staticmethod
@@ -412,7 +418,7 @@ class KnownGradient(torch.autograd.Function):
 
 
 def with_decoder_inputs(model, labels, inputs):
-    """The inputs, with what a decoder reads where a model is to generate labels (B, m)."""
+    """The inputs, with decoder_input_ids (the labels shifted) if a decoder generates (B, m)."""
     generates = model.config.is_encoder_decoder and labels.dim() == 2
     if not generates or "decoder_input_ids" in inputs:
         return inputs
@@ -429,25 +435,25 @@ def with_decoder_inputs(model, labels, inputs):
 
 
 def logits_of(model, inputs):
-    """One pass: (B, C), (B, n, C) or (B, m, V)."""
+    """The logits of one pass: (B, C), (B, n, C) or (B, m, V)."""
     if "decoder_input_ids" not in inputs:
         return model(**inputs).logits
     bias = getattr(model, "final_logits_bias", None)                # (1, V)
     head = model.get_output_embeddings()
     head_is_plain = type(head) is torch.nn.Linear and head.bias is None     # no LoRA, no hook
     if bias is None or not head_is_plain or head._forward_hooks:
-        # A cache of keys and values is for decoding word by word, and large.
+        # No cache of keys and values: it is large, and of use only in decoding word by word.
         return model(**inputs, use_cache=False).logits
 
-    # These are the logits of BART and its kin. They themselves add the bias in a step of its own,
-    # which makes a second tensor of this size, and in fp32 even under autocast.
+    # The logits that BART and its kin compute, but in one step. These models add the bias in a
+    # second step, which makes another tensor of this size, in fp32 even under autocast.
     states = model.base_model(**inputs, use_cache=False).last_hidden_state
     return F.linear(states, head.weight, bias[0])                   # (B, m, V)
 
 
 # same: stack
 def stack(inputs, views):
-    """The batch repeated `views` times, as many passes in one: (B, n) -> (views B, n)."""
+    """The inputs repeated `views` times, for that many passes in one: (B, n) -> (views B, n)."""
     stacked = {}
     for name, value in inputs.items():
         stacked[name] = torch.cat([value] * views) if torch.is_tensor(value) else value
@@ -456,9 +462,9 @@ def stack(inputs, views):
 
 
 def cross_entropy(logits, labels, label_smoothing=0.0, reduction="mean"):
-    """LS: the weight 1 - e on the label, e / (V - 1) on each other class, in fp32. Choice 8.
+    """LS in fp32: weight 1 - e on the label and e / (V - 1) on each other class. Choice 8.
 
-    p = (1/2, 1/4, 1/4), the first is right, e = 0.3: 0.7 ln 2 + 2 * 0.15 ln 4 = 0.9011.
+    Example: for p = (1/2, 1/4, 1/4), label 0 and e = 0.3 it is 0.7 ln 2 + 2 * 0.15 ln 4 = 0.9011.
     """
     classes = logits.shape[-1]
     return F.cross_entropy(logits.float(), labels, reduction=reduction,
@@ -466,8 +472,8 @@ def cross_entropy(logits, labels, label_smoothing=0.0, reduction="mean"):
 
 
 def task_loss(logits, labels, label_smoothing=0.0):
-    """The plain loss: squared error where a row has one output, else cross entropy, a mean over the
-    labels that are not -100. Of labels by position, if none is left, it is 0."""
+    """The plain loss: squared error if a row has one output, else cross entropy, a mean over the
+    labels that are not -100. If all labels by position are -100, it is 0."""
     if logits.dim() == 2 and logits.shape[-1] == 1:
         refuse_unlike(logits.shape, labels.flatten())
         return F.mse_loss(logits.float().flatten(), labels.float().flatten())
@@ -493,7 +499,7 @@ def refuse_other(name, value, allowed):
 
 def refuse_negative(**settings):
     for name, value in settings.items():
-        if not value >= 0:                             # nan neither
+        if not value >= 0:                             # refuses nan too
             raise ValueError(f"{name} must not be negative, got {value}")
 
 
@@ -509,7 +515,7 @@ def refuse_two_modes(method):
 
 
 def refuse_unlike(shape, labels):
-    """ValueError unless logits of this shape, (B, C) or (B, m, V), have as many labels."""
+    """ValueError unless the labels fit the logits: (B,) for logits (B, C), (B, m) for (B, m, V)."""
     if tuple(shape[:-1]) != tuple(labels.shape):
         raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(shape)}: "
                          "must be one for each row, or for each position")
@@ -533,8 +539,8 @@ def refuse_regression(model, method):
 # --------------------------------------------------------------------------------------  its rivals
 
 def mean_symmetric_kl(logits_p, logits_q, labels):
-    """KL_S, averaged over the rows or, of labels by position, over those that are not -100. If none
-    is left, it is 0."""
+    """KL_S, averaged over the rows or, with labels by position, over the labels that are not -100.
+    If all are -100, it is 0."""
     if labels.dim() == 1:
         return symmetric_kl(logits_p, logits_q).mean()
     real = labels != -100
@@ -552,10 +558,8 @@ def real_tokens(inputs):
 
 
 def empty_noise(model, real):
-    """Memory for a z, still to be filled: real tokens (B, n, 1) -> (B, n, H).
-
-    It has the type of the word embeddings.
-    """
+    """A z that is still to be filled, in the type of the word embeddings: the real tokens
+    (B, n, 1) -> (B, n, H)."""
     weight = word_embeddings(model).weight
     return torch.empty(*real.shape[:2], weight.shape[1], dtype=weight.dtype, device=real.device)
 
@@ -566,9 +570,9 @@ class RDrop(torch.nn.Module):
         L = 1/2 (CE(p_1, y) + CE(p_2, y)) + alpha 1/2 KL_S(p_1, p_2)
 
     One stacked pass of 2B rows. stats "kl" is KL_S.
-    a. The mean of the two CE is that of the release's README. The paper adds them, as the release's
-       BERT file does (alpha 0.5), so its alpha of 0.1, 0.5 and 1 on GLUE is 0.05, 0.25 and 0.5
-       here. The RoBERTa file has half the CE of one sample, alpha 0.7.
+    a. The two CE are averaged, as in the release's README. The paper adds them, as does the
+       release's BERT file (alpha 0.5), so the paper's alphas on GLUE, 0.1, 0.5 and 1, are 0.05,
+       0.25 and 0.5 here. The release's RoBERTa file has half the CE of one sample, and alpha 0.7.
     b. KL_S is averaged over the examples, as CE is; the release sums it over the batch.
     """
 
@@ -600,19 +604,20 @@ class SMART(torch.nn.Module):
         z_0 ~ N(0, sigma^2),    K times  z := clip(z + eta g / max|g|, eps),  g = grad_z KL_S
         th~ := beta th~ + (1 - beta) th  after each step,  beta = 0.99
 
-    th: the weights. K: steps. mu: bregman; 0 is off and makes no copy of the weights. K + 2 forward
-    passes (R3F's Table 1 counts K + 1), one more with mu. The ascent holds p(x) constant and leaves
-    no gradient on the weights.
-    a. The paper's step is eta g. With its eta of 1e-3 that is 5e-9 beside a |z| of 3e-5 (a random
-       BERT): nothing. Divided by the sentence's largest |g| each step reaches the
-       bound eps, as meant. The release divides z + eta g by its largest entry, token by token, so
-       that |z| is 1 and not eps. In bf16 the KL's gradient is 0 for a tenth to a third of the
-       sentences of that BERT, whose z then stays random: fp32 is what it needs.
-    b. All passes have the same dropout masks: otherwise those, not z, would make the KL.
-    c. z is 0 at padding and goes to the word embeddings; the release embeds twice (mt-dnn #230).
-    d. p(x) gets gradients from KL_S as p(x + z) does; the release detaches one side of each half.
-    e. th~ moves once a step, however many micro-batches it has, with one beta throughout. The
-       release has no such term. th~ is kept in this module's state, for a run to be resumed, and
+    th: the weights. K: `steps`. mu: `bregman`; 0 is off, and makes no copy of the weights. There
+    are K + 2 forward passes (R3F's Table 1 counts K + 1), and one more with mu. The ascent holds
+    p(x) constant, and leaves no gradient on the weights.
+    a. The paper's step is eta g. On a random BERT its eta of 1e-3 makes that 5e-9, which is nothing
+       beside a |z| of 3e-5. Here g is divided by the sentence's largest |g|, so that each step
+       reaches the bound eps, as is meant. The release divides z + eta g by its largest entry, token
+       by token, so that |z| is 1 and not eps. In bf16 the KL's gradient is 0 for a tenth to a third
+       of that BERT's sentences, and their z stays random: SMART needs fp32.
+    b. All passes have the same dropout masks; otherwise the masks, not z, would make the KL.
+    c. z is 0 at padding, and is added to the word embeddings. The release adds it to the output of
+       the whole embedding layer, which then embeds the sum again (mt-dnn issue 230).
+    d. KL_S gives gradients to p(x) as to p(x + z); the release detaches one side in each KL.
+    e. th~ moves once a step, however many micro-batches that has, and beta does not change. The
+       release has no term with mu. th~ is in this module's state, so that a run can be resumed, and
        not in the model's.
     f. Regression is an error, as in R3F; the release takes squared errors.
     """
@@ -664,7 +669,7 @@ class SMART(torch.nn.Module):
         return loss, {"ce": ce.detach(), "kl": kl.detach()}
 
     def ascended(self, z, real, logits, labels, inputs):
-        """z after K steps up the KL, a constant. (B, n, H) -> (B, n, H)."""
+        """z after K steps up the KL, detached. (B, n, H) -> (B, n, H)."""
         for _ in range(self.steps):
             z.requires_grad_()
             with random_state_restored(inputs), noise_added(self.model, lambda x: z):
@@ -685,7 +690,7 @@ class Average(torch.nn.Module):
         self.register_buffer("last_seen", self.newest(model).clone())
 
     def newest(self, model):
-        """The last of the trained weights: a small one, which every optimizer step changes."""
+        """The last trained weight, a small tensor. It shows whether the optimizer made a step."""
         return [weight for weight in model.parameters() if weight.requires_grad][-1].detach()
 
     @torch.no_grad()
@@ -699,21 +704,21 @@ class Average(torch.nn.Module):
 
 
 class FreeLB(torch.nn.Module):
-    """FreeLB (Zhu et al., ICLR 2020): train on the word embeddings that a few ascents visit.
+    """FreeLB (Zhu et al., ICLR 2020): train on every z that a few steps of gradient ascent visit.
 
         L = 1 / (K + 1) sum_k CE(p(x + z_k), y),   k = 0 to K, every z_k held constant
         z_0 = U(-1, 1) init / sqrt(n H),   z_{k+1} = proj(z_k + adv_lr g / |g|_2, eps)
 
-    g = grad_{z_k} CE; n: the sentence's real tokens. |.|_2 is over a sentence's tokens and widths;
-    proj scales z back to the norm eps, and eps 0 leaves it out. K: steps. K + 1 passes forward and
-    backward, as Table 1 counts them, and the memory of one: each gives its gradients on z_k and on
-    the weights before the next begins.
-    a. The release calls backward pass by pass and lets .grad add up. The sum is the same, but as
-       one loss it works with micro-batches and DistributedDataParallel as they are.
-    b. One set of dropout masks for all passes, as in the release. z is 0 at padding.
+    g = grad_{z_k} CE. n: the sentence's number of real tokens. |.|_2 is over a sentence's tokens
+    and widths. proj scales a longer z back to the norm eps; eps 0 leaves proj out. K: `steps`.
+    There are K + 1 passes forward and backward, as Table 1 counts them, but the memory of one: each
+    pass gives its gradients on z_k and on the weights before the next begins.
+    a. The release calls backward after each pass and lets .grad add up. Here the same sum is the
+       gradient of one loss, so that micro-batches and DistributedDataParallel work as they are.
+    b. All passes have one set of dropout masks, as in the release. z is 0 at padding.
     c. `steps` counts the ascents, as --adv-steps of the release's RoBERTa code does.
-    d. The release has values for each task (FREELB below), which are its recipe here. Regression
-       is the squared error.
+    d. The release has values for each GLUE task (FREELB below); they are FreeLB's recipe here. In
+       regression CE is the squared error.
     """
 
     def __init__(self, model, steps=2, adv_lr=0.1, init=0.6, eps=0.0):
@@ -765,7 +770,7 @@ class FreeLB(torch.nn.Module):
 
 
 def norm_of(z):
-    """The 2-norm of each sentence's z, not 0: (B, n, H) -> (B, 1, 1)."""
+    """The 2-norm of each sentence's z, kept above 0: (B, n, H) -> (B, 1, 1)."""
     return torch.linalg.vector_norm(z, dim=(1, 2), keepdim=True).clamp(min=1e-12)
 
 
@@ -786,9 +791,9 @@ def first_token_states(encoder, split, world, name):
 
 
 def fit_by_recipe(x, y, classes, args):
-    """A linear layer trained as Table 5 trains a model: its rate, updates and batch.
+    """A linear layer trained with Table 5's rate, updates and batch: x (n, H), y (n,).
 
-    x (n, H), y (n,). At these rates a weight moves by at most lr * updates / 2: it cannot converge.
+    It cannot converge, because at these rates a weight moves by at most lr * updates / 2.
     """
     import common
     layer = torch.nn.Linear(x.shape[1], classes)
@@ -806,7 +811,8 @@ def fit_by_recipe(x, y, classes, args):
 def fit_converged(x, y, classes):
     """The linear layer of least cross entropy on standardised states, by L-BFGS on all rows.
 
-    Squared weights count 1e-3: without that the layer of separable classes has no end.
+    Squared weights have a penalty of 1e-3, without which those of separable classes would not stop
+    growing.
     """
     layer = torch.nn.Linear(x.shape[1], classes)
     torch.nn.init.zeros_(layer.weight)
@@ -843,7 +849,8 @@ def probe_score(train, validation, task, args, seed):
 
 
 def read_links(folder):
-    """The results of the run in the folder and of those that it was started from, oldest first."""
+    """The results of the run in this folder and of the chain of runs before it (--init_from),
+    oldest first."""
     import common
     links = []
     at = folder
@@ -859,7 +866,7 @@ def read_links(folder):
 
 
 def probed_encoders(args, world):
-    """{name: (folder or hub id, the results of the runs that made it)}: the untuned ones first."""
+    """{name: (folder or hub id, results of the chain of runs that made it)}, untuned ones first."""
     import common
     untuned = {}
     runs = {}
@@ -872,7 +879,7 @@ def probed_encoders(args, world):
 
 
 def load_encoder(path, world):
-    """The encoder in this folder or of this hub id, alone where the model also has a decoder."""
+    """The encoder in this folder or of this hub id, without its decoder if there is one."""
     import common
     import data
     from transformers import AutoModel
@@ -888,7 +895,7 @@ def load_encoder(path, world):
 
 
 def probe_encoder(path, task, rows, args, bar, world):
-    """Yields (seed, how many rows were learned from, main metric) of the encoder, for each seed.
+    """Yields (seed, number of training rows, main metric) of a probe of the encoder for each seed.
 
     rows: data.Rows of the task. bar: the name of the progress bars.
     """
@@ -914,7 +921,7 @@ def probe_encoder(path, task, rows, args, bar, world):
 
 
 def recipe_of_layer(args):
-    """How the linear layer was made. The report compares only probes of which this is the same."""
+    """How the linear layer was made. The report compares only probes that have this in common."""
     words = args.probe_recipe
     if "max_length" in args.by_hand:                   # without it each encoder has its own
         words += f", texts of {args.max_length} tokens"
@@ -925,7 +932,7 @@ def recipe_of_layer(args):
 
 
 def probe_task(name, encoders, args, world):
-    """Yields a line for each encoder and seed. args: the flags, by the recipe of this task."""
+    """Yields a line for each encoder and seed. args: the flags, with the recipe of this task."""
     import data
     task = data.TASKS[name]
     args.eval_tasks = []
@@ -943,14 +950,14 @@ def probe_task(name, encoders, args, world):
             yield line
 
 
-# The flags that a probe reads, and those that it reads where its layer is trained in steps.
+# The flags that all probes read, and those that are read only if the layer is trained in steps.
 OF_PROBES = ("probe probe_tasks probe_recipe seeds output_dir train_samples max_length local_file "
              "precision threads detect_anomaly").split()
 OF_PAPERS_LAYER = "lr epochs max_steps batch_size warmup weight_decay betas adam_eps".split()
 
 
 def check_probe(args):
-    """UserError if --probe goes with other flags, or its tasks are not of classes."""
+    """UserError if --probe comes with flags that it does not read, or its tasks have no classes."""
     import common
     import data
     if not args.probe or not args.probe_tasks:
@@ -971,14 +978,15 @@ def check_probe(args):
 
 
 def probe(args, argv):
-    """--probe: how much of other tasks a linear layer finds in frozen encoders. Figures 3 to 5.
+    """--probe: how well a linear layer does other tasks on frozen encoders. Figures 3 to 5.
 
-    One json line a probe goes to OUTPUT_DIR/probes.jsonl, which the report draws. Returns them.
+    Adds a json line for each probe to OUTPUT_DIR/probes.jsonl, which the report draws. Returns the
+    lines.
     """
     import common
     check_probe(args)
     argv = sys.argv[1:] if argv is None else argv
-    args_of = {}                                       # {task: the flags, by its recipe}
+    args_of = {}                                       # {task: the flags, with its recipe}
     for name in args.probe_tasks:
         args_of[name] = common.parse(flags(), [*argv, "--task", name], recipe)
         if "seeds" not in args.by_hand:
@@ -1008,9 +1016,9 @@ def probe(args, argv):
 # --------------------------------------------------------------------------------  flags and recipe
 
 NOISE = "lam eps noise stop_grad share_dropout"
-# Of each method the kinds of task that it can train, and the flags of its own that change what it
-# learns. By these flags its runs are told apart and --grid can search them: with another value of a
-# flag that is missing here a run would be taken for the one before.
+# For each method: the kinds of task that it can train, and those of its flags that change what it
+# learns. Runs are told apart by these flags, and --grid can search them. If one were missing here,
+# a run with another value of it would be taken for the run before.
 METHODS = {
     "std": {"kinds": "classify regress tag generate", "flags": "label_smoothing"},
     "r3f": {"kinds": "classify tag generate", "flags": f"{NOISE} label_smoothing reduction"},
@@ -1036,52 +1044,56 @@ def flags():
     positive = common.number(float, 0, above=True)
 
     g = p.add_argument_group(
-        "R3F and R4F", "z: noise on the word embeddings. KL: how far it moves the prediction.")
+        "R3F and R4F", "z: noise on the word embeddings. KL: how far z moves the prediction.")
     g.add_argument("--lam", type=weight, default=1.0,
                    help="lambda, Eq. 3: weight of the KL, also of SMART's; the paper tries "
                         "0.1 0.5 1 5")
     g.add_argument("--eps", type=common.number(float, 0, 1000), default=1e-5,
-                   help="sigma, Eq. 4: size of z; of SMART its bound")
+                   help="sigma, Eq. 4: size of z; SMART: bound of z")
     g.add_argument("--noise", default="uniform", choices=["uniform", "normal"],
                    help="distribution of z, Eq. 4: U(-eps, eps) or N(0, eps^2)")
     g.add_argument("--stop_grad", default="none", choices=["none", "noised"],
-                   help="noised: no gradient through the pass with z, a third cheaper (choice 3)")
+                   help="noised: no gradient through the pass with z, so a step is a third cheaper "
+                        "(choice 3)")
     g.add_argument("--share_dropout", action="store_true",
                    help="both passes have the same dropout masks: only z differs (choice 2)")
     g.add_argument("--label_smoothing", type=common.number(float, 0, 0.5), default=0.0,
-                   metavar="E", help="e: weight of all other words or classes in CE (choice 8)")
+                   metavar="E",
+                   help="e: weight in CE of all wrong words or classes together (choice 8)")
     g.add_argument("--reduction", default="token", choices=["token", "sentence", "released"],
-                   help="of tags and texts: what the KL is a mean over (choice 7)")
+                   help="for tags and texts: what the KL is a mean over (choice 7)")
 
     g = p.add_argument_group(
-        "its rivals", "SMART and FreeLB seek a z that hurts, in K steps.")
+        "rivals of R3F", "SMART and FreeLB seek a z that hurts, in K steps of gradient ascent. On "
+        "GLUE FreeLB has the values of its release.")
     g.add_argument("--alpha", type=weight, default=1.0, help="R-Drop: alpha, weight of the KL")
     g.add_argument("--smart_sigma", type=positive, default=1e-5,
                    help="SMART: sigma, standard deviation of the first z")
     g.add_argument("--smart_eta", type=weight, default=1e-3,
-                   help="SMART: eta, a step's largest entry")
+                   help="SMART: eta, the largest entry of a step")
     g.add_argument("--smart_steps", type=common.number(int, 1), default=1, help="SMART: K, steps")
     g.add_argument("--bregman", type=weight, default=0.0,
-                   help="SMART: mu, weight of the KL to the averaged weights' prediction; "
-                        "its paper: 1")
+                   help="SMART: mu, weight of the KL to the prediction of the averaged weights; "
+                        "1 in its paper")
     g.add_argument("--adv_steps", type=common.number(int, 1), default=2, help="FreeLB: K, steps")
     g.add_argument("--adv_lr", type=weight, default=0.1,
-                   help="FreeLB: length of a step; a GLUE task has its release's")
+                   help="FreeLB: length of a step")
     g.add_argument("--adv_init", type=weight, default=0.6, help="FreeLB: size of the first z")
     g.add_argument("--adv_eps", type=weight, default=0.0, help="FreeLB: bound of |z|; 0: none")
 
     g = p.add_argument_group("probes of finished runs (section 4.1)")
     g.add_argument("--probe", nargs="+", default=[], metavar="RUN",
-                   help="a linear layer on the frozen encoder of each, and on the untuned one")
+                   help="finished runs: train a linear layer on the frozen encoder of each, and on "
+                        "the untuned one")
     g.add_argument("--probe_tasks", nargs="+", default=[], metavar="NAME",
-                   help="the tasks that the linear layers learn")
+                   help="the tasks that these layers learn")
     g.add_argument("--probe_recipe", default="paper", choices=["paper", "converged"],
-                   help="paper: Table 5's rate and updates, which cannot converge; converged: the "
-                        "layer of least cross entropy")
+                   help="paper: Table 5's rate and updates, with which a layer cannot converge; "
+                        "converged: the layer of least cross entropy")
     return p
 
 
-# FreeLB's release, for RoBERTa: length of an ascent, ascents, size of z_0, bound of |z|.
+# FreeLB's release, for RoBERTa: length of a step, number of steps, size of z_0, bound of |z|.
 FREELB = {
     "mnli": (0.1, 2, 0.1, 0.3),
     "qnli": (0.1, 2, 0.2, 0.2),
@@ -1104,7 +1116,7 @@ SUMMARIES = {
 
 
 def recipe(args):
-    """Tables 5, 6 and 9: learning rate, updates and batch by task; Adam, decay, warm-up for all."""
+    """Tables 5, 6 and 9: learning rate, updates and batch of each task; Adam, decay and warm-up."""
     toy = args.task.removesuffix("-food")
     if toy in ("toy", "toy-tag", "toy-sum"):           # as in tdt.py
         values = {
@@ -1148,7 +1160,7 @@ def recipe(args):
 
 
 def summary_recipe(args):
-    """The recipe of the tasks of summaries, and of one's own; choice 10."""
+    """The recipe of the tasks that are summaries, and of your own summaries; choice 10."""
     values = {"model": "facebook/bart-large", "lr": 3e-5, "betas": [0.9, 0.98], "adam_eps": 1e-8,
               "weight_decay": 0.01, "grad_clip": 0.1, "lam": 0.01, "label_smoothing": 0.1,
               "max_length": 1024, "eval_samples": 500, "batch_tokens": 2048}
@@ -1162,9 +1174,9 @@ def summary_recipe(args):
 def build_method(method, model, args):
     """The module whose forward is the method's loss. UserError if the model does not fit.
 
-    It has the Hugging Face model as `model`; forward(labels, **inputs) -> (loss, {name: scalar}),
-    means over the batch's labels, in eval mode the plain loss; what it keeps from step to step is
-    in its state_dict.
+    Its attribute `model` is the Hugging Face model. Its forward(labels, **inputs) returns (loss,
+    {name: scalar}), means over the batch's labels; in eval mode it is the plain loss. What it keeps
+    from step to step is in its state_dict.
     """
     import common
     try:
@@ -1185,7 +1197,7 @@ def build_method(method, model, args):
 
 
 def warn_of_head(model, args, world):
-    """A line if the head has weights that R4F does not normalise."""
+    """Warns if the head has weights that R4F does not normalise."""
     others = {type(module).__name__ for module in head_modules(model)
               if not isinstance(module, torch.nn.Linear)}
     if others and not args.choosing:
@@ -1194,9 +1206,9 @@ def warn_of_head(model, args, world):
 
 
 def with_kl_weights(module, batch, world):
-    """A step's micro-batches, with kl_weight for each where the R of an R3F is a mean over rows.
+    """A step's micro-batches, each with its kl_weight if the R of an R3F is a mean over rows.
 
-    Where R is a mean over labels ("token"), and for the rivals, they stay as they are.
+    If R is a mean over labels ("token"), and for the rivals, they stay as they are.
     """
     import common
     if getattr(module, "reduction", "token") == "token":
@@ -1208,7 +1220,7 @@ def with_kl_weights(module, batch, world):
 
 
 def write_model(model, folder):
-    """The model as others load it, its normalised weights as plain ones."""
+    """Saves the model as others load it, with its normalised weights as plain ones."""
     model.save_pretrained(folder, state_dict=plain_state_dict(model))
 
 
@@ -1226,7 +1238,7 @@ def check(args, task):
 
 
 def warn_of_rounding(args, world):
-    """A line where bf16, which a GPU takes by default, loses SMART's ascent (its choice a)."""
+    """Warns if bf16, the default on a GPU, loses SMART's ascent (choice a of `SMART`)."""
     if "smart" in args.method and world.bf16 and not args.choosing:
         world.say("warning: smart: in bf16 the gradient of its KL is 0 for some of the sentences, "
                   "whose z then stays random; --precision fp32 keeps it")

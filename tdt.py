@@ -1,84 +1,90 @@
 """TDT: learn which words the task needs, and train with those alone and with all but those.
 
 Zeng, Jiang, Wu, Yin, Li: Task-guided Disentangled Tuning for Pretrained Language Models, Findings
-of ACL 2022. e_i: output of the embedding layer for token i (B, n, width); H, H+, H-: what the
-encoder makes of e, e+, e-; P, P+, P-: P(y | H), P(y | H+), P(y | H-) (B, C); y: labels (B,).
+of ACL 2022. e_i: output of the embedding layer for token i (B, n, width; in shapes below the width
+is H); H, H+, H-: what the encoder makes of e, e+, e-; P, P+, P-: P(y | H), P(y | H+), P(y | H-)
+(B, C); y: labels (B,).
 
     c_i = sigmoid(W e_i + b)                            Eq. 2    confidence that token i matters
     e+_i = c_i e_i + (1 - c_i) mu_0                     Eq. 3    mu_0: mean of the e_i | 0 | noise
-    L_C = CE(P+, y) + gamma ||C||_2                     Eq. 4    right with little input
+    L_C = CE(P+, y) + gamma ||C||_2                     Eq. 4    right from little input; C: all c_i
     e-_i = (1 - c_i) e_i                                Eq. 5    the keywords cut out
     L_R = max(m + d(P+, P) - d(P-, P) - d(P-, P+), 0)   Eq. 6    d: KL
     L = CE(P, y) + alpha L_C + beta L_R                 Eq. 7
     TDT-hard: c_i = argmax(Gumbel-softmax(z(e_i), tau)) Eq. 8-9  c_i = 0: [MASK] instead
 
-Below it TokenCutoff, a baseline of Table 5, and what section 4 looks at in trained models.
+Below the method: TokenCutoff, a baseline of Table 5, and section 4's analyses of trained models.
 
-    python tdt.py                       the toy task, std against tdt, on a CPU
+    python tdt.py                       the toy task, plain (std) against tdt, on a CPU
     torchrun --nproc_per_node=8 tdt.py --task cola --method std tdt    the recipe of Table 7
     python tdt.py --task cola --method std tdt --drop --perturb --confidences --tsne
-                                        Figures 6, 5, 4 and 3; trains what is missing
+                                        Figures 6, 5, 4 and 3; first trains what is missing
     python tdt.py --run runs/cola/tdt-0 --explain "Jobs founded apple in 1976"
                                         each word and its confidence
     cp tdt.py elsewhere/                the core needs torch and a Hugging Face model
 
 Choices, where the paper is silent or the authors' release does otherwise:
- 1. e_i is the output of the module `embeddings` of the base model, after LayerNorm and dropout, as
-    in the release; of the word embeddings where there is none (GPT-2, Llama, XLNet). So c_i knows
-    token, position and segment, no context.
- 2. e, e+ and e- are made of one such output, with one dropout mask, and pass the encoder as one
-    stacked batch.
- 3. The paper gives gamma no value, and the release has no such term. It pulls the confidences
-    towards 0, and L_C does not resist: mu_0, the sentence's own mean, still tells what it says. On
-    the toy task 0, 0.01 and 0.1 are equally accurate, with mean confidences of 0.45, 0.18 and
-    0.006. But on STS-B 0.01 costs 21 points of Spearman in 160 steps of MiniLM, and something in
-    each of eight seeds, and on SST-2 nothing is shown that it gains (README, Results). So --gamma
-    is 0; the class, if it is not told, has 0.01. Choice 9 was measured with 0.01.
- 4. d(a, b) = KL(a || b) in the order written, summed over classes; the hinge per example, then the
-    mean. variant="released" is the authors' code: KL(b || a), averaged over batch and classes,
-    0.5 on both negative terms, one hinge a batch, no gamma, padding counted in mu_0. So padding
-    changes the loss, and a batch in parts (--micro_batch_size, processes) has another one than the
-    batch in one piece; RTE's recipe has parts of 32.
+ 1. e_i is the output of the base model's module `embeddings`, after LayerNorm and dropout, as in
+    the release. So c_i knows token, position and segment, but no context. Where there is no such
+    module (GPT-2, Llama, XLNet), e_i is the output of the word embeddings.
+ 2. e, e+ and e- are made from one such output, with one dropout mask, and pass through the encoder
+    as one stacked batch.
+ 3. The paper gives gamma no value, and the release has no such term. ||C||_2 pulls the confidences
+    towards 0, and the CE in L_C does not resist, because mu_0, the sentence's own mean, still tells
+    what the sentence says. On the toy task gamma 0, 0.01 and 0.1 are equally accurate, with mean
+    confidences of 0.45, 0.18 and 0.006. But on STS-B 0.01 costs 21 points of Spearman (MiniLM, 160
+    steps; each of eight seeds loses), and on SST-2 it is not shown to gain (README, Results). So
+    --gamma is 0 by default; the class has 0.01. Choice 9 was measured with 0.01.
+ 4. d(a, b) is KL(a || b), in the order of Eq. 6, summed over classes. The hinge is taken for each
+    example, and L_R is the mean over examples. variant="released" is the loss of the authors' code:
+    KL(b || a), averaged over batch and classes; a weight of 0.5 on both negative terms; one hinge
+    for the whole batch; no gamma; padding counted in mu_0. So in that variant padding changes the
+    loss, and a batch in parts (--micro_batch_size, processes) has another loss than the same batch
+    in one piece. RTE's recipe has parts of 32.
  5. mu_0 and ||C||_2 are over the real tokens of each sentence; gradients flow through mu_0.
-    Special tokens learn a c_i too, as released; --keep_special leaves them as they are in e+, e-.
-    A token that must stay counts in ||C||_2 with its c_i of 1.
- 6. TDT-hard: straight-through Gumbel-softmax of the logits (z_i, 0), for which P(c_i = 1) =
-    sigmoid(z_i) as in Eq. 2. (Eq. 9 has log z_i of what it calls logits; it is read as z_i.) A
-    dropped token is [MASK] sent through the embedding layer, so that it keeps its position; e-
-    masks the kept ones.
- 7. Regression: d is the squared error between two predictions, on the scale of the labels, and so
-    is m. Inference: one plain pass (the release runs three).
- 8. Token cutoff: the share is of the tokens that may fall, rounded; they are drawn without
-    replacement, special tokens never fall (the class alone, without `perturbable`, spares the
-    first token), CE(x) is part of the loss, and JS is the mean of KL(p_i || their mean). Its
-    release draws with replacement, lets [CLS] fall, leaves CE(x) out, and has the KL in the other
-    direction. As there, tokens fall after LayerNorm and dropout.
- 9. The confidence layer starts at random (std 0.02, bias 0) and learns at a rate of its own,
-    --c_lr, of which the paper says nothing. At the encoder's its weights hardly leave that start,
-    and so the order of the words is the random one: 0.97 is the rank correlation with the start,
-    and 0.35 with --c_lr 0.01 (SST-2, 3,000 rows, MiniLM, 188 steps, encoder at 1e-4, one seed).
-    Without the 30% most confident words the accuracy is then 55.9, at the encoder's rate 74.1, by
-    an untrained layer 75. A layer that starts at zero, --c_lr 0.001, has 65.5, a worse order.
-10. --margin is 0, of the 0 and 2 that the paper tries; the class keeps 2. With 2, a model can also
-    satisfy L_R by predicting one class for every e-. In the paper's whole grid (gamma 0; README,
-    How the tables were made) margin 0 has 84.4 to 86.2 on SST-2 and 69.0 to 74.2 on MRPC. Margin 2
-    has 84.2 to 86.4 and 70.2 to 72.4, but for two and four of its twelve settings, all of beta 1,
-    with 44.2 and 55.8 on SST-2 and 33.6 to 68.4 on MRPC. On CoLA 0 is ahead in nine of twelve. With
-    gamma 0.01 and the alpha that was chosen, 0 has 55.2 on RTE, 2 has 51.6 (MiniLM, 1,000 rows, 160
-    steps, one seed, 500 held-out rows).
+    Special tokens learn a c_i too, as in the release; --keep_special leaves them unchanged in e+
+    and e-. A token that is always left unchanged counts in ||C||_2 with c_i = 1.
+ 6. TDT-hard draws c_i by straight-through Gumbel-softmax of the logits (z_i, 0), z_i = W e_i + b,
+    so that P(c_i = 1) = sigmoid(z_i) as in Eq. 2. (Eq. 9 has log z_i, though the paper calls the
+    z_i logits; we read it as z_i.) In e+ a dropped token becomes [MASK], sent through the embedding
+    layer so that it keeps its position; in e- the kept tokens become [MASK].
+ 7. In regression d is the squared error between two predictions, on the scale of the labels, and m
+    is on this scale too. Inference is one plain pass (the release runs all three).
+ 8. Token cutoff cuts a share of the tokens that may be cut, rounded to whole tokens and drawn
+    without replacement. Special tokens are never cut (the class without `perturbable` spares only
+    the first token). CE(x) is part of the loss, and JS is the mean of KL(p_i || their mean). The
+    authors' release draws with replacement, may cut [CLS], leaves CE(x) out, and has the KL in the
+    other direction. As there, tokens are cut after LayerNorm and dropout.
+ 9. The confidence layer starts at random (std 0.02, bias 0) and has a learning rate of its own,
+    --c_lr, of which the paper says nothing. At the encoder's rate its weights hardly leave that
+    start, so it ranks the words as the random start did: the rank correlation with it is 0.97, but
+    0.35 with --c_lr 0.01 (SST-2, 3,000 rows, MiniLM, 188 steps, encoder at 1e-4, one seed). Without
+    the 30% most confident words the accuracy is 55.9 with --c_lr 0.01, 74.1 at the encoder's rate,
+    and 75 by the ranking of an untrained layer. A layer that starts at zero, with --c_lr 0.001, has
+    65.5: a worse ranking.
+10. The paper tries margins 0 and 2. --margin is 0 by default; the class has 2. With 2, a model can
+    also satisfy L_R by predicting one class for every e-. In the paper's whole grid (gamma 0;
+    README, How the tables were made) margin 0 scores 84.4 to 86.2 on SST-2 and 69.0 to 74.2 on
+    MRPC. Margin 2 scores 84.2 to 86.4 and 70.2 to 72.4, except for two of its twelve settings on
+    SST-2 (44.2 and 55.8) and four on MRPC (33.6 to 68.4), all with beta 1. On CoLA margin 0 is
+    ahead in nine of twelve. On RTE, with gamma 0.01 and the alpha that was chosen, margin 0 has
+    55.2, 2 has 51.6 (MiniLM, 1,000 rows, 160 steps, one seed, 500 held-out rows).
 11. The paper searches alpha over 0.5, 2, 4 and beta over 0.5, 1, and does not say what it chose.
-    In that grid, of the settings with margin 0, alpha 0.5, 2, 4 have means of 84.9, 85.6, 85.2 on
-    SST-2, 12.0, 11.7, 9.9 on CoLA and 73.2, 69.9, 71.2 on MRPC; beta 0.5 and 1 have 85.2 and 85.2,
-    12.3 and 10.1, 71.2 and 71.6. The best setting of all 24 has alpha 2 on SST-2 and CoLA, 0.5 on
-    MRPC. With gamma 0.01 alpha 2 was chosen for SST-2, CoLA, MRPC and STS-B, 0.5 for RTE, for CoLA
-    in 320 steps and for all rows of CoLA, MRPC and RTE; beta 1 is ahead on MRPC (72.8, at 0.5 71.6)
-    and RTE (55.2, 53.6). So alpha is 2, what was chosen most often for little data, and beta 1; the
-    toy task has 0.5. Try --alpha 0.5 too, and 0: on the validation set of SST-2 it is L_C that
-    costs accuracy (README, Results).
-12. Figures 5 and 6 (--perturb, --drop): a share of each row's words, rounded, is replaced by [MASK]
-    or, in curves of their own, by words drawn from the same row; the paper does both at random,
-    position by position. A word here is a token that is not special. Figure 6 goes by the order of
-    c itself.
+    In that grid, the settings with margin 0 have these mean scores (accuracy; CoLA: MCC):
+                    alpha 0.5       2       4       beta 0.5       1
+        SST-2            84.9    85.6    85.2           85.2    85.2
+        CoLA             12.0    11.7     9.9           12.3    10.1
+        MRPC             73.2    69.9    71.2           71.2    71.6
+    The best of all 24 settings has alpha 2 on SST-2 and CoLA, and 0.5 on MRPC. With gamma 0.01,
+    alpha 2 was chosen for SST-2, CoLA, MRPC and STS-B, and 0.5 for RTE, for CoLA in 320 steps and
+    for all rows of CoLA, MRPC and RTE. With gamma 0.01 beta was tried too: 1 is ahead of 0.5 on
+    MRPC (72.8, 71.6) and on RTE (55.2, 53.6). So by default alpha is 2, chosen most often for
+    little data, and beta is 1; on the toy task both are 0.5. Try --alpha 0.5 too, and 0: on the
+    validation set of SST-2 it is L_C that costs accuracy (README, Results).
+12. Figures 5 and 6 (--perturb, --drop) replace a share of each row's words, rounded to whole words;
+    a word here is a token that is not special. Figure 5 draws the words at random, and replaces
+    them by [MASK] or, in curves of their own, by words of the same row; the paper does both at
+    random, position by position. Figure 6 replaces them by [MASK], in the order of c itself.
 """
 import contextlib
 import copy
@@ -90,17 +96,17 @@ import time
 from dataclasses import dataclass, replace
 
 # same: start
-if __name__ == "__main__":                             # Ctrl-C while torch is loaded, for seconds
+if __name__ == "__main__":                             # Ctrl-C ends it quietly while torch loads
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # no warning that all weights are used
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # no DDP warning on unused weights
 # end same
 
 import torch
 import torch.nn.functional as F
 
-# common and data are imported where they are used: the core needs torch alone. What stands between
-# "same" and "end same" is the same in all three scripts; a test keeps it so.
+# common and data are imported inside the functions that use them, so that the core needs torch
+# alone. The code between "same" and "end same" is identical in the scripts; a test checks this.
 
 
 # --------------------------------------------------------------------------------  the method: loss
@@ -108,7 +114,7 @@ import torch.nn.functional as F
 def distance(logits_a, logits_b):
     """d(a, b) of Eq. 6 in fp32: (B, C), (B, C) -> (B,). KL(a || b) summed over classes.
 
-    Of one output the squared error.
+    With one output, the squared error.
     """
     if logits_a.shape[-1] == 1:
         return (logits_a.float() - logits_b.float()).squeeze(-1).square()
@@ -118,9 +124,9 @@ def distance(logits_a, logits_b):
 
 
 def triplet_loss(logits, logits_pos, logits_neg, margin):
-    """L_R by example: three times (B, C) -> (B,). Eq. 6.
+    """L_R of each example: three times (B, C) -> (B,). Eq. 6.
 
-    P = (1/4, 3/4), P+ = (1/2, 1/2), P- = (3/4, 1/4) and m = 2 give
+    Example: P = (1/4, 3/4), P+ = (1/2, 1/2), P- = (3/4, 1/4) and m = 2 give
     2 + 0.1438 - 0.5493 - 0.1308 = 1.4637.
     """
     near = distance(logits_pos, logits)
@@ -130,7 +136,7 @@ def triplet_loss(logits, logits_pos, logits_neg, margin):
 
 
 def released_triplet_loss(logits, logits_pos, logits_neg, margin):
-    """L_R as in the authors' code, choice 4: three times (B, C) -> a scalar."""
+    """L_R as in the authors' code (choice 4): three times (B, C) -> a scalar."""
     classes = logits.shape[-1]
     near = distance(logits, logits_pos).mean() / classes
     far = distance(logits, logits_neg).mean() / classes
@@ -139,7 +145,7 @@ def released_triplet_loss(logits, logits_pos, logits_neg, margin):
 
 
 def task_loss(logits, labels):
-    """The cross entropy, of one output the mean squared error: (B, C), (B,) -> a scalar. Eq. 1."""
+    """Cross entropy or, with one output, mean squared error: (B, C), (B,) -> a scalar. Eq. 1."""
     if logits.shape[-1] == 1:
         labels = labels.flatten()
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
@@ -158,7 +164,7 @@ def refuse_other(name, value, allowed):
 
 def refuse_negative(**settings):
     for name, value in settings.items():
-        if not value >= 0:                             # nan neither
+        if not value >= 0:                             # refuses nan too
             raise ValueError(f"{name} must not be negative, got {value}")
 
 
@@ -187,7 +193,7 @@ def real_tokens(inputs):
 
 # same: stack
 def stack(inputs, views):
-    """The batch repeated `views` times, as many passes in one: (B, n) -> (views B, n)."""
+    """The inputs repeated `views` times, for that many passes in one: (B, n) -> (views B, n)."""
     stacked = {}
     for name, value in inputs.items():
         stacked[name] = torch.cat([value] * views) if torch.is_tensor(value) else value
@@ -196,18 +202,21 @@ def stack(inputs, views):
 
 
 def embedding_layer(model):
-    """The module whose output is e, choice 1."""
+    """The module whose output is e (choice 1)."""
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} cannot be perturbed: its decoder reads the words "
                          "a second time")
-    if hasattr(model, "get_base_model"):               # of a PeftModel the model inside
+    if hasattr(model, "get_base_model"):               # a PeftModel: take the model inside
         model = model.get_base_model()
     return getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
 
 
 @contextlib.contextmanager
 def changed_embeddings(model, change, shape):
-    """Inside, the output e of the embedding layer, of the given shape (B, n), becomes change(e)."""
+    """A context for one pass, in which change(e) takes the place of the embedding layer's output e.
+
+    shape: (B, n) of e. RuntimeError unless the layer is called once, for this shape.
+    """
     is_xlnet = model.config.model_type == "xlnet"                        # its e is (n, B, H)
     seen = []
 
@@ -234,15 +243,15 @@ def changed_embeddings(model, change, shape):
 class TDT(torch.nn.Module):
     """The loss of Eq. 7 around a Hugging Face sequence classifier, or a PeftModel of one with LoRA.
 
-    alpha, beta: weights of L_C and L_R; both 0 is plain fine-tuning. margin: m. mu0: "mean", "zero"
-    or "noise". hard: TDT-hard, with temperature tau; it needs mask_token_id. variant: "paper" or
-    "released" (choice 4). In eval mode nothing is perturbed: one pass, the plain loss. Call
-    .train() before training: what from_pretrained returns is in eval mode, without dropout.
-    confidence_layer wants a higher learning rate than the model (choice 9); gamma 0 and margin 0
-    train better than 0.01 and 2 (choices 3 and 10).
-    Predictions are those of `model` itself, and model.save_pretrained saves all that they need; the
-    confidence layer is in this module's state_dict alone.
-    Source: Eq. 1-9; defaults from the grid of section 3.2.
+    alpha, beta: weights of L_C and L_R; both 0 is plain fine-tuning. gamma: weight of ||C||_2.
+    margin: m. mu0: "mean", "zero" or "noise". hard: TDT-hard, with temperature tau; it needs
+    mask_token_id. variant: "paper" or "released" (choice 4). In eval mode nothing is perturbed: one
+    pass gives the plain loss. Call .train() before training: what from_pretrained returns is in
+    eval mode, without dropout. Give confidence_layer a higher learning rate than the model (choice
+    9); gamma 0 and margin 0 are safer than the defaults 0.01 and 2 (choices 3 and 10).
+    To predict, use `model` itself; model.save_pretrained saves all that this needs. The confidence
+    layer is in this module's state_dict alone.
+    Source: Eq. 1-9; the defaults but gamma's from the grid of section 3.2.
     """
 
     def __init__(self, model, alpha=2.0, beta=1.0, gamma=0.01, margin=2.0, mu0="mean", hard=False,
@@ -275,10 +284,10 @@ class TDT(torch.nn.Module):
     def forward(self, labels, perturbable=None, **inputs):
         """labels (B,), inputs as the model takes them, input_ids (B, n) -> (loss, stats).
 
-        perturbable (B, n): the tokens that may be perturbed, None: all; 1 less the tokenizer's
-        special_tokens_mask leaves [CLS] and [SEP] as they are. stats: batch means of "ce",
-        "ce_pos", "l_c", "l_r", and of the tokens' "confidence", with "confidence_std" (of a batch
-        in parts the means of theirs); in eval mode "ce" alone.
+        perturbable (B, n): the tokens that may be perturbed; None: all. 1 - special_tokens_mask,
+        which the tokenizer gives, leaves [CLS] and [SEP] unchanged. stats: the batch means "ce",
+        "ce_pos", "l_c" and "l_r"; "confidence" and "confidence_std" of the tokens that may be
+        perturbed (of a batch in parts, the mean over the parts). In eval mode "ce" alone.
         """
         refuse_two_modes(self)
         if not self.training or self.alpha == self.beta == 0:
@@ -310,8 +319,8 @@ class TDT(torch.nn.Module):
     def confidence(self, **inputs):
         """C (B, n), 0 at padding; for TDT-hard the probability that a token is kept.
 
-        Call .eval() before: in train mode e has dropout.
-        Of tokens that must stay it is what the layer says, not the 1 that training uses.
+        Call .eval() before, because in train mode e has dropout. Tokens that are never perturbed
+        get what the layer says too, not the 1 that training uses.
         """
         c = None
 
@@ -327,9 +336,9 @@ class TDT(torch.nn.Module):
     def passes(self, views, perturbable=None, given=None, **inputs):
         """The logits of the first `views` of H, H+ and H-, from one stacked pass.
 
-        given (B, n): another model's c, to be used in place of this one's. Returns the logits of
-        each view, (B, C); c, 0 at padding, and the probabilities p = sigmoid(z), (B, n) each; and
-        the tokens that may be perturbed, (B, n).
+        given (B, n): another model's c, to use in place of this one's. Returns the logits of each
+        view, (B, C); c, 0 at padding, (B, n); the probabilities p = sigmoid(z), (B, n); and the
+        tokens that may be perturbed, (B, n).
         """
         real = real_tokens(inputs)                                       # (B, n)
         can_change = real if perturbable is None else real & perturbable.bool()
@@ -356,7 +365,7 @@ class TDT(torch.nn.Module):
         return logits, c * real, p, can_change
 
     def draw_confidence(self, e, can_change, given=None):
-        """c, 1 where a token must stay, and p = sigmoid(z): e (B, n, H) -> (B, n), (B, n)."""
+        """c, 1 for tokens not to be perturbed, and p = sigmoid(z): (B, n, H) -> (B, n), (B, n)."""
         z = self.score(e)                                                # (B, n)
         p = z.sigmoid()                                                  # Eq. 2
         if given is not None:
@@ -371,7 +380,7 @@ class TDT(torch.nn.Module):
     def perturbed(self, e, filler, c, can_change):
         """e+ and e-: e (B, n, H), c (B, n) -> (B, n, H), (B, n, H).
 
-        filler: mu_0 (B, 1, H), or of TDT-hard the embeddings of [MASK] (B, n, H).
+        filler: mu_0 (B, 1, H), or for TDT-hard the embeddings of [MASK] (B, n, H).
         """
         keep = c[..., None]                                              # (B, n, 1)
         e_pos = keep * e + (1 - keep) * filler                           # Eq. 3
@@ -388,7 +397,7 @@ class TDT(torch.nn.Module):
         count = weight.sum(1, keepdim=True).clamp(min=1)                 # a row may have none
         mean = (weight * e).sum(1, keepdim=True) / count
 
-        # Drawn in any case: whatever mu_0 is, the dropout masks after it are the same.
+        # Drawn whatever mu_0 is, so that the dropout masks that follow do not depend on it.
         noise = torch.randn_like(mean)
         if self.mu0 == "mean":
             return mean
@@ -397,8 +406,8 @@ class TDT(torch.nn.Module):
         return torch.zeros_like(mean)
 
     def score(self, e):
-        """The logits of the confidences, without autocast: (B, n, H) -> (B, n)."""
-        kind = self.confidence_layer.weight.dtype                        # fp32 as it is made
+        """z, the logits of the confidences, without autocast: (B, n, H) -> (B, n)."""
+        kind = self.confidence_layer.weight.dtype                        # fp32 unless it was cast
         with torch.autocast(e.device.type, enabled=False):
             return self.confidence_layer(e.to(kind)).squeeze(-1)
 
@@ -408,11 +417,11 @@ class TDT(torch.nn.Module):
 def jensen_shannon(logits_a, logits_b):
     """Mean of KL(a || m) and KL(b || m), m the mean of a and b: (B, C), (B, C) -> (B,), in fp32.
 
-    a = (1/4, 3/4), b = (3/4, 1/4): m = (1/2, 1/2), the value is (3 ln 3) / 4 - ln 2 = 0.1308.
+    Example: a = (1/4, 3/4) and b = (3/4, 1/4) have m = (1/2, 1/2) and (3 ln 3) / 4 - ln 2 = 0.1308.
     """
     log_a = logits_a.float().log_softmax(-1)
     log_b = logits_b.float().log_softmax(-1)
-    log_sum = torch.logaddexp(log_a, log_b)            # of 2 m, which `distance` normalises
+    log_sum = torch.logaddexp(log_a, log_b)            # log 2m; `distance` normalises it
     return (distance(log_a, log_sum) + distance(log_b, log_sum)) / 2
 
 
@@ -424,8 +433,8 @@ class TokenCutoff(torch.nn.Module):
 
         L = CE(p(x), y) + a CE(p(x'), y) + b JS(p(x), p(x'))      (a)
 
-    x': x with a share `rate` of the tokens zeroed and unattended (choice 8). a and b 0: plain
-    fine-tuning. In eval mode nothing falls: one pass, the plain loss.
+    x': x with a share `rate` of the tokens zeroed and not attended to (choice 8). a and b both 0 is
+    plain fine-tuning. In eval mode nothing is cut: one pass gives the plain loss.
     """
 
     def __init__(self, model, rate=0.1, a=1.0, b=1.0):
@@ -435,7 +444,7 @@ class TokenCutoff(torch.nn.Module):
         refuse_negative(a=a, b=b)
         if model.config.num_labels == 1:
             raise ValueError("token cutoff needs classes: JS of a regression is undefined")
-        embedding_layer(model)                         # raises where nothing can fall
+        embedding_layer(model)                         # raises if no token can be cut
         self.model = model
         self.rate = rate
         self.a = a
@@ -444,7 +453,7 @@ class TokenCutoff(torch.nn.Module):
     def forward(self, labels, perturbable=None, **inputs):
         """labels (B,), inputs as the model takes them -> (loss, stats "ce", "ce_cut", "js").
 
-        perturbable (B, n): the tokens that may fall, None: all real ones but the first. In eval
+        perturbable (B, n): the tokens that may be cut; None: all real ones but the first. In eval
         mode stats is "ce" alone.
         """
         refuse_two_modes(self)
@@ -470,7 +479,7 @@ class TokenCutoff(torch.nn.Module):
         return loss, {"ce": ce.detach(), "ce_cut": ce_cut.detach(), "js": js.detach()}
 
     def draw(self, real, perturbable=None):
-        """The tokens that fall, drawn without replacement: (B, n), bool."""
+        """The tokens to cut, drawn without replacement: (B, n), bool."""
         if perturbable is None:
             can_fall = real & (real.cumsum(1) > 1)
         else:
@@ -485,10 +494,10 @@ class TokenCutoff(torch.nn.Module):
 
 @dataclass
 class Analyses:
-    """What the flags ask to look at in trained models, and in those of which runs."""
+    """The analyses that the flags ask for, and the runs whose models are analysed."""
     runs: dict                     # {seed: {method: folder}}, finished
-    texts: list                    # to explain; of a pair both sentences, with ||| between them
-    figures: bool                  # any of Figures 3 to 6: they are about the evaluation set
+    texts: list                    # to explain; a pair is two sentences with ||| between them
+    figures: bool                  # whether any of Figures 3 to 6, which show the evaluation set
     rates: list                    # those of --rates above 0
 
     @property
@@ -497,7 +506,7 @@ class Analyses:
 
 
 def read_analyses(args, runs):
-    """The Analyses that the flags ask for. runs {folder: results}: those of --run, or none."""
+    """The Analyses that the flags ask for. runs: {folder: results} of --run, or empty."""
     import common
     texts = texts_to_explain(args.explain, args.explain_file)
     figures = bool(args.confidences or args.tsne or args.perturb or args.drop)
@@ -526,7 +535,7 @@ def read_analyses(args, runs):
 
 
 def texts_to_explain(given, path):
-    """The texts of --explain and of --explain_file. A tab is a ||| too."""
+    """The texts of --explain and of --explain_file. A tab counts as |||."""
     import common
     lines = [("--explain", line) for line in given]
     if path:
@@ -571,24 +580,25 @@ def runs_by_seed(runs):
 
 @dataclass
 class Evaluation:
-    """The set that the figures are about, and its tokens, those of all rows one after another."""
+    """The set that the figures are about, and its tokens: those of all rows, one after another."""
     setup: object
     world: object
     name: str
     split: object
     ids: object                                                          # (tokens,)
-    row: object                                                          # (tokens,), their rows
+    row: object                                                          # (tokens,), each one's row
     is_word: object                                                      # (tokens,), not special
 
     def file_of(self, figure, folder):
         """The path of a figure's files, without their ending. If the set is not the runs' own
-        validation set, its name is in the path: files of several sets can lie side by side."""
+        validation set, the path has its name, so that files of several sets do not collide."""
         is_own = self.name in self.setup.task.validation.split()
         return os.path.join(folder, figure if is_own else f"{figure}-{self.name}")
 
 
 def evaluation_of(args, setup, world):
-    """The first validation split as an Evaluation. Tokens that always stay are no words of it."""
+    """The first validation split as an Evaluation. Special tokens, and those that the task never
+    perturbs, do not count as words."""
     import common
     import data
     import numpy as np
@@ -598,7 +608,7 @@ def evaluation_of(args, setup, world):
     special = [token for token in setup.tokenizer.all_special_ids if token != unknown]
     is_word = ~np.isin(ids, special)
     column = what_to_perturb(args.task, keep_special=False)
-    if column:                                         # csl's keywords stay
+    if column:                                         # csl's keywords are never perturbed
         with world.in_turns():
             marked = data.encode(
                 split.rows, setup.task, setup.tokenizer, args.max_length, perturb=column)
@@ -612,9 +622,10 @@ def evaluation_of(args, setup, world):
 def load_run(folder, method, world, mask_token_id=None, like=None, confidences="confidence.pt"):
     """A finished run's model as a TDT in eval mode.
 
-    For a method without confidences (std, cutoff) its confidence layer is random: do not read it.
-    like: the folder of another run, whose mu_0, tau and variant make its e+ and e-; None: its own.
-    confidences: the layer's file; "confidence-start.pt": as it was drawn.
+    For a method without confidences (std, cutoff) its confidence layer is random: do not use it.
+    like: the folder of another run, by whose settings (mu_0, tau, variant) e+ and e- are made;
+    None: by this run's own. confidences: the file with the layer's weights; "confidence-start.pt"
+    has them as they were before training.
     """
     import common
     import data
@@ -640,7 +651,7 @@ def load_run(folder, method, world, mask_token_id=None, like=None, confidences="
 
 
 def confidences_of(module, evaluation, name):
-    """The confidence of each token of the evaluation set: (tokens,). name: of the bar."""
+    """The confidence of each token of the evaluation set: (tokens,). name: of the progress bar."""
     import common
     import numpy as np
     split = evaluation.split
@@ -663,7 +674,7 @@ def means_by_token(words, c, tokenizer):
     words (words,): their ids; c (words,): their confidences.
     """
     import numpy as np
-    # Each different token: its id, which of these every word is, and how often it is there.
+    # The ids of the different tokens, each word's place among these, and how often each one occurs.
     ids, which, times = np.unique(words, return_inverse=True, return_counts=True)
     means = (np.bincount(which, c) / times).round(4).tolist()            # (different tokens,)
     names = tokenizer.convert_ids_to_tokens(ids)
@@ -735,7 +746,7 @@ class Scale:
 
 
 def scale_of(c, evaluation):
-    """From the lowest to the highest confidence of the evaluation set's words."""
+    """A Scale from the lowest to the highest confidence of the evaluation set's words."""
     words = c[evaluation.is_word]
     low = float(words.min())
     high = max(float(words.max()), low + 0.01)
@@ -765,13 +776,13 @@ def explain(module, tokenizer, text, max_length, world):
 
 
 def words_with_c(parts, sentences, numbers, spans, c, unknown):
-    """[word, confidence, sentence] of each word, from what is known of each token.
+    """[word, confidence, sentence] of each word.
 
-    A word is what the tokenizer first splits a text into (punctuation stands alone), and has the
-    largest confidence of its pieces. sentences: 0, 1 or None for special tokens. numbers: of the
-    word within its sentence. spans: its first character and the one after its last. unknown:
-    whether the model has no embedding for it, so that c is about its place alone; such a word ends
-    in "(unknown)".
+    A word is what the tokenizer first splits a text into (punctuation stands alone); its confidence
+    is the largest of its tokens'. All arguments but parts have an entry for each token. sentences:
+    0 or 1, None for special tokens. numbers: the number of its word within the sentence. spans: its
+    first character and the one after its last. unknown: whether the model has no embedding for it,
+    so that c is about its place alone; such a word is shown with "(unknown)" after it.
     """
     tokens_of = {}                                     # {(sentence, number of the word): tokens}
     for token, sentence in enumerate(sentences):
@@ -790,7 +801,7 @@ def words_with_c(parts, sentences, numbers, spans, c, unknown):
 
 
 def show_explanations(module, folder, texts, tokenizer, max_length, scale, world):
-    """Each text with its prediction and its words, on screen, as a page and as json."""
+    """Shows each text with its prediction and its words: on screen, as a page and as json."""
     import common
     found = []
     for text in texts:
@@ -803,7 +814,7 @@ def show_explanations(module, folder, texts, tokenizer, max_length, scale, world
 
 
 def free_name(folder, name):
-    """folder/name, or folder/name-2 and so on: the first of which there is no json and no page."""
+    """folder/name, folder/name-2 and so on: the first that has no json and no page yet."""
     number = 1
     path = os.path.join(folder, name)
     while os.path.exists(f"{path}.json") or os.path.exists(f"{path}.html"):
@@ -883,8 +894,8 @@ def damage(evaluation, rate, draw, mask_id, order=None, sampled=False):
     """evaluation.ids with a share `rate` of each row's words replaced: (tokens,).
 
     order (tokens,): a row's words with the lowest numbers are replaced; None: random ones.
-    sampled: by a token drawn from the same row, which may be the same; else by [MASK].
-    draw: the seed.
+    sampled: they are replaced by words drawn from the same row, perhaps by themselves; else by
+    [MASK]. draw: the seed.
     """
     import numpy as np
     ids = evaluation.ids
@@ -907,7 +918,7 @@ def damage(evaluation, rate, draw, mask_id, order=None, sampled=False):
 
 
 def score_tokens(module, ids, evaluation, name):
-    """The main metric with these ids (tokens,) in place of the set's own. name: of the bar."""
+    """The main metric with ids (tokens,) in place of the set's own. name: of the progress bar."""
     import common
     setup = evaluation.setup
     fields = dict(evaluation.split.fields)
@@ -923,8 +934,8 @@ def score_tokens(module, ids, evaluation, name):
 def measure_curves(modules, kinds, rates, draws, evaluation):
     """The curves {(method, kind): {rate: scores}} for modules {method: module}.
 
-    kinds {kind: which words are replaced, and by what, as arguments of `damage`}. draws: scores for
-    each rate.
+    kinds {kind: which words are replaced, and by what, as arguments of `damage`}. draws: how many
+    scores each rate gets.
     """
     curves = {}
     mask_id = evaluation.setup.tokenizer.mask_token_id
@@ -957,9 +968,9 @@ def curves_of_all_seeds(found):
 
 
 def drop_words(modules, folders, chosen_by, c, rates, evaluation):
-    """Figure 6 of one seed: its curves. chosen_by: the method whose confidences c choose the words.
+    """The curves of Figure 6 for one seed. chosen_by: the method whose confidences c choose words.
 
-    As a control they are also chosen by an untrained confidence layer, the one that run began with.
+    As a control, words are also chosen by the untrained confidence layer with which its run began.
     """
     import data
     mask_token_id = evaluation.setup.tokenizer.mask_token_id
@@ -980,10 +991,10 @@ def drop_words(modules, folders, chosen_by, c, rates, evaluation):
 
 
 def perturb_words(modules, folders, chosen_by, rates, draws, evaluation):
-    """Figure 5 of one seed: its curves, for which words are drawn at random.
+    """The curves of Figure 5 for one seed, for which words are drawn at random.
 
-    They are written where Figure 6 is, in the folder of the method chosen_by; if no method has
-    confidences (None), in that of the first method.
+    They are written beside Figure 6, into the folder of the method chosen_by; if that is None (no
+    method has confidences), into the first method's.
     """
     kinds = {"[MASK]": {}, "other word": {"sampled": True}}
     curves = measure_curves(modules, kinds, rates, draws, evaluation)
@@ -1004,7 +1015,7 @@ def write_curves(folder, figure, curves, evaluation, **more):
 
 
 def print_curves(curves, title, rates, world):
-    """A table of the curves of all seeds: a row for each, means and deviations by rate."""
+    """Prints the curves of all seeds as a table: a row for each, means and deviations by rate."""
     import numpy as np
     rows = {f"{method}, {kind}": curve for (method, kind), curve in curves.items()}
     wide = max(map(len, rows))
@@ -1021,8 +1032,8 @@ def print_curves(curves, title, rates, world):
 
 
 def print_control(curves, rates, world):
-    """What the trained confidences find that untrained ones do not: the score without the words
-    of highest confidence less the score without those that the untrained layer puts first.
+    """Prints what the trained confidences find that untrained ones do not: the score without the
+    words of highest confidence, less the score without those that the untrained layer ranks first.
 
     curves: those of Figure 6, of all seeds. The differences are paired by seed.
     """
@@ -1040,7 +1051,7 @@ def print_control(curves, rates, world):
 
 
 def draw_curves(curves, heading, title, path, world):
-    """The curves of all seeds as a page, a figure for each method."""
+    """Writes the curves of all seeds as a page, with a figure for each method."""
     by_method = {}                                     # {caption: {kind: {percent: scores}}}
     for (method, kind), curve in curves.items():
         caption = f"{method}. {title}; median of the seeds, least to greatest"
@@ -1051,7 +1062,7 @@ def draw_curves(curves, heading, title, path, world):
 
 
 def write_curves_page(path, heading, figures, world):
-    """A page of figures {caption: {name: {x: values}}}, with a line for each name."""
+    """Writes a page of figures {caption: {name: {x: values}}}, with a line for each name."""
     import common
     drawn = []
     for caption, lines in figures.items():
@@ -1079,13 +1090,13 @@ def clouds_of(module, split, cls_token, world, name, given=None):
     import numpy as np
     found = {}                                         # {row: its states (3, H), logits (3, C)}
     c_of_batches = []
-    last_states = []                                   # of the pass that is under way
+    last_states = []                                   # of the current pass
 
     def keep(module, args, outputs):
         last_states.append(outputs[0])                                   # (3B, n, H)
 
     module.eval()
-    torch.manual_seed(0)                               # TDT-hard and mu_0 of noise draw
+    torch.manual_seed(0)                               # TDT-hard and a mu_0 of noise are random
     handle = module.model.base_model.register_forward_hook(keep)
     try:
         with torch.inference_mode():
@@ -1143,7 +1154,7 @@ def cloud_numbers(clouds, labels, metric):
 
 
 def split_to_map(args, keep_special, evaluation):
-    """N rows of the evaluation set, of --tsne N, with the tokens that may be perturbed: a Split."""
+    """A Split of N rows of the evaluation set (--tsne N), with the tokens that may be perturbed."""
     import common
     import data
     setup = evaluation.setup
@@ -1159,7 +1170,7 @@ def split_to_map(args, keep_special, evaluation):
 
 
 def maps_of(clouds_of_all, perplexity, args):
-    """The states by t-SNE, of each model on its own: {method: (3, rows, 2)}."""
+    """t-SNE of the states, for each model by itself: {method: (3, rows, 2)}."""
     import common
     maps = {}
     for method, clouds in clouds_of_all.items():
@@ -1177,8 +1188,8 @@ def show_clouds(modules, folders, chosen_by, args, evaluation):
 
     Returns its numbers, {method: {what: value}}.
 
-    A model without confidences, such as that of std, has no H+ and H- of its own: they are made of
-    its embeddings with the c that chosen_by gives the same tokens.
+    A model without confidences, such as that of std, has no H+ and H- of its own. They are made
+    from its embeddings with the c that chosen_by gives to the same tokens.
     """
     import common
     setup = evaluation.setup
@@ -1278,7 +1289,7 @@ def check_figure_3(args, task):
 
 
 def check_tokenizer(args, tokenizer, methods, asked):
-    """UserError if something is asked for that this tokenizer does not have."""
+    """UserError if something is asked for that needs what this tokenizer does not have."""
     import common
     wanted = "tdt-hard" in methods or args.drop or args.perturb
     if wanted and tokenizer.mask_token_id is None:
@@ -1307,7 +1318,7 @@ def check_texts(args, asked):
 
 
 def use_finished(args, runs, asked, world, started):
-    """--run: scores, predictions and analyses of finished runs. To explain a text needs no data."""
+    """--run: scores, predictions and analyses of finished runs. Explaining a text needs no data."""
     import common
     common.refuse_other_flags(args, runs, free=["max_length"])
     to_score = not asked.any or {
@@ -1342,7 +1353,7 @@ def load_runs(folders, chosen_by, tokenizer, world):
 
 
 def analyse(args, asked, setup, tokenizer, world):
-    """What section 4 of the paper measures, of asked.runs: tables, and files in their folders."""
+    """The analyses of section 4, of asked.runs: tables on screen, and files in their folders."""
     evaluation = evaluation_of(args, setup, world) if asked.figures else None
     mapped = []                                        # of each seed, the numbers of Figure 3
     dropped = []                                       # of each seed, the curves of Figure 6
@@ -1413,9 +1424,9 @@ def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
 # --------------------------------------------------------------------------------  flags and recipe
 
 OWN = "alpha beta gamma margin variant keep_special c_lr"
-# Of each method the kinds of task that it can train, and the flags of its own that change what it
-# learns. By these flags its runs are told apart and --grid can search them: with another value of a
-# flag that is missing here a run would be taken for the one before.
+# For each method: the kinds of task that it can train, and those of its flags that change what it
+# learns. Runs are told apart by these flags, and --grid can search them. If one were missing here,
+# a run with another value of it would be taken for the run before.
 METHODS = {
     "std": {"kinds": "classify regress", "flags": ""},
     "tdt": {"kinds": "classify regress", "flags": f"{OWN} mu0"},
@@ -1426,7 +1437,7 @@ METHODS = {
 # Why a method cannot train a kind of task.
 WHY = {"regress": ": JS of a regression is undefined"}
 
-# Those whose models come with confidences.
+# The methods whose models come with confidences.
 WITH_CONFIDENCES = ["tdt", "tdt-hard"]
 
 
@@ -1436,9 +1447,9 @@ def flags():
     weight = common.number(float, 0)
 
     g = p.add_argument_group(
-        "TDT and TDT-hard", "c: confidence, from 0 to 1, that a token matters; C: all of them. "
-        "L_C: the loss with the tokens that matter. L_R: the prediction from the others must "
-        "differ from both.")
+        "TDT and TDT-hard", "c: confidence, from 0 to 1, that a token matters; C: all c. L_C: the "
+        "loss of the prediction from the tokens that matter. L_R: the prediction from the other "
+        "tokens must differ from that one and from the plain one.")
     g.add_argument("--alpha", type=weight, default=2.0,
                    help="weight of L_C, Eq. 7; the paper tries 0.5 2 4")
     g.add_argument("--beta", type=weight, default=1.0,
@@ -1446,7 +1457,8 @@ def flags():
     g.add_argument("--gamma", type=weight, default=0.0,
                    help="weight of ||C||_2, which pulls all c to 0, Eq. 4 (choice 3)")
     g.add_argument("--margin", type=weight, default=0.0,
-                   help="m, Eq. 6: how far apart; the paper tries 0 2 (choice 10)")
+                   help="m, Eq. 6: how far L_R drives predictions apart; the paper tries 0 2 "
+                        "(choice 10)")
     g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"],
                    help="mu_0, Eq. 3: what takes the place of tokens that do not matter")
     g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0,
@@ -1454,9 +1466,9 @@ def flags():
     g.add_argument("--c_lr", type=weight, default=1e-2, metavar="LR",
                    help="peak learning rate of the confidence layer; 0: the encoder's (choice 9)")
     g.add_argument("--variant", default="paper", choices=["paper", "released"],
-                   help="released: the loss of the authors' code (choice 4). What their script "
-                        "runs is this with --alpha 1 --beta 2 --c_lr 0, and with --batching padded "
-                        "--max_length 256, as their mu_0 counts the padding to 256")
+                   help="released: the loss of the authors' code (choice 4). To run what their "
+                        "script runs, add --alpha 1 --beta 2 --c_lr 0, and --batching padded "
+                        "--max_length 256, because their mu_0 counts the padding to 256")
     g.add_argument("--keep_special", action="store_true",
                    help="special tokens are never perturbed (choice 5)")
 
@@ -1464,25 +1476,26 @@ def flags():
     g.add_argument("--cutoff_rate", type=common.number(float, 0, 1), default=0.1, metavar="R",
                    help="share of the tokens that is cut")
     g.add_argument("--cutoff_a", type=weight, default=1.0, metavar="A",
-                   help="a: weight of the loss without them")
+                   help="a: weight of the loss without those tokens")
     g.add_argument("--cutoff_b", type=weight, default=1.0, metavar="B",
-                   help="b: weight of JS, how far the prediction moves without them")
+                   help="b: weight of JS, how far the prediction moves without those tokens")
 
     g = p.add_argument_group("analyses (section 4), after training or of finished runs (--run)")
     g.add_argument("--explain", nargs="+", default=[], metavar="TEXT",
-                   help="each word's confidence; a pair is 'TEXT ||| TEXT'")
-    g.add_argument("--explain_file", default="", metavar="FILE", help="texts, one a line")
+                   help="show each word's confidence; a pair is 'TEXT ||| TEXT'")
+    g.add_argument("--explain_file", default="", metavar="FILE",
+                   help="the same for the texts in a file, one a line")
     g.add_argument("--confidences", action="store_true",
-                   help="Figure 4: their distribution on the evaluation set")
+                   help="Figure 4: the distribution of confidences on the evaluation set")
     g.add_argument("--tsne", type=common.number(int, 4), nargs="?", const=300, metavar="N",
-                   help="Figure 3: a map of H, H+ and H- of N rows (300), and numbers beside it "
-                        "(none)")
+                   help="Figure 3: a map of H, H+ and H- of N rows (300 if no N is given), and "
+                        "numbers beside it")
     g.add_argument("--perturb", action="store_true",
-                   help="Figure 5: accuracy when random words become [MASK] or one of "
-                        "the same row; a word is a token that is not special")
+                   help="Figure 5: accuracy when random words become [MASK] or words of the same "
+                        "row; a word is a token that is not special")
     g.add_argument("--drop", action="store_true",
-                   help="Figure 6: accuracy without the words of highest or lowest confidence; "
-                        "beside it the same by an untrained confidence layer")
+                   help="Figure 6: accuracy without the words of highest or lowest confidence, and "
+                        "without those that an untrained confidence layer would choose")
     g.add_argument("--rates", type=common.number(float, 0, 1), nargs="+",
                    default=[0.1, 0.2, 0.3, 0.4, 0.5],
                    help="shares of the words that --drop and --perturb replace")
@@ -1504,7 +1517,7 @@ def is_large(model):
 
 def recipe(args):
     """Table 7: batch, updates, warm-up and learning rate; the rest as in the release's script."""
-    if args.task in ("toy", "toy-food"):               # as in r3f.py, whose runs of std are these
+    if args.task in ("toy", "toy-food"):               # as in r3f.py, to share its runs of std
         return "toy", {
             "model": "toy", "lr": 5e-4, "epochs": 15, "batch_size": 16, "precision": "fp32",
             "weight_decay": 0.0, "warmup": 0.1, "grad_clip": 1.0, "threads": 1,
@@ -1556,8 +1569,8 @@ def recipe(args):
         batch_size, max_steps, warmup, lr = table[args.task]
         values.update(batch_size=batch_size, max_steps=max_steps, warmup=warmup, lr=lr)
     if args.task == "rte":
-        # Its longest rows have 290 tokens, its mean row 70. In two parts, shorter rows and longer
-        # ones, 96 % of the computed tokens are real, in one 93 %.
+        # Its longest rows have 290 tokens, its mean row 70. In two parts, of shorter rows and of
+        # longer ones, 96 % of the computed tokens are real; in one part, 93 %.
         values["micro_batch_size"] = 32
     if args.task == "stsb":
         values["main_metric"] = "spearman"             # Table 6; elsewhere it is Pearson
@@ -1569,9 +1582,9 @@ def recipe(args):
 def build_method(method, model, args, mask_token_id):
     """The module whose forward is the method's loss. UserError if the model does not fit.
 
-    It has the Hugging Face model as `model`; forward(labels, **inputs) -> (loss, {name: scalar}),
-    means over the batch's labels, in eval mode the plain loss; what it keeps from step to step is
-    in its state_dict.
+    Its attribute `model` is the Hugging Face model. Its forward(labels, **inputs) returns (loss,
+    {name: scalar}), means over the batch's labels; in eval mode it is the plain loss. What it keeps
+    from step to step is in its state_dict.
     """
     import common
     try:
@@ -1586,7 +1599,7 @@ def build_method(method, model, args, mask_token_id):
 
 
 def copy_confidences(module):
-    """The weights of a confidence layer as they are now; none of a method without one."""
+    """The present weights of the confidence layer; {} for a method without one."""
     layer = getattr(module, "confidence_layer", None)
     if layer is None:
         return {}
@@ -1594,7 +1607,7 @@ def copy_confidences(module):
 
 
 def write_model(method, module, untrained, folder):
-    """The model as others load it, and its confidence layer as it was learned and as it began."""
+    """Saves the model as others load it, and its confidence layer as learned and as it began."""
     module.model.save_pretrained(folder)
     if method in WITH_CONFIDENCES:
         torch.save(copy_confidences(module), f"{folder}/confidence.pt")
@@ -1602,8 +1615,8 @@ def write_model(method, module, untrained, folder):
 
 
 def what_to_perturb(task, keep_special):
-    """Which tokens may be perturbed, as common.prepare and data.encode take it: the name of the
-    column whose tokens may be; True, all but the special ones; or False, all."""
+    """Which tokens may be perturbed, in the form that common.prepare and data.encode take: the name
+    of a column, whose tokens may be; True: all but the special ones; False: all."""
     import data
     if task in data.TASKS and data.TASKS[task].perturb:
         return data.TASKS[task].perturb
@@ -1613,7 +1626,7 @@ def what_to_perturb(task, keep_special):
 def setup_for(method, setup, perturb):
     """The setup, without the field `perturbable` for a method that does not want it.
 
-    perturb: see `what_to_perturb`; where it is False only token cutoff wants the field.
+    perturb: see `what_to_perturb`; if it is False, only token cutoff wants the field.
     """
     if perturb or method == "cutoff":
         return setup
