@@ -4249,7 +4249,7 @@ README_TABLES = {
         "R3F": ["1000 r3f", "mrpc r3f", "1000 r3f", ""],
         "R3F, eps 0.01": ["1000-bf16 r3f", "", "", ""],
         "R4F": ["1000-fp32 r4f", "mrpc-rivals r4f", "1000-fp32 r4f", "1000-fp32 r4f"],
-        "R-Drop": ["1000-fp32 rdrop", "", "1000-fp32 rdrop", "1000-fp32 rdrop"],
+        "R-Drop": ["1000-fp32 rdrop", "mrpc-rivals rdrop", "1000-fp32 rdrop", "1000-fp32 rdrop"],
         "SMART": ["1000-bf16 smart", "mrpc-rivals smart", "1000-bf16 smart",
                   "1000-bf16 smart"],
         "FreeLB": ["1000-bf16 freelb", "mrpc-rivals freelb", "", ""],
@@ -4260,9 +4260,10 @@ README_TABLES = {
         "TDT, released, its script's weights": [
             "released-script tdt", "", "released-script tdt", ""],
         "TDT-hard": ["1000-bf16 tdt-hard", "", "1000-bf16 tdt-hard", "1000-bf16 tdt-hard"],
-        "token cutoff": ["1000-fp32 cutoff", "", "1000-fp32 cutoff", "1000-fp32 cutoff"],
-        "NoisyTune": ["1000-fp32 std weight_noise=0.2", "", "1000-fp32 std weight_noise=0.2",
-                      "1000-fp32 std weight_noise=0.2"],
+        "token cutoff": ["1000-fp32 cutoff", "mrpc-rivals cutoff", "1000-fp32 cutoff",
+                         "1000-fp32 cutoff"],
+        "NoisyTune": ["1000-fp32 std weight_noise=0.2", "mrpc-rivals std weight_noise=0.1",
+                      "1000-fp32 std weight_noise=0.2", "1000-fp32 std weight_noise=0.2"],
     }),
     "longer training": {
         "`std`, 320 steps over 160": [
