@@ -14,7 +14,7 @@ critic, which gives each vector a number.
     Algorithm 1: N/2 steps of Eq. 2 on f; N/2 steps of Eq. 3 on D;
                  N/2 rounds of {one step of Eq. 6 on f, T steps of Eq. 3 on D}, T: 3, 5, 7 or 9
 
-    Self-Teach, a baseline: L = L_T + w KL(teacher(x_u) || f(x_u)); the teacher: a finished run
+    Self-Teach, a baseline: L = L_T + w KL(P'(y | x_u) || P(y | x_u)), P': a finished run's
 
     python gtuning.py                           the toy task, adapter against gtuning, on a CPU
     torchrun --nproc_per_node=8 gtuning.py --task sst2 --eval_tasks imdb    the paper's setting
@@ -23,12 +23,12 @@ critic, which gives each vector a number.
     cp gtuning.py elsewhere/                    the core needs torch and a Hugging Face model
 
 Choices, where the paper is silent (its authors released no code):
- 1. g stays frozen, without dropout, in all phases, as Eq. 2 and Algorithm 1 say (section 3.1
-    speaks of fine-tuning it first); --tune all trains g too, the FT of Appendix A. h is 3 pre-norm
-    transformer layers over g's token states. Its first weights are small, so that h begins near
-    the identity.
+ 1. g stays frozen, without dropout, in all phases, as section 2.1 says; Eq. 2 and 6 learn h's
+    weights alone (section 3.1 speaks of fine-tuning g first). --tune all trains g too, the FT of
+    Appendix A. h is 3 pre-norm transformer layers over g's token states. Its first weights are
+    small, so that h begins near the identity.
  2. f(x) is the first token's vector, or the mean over the real tokens (--pooling mean). It passes a
-    LayerNorm, so that it cannot grow long to please D, and is scaled to length 4 whatever the width
+    LayerNorm, so that it grows little to please D, and is scaled to length 4 whatever the width
     H. (4 is the start: the LayerNorm has weights that learn, and on a toy f the length was 6 after
     400 rounds.) The length matters because D has slope 1: the longer the vectors, the larger D's
     scores, in L_G and in L_D, where the penalty then weighs less beside them. At a LayerNorm's own
@@ -39,7 +39,7 @@ Choices, where the paper is silent (its authors released no code):
     One token attends only to itself, which needs no query and no key: their weights never learn. D
     has no dropout, and no BatchNorm, with which one example's penalty would depend on the others.
  4. e is one draw for each example, from N(0, 1) as in Eq. 4; --epsilon uniform draws from U(0, 1),
-    as in WGAN-GP.
+    as in WGAN-GP. In Eq. 3 the penalty's square is inside the E, as there.
  5. D learns from vectors f(x) without dropout, and is frozen while f learns.
  6. Sentence pairs: each sentence goes through f by itself, which gives u and v. The output layer
     reads [u; v; |u - v|; u * v] ("combine them before the output layer"), and D sees u and v as two
@@ -66,8 +66,9 @@ Choices, where the paper is silent (its authors released no code):
 12. For f the paper names Adam and a list of rates, 5e-6 to 5e-4, and no schedule. Here the rate is
     1e-4, or with --tune all 1e-5, at which RoBERTa's own recipes tune it. --schedule decay has one
     warm-up and one linear decay to 0 over the N steps on f, so that phase 3 begins at about half
-    the rate; D's rate does not change. --schedule constant stays at --lr after the warm-up. Neither
-    is shown to be better on the toy task; decay is the default because the other scripts decay too.
+    the rate. --schedule constant stays at --lr after the warm-up. Neither is shown to be better on
+    the toy task; decay is the default because the other scripts decay too. D's rate, 1e-4, is ours,
+    and does not change.
 13. Algorithm 1 returns the f of its last step, as --keep last does. The default is --keep best,
     choice 8.
 14. Self-Teach is the loss of FILTER (Fang et al., 2021), whose teacher sees translations; the paper
@@ -309,19 +310,19 @@ class GTuning(torch.nn.Module):
         v = self.scale * self.features(**second)                         # (B, H)
         return self.output(torch.cat([u, v, (u - v).abs(), u * v], -1))  # choice 6
 
-    def forward(self, labels, D=None, alpha=1.0, beta=0.5, general=None, general_weight=1.0,
+    def forward(self, labels, D=None, alpha=1.0, beta=0.5, general=None, general_factor=1.0,
                 **inputs):
         """labels (B,) -> (L_T, {"l_t"}): cross entropy, for one output the mean squared error.
 
         Labels of tags are (B, n), -100 where there is none; of spans (B, 2), the first and the last
         token. With D and general, the inputs of general text x_u, the result is
-        (alpha L_T + beta L_G, {"l_t", "l_g"}), with L_G multiplied by general_weight.
+        (alpha L_T + beta L_G, {"l_t", "l_g"}), with L_G multiplied by general_factor.
         """
         l_t = self.task_loss(self.logits(**inputs).float(), labels)      # Eq. 2
         if D is None:
             return l_t, {"l_t": l_t.detach()}
 
-        l_g = general_weight * generator_loss(D, self.features(**general))
+        l_g = general_factor * generator_loss(D, self.features(**general))
         loss = alpha * l_t + beta * l_g                                  # Eq. 6
         return loss, {"l_t": l_t.detach(), "l_g": l_g.detach()}
 
@@ -448,7 +449,7 @@ def discriminator_loss(D, f_t, f_u, gp_weight=10.0, epsilon=None):
     real, general = scores.split([len(f_t), len(f_u)])                   # (n_t,), (n_u,)
     wasserstein = real.mean() - general.mean()
     norm = gradient_norm(D, f_t, f_u, epsilon)                           # (pairs,)
-    penalty = norm.sub(1).square().mean()
+    penalty = norm.sub(1).square().mean()                                # E(||grad D(z)||_2 - 1)^2
     loss = -wasserstein + gp_weight * penalty                            # Eq. 3
     stats = {"wasserstein": wasserstein.detach(), "penalty": penalty.detach(),
              "grad_norm": norm.mean().detach()}
@@ -464,7 +465,7 @@ def generator_loss(D, f_u):
 # -------------------------------------------------------------------------------------  a baseline
 
 class SelfTeach(torch.nn.Module):
-    """L = L_T + weight KL(teacher(x_u) || f(x_u)), for a GTuning f. Choice 14."""
+    """L = L_T + weight KL(P'(y | x_u) || P(y | x_u)), P' a teacher's, P a GTuning's. Choice 14."""
 
     def __init__(self, f, weight=1.0):
         super().__init__()
@@ -700,11 +701,11 @@ class DiscriminatorLoss(torch.nn.Module):
 
 
 class Algorithm1:
-    """f, D and all else that a run changes, with a method for each line of Algorithm 1.
+    """f, D and all else that a run changes, with a method for each kind of step of Algorithm 1.
 
-    N: the number of steps on f. x_t, x_u: batches of B and of M, for the steps on f. B, M: batches
-    of their single sentences (a pair has two), for the steps on D. gtuning has all of these,
-    self-teach x_t and x_u, adapter x_t alone. parts: what a checkpoint holds.
+    N: the number of steps on f. x_t, x_u: batches of B and of M, for the steps on f. d_x_t, d_x_u:
+    batches of their single sentences (a pair has two), for the steps on D. gtuning has all of
+    these, self-teach x_t and x_u, adapter x_t alone. parts: what a checkpoint holds.
     """
 
     def __init__(self, args, method, seed, N, setup, texts, world):
@@ -725,8 +726,8 @@ class Algorithm1:
         if method == "gtuning":
             general = texts.with_states(self.f, texts.M)
             sentences = args.batch_size * (2 if texts.pair else 1)
-            self.M = self.batches(1, general, sentences, "random")
-            self.B = self.batches(2, rows.sentences(), sentences, "random")
+            self.d_x_u = self.batches(1, general, sentences, "random")
+            self.d_x_t = self.batches(2, rows.sentences(), sentences, "random")
             self.x_u = self.batches(3, general, args.batch_size, args.batching[0])
             self.D = Discriminator(self.f.config.hidden_size, args.layers).to(world.device)
             self.d_loss = world.ddp(DiscriminatorLoss(self.D, args.gp_weight))
@@ -745,7 +746,7 @@ class Algorithm1:
                             self.world.size, self.args.micro_batch_size, order,
                             self.args.max_length)
 
-    def fit_task(self, x_t, step):
+    def task_step(self, x_t, step):
         """Line 5: optimize f by Eq. 2, or for Self-Teach by its own loss.
 
         x_t: the micro-batches of this step. Returns (loss, stats).
@@ -765,7 +766,7 @@ class Algorithm1:
     def update_f(self, batch, **joint):
         """A step on f: by Eq. 2, or with D, alpha and beta by Eq. 6. Returns (loss, stats)."""
         import common
-        module = self.f                                # the block `update` has these four names
+        module = self.f                                # the block below has these four names
         optimizer = self.optimizer
         schedule = self.schedule
         args = self.args
@@ -782,7 +783,9 @@ class Algorithm1:
 
     def vectors_of_both(self):
         """f(x) of all sentences of B, and of M, while f stands still: (sentences, H) each."""
-        return self.all_vectors(self.B, "f(x) of B"), self.all_vectors(self.M, "f(x) of M")
+        f_B = self.all_vectors(self.d_x_t, "f(x) of B")
+        f_M = self.all_vectors(self.d_x_u, "f(x) of M")
+        return f_B, f_M
 
     def all_vectors(self, batches, name):
         """f(x) of all sentences of B or of M: (sentences, H).
@@ -799,11 +802,11 @@ class Algorithm1:
         of_all[rows] = found
         return world.add_up(of_all)
 
-    def mine(self, batches, k):
+    def rows_of_step(self, batches, k):
         """Lines 8 and 15: the rows of step k on D that this process takes, of B or of M."""
         return batches.rows(k)[self.world.rank::self.world.size]
 
-    def fit_discriminator(self, k, f_t, f_u):
+    def discriminator_step(self, k, f_t, f_u):
         """Lines 9 and 16: optimize D by Eq. 3, step k. f_t, f_u (rows, H) -> (loss, stats)."""
         loss, stats = self.d_loss(f_t, f_u, self.draw_epsilon(k))        # Eq. 3
         loss.backward()
@@ -818,7 +821,7 @@ class Algorithm1:
         """
         source = torch.Generator().manual_seed((self.seed << 32) + k)
         draw = torch.randn if self.args.epsilon == "normal" else torch.rand
-        e = draw(self.M.batch_size, 1, generator=source)
+        e = draw(self.d_x_u.batch_size, 1, generator=source)
         return e[self.world.rank::self.world.size].to(self.world.device)
 
     def joint_round(self, r, k, x_t):
@@ -834,11 +837,11 @@ class Algorithm1:
 
         # f stands still during the T steps on D, so f(x) is computed for all T at once.
         steps = range(k, k + self.args.T)
-        f_t = self.vectors_of_steps(self.B, steps)                       # line 15, T times
-        f_u = self.vectors_of_steps(self.M, steps)
+        f_t = self.vectors_of_steps(self.d_x_t, steps)                       # line 15, T times
+        f_u = self.vectors_of_steps(self.d_x_u, steps)
         d_steps = []
         for i, step in enumerate(steps):                                 # line 14
-            l_d, terms = self.fit_discriminator(step, f_t[i], f_u[i])    # line 16
+            l_d, terms = self.discriminator_step(step, f_t[i], f_u[i])    # line 16
             d_steps.append({"l_d": l_d.detach(), **terms})
         for name in d_steps[0]:
             stats[name] = torch.stack([terms[name] for terms in d_steps]).mean()
@@ -855,13 +858,13 @@ class Algorithm1:
         weights = common.weights_of_means(labels, sentences, self.world)
         both = []
         for inputs, general, weight in zip(x_t, x_u, weights):
-            both.append({**inputs, "general": general, "general_weight": weight})
+            both.append({**inputs, "general": general, "general_factor": weight})
         return both
 
     def vectors_of_steps(self, batches, steps):
         """f(x) of the sentences of B or of M in these steps on D: (rows, H) for each step."""
         import numpy as np
-        rows = np.concatenate([self.mine(batches, k) for k in steps])
+        rows = np.concatenate([self.rows_of_step(batches, k) for k in steps])
         return vectors(self.f, batches.split, rows, self.world).chunk(len(steps))
 
 
@@ -1335,7 +1338,7 @@ def step_on_f(algorithm, method):
         r = next(steps)
         if method == "gtuning":
             return algorithm.joint_round(r, r * algorithm.args.T, x_t)
-        return algorithm.fit_task(x_t, r)
+        return algorithm.task_step(x_t, r)
 
     return step
 
@@ -1405,7 +1408,7 @@ def main(argv=None):
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B; Optimize f by the Eq. 2"
                 phase_1 = "phase 1 of 3, f" if run.method == "gtuning" else ""
                 for step, x_t in run.steps(end_1, algorithm.x_t, phase=phase_1):
-                    loss, stats = algorithm.fit_task(x_t, step)
+                    loss, stats = algorithm.task_step(x_t, step)
                     run.log(loss, stats, lr=algorithm.lr, phase=1)
                     if run.is_due(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
@@ -1416,18 +1419,18 @@ def main(argv=None):
                         f_B, f_M = algorithm.vectors_of_both()
                 for step, _ in run.steps(end_2, first=end_1, phase="phase 2 of 3, D"):
                     k = step - end_1
-                    f_t = f_B[algorithm.mine(algorithm.B, k)]
-                    f_u = f_M[algorithm.mine(algorithm.M, k)]
-                    loss, stats = algorithm.fit_discriminator(k, f_t, f_u)
+                    f_t = f_B[algorithm.rows_of_step(algorithm.d_x_t, k)]
+                    f_u = f_M[algorithm.rows_of_step(algorithm.d_x_u, k)]
+                    loss, stats = algorithm.discriminator_step(k, f_t, f_u)
                     run.log(loss, stats, lr=args.d_lr, phase=2)
                 f_B = f_M = None                       # large
 
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B, {x_u} ~ M; Optimize f by the Eq. 6;
                 #  for _ to T do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
-                for step, x_t in run.steps(end_3, algorithm.x_t, first=end_2,
+                for step, x_t in run.steps(end_3, algorithm.x_t, first=end_2,    # phase 2: no x_t
                                            shift=end_2 - end_1, phase="phase 3 of 3, f and D"):
                     r = step - end_2
-                    loss, stats = algorithm.joint_round(r, end_2 - end_1 + r * args.T, x_t)
+                    loss, stats = algorithm.joint_round(r, k=end_2 - end_1 + r * args.T, x_t=x_t)
                     run.log(loss, stats, lr=algorithm.lr, phase=3)
                     if run.is_due(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
@@ -1435,7 +1438,7 @@ def main(argv=None):
                 keep_state(run, args, f, lambda: evaluate(f, setup.choose_by))
                 metrics = evaluate(f, setup.scored, run.folder)
                 run.finish(metrics, algorithm.x_t, setup.tokenizer, f.save_pretrained)
-                if run.best and run.best["step"] <= end_1 < end_3:
+                if run.best and run.best["step"] <= end_1 < end_3:       # adapter: end_1 is end_3
                     world.say(f"{run.name}: the best state is of phase 1, before D")
             if setup.unscored or args.embed:
                 f = load_f(run.folder, run.results, args, setup, world)

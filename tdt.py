@@ -18,7 +18,7 @@ Below the method: TokenCutoff, a baseline of Table 5, and section 4's analyses o
     python tdt.py                       the toy task, plain (std) against tdt, on a CPU
     torchrun --nproc_per_node=8 tdt.py --task cola --method std tdt    the recipe of Table 7
     python tdt.py --task cola --method std tdt --drop --perturb --confidences --tsne
-                                        Figures 6, 5, 4 and 3; first trains what is missing
+                                        such figures as 6, 5, 4 and 3; first trains what is missing
     python tdt.py --run runs/cola/tdt-0 --explain "Jobs founded apple in 1976"
                                         each word and its confidence
     cp tdt.py elsewhere/                the core needs torch and a Hugging Face model
@@ -254,6 +254,7 @@ class TDT(torch.nn.Module):
     Source: Eq. 1-9; the defaults but gamma's from the grid of section 3.2.
     """
 
+    # tdt.py's own flags have gamma 0 and margin 0.
     def __init__(self, model, alpha=2.0, beta=1.0, gamma=0.01, margin=2.0, mu0="mean", hard=False,
                  tau=1.0, variant="paper", mask_token_id=None):
         super().__init__()
@@ -326,7 +327,7 @@ class TDT(torch.nn.Module):
 
         def read(e):
             nonlocal c
-            c = self.score(e).sigmoid()
+            c = self.logits_of_c(e).sigmoid()
             return e
 
         with changed_embeddings(self.model, read, inputs["input_ids"].shape):
@@ -354,9 +355,9 @@ class TDT(torch.nn.Module):
 
         def perturb(x):                                                  # (views B, n, H)
             nonlocal c, p
-            e, second = x.chunk(views)[:2]
+            e, second = x.chunk(views)[:2]                               # second: of TDT-hard
             c, p = self.draw_confidence(e, can_change, given)
-            filler = second if self.hard else self.mean_or_noise(e, real)
+            filler = second if self.hard else self.mu_0_of(e, real)
             e_pos, e_neg = self.perturbed(e, filler, c, can_change)
             return torch.cat([e, e_pos, e_neg][:views]).to(x.dtype)
 
@@ -366,7 +367,7 @@ class TDT(torch.nn.Module):
 
     def draw_confidence(self, e, can_change, given=None):
         """c, 1 for tokens not to be perturbed, and p = sigmoid(z): (B, n, H) -> (B, n), (B, n)."""
-        z = self.score(e)                                                # (B, n)
+        z = self.logits_of_c(e)                                                # (B, n)
         p = z.sigmoid()                                                  # Eq. 2
         if given is not None:
             c = given
@@ -390,7 +391,7 @@ class TDT(torch.nn.Module):
         e_neg = torch.where(can_change[..., None], e_neg, e)
         return e_pos, e_neg
 
-    def mean_or_noise(self, e, real):
+    def mu_0_of(self, e, real):
         """mu_0 of Eq. 3 for each sentence: (B, n, H), (B, n) -> (B, 1, H)."""
         counted = torch.ones_like(real) if self.variant == "released" else real
         weight = counted[..., None]
@@ -405,7 +406,7 @@ class TDT(torch.nn.Module):
             return noise
         return torch.zeros_like(mean)
 
-    def score(self, e):
+    def logits_of_c(self, e):
         """z, the logits of the confidences, without autocast: (B, n, H) -> (B, n)."""
         kind = self.confidence_layer.weight.dtype                        # fp32 unless it was cast
         with torch.autocast(e.device.type, enabled=False):
@@ -431,7 +432,7 @@ class TokenCutoff(torch.nn.Module):
     Shen, Zheng, Shen, Qu, Chen: A Simple but Tough-to-Beat Data Augmentation Approach for Natural
     Language Understanding and Generation, 2020.
 
-        L = CE(p(x), y) + a CE(p(x'), y) + b JS(p(x), p(x'))      (a)
+        L = CE(p(x), y) + a CE(p(x'), y) + b JS(p(x), p(x'))      (*)
 
     x': x with a share `rate` of the tokens zeroed and not attended to (choice 8). a and b both 0 is
     plain fine-tuning. In eval mode nothing is cut: one pass gives the plain loss.
@@ -475,7 +476,7 @@ class TokenCutoff(torch.nn.Module):
         ce = task_loss(logits, labels)
         ce_cut = task_loss(logits_cut, labels)
         js = jensen_shannon(logits, logits_cut).mean()
-        loss = ce + self.a * ce_cut + self.b * js                        # (a)
+        loss = ce + self.a * ce_cut + self.b * js                        # (*)
         return loss, {"ce": ce.detach(), "ce_cut": ce_cut.detach(), "js": js.detach()}
 
     def draw(self, real, perturbable=None):
@@ -607,7 +608,7 @@ def evaluation_of(args, setup, world):
     unknown = setup.tokenizer.unk_token_id             # stands for a word, though it is special
     special = [token for token in setup.tokenizer.all_special_ids if token != unknown]
     is_word = ~np.isin(ids, special)
-    column = what_to_perturb(args.task, keep_special=False)
+    column = perturb_only(args.task, keep_special=False)
     if column:                                         # csl's keywords are never perturbed
         with world.in_turns():
             marked = data.encode(
@@ -1164,7 +1165,7 @@ def split_to_map(args, keep_special, evaluation):
                                f"it has {len(rows)}")
     if args.tsne < len(rows):
         rows = rows.select(data.subset(evaluation.split, args.tsne, 0))
-    perturb = what_to_perturb(args.task, keep_special)
+    perturb = perturb_only(args.task, keep_special)
     with evaluation.world.in_turns():
         return data.encode(rows, setup.task, setup.tokenizer, args.max_length, perturb=perturb)
 
@@ -1455,7 +1456,7 @@ def flags():
     g.add_argument("--beta", type=weight, default=1.0,
                    help="weight of L_R, Eq. 7; the paper tries 0.5 1")
     g.add_argument("--gamma", type=weight, default=0.0,
-                   help="weight of ||C||_2, which pulls all c to 0, Eq. 4 (choice 3)")
+                   help="weight in L_C of ||C||_2, which pulls all c to 0, Eq. 4 (choice 3)")
     g.add_argument("--margin", type=weight, default=0.0,
                    help="m, Eq. 6: how far L_R drives predictions apart; the paper tries 0 2 "
                         "(choice 10)")
@@ -1614,9 +1615,9 @@ def write_model(method, module, untrained, folder):
         torch.save(untrained, f"{folder}/confidence-start.pt")
 
 
-def what_to_perturb(task, keep_special):
-    """Which tokens may be perturbed, in the form that common.prepare and data.encode take: the name
-    of a column, whose tokens may be; True: all but the special ones; False: all."""
+def perturb_only(task, keep_special):
+    """The only tokens that may be perturbed, as common.prepare and data.encode take it: the name of
+    a column, whose tokens they are; True: those that are not special; False: all tokens."""
     import data
     if task in data.TASKS and data.TASKS[task].perturb:
         return data.TASKS[task].perturb
@@ -1626,7 +1627,7 @@ def what_to_perturb(task, keep_special):
 def setup_for(method, setup, perturb):
     """The setup, without the field `perturbable` for a method that does not want it.
 
-    perturb: see `what_to_perturb`; if it is False, only token cutoff wants the field.
+    perturb: see `perturb_only`; if it is False, only token cutoff wants the field.
     """
     if perturb or method == "cutoff":
         return setup
@@ -1651,7 +1652,7 @@ def main(argv=None):
     asked = read_analyses(args, runs)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
-    perturb = what_to_perturb(args.task, args.keep_special)
+    perturb = perturb_only(args.task, args.keep_special)
 
     with common.processes(args) as world:
         if runs:

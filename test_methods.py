@@ -6355,7 +6355,7 @@ def test_micro_batches_of_unlike_targets_give_the_same_gradient(lam, reduction, 
     for micro in (4, 1):
         model.zero_grad()
         batch = data.Batches(split, 4, 0, micro=micro)[0]
-        batch = r3f.with_kl_weights(module, batch, world)
+        batch = r3f.with_kl_factors(module, batch, world)
         loss, stats = common.backward(module, batch, world)
         torch.testing.assert_close(loss, stats["ce"] + lam * stats["kl"])
         assert (stats["kl"] > 1e-6) == (lam > 0)
@@ -9310,14 +9310,14 @@ def gradient_of_a_step(step, folder, flags, micro):
 
         algorithm.optimizer.register_step_pre_hook(keep)
         x_t = algorithm.x_t[0]
-        if step == "fit_task":
-            _, stats = algorithm.fit_task(x_t, 0)
+        if step == "task_step":
+            _, stats = algorithm.task_step(x_t, 0)
         else:
             _, stats = algorithm.joint_round(0, 0, x_t)
     return gradients, stats, [common.count_labels(inputs["labels"]) for inputs in x_t]
 
 
-@pytest.mark.parametrize("step, terms", [("fit_task", ["l_t"]), ("joint_round", ["l_t", "l_g"])])
+@pytest.mark.parametrize("step, terms", [("task_step", ["l_t"]), ("joint_round", ["l_t", "l_g"])])
 def test_a_step_in_small_batches_is_one_of_the_whole(step, terms, tagged, tagger, tmp_path):
     """L_T is a mean over labels, L_G one over sentences: of tags the parts weigh differently."""
     folder = without_dropout(tagger, tmp_path / "still")
