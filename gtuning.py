@@ -86,9 +86,10 @@ Choices, where the paper is silent (its authors released no code):
     time). g has 6 layers there; with 24 of the same width it would be 8 times.
 
 The third loop of Algorithm 1 in a project of your own, to follow N/2 steps on f alone and N/2 on D.
-batches yields tokenized x_t, labels y_t and tokenized general text x_u; d_batches x_t and x_u:
+batches yields tokenized x_t, labels y_t and tokenized general text x_u; d_batches, an iterator,
+x_t and x_u:
 
-    f = GTuning(AutoModel.from_pretrained(name), num_labels=2)
+    f = GTuning(AutoModel.from_pretrained(name, dtype=torch.float32), num_labels=2)
     D = Discriminator(f.config.hidden_size)
     f_optimizer = torch.optim.AdamW(f.trained.parameters(), lr=1e-4)
     d_optimizer = torch.optim.Adam(D.parameters(), lr=1e-4)
@@ -260,7 +261,11 @@ class GTuning(torch.nn.Module):
         """g's token states (B, n, H), under autocast in its type. A frozen g has no dropout."""
         self.plm.train(self.training and self.tune_plm)
         with torch.set_grad_enabled(self.tune_plm and torch.is_grad_enabled()):
-            states = self.plm(**inputs).last_hidden_state                # g(x)          (B, n, H)
+            outputs = self.plm(**inputs)
+        if "last_hidden_state" not in outputs:
+            raise ValueError("plm must be an encoder without a head, as AutoModel gives it, got "
+                             f"{type(self.plm).__name__}")
+        states = outputs.last_hidden_state                               # g(x)          (B, n, H)
         device = states.device.type
         if torch.is_autocast_enabled(device):
             return states.to(torch.get_autocast_dtype(device))
@@ -318,6 +323,8 @@ class GTuning(torch.nn.Module):
         token. With D and general, the inputs of general text x_u, the result is
         (alpha L_T + beta L_G, {"l_t", "l_g"}), with L_G multiplied by general_factor.
         """
+        if (D is None) != (general is None):
+            raise ValueError("D and general must both be given, or neither")
         l_t = self.task_loss(self.logits(**inputs).float(), labels)      # Eq. 2
         if D is None:
             return l_t, {"l_t": l_t.detach()}
@@ -375,6 +382,8 @@ class GTuning(torch.nn.Module):
         if plm is None:
             from transformers import AutoModel
             name = folder if saved["settings"]["tune_plm"] else saved["plm"]
+            if not name:
+                raise ValueError(f"{folder}: its plm had no name to be loaded by: pass it as plm")
             plm = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
         plm.config.id2label = saved["id2label"]
         f = cls(plm, **saved["settings"])

@@ -148,14 +148,14 @@ class R3F(torch.nn.Module):
         self.has_dropout = has_dropout(model)
 
     @parametrize.cached()                              # R4F: both passes use one W / sigma(W)
-    def forward(self, labels, kl_factor=1.0, **inputs):
+    def forward(self, labels, *, kl_factor=1.0, **inputs):
         """labels (B,) or (B, m), inputs as the model takes them, input_ids (B, n)
         -> (loss, {"ce", "kl"}), means over the batch.
 
         Labels (B, m) belong to the logits at the same positions; for a causal language model the
-        caller must shift them. kl_factor: for a micro-batch, if R is a mean over rows: its share of
-        the batch's rows over its share of the real labels. 2 of 8 rows with 30 of 60 labels have
-        (1/4) / (1/2).
+        caller must shift them. The loss of a micro-batch is to be multiplied by its share of the
+        batch's real labels. kl_factor: then, if R is a mean over rows, its share of the rows over
+        that share. 2 of 8 rows with 30 of 60 labels have (1/4) / (1/2).
         """
         refuse_two_modes(self)
         inputs = with_decoder_inputs(self.model, labels, inputs)
@@ -441,8 +441,11 @@ def logits_of(model, inputs):
         return model(**inputs).logits
     bias = getattr(model, "final_logits_bias", None)                # (1, V)
     head = model.get_output_embeddings()
-    head_is_plain = type(head) is torch.nn.Linear and head.bias is None     # no LoRA, no hook
-    if bias is None or not head_is_plain or head._forward_hooks:
+    # LoRA may replace the head, accelerate (in transformers' Trainer too) puts autocast around the
+    # model's forward, and hooks want to be called: then the model itself must be.
+    head_is_plain = type(head) is torch.nn.Linear and head.bias is None
+    is_wrapped = "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks
+    if bias is None or not head_is_plain or head._forward_hooks or is_wrapped:
         # No cache of keys and values: it is large, and of use only in decoding word by word.
         return model(**inputs, use_cache=False).logits
 
@@ -527,8 +530,9 @@ def refuse_rounding(model, eps):
     weight = word_embeddings(model).weight
     least = torch.finfo(weight.dtype).eps * weight.detach().abs().float().mean()
     if 0 < eps < least:
-        raise ValueError(f"eps {eps} is lost in word embeddings of {weight.dtype}: load the model "
-                         "with dtype=torch.float32, and use autocast")
+        raise ValueError(f"eps {eps} is lost in word embeddings of {weight.dtype}: it must be at "
+                         f"least {least:.1g}, or the model loaded with dtype=torch.float32 (and "
+                         "autocast used)")
 
 
 def refuse_regression(model, method):
@@ -586,7 +590,7 @@ class RDrop(torch.nn.Module):
         self.alpha = alpha
 
     def forward(self, labels, **inputs):
-        """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"})."""
+        """labels (B,) or (B, m), inputs as the model takes them -> (loss, {"ce", "kl"})."""
         refuse_two_modes(self)
         inputs = with_decoder_inputs(self.model, labels, inputs)
         if not self.training or self.alpha == 0:
@@ -645,7 +649,7 @@ class SMART(torch.nn.Module):
             self.average = Average(model, 0.99)                     # th~
 
     def forward(self, labels, **inputs):
-        """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"})."""
+        """labels (B,) or (B, m), inputs as the model takes them -> (loss, {"ce", "kl"})."""
         refuse_two_modes(self)
         inputs = with_decoder_inputs(self.model, labels, inputs)
         if not self.training or (self.lam * self.eps == 0 and self.bregman == 0):
@@ -734,7 +738,7 @@ class FreeLB(torch.nn.Module):
         self.eps = eps
 
     def forward(self, labels, **inputs):
-        """labels (B,), inputs as the model takes them -> (loss, {"ce", "kl"}); kl is 0."""
+        """labels (B,) or (B, m), inputs as the model takes them -> (loss, {"ce", "kl"}): kl 0."""
         refuse_two_modes(self)
         inputs = with_decoder_inputs(self.model, labels, inputs)
         if not self.training or (self.adv_lr == 0 and self.init == 0):

@@ -179,6 +179,13 @@ def refuse_two_modes(method):
 # end same
 
 
+def refuse_special_tokens_mask(inputs):
+    """ValueError if the mask is among the inputs: models such as BERT take it, and ignore it."""
+    if "special_tokens_mask" in inputs:
+        raise ValueError("special_tokens_mask must not be among the inputs: take it out, and pass "
+                         "perturbable=1 - special_tokens_mask")
+
+
 # --------------------------------------------------------------------------  the method: where e is
 
 # same: real
@@ -285,16 +292,18 @@ class TDT(torch.nn.Module):
     def forward(self, labels, perturbable=None, **inputs):
         """labels (B,), inputs as the model takes them, input_ids (B, n) -> (loss, stats).
 
-        perturbable (B, n): the tokens that may be perturbed; None: all. 1 - special_tokens_mask,
-        which the tokenizer gives, leaves [CLS] and [SEP] unchanged. stats: the batch means "ce",
-        "ce_pos", "l_c" and "l_r"; "confidence" and "confidence_std" of the tokens that may be
-        perturbed (of a batch in parts, the mean over the parts). In eval mode "ce" alone.
+        perturbable (B, n): the tokens that may be perturbed; None: all. 1 - special_tokens_mask
+        leaves [CLS] and [SEP] unchanged (the tokenizer gives it with return_special_tokens_mask;
+        take it out of the inputs). stats: the batch means "ce", "ce_pos", "l_c" and "l_r";
+        "confidence" and "confidence_std" of the tokens that may be perturbed (of a batch in parts,
+        the mean over the parts). In eval mode "ce" alone.
         """
         refuse_two_modes(self)
         if not self.training or self.alpha == self.beta == 0:
             ce = task_loss(self.model(**inputs).logits, labels)
             return ce, {"ce": ce.detach()}
 
+        refuse_special_tokens_mask(inputs)
         views = 3 if self.beta else 2
         logits, c, p, can_change = self.passes(views, perturbable, **inputs)
         ce = task_loss(logits[0], labels)
@@ -462,6 +471,7 @@ class TokenCutoff(torch.nn.Module):
             ce = task_loss(self.model(**inputs).logits, labels)
             return ce, {"ce": ce.detach()}
 
+        refuse_special_tokens_mask(inputs)
         real = real_tokens(inputs)                                       # (B, n)
         falls = self.draw(real, perturbable)
         twice = stack(inputs, 2)

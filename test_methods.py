@@ -5351,6 +5351,33 @@ def test_the_logits_of_a_generator_are_the_models_own(name):
     assert logits.dtype == torch.bfloat16 and torch.allclose(logits.float(), wanted, atol=0.1)
 
 
+def test_a_generator_whose_forward_is_wrapped_is_called_itself():
+    """accelerate, in transformers' Trainer too, puts autocast around the forward of a model."""
+    model = built("AutoModelForSeq2SeqLM", *GENERATORS["bart"]).eval()
+    labels = torch.randint(6, 99, (3, 5))
+    inputs = r3f.with_decoder_inputs(model, labels, {"input_ids": torch.randint(6, 99, (3, 7))})
+    calls = []
+    handle = model.register_forward_hook(lambda *args: calls.append("a hook"))
+    r3f.logits_of(model, inputs)
+    handle.remove()
+    handle = model.register_forward_pre_hook(lambda *args: calls.append("a hook before"))
+    r3f.logits_of(model, inputs)
+    handle.remove()
+
+    forward = model.forward
+
+    def in_bf16(*args, **more):
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*args, **more)
+
+    model.forward = in_bf16
+    states = []
+    model.model.encoder.layers[0].fc1.register_forward_hook(
+        lambda module, args, output: states.append(output.dtype))
+    r3f.logits_of(model, inputs)
+    assert calls == ["a hook", "a hook before"] and states == [torch.bfloat16]
+
+
 def test_a_regression_has_no_labels_to_smooth():
     with pytest.raises(ValueError, match="label_smoothing needs classes"):
         r3f.R3F(tiny(num_labels=1), lam=0.0, label_smoothing=0.1)
@@ -6758,6 +6785,15 @@ def test_the_loss_equals_numpy(options):
     assert not any(value.requires_grad for value in stats.values())
     loss.backward()
     assert torch.isfinite(module.confidence_layer.weight.grad).all()
+
+
+@pytest.mark.parametrize("kind", [tdt.TDT, tdt.TokenCutoff])
+def test_a_mask_of_special_tokens_must_be_handed_over_as_perturbable(kind):
+    """BERT would take it among its inputs, and ignore it."""
+    labels, inputs = batch()
+    inputs["special_tokens_mask"] = torch.zeros_like(inputs["input_ids"])
+    with pytest.raises(ValueError, match="perturbable=1 - special_tokens_mask"):
+        kind(wide_tiny()).train()(labels, **inputs)
 
 
 def test_perturbable_tokens_alone_change():
@@ -8449,13 +8485,23 @@ def test_with_tune_plm_every_encoder_learns(name):
     assert f.plm.training
 
 
-def test_what_is_no_encoder_no_pooling_or_no_number_of_labels_is_refused():
+def test_what_is_no_encoder_no_pooling_or_no_number_of_labels_is_refused(tmp_path):
     with pytest.raises(ValueError, match="encoder, got BartModel"):
         gtuning.GTuning(tiny("bart").base_model, 2)
     with pytest.raises(ValueError, match="pooling must be 'cls' or 'mean', got 'max'"):
         gtuning.GTuning(tiny().base_model, 2, pooling="max")
     with pytest.raises(ValueError, match="at least 1, got 0 and 3"):
         gtuning.GTuning(tiny().base_model, 0)
+    labels, inputs = batch()
+    with pytest.raises(ValueError, match="without a head, as AutoModel gives it, got BertFor"):
+        gtuning.GTuning(tiny(), 3)(labels, **inputs)
+    f = gtuning.GTuning(tiny().base_model, 3)
+    for alone in ({"general": inputs}, {"D": gtuning.Discriminator(f.config.hidden_size)}):
+        with pytest.raises(ValueError, match="D and general must both be given, or neither"):
+            f(labels, **alone, **inputs)
+    f.save_pretrained(tmp_path)                        # a plm made from a config has no name
+    with pytest.raises(ValueError, match="its plm had no name to be loaded by: pass it as plm"):
+        gtuning.GTuning.from_pretrained(tmp_path)
 
 
 def test_h_begins_near_the_identity_and_f_has_length_4():
