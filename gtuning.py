@@ -262,7 +262,7 @@ class GTuning(torch.nn.Module):
         self.plm.train(self.training and self.tune_plm)
         with torch.set_grad_enabled(self.tune_plm and torch.is_grad_enabled()):
             outputs = self.plm(**inputs)
-        if "last_hidden_state" not in outputs:
+        if not hasattr(outputs, "last_hidden_state"):
             raise ValueError("plm must be an encoder without a head, as AutoModel gives it, got "
                              f"{type(self.plm).__name__}")
         states = outputs.last_hidden_state                               # g(x)          (B, n, H)

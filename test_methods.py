@@ -6851,7 +6851,7 @@ def test_hard_puts_mask_and_its_complement():
     def saturated(e):
         return torch.where(keep, 200.0, -200.0) + 0 * module.confidence_layer(e).squeeze(-1)
 
-    module.score = saturated
+    module.logits_of_c = saturated
     logits, c, _, _ = module.passes(3, **inputs)
     for found, expected in zip(logits, wanted):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
