@@ -4259,7 +4259,8 @@ README_TABLES = {
         "TDT, released": ["sst2-released tdt", "mrpc-rivals tdt", "cola-released tdt", ""],
         "TDT, released, its script's weights": [
             "released-script tdt", "", "released-script tdt", ""],
-        "TDT-hard": ["1000-bf16 tdt-hard", "", "1000-bf16 tdt-hard", "1000-bf16 tdt-hard"],
+        "TDT-hard": ["1000-bf16 tdt-hard", "mrpc-rivals tdt-hard", "1000-bf16 tdt-hard",
+                     "1000-bf16 tdt-hard"],
         "token cutoff": ["1000-fp32 cutoff", "mrpc-rivals cutoff", "1000-fp32 cutoff",
                          "1000-fp32 cutoff"],
         "NoisyTune": ["1000-fp32 std weight_noise=0.2", "mrpc-rivals std weight_noise=0.1",
