@@ -288,7 +288,8 @@ def add_running_flags(g):
     again.add_argument("--resume", action="store_true",
                        help="go on where an unfinished run stopped")
     again.add_argument("--overwrite", action="store_true",
-                       help="start afresh, and empty the folders of earlier runs")
+                       help="start afresh: first empty the folders of all runs that this command "
+                            "makes")
     g.add_argument("--eval_every", type=number(int, 0), default=0, metavar="N",
                    help="steps between evaluations on the validation set (or the held-out rows), "
                         "by which the best state is kept; 0: only at the end, or as the script "
@@ -1108,8 +1109,8 @@ def settle_limit(args, flag, usual, limit):
 def load_model(args, setup, seed, world, path=None):
     """The model for the task, in fp32 and train mode: --model, or a finished run's at `path`.
 
-    A head for the task's labels is kept, except --init_from's; otherwise a fresh one is drawn by
-    the seed.
+    A run's own head at `path`, and that of a model that writes, is kept. Else a head is kept if it
+    is for the task's labels and not --init_from's; otherwise the seed draws a fresh one.
     """
     import transformers
     loader = getattr(transformers, setup.kind.auto_class)
@@ -3389,9 +3390,12 @@ def summarise_differences(differences):
 
 # ------------------------------------------------------------  9  the report: reading finished runs
 
-# Flags that change neither what is trained nor which state is scored. (A batch in micro-batches has
-# other dropout masks, but the same loss, unless a script's choices say otherwise.)
-NOT_COMPARED = {"task", "eval_tasks", "log_every", "test_file", "micro_batch_size"}
+# Flags that change neither what is trained nor which state is scored.
+NOT_COMPARED = {"task", "eval_tasks", "log_every", "test_file"}
+
+# Flags that may also differ between methods. (In micro-batches a batch has other dropout masks, and
+# another loss only for a few settings of some methods; so the runs of one method must agree.)
+MAY_DIFFER_BETWEEN_METHODS = {"micro_batch_size"}
 
 # Common flags that change the method itself: a run with one is a method of its own in the report.
 METHOD_FLAGS = ["weight_noise", "post_train"]
@@ -3754,7 +3758,7 @@ def refuse_incomparable(runs, by, differ):
         searched = {name for name in mine if mine[name] == theirs.get(name)}
         in_both = set(run.flags) & set(other.flags)
         digests = {name for name in in_both if name.endswith("_digest")}
-        names = (set(default_flags()) | digests) - free - searched
+        names = (set(default_flags()) | digests) - free - searched - MAY_DIFFER_BETWEEN_METHODS
         refuse_flags(run, other, names, f"the methods on {run.task}")
 
 

@@ -459,7 +459,7 @@ def load(args, also_scores=()):
 
 
 def count_shared(task, train, others):
-    """How many other rows have the same texts as a training row. Blank texts do not count."""
+    """How many other rows have the same texts as a training row. Rows without any do not count."""
     def texts(rows):
         columns = [map(as_text, cells_of(rows, name)) for name in task.columns]
         return [row for row in zip(*columns) if any(text.strip() for text in row)]
@@ -622,8 +622,8 @@ def load_further(args, trained, also_scores=()):
 def load_set(args, trained, name, split, also_scores):
     """{name of the set: (task, rows)} of one task: of this split, or of its validation splits.
 
-    A task's only validation split has the name of the task; any other split is called TASK/SPLIT,
-    or, if it is of the trained task and asked for by name, SPLIT.
+    A task's only validation split has the name of the task; any other split is called TASK/SPLIT.
+    But a split of the trained task that is asked for by name is called SPLIT.
     """
     check_task(name, "--eval_tasks")
     task = TASKS[name]
@@ -816,7 +816,10 @@ def own_task(args, columns, tables):
 
 
 def own_labels(table, task, where):
-    """The labels of one's own table, as strings. UserError if one is missing or infinite."""
+    """The labels of one's own table, as strings.
+
+    UserError if one is missing, or infinite among numbers.
+    """
     labels = [label_of(cell) for cell in raw_labels(table, task, where)]
     if "" in labels:
         raise UserError(f"{where}: row {labels.index('') + 1}: no label in column {task.label!r} "

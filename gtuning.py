@@ -125,7 +125,7 @@ import time
 if __name__ == "__main__":                             # Ctrl-C ends it quietly while torch loads
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # no DDP warning on unused weights
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # no DDP warning that none is unused
 # end same
 
 import torch
@@ -850,24 +850,24 @@ class Algorithm1:
         f_u = self.vectors_of_steps(self.d_x_u, steps)
         d_steps = []
         for i, step in enumerate(steps):                                 # line 14
-            l_d, terms = self.discriminator_step(step, f_t[i], f_u[i])    # line 16
+            l_d, terms = self.discriminator_step(step, f_t[i], f_u[i])   # line 16
             d_steps.append({"l_d": l_d.detach(), **terms})
         for name in d_steps[0]:
             stats[name] = torch.stack([terms[name] for terms in d_steps]).mean()
         return loss, stats
 
     def with_general(self, x_t, x_u):
-        """The micro-batches of x_t, each with its x_u and the weight of its L_G.
+        """The micro-batches of x_t, each with its x_u and its general_factor, by which L_G counts.
 
-        Weights are needed because L_T is a mean over labels, and L_G one over sentences.
+        Factors are needed because L_T is a mean over labels, and L_G one over sentences.
         """
         import common
         labels = [common.count_labels(inputs["labels"]) for inputs in x_t]
         sentences = [len(general.pop("labels")) for general in x_u]
-        weights = common.weights_of_means(labels, sentences, self.world)
+        factors = common.weights_of_means(labels, sentences, self.world)
         both = []
-        for inputs, general, weight in zip(x_t, x_u, weights):
-            both.append({**inputs, "general": general, "general_factor": weight})
+        for inputs, general, factor in zip(x_t, x_u, factors):
+            both.append({**inputs, "general": general, "general_factor": factor})
         return both
 
     def vectors_of_steps(self, batches, steps):

@@ -10,9 +10,10 @@ x: the word embeddings (B sentences, n tokens, width H), y: labels (B,).
     R4F: Lip{g} <= 1, by W := W / sigma(W) in the head g     Eq. 5
 
 Generation (section 3.2) and tags: each of the B sentences has labels y_t at m positions. N of the
-B * m labels are real, the others padding. p_t and q_t: the predictions at position t without and
-with noise. LS: label-smoothed cross entropy, with weight 1 - e on y_t and e / (V - 1) on each of
-the other V - 1 words. R: in one of three units (choice 7).
+B * m labels are real; the others are -100: padding or, for tags, special tokens and all tokens of a
+word but its first. p_t and q_t: the predictions at position t without and with noise. LS: label-
+smoothed cross entropy, with weight 1 - e on y_t and e / (V - 1) on each of the other V - 1 words.
+R: in one of three units (choice 7).
 
     L = 1/N sum_real LS(p_t, y_t) + lam * R                  Eq. 3, by position t
         R = 1/N sum_real KL_S(p_t, q_t) "token" | 1/B sum_real "sentence" | 1/B sum_all "released"
@@ -41,8 +42,8 @@ Choices, where the paper is silent or the authors' release does otherwise:
     autocast too. In bf16 an eps of 1e-5 is lost in rounding, and rounding makes a KL of its own.
  5. R4F normalises every Linear of the head, as the paper says; the release normalises only the
     last. Other weights stay as they are, so in a head with a LayerNorm (ModernBERT's) Lip{g} is not
-    bounded by 1; r3f.py warns of this. In generation g has no weights of its own (section 2), so
-    R4F is an error there.
+    bounded by 1; r3f.py warns of this. In generation g has no weights of its own (sections 2, 3.2),
+    so R4F is an error there.
  6. In regression the KL is undefined (footnote 1), so R3F is an error there, not a silent zero.
  7. In generation z is added to the encoder's word embeddings alone, as in the release. R can be
     taken in three units. "token" (the default) is a mean over the real positions. "released" sums
@@ -76,7 +77,7 @@ import time
 if __name__ == "__main__":                             # Ctrl-C ends it quietly while torch loads
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # no DDP warning on unused weights
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # no DDP warning that none is unused
 # end same
 
 import torch
@@ -175,7 +176,7 @@ class R3F(torch.nn.Module):
         return loss, {"ce": ce.detach(), "kl": kl.detach()}
 
     def needs_kl(self):
-        """False if the KL has weight 0, or is certain to be 0."""
+        """False in eval mode, or if the KL has weight 0 or is certain to be 0."""
         if not self.training or self.lam == 0:
             return False
         return self.eps > 0 or (self.has_dropout and not self.share_dropout)
@@ -531,8 +532,8 @@ def refuse_rounding(model, eps):
     least = torch.finfo(weight.dtype).eps * weight.detach().abs().float().mean()
     if 0 < eps < least:
         raise ValueError(f"eps {eps} is lost in word embeddings of {weight.dtype}: it must be at "
-                         f"least {least:.1g}, or the model loaded with dtype=torch.float32 (and "
-                         "autocast used)")
+                         f"least {1.06 * least:.2g}, or the model loaded with "
+                         "dtype=torch.float32 (and autocast used)")
 
 
 def refuse_regression(model, method):
@@ -1220,8 +1221,8 @@ def with_kl_factors(module, batch, world):
         return batch
     labels = [common.count_labels(inputs["labels"]) for inputs in batch]
     rows = [len(inputs["labels"]) for inputs in batch]
-    weights = common.weights_of_means(labels, rows, world)
-    return [{**inputs, "kl_factor": weight} for inputs, weight in zip(batch, weights)]
+    factors = common.weights_of_means(labels, rows, world)
+    return [{**inputs, "kl_factor": factor} for inputs, factor in zip(batch, factors)]
 
 
 def write_model(model, folder):

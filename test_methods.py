@@ -4563,6 +4563,10 @@ def test_unlike_flags_are_refused(tmp_path, capsys):
     write_run(fine, results_of("rte", "std", 2, 60, log_every=1, eval_tasks=["sick"]))
     write_run(fine, results_of("rte", "most", 0, 60, micro_batch_size=16))
     common.main_report([str(fine)])
+    write_run(fine, results_of("rte", "most", 1, 60, micro_batch_size=8))
+    common.main_report([str(fine)])
+    assert "--micro_batch_size is not the same for the runs of most on rte" in printed(
+        capsys, fine)[1]
 
 
 def test_what_all_searched_may_differ(tmp_path, capsys):
