@@ -1214,8 +1214,7 @@ def flags():
     home = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))
 
     g = p.add_argument_group(
-        "G-Tuning", "D: the discriminator, which tells vectors f(x) of the task from those of "
-        "general text.")
+        "G-Tuning", "D: the discriminator, which tells the task's f(x) from general text's.")
     g.add_argument("--alpha", type=weight, default=1.0,
                    help="weight of L_T, the task's loss, Eq. 6")
     g.add_argument("--beta", type=weight, default=0.5,
@@ -1233,8 +1232,7 @@ def flags():
                    metavar="M", help="general text: a text file; a csv, tsv, json or jsonl with a "
                                      "column text; or ID:CONFIG:SPLIT of the hub")
     g.add_argument("--keep", default="best", choices=["best", "last"],
-                   help="the state that counts: the best that was scored (once an epoch, unless "
-                        "--eval_every says otherwise), or the last (choice 13)")
+                   help="state that counts: the best (one look an epoch, or --eval_every) or last")
 
     g = p.add_argument_group(
         "f, and the states of g", "f(x): a sentence's vector, made by the pre-trained model g and "
@@ -1262,8 +1260,7 @@ def flags():
     g.add_argument("--teach_weight", type=weight, default=1.0,
                    help="self-teach: w, weight of the KL to the teacher (choice 14)")
     g.add_argument("--embed", action="store_true",
-                   help="Figure 2: a map of f(x) in domain and out of it (on the first of "
-                        "--eval_tasks)")
+                   help="Figure 2: a map of f(x) in domain and on the first of --eval_tasks")
     g.add_argument("--projection", default="tsne", choices=["tsne", "pca"],
                    help="the map of --embed: by t-SNE, or by two principal axes (embed-pca.html)")
     g.add_argument("--retrieve_layer", type=common.number(int, 1), metavar="N",

@@ -1459,9 +1459,8 @@ def flags():
     weight = common.number(float, 0)
 
     g = p.add_argument_group(
-        "TDT and TDT-hard", "c: confidence, from 0 to 1, that a token matters; C: all c. L_C: the "
-        "loss of the prediction from the tokens that matter. L_R: the prediction from the other "
-        "tokens must differ from that one and from the plain one.")
+        "TDT and TDT-hard", "c: confidence, 0 to 1, that a token matters; C: all c. L_C: loss from "
+        "the tokens that matter. L_R: the prediction from the others must differ.")
     g.add_argument("--alpha", type=weight, default=2.0,
                    help="weight of L_C, Eq. 7; the paper tries 0.5 2 4")
     g.add_argument("--beta", type=weight, default=1.0,
@@ -1469,8 +1468,7 @@ def flags():
     g.add_argument("--gamma", type=weight, default=0.0,
                    help="weight in L_C of ||C||_2, which pulls all c to 0, Eq. 4 (choice 3)")
     g.add_argument("--margin", type=weight, default=0.0,
-                   help="m, Eq. 6: how far L_R drives predictions apart; the paper tries 0 2 "
-                        "(choice 10)")
+                   help="m, Eq. 6: how far apart L_R drives predictions; the paper tries 0 2")
     g.add_argument("--mu0", default="mean", choices=["mean", "zero", "noise"],
                    help="mu_0, Eq. 3: what takes the place of tokens that do not matter")
     g.add_argument("--tau", type=common.number(float, 0, above=True), default=1.0,
