@@ -226,8 +226,9 @@ def word_embeddings(model):
 
     An encoder-decoder model as a whole has such a module too, but its encoder need not use that.
     """
-    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
-    return encoder.get_input_embeddings()
+    if model.config.is_encoder_decoder:
+        return model.base_model.get_encoder().get_input_embeddings()
+    return model.get_input_embeddings()
 
 
 @contextlib.contextmanager
