@@ -319,15 +319,15 @@ def parse(p, argv, recipe):
     own_files, the first of the user's own files, or ""; of_methods and no_effect, see
     check_methods. load_tokenizer adds path, where the model lies.
     """
-    by_hand = flags_by_hand(p, argv)
-    args = read_flags(p, argv, by_hand)                # the recipe depends on the task and model
-    recipe_name, values = recipe(args)
-
-    p.set_defaults(**values)
-    args = read_flags(p, argv, by_hand)
-    args.by_hand = by_hand
-    args.recipe = values
-    args.recipe_name = recipe_name
+    args = read_flags(p, argv)
+    fixed = set(args.by_hand)
+    if args.init_from:
+        args.model = run_model(args.init_from)
+        fixed.add("model")
+    args.recipe_name, args.recipe = recipe(args)
+    for flag, value in args.recipe.items():
+        if flag not in fixed:
+            setattr(args, flag, value)
     args.of_methods = []
     args.no_effect = []
     args.seeds = [*dict.fromkeys(args.seeds)]
@@ -347,19 +347,18 @@ def flags_by_hand(p, argv):
     return sorted(action.dest for action in p._actions if given & set(action.option_strings))
 
 
-def read_flags(p, argv, by_hand):
-    """The parsed flags, with own_files, the user's own task's name, and --init_from's model."""
+def read_flags(p, argv):
+    """The parsed flags, with by_hand, own_files, and the name of the user's own task."""
     args, unknown = p.parse_known_args(argv)
     if unknown:
         refuse_unknown(unknown[0], p)
+    args.by_hand = flags_by_hand(p, argv)
     args.own_files = args.train_file or args.validation_file or args.test_file
     if args.own_files:
-        if "task" in by_hand:
+        if "task" in args.by_hand:
             raise UserError(f"--task {args.task}: cannot go together with your own "
                             f"{args.own_files}")
         args.task = args.name
-    if args.init_from:
-        args.model = run_model(args.init_from)
     return args
 
 

@@ -1968,6 +1968,15 @@ def test_of_epochs_and_steps_one_holds():
     assert args.epochs == 2 and args.max_steps is None
 
 
+def test_the_model_of_init_from_is_neither_the_recipes_nor_the_flags(tmp_path):
+    os.makedirs(tmp_path / "model")
+    write(tmp_path / "model/config.json", "{}")
+    for more in ([], ["--model", "m"]):
+        args = parse("r3f", "--task", "rte", "--init_from", tmp_path, *more)
+        assert args.model == str(tmp_path / "model") and args.recipe["model"] != args.model
+        assert ("model" in args.by_hand) == bool(more)
+
+
 def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, capsys):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_samples", 100)
     told = capsys.readouterr().out.split("\n\n")[0].splitlines()
