@@ -98,12 +98,11 @@ NAMES_ELSEWHERE = {
 
 def refuse_unknown(word, p):
     """UserError for a word of the command line that is no flag of the parser. It suggests one."""
-    name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-    known = [action.dest for action in p._actions]
-    near = [NAMES_ELSEWHERE[name]] if name in NAMES_ELSEWHERE else []
-    near += difflib.get_close_matches(name, known, 1)
     if not word.startswith("-"):
         raise UserError(f"{word}: belongs to no flag; --help lists all")
+    name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+    known = [action.dest for action in p._actions]
+    near = difflib.get_close_matches(NAMES_ELSEWHERE.get(name, name), known, 1)
     hint = f"; did you mean --{near[0]}?" if near else "; --help lists all"
     raise UserError(f"{word}: no such flag{hint}")
 
