@@ -1095,11 +1095,10 @@ def load_tokenizer(args, world, task=None):
 def settle_limit(args, flag, usual, limit):
     """The length for a flag: its value, or else the usual one, at most the model's limit.
 
-    UserError if the value is above the limit, unless it is the recipe's.
+    UserError if a value that was set by hand is above the limit.
     """
     given = getattr(args, flag)
-    by_recipe = flag in args.recipe and flag not in args.by_hand
-    if given and given > limit and not by_recipe:
+    if flag in args.by_hand and given > limit:
         raise UserError(f"--{flag} {given}: must be from 4 to {limit}, the limit of {args.model}")
     return min(given or usual, limit)
 
