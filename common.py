@@ -562,11 +562,7 @@ class World:
 
     def total(self, array):
         """A numpy array's sum over the processes, on all of them."""
-        if self.size == 1:
-            return np.asarray(array)
-        tensor = torch.tensor(array)                   # a copy: the sum is made in place
-        dist.all_reduce(tensor)
-        return tensor.numpy()
+        return self.add_up(torch.tensor(array)).numpy()                  # of a copy
 
     def add_up(self, tensor):
         """Sums a tensor over the processes, in place and without leaving the GPUs. Returns it."""
