@@ -859,7 +859,7 @@ class Setup:
         return found
 
 
-def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
+def prepare(args, world, check=None, also_scores=(), perturb=False, **options):
     """Reads, checks and encodes all rows, before a model is loaded. Returns a Setup.
 
     check(task): raises UserError if the script cannot train the task. also_scores: see data.load.
@@ -907,7 +907,7 @@ def encode_rows(args, rows, tokenizer, perturb, options):
 
     train = None                                       # with --run
     if rows.train is not None:
-        of_training = {} if perturb is None else {"perturb": perturb}
+        of_training = {"perturb": perturb} if perturb else {}
         train = encode(rows.train, task, **of_training)
     validation = {name: (task, encode(part, task)) for name, part in rows.validation.items()}
     further = {name: (its_task, encode(part, its_task))
