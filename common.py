@@ -949,9 +949,9 @@ def hold_out(args, setup):
     if not n:
         return
     whole = len(setup.train.whole_rows)
-    needed = max(args.batch_size or 1, args.train_samples or 0)
-    if whole - n < needed:
-        most = max(whole - needed, 0)
+    needed = args.train_samples or args.batch_size or 1
+    most = whole - needed
+    if n > most:
         raise UserError(f"--dev_samples {n}: must be at most {most}, which leaves {needed} of the "
                         f"{whole} training rows, as many as --train_samples or --batch_size wants")
     chosen = data.subset(setup.train, n, 0)

@@ -3211,6 +3211,7 @@ def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny
     (["--grid", "lr=1e-3,1e-4", "--profile", 2], "--profile: cannot go together with --grid"),
     (["--grid", "lr=1e-3,1e-4", "lr=1e-5"], "--grid lr=1e-5: lr stands there twice"),
     (["--dev_samples", 319], "--dev_samples 319: must be at most 304, which leaves 16 of the 320"),
+    (["--dev_samples", 291, "--train_samples", 30], "must be at most 290, which leaves 30 of the"),
 ])
 def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, tiny_folder,
                                                                  tmp_path):
