@@ -1238,7 +1238,7 @@ def count_steps(args, per_epoch):
 def warmup_steps(args, steps):
     """The number of warm-up steps: --warmup, or that share of `steps`. UserError unless fewer."""
     warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
-    if warmup and warmup >= steps:
+    if warmup >= steps:
         raise UserError(f"--warmup {args.warmup:g}: must be less than the {steps} steps")
     return warmup
 
