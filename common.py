@@ -1214,7 +1214,7 @@ def add_weight_noise(model, scale, seed):
     for weight in model.parameters():                  # tied weights come once
         if weight.numel() > 1:
             noise = torch.rand(weight.shape, generator=source) - 0.5
-            weight.data += scale * weight.data.std() * noise.to(weight.device)
+            weight.data += scale * weight.data.std() * noise
 
 
 def training_rows(setup, args, seed):
