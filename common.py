@@ -987,7 +987,7 @@ def tell_flags(args, world):
         return ", ".join(words) or "nothing"
 
     searched = [*read_grid(args.searched)]
-    not_said = ["choosing", "grid", "searched", *searched]
+    not_said = ["grid", "searched", *searched]
     if args.init_from:
         not_said.append("model")
     by_hand = [name for name in args.by_hand if name not in not_said]
