@@ -339,19 +339,15 @@ def parse(p, argv, recipe):
     return args
 
 
-def flags_by_hand(p, argv):
-    """The names of the flags that are set in argv; None: in this process's command line."""
-    words = sys.argv[1:] if argv is None else argv
-    given = {word.split("=")[0] for word in words}
-    return sorted(action.dest for action in p._actions if given & set(action.option_strings))
-
-
 def read_flags(p, argv):
     """The parsed flags, with by_hand, own_files, and the name of the user's own task."""
-    args, unknown = p.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args, unknown = p.parse_known_args(words)
     if unknown:
         refuse_unknown(unknown[0], p)
-    args.by_hand = flags_by_hand(p, argv)
+    given = {word.split("=")[0] for word in words}
+    args.by_hand = sorted(
+        action.dest for action in p._actions if given & set(action.option_strings))
     args.own_files = args.train_file or args.validation_file or args.test_file
     if args.own_files:
         if "task" in args.by_hand:
