@@ -1255,7 +1255,7 @@ def build_optimizer(module, args, steps, part=None, part_lr=0.0, schedule="linea
     groups = decay_groups(others, args.lr, args.weight_decay)
     groups += decay_groups(of_part, part_lr, args.weight_decay)
     optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
+        groups, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
     return optimizer, get_scheduler(schedule, optimizer, warmup_steps(args, steps), steps)
 
 
