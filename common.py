@@ -1117,14 +1117,15 @@ def load_model(args, setup, seed, world, path=None):
         raise UserError(f"{what}: cannot be loaded by {setup.kind.auto_class}: "
                         f"{first_line(error)}") from error
 
+    missing = info["missing_keys"]
     draws_head = False
     if not path and not setup.kind.decodes:
-        draws_head = args.init_from or has_another_head(model, start, info, setup.task)
+        draws_head = args.init_from or has_another_head(model, start, missing, setup.task)
     if draws_head:
         draw_head(model)
     if draws_head or info["mismatched_keys"]:
         world.say(f"{args.model}: its head is not used; a fresh one of {setup.task.outputs}")
-    warn_of_lost_weights(args, model, info["missing_keys"], world)
+    warn_of_lost_weights(args, model, missing, world)
     check_vocabulary(args, model, setup.tokenizer)
     check_ends(args, model, setup)
     if model.config.pad_token_id is None:
@@ -1134,16 +1135,16 @@ def load_model(args, setup, seed, world, path=None):
     return model.to(world.device).train()              # from_pretrained gives it in eval mode
 
 
-def has_another_head(model, start, info, task):
+def has_another_head(model, start, missing, task):
     """Whether the checkpoint `start` has a whole head, but for other labels or in another order.
 
-    info: from_pretrained's loading info. A head that lacks weights counts as none: the one layer of
-    it with which ModernBERT was pre-trained is kept.
+    missing: the names of all weights that it lacks. A head that lacks some counts as none: the one
+    layer of it with which ModernBERT was pre-trained is kept.
     """
     from transformers import AutoConfig
     body = model.base_model_prefix + "."
     head = {name for name, _ in model.named_parameters() if not name.startswith(body)}
-    has_head = not head & set(info["missing_keys"])
+    has_head = not head & set(missing)
     if not has_head or not task.label_names:           # regression has no names to compare
         return False
     names = AutoConfig.from_pretrained(start, trust_remote_code=False).id2label
