@@ -258,11 +258,11 @@ def add_training_flags(g, methods, default_methods):
                            "texts to write")
     g.add_argument("--micro_batch_size", type=number(int, 1), metavar="N",
                    help="most rows that a process puts into one pass (all)")
-    length = g.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=number(float, 0, 10**6, above=True), default=3.0,
-                        metavar="N", help="passes over the training rows")
-    length.add_argument("--max_steps", type=number(int, 1), metavar="N",
-                        help="instead of --epochs")
+    duration = g.add_mutually_exclusive_group()
+    duration.add_argument("--epochs", type=number(float, 0, 10**6, above=True), default=3.0,
+                          metavar="N", help="passes over the training rows")
+    duration.add_argument("--max_steps", type=number(int, 1), metavar="N",
+                          help="instead of --epochs")
     g.add_argument("--lr", type=positive, default=1e-5,
                    help="peak learning rate; it decays linearly to 0")
     g.add_argument("--warmup", type=number(float, 0), default=0.06,
@@ -331,7 +331,7 @@ def parse(p, argv, recipe):
     args.no_effect = []
     args.seeds = [*dict.fromkeys(args.seeds)]
     args.method = [*dict.fromkeys(args.method)]
-    settle_length(args)
+    settle_duration(args)
     settle_batch(args)
     if args.eval_tasks is None:
         args.eval_tasks = [] if args.own_files else data.TASKS[args.task].further.split()
@@ -377,11 +377,11 @@ def model_flag(args):
     return f"--model {args.model}"
 
 
-def settle_length(args):
+def settle_duration(args):
     """Sets --epochs or --max_steps to None, so that one holds: the one set by hand, if any.
 
-    If the length is set by hand but the warm-up is not, the recipe's warm-up steps become the same
-    share of the new length.
+    If the duration is set by hand but the warm-up is not, the recipe's warm-up steps become the
+    same share of the new duration.
     """
     chosen = {"epochs", "max_steps"} & set(args.by_hand)
     recipe_steps = args.recipe.get("max_steps")
@@ -1078,14 +1078,14 @@ def load_tokenizer(args, world, task=None):
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         limit -= 2                                     # their positions start after the padding's
     limit = min(limit, tokenizer.model_max_length)
-    args.max_length = settle_limit(args, "max_length", 512, limit)
+    args.max_length = length_within(args, "max_length", 512, limit)
     if writes:
-        args.max_target_length = settle_limit(args, "max_target_length", task.target_length, limit)
+        args.max_target_length = length_within(args, "max_target_length", task.target_length, limit)
     return tokenizer
 
 
-def settle_limit(args, flag, usual, limit):
-    """The length for a flag: its value, or else the usual one, at most the model's limit.
+def length_within(args, flag, usual, limit):
+    """The tokens that a flag allows: its value, or else the usual one, at most the model's limit.
 
     UserError if a value that was set by hand is above the limit.
     """
