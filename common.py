@@ -1357,8 +1357,7 @@ def predict(forward, module, split, setup, world, name):
     with torch.inference_mode(), world.autocast():
         for rows, labels, inputs in eval_inputs(split, world, name, **size):
             outputs = forward(**inputs)
-            for row, output in zip(rows, setup.kind.collect(outputs, labels, setup.tokenizer)):
-                kept[row] = output
+            kept.update(zip(rows, setup.kind.collect(outputs, labels, setup.tokenizer)))
     module.train()
     return world.gather(kept)
 
