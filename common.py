@@ -314,11 +314,12 @@ def parse(p, argv, recipe):
     """The flags of a run: the defaults, over them the task's recipe, over both what is set by hand.
 
     recipe(args) -> (its name, {flag: value}). Besides the flags the result has these attributes:
-    by_hand, the names of the flags that were set; recipe_name and recipe, what `recipe` returned;
-    own_files, the first of the user's own files, or ""; of_methods and no_effect, see
-    check_methods. load_tokenizer adds path, where the model lies.
+    started, when they were read; by_hand, the names of the flags that were set; recipe_name and
+    recipe, what `recipe` returned; own_files, the first of the user's own files, or "";
+    of_methods and no_effect, see check_methods. load_tokenizer adds path, where the model lies.
     """
     args = read_flags(p, argv)
+    args.started = time.monotonic()
     fixed = set(args.by_hand)
     if args.init_from:
         args.model = run_model(args.init_from)
@@ -2283,7 +2284,7 @@ def labels_of_all(runs, labels_of):
     return wanted
 
 
-def use_runs(args, runs, setup, world, started, load, score):
+def use_runs(args, runs, setup, world, load, score):
     """--run: scores and predicts with finished runs, and prints a table of all their scores.
 
     load(folder, results) -> (forward, module). score(forward, module, sets, folder) -> the scores,
@@ -2302,7 +2303,7 @@ def use_runs(args, runs, setup, world, started, load, score):
             world.say(f"wrote {os.path.join(folder, 'results.json')}")
             runs[folder] = read_results(folder)
         write_unscored(folder, forward, module, setup, world)
-    return print_table(world.say, [*runs.values()], args, started)
+    return print_table(world.say, [*runs.values()], args)
 
 
 def add_scores(folder, scores):
@@ -2326,7 +2327,7 @@ def locked(folder):
         os.close(opened)
 
 
-def use_models(args, runs, setup, world, started):
+def use_models(args, runs, setup, world):
     """`use_runs` for runs whose model/ can be loaded by the kind's Auto class."""
     def load(folder, results):
         path = os.path.join(folder, "model")
@@ -2336,7 +2337,7 @@ def use_models(args, runs, setup, world, started):
     def score(forward, module, sets, folder):
         return evaluate(forward, module, sets, setup, world, folder)
 
-    return use_runs(args, runs, setup, world, started, load, score)
+    return use_runs(args, runs, setup, world, load, score)
 
 
 # ---------------------------------------------------------------------------------  5  a run: files
@@ -2420,7 +2421,6 @@ def search(main, flags, recipe, methods, argv):
     rows to score. A method that has none of the grid's flags has one combination, the empty one,
     and is trained at once.
     """
-    started = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse(flags(), argv, recipe)
     grid = read_grid(args.grid)
@@ -2443,9 +2443,9 @@ def search(main, flags, recipe, methods, argv):
         results += main([*argv, "--grid", "--method", method, "--searched", *searched, *chosen])
     if process_rank() == 0:
         if len(grids) > 1:                             # for one method main has printed it
-            print_table(print, results, args, started)
+            print_table(print, results, args)
         else:
-            print(f"{time.monotonic() - started:.0f} s with the search")
+            print(f"{time.monotonic() - args.started:.0f} s with the search")
     return results
 
 
@@ -2748,7 +2748,7 @@ def digest_weights(module):
 
 # ---------------------------------------------------------------------  7  tables, pages, --profile
 
-def print_table(say, results, args, started):
+def print_table(say, results, args):
     """Prints mean, standard deviation, median and max of each method. Returns the results."""
     if args.choosing:                                  # the search prints the score
         return results
@@ -2775,7 +2775,7 @@ def print_table(say, results, args, started):
         where = "the folders of the runs"
         if not args.score_validation and not args.eval_tasks:
             say("Nothing was scored now: these are the runs' scores from before.")
-    say(f"{time.monotonic() - started:.0f} s; models, logs and results are in {where}")
+    say(f"{time.monotonic() - args.started:.0f} s; models, logs and results are in {where}")
     if len(args.method) > 1 and not args.run:
         say(f"what the differences show: {report_command(args)}")
     return results

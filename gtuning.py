@@ -991,7 +991,7 @@ def labels_of(folder):
                                f"{data.first_line(error)}") from None
 
 
-def use_finished(args, runs, setup, world, started):
+def use_finished(args, runs, setup, world):
     """--run: scores, predictions and vectors of finished runs. Returns their results."""
     import common
     clouds = {}
@@ -1008,7 +1008,7 @@ def use_finished(args, runs, setup, world, started):
     def score(forward, f, sets, folder):
         return evaluate_sets(args, f, sets, setup, None, world, folder)
 
-    results = common.use_runs(args, runs, setup, world, started, load, score)
+    results = common.use_runs(args, runs, setup, world, load, score)
     if args.embed:
         write_figure_2(args, setup, clouds, world)
     return results
@@ -1378,7 +1378,6 @@ def check_flags(args):
 def main(argv=None):
     """Trains every --method with every seed. Returns their results, as in results.json."""
     import common
-    started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
     alike = [*common.ALIKE, "pair_mode", "retrieve_layer"]
     runs = common.take_runs(args, METHODS, labels_of, alike)
@@ -1391,7 +1390,7 @@ def main(argv=None):
         setup = common.prepare(args, world, check, also_scores=["retrieve"],
                                separate=args.pair_mode == "separate")
         if runs:
-            return use_finished(args, runs, setup, world, started)
+            return use_finished(args, runs, setup, world)
         N = count_steps_on_f(args, setup)
         tell_phases(args, N, world)
         texts = Texts(args, setup, world)
@@ -1454,7 +1453,7 @@ def main(argv=None):
             results.append(run.results)
         if args.embed:
             write_figure_2(args, setup, clouds, world)
-        return common.print_table(world.say, results, args, started)
+        return common.print_table(world.say, results, args)
 
 
 # same: end

@@ -71,7 +71,6 @@ import json
 import math
 import os
 import sys
-import time
 
 # same: start
 if __name__ == "__main__":                             # Ctrl-C ends it quietly while torch loads
@@ -1253,7 +1252,6 @@ def warn_of_rounding(args, world):
 def main(argv=None):
     """Trains every --method with every seed. Returns their results, as in results.json."""
     import common
-    started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
     if args.probe or args.probe_tasks:
         return probe(args, argv)
@@ -1264,7 +1262,7 @@ def main(argv=None):
     with common.processes(args) as world:
         setup = common.prepare(args, world, functools.partial(check, args))
         if runs:
-            return common.use_models(args, runs, setup, world, started)
+            return common.use_models(args, runs, setup, world)
         warn_of_rounding(args, world)
 
         def build(method, seed):
@@ -1315,7 +1313,7 @@ def main(argv=None):
                 run.finish(metrics, batches, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
             results.append(run.results)
-        return common.print_table(world.say, results, args, started)
+        return common.print_table(world.say, results, args)
 
 
 # same: end

@@ -3523,12 +3523,12 @@ def test_what_a_finished_run_cannot_do_is_one_line(flags, line, finished_toy):
 def test_the_table_has_straight_columns(tmp_path):
     args = argparse.Namespace(task="rte", choosing=False, run=[], seeds=[0], eval_tasks=[],
                               method=["adapter", "self-teach"], output_dir=str(tmp_path),
-                              recipe_name="r")
+                              recipe_name="r", started=time.monotonic())
     results = [{"method": method, "model": "m", "metrics": {name: {"accuracy": score}}}
                for method, score in (("adapter", 0.5), ("self-teach", 1.0))
                for name in ("validation", "a-longer-name")]
     said = []
-    common.print_table(said.append, results, args, time.monotonic())
+    common.print_table(said.append, results, args)
     rows = [line for line in said if "accuracy" in line or line.startswith("set")]
     assert len(rows) == 5 and len({len(row) for row in rows}) == 1, rows
 
