@@ -1248,16 +1248,15 @@ def build_optimizer(module, args, steps, part=None, part_lr=0.0, schedule="linea
     part_lr, by the same schedule. Without it, or if part_lr is 0, all weights learn at --lr.
     """
     from transformers import get_scheduler
-    ids = set()
+    own = set()
     if part is not None and part_lr:
-        ids = {id(p) for p in part.parameters()}
+        own = set(part.parameters())
     learning = [p for p in module.parameters() if p.requires_grad]
-    of_part = [p for p in learning if id(p) in ids]
-    others = [p for p in learning if id(p) not in ids]
+    of_part = [p for p in learning if p in own]
+    others = [p for p in learning if p not in own]
     groups = decay_groups(others, args.lr, args.weight_decay)
     groups += decay_groups(of_part, part_lr, args.weight_decay)
-    optimizer = torch.optim.AdamW(
-        groups, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
     return optimizer, get_scheduler(schedule, optimizer, warmup_steps(args, steps), steps)
 
 
