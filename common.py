@@ -1286,14 +1286,15 @@ def per_process(counts, world):
     return max(total, 1.0) / world.size                # a batch may have no label: its loss is 0
 
 
-def weights_of_means(labels, others, world):
+def weights_of_means(batch, others, world):
     """Factors for a term of the loss that is a mean over rows or sentences, not over labels.
 
     `backward` weights a micro-batch's loss by its share of all labels, which is wrong for such a
     term if micro-batches are unequal. Multiplied by its factor, the term is weighted by the share
-    of all rows, or sentences, instead. labels, others: how many labels, and how many rows or
-    sentences, each micro-batch of this process has. Returns a scalar tensor for each.
+    of all rows, or sentences, instead. batch: this process's micro-batches. others: how many rows
+    or sentences each of them has. Returns a scalar tensor for each.
     """
+    labels = [count_labels(inputs["labels"]) for inputs in batch]
     labels_here = per_process(labels, world)
     others_here = per_process(others, world)
     return [torch.tensor((count / others_here) / (max(n, 1) / labels_here))

@@ -862,9 +862,8 @@ class Algorithm1:
         Factors are needed because L_T is a mean over labels, and L_G one over sentences.
         """
         import common
-        labels = [common.count_labels(inputs["labels"]) for inputs in x_t]
         sentences = [len(general.pop("labels")) for general in x_u]
-        factors = common.weights_of_means(labels, sentences, self.world)
+        factors = common.weights_of_means(x_t, sentences, self.world)
         both = []
         for inputs, general, factor in zip(x_t, x_u, factors):
             both.append({**inputs, "general": general, "general_factor": factor})

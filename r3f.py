@@ -1218,9 +1218,8 @@ def with_kl_factors(module, batch, world):
     import common
     if getattr(module, "reduction", "token") == "token":
         return batch
-    labels = [common.count_labels(inputs["labels"]) for inputs in batch]
     rows = [len(inputs["labels"]) for inputs in batch]
-    factors = common.weights_of_means(labels, rows, world)
+    factors = common.weights_of_means(batch, rows, world)
     return [{**inputs, "kl_factor": factor} for inputs, factor in zip(batch, factors)]
 
 
