@@ -859,12 +859,12 @@ class Setup:
 def prepare(args, world, check=None, also_scores=(), perturb=False, **options):
     """Reads, checks and encodes all rows, before a model is loaded. Returns a Setup.
 
-    check(task): raises UserError if the script cannot train the task. also_scores: see data.load.
-    options: for the kind's `tokenise` in data.py. perturb: one more of them, for the training rows
-    alone.
+    check(args, task): raises UserError if the script cannot train the task. also_scores: see
+    data.load. options: for the kind's `tokenise` in data.py. perturb: one more of them, for the
+    training rows alone.
     """
     if check and not args.own_files:                   # before anything is downloaded
-        check(data.TASKS[args.task])
+        check(args, data.TASKS[args.task])
     with world.in_turns():
         rows = data.load(args, also_scores)
     if args.choosing:                                  # only held-out rows are scored
@@ -872,7 +872,7 @@ def prepare(args, world, check=None, also_scores=(), perturb=False, **options):
     for line in rows.warnings:
         world.say(f"warning: {line}")
     if check and args.own_files:
-        check(rows.task)
+        check(args, rows.task)
     kind = data.KINDS[rows.task.kind]
     if args.batch_tokens and not kind.decodes:
         raise UserError(f"--batch_tokens {args.batch_tokens}: is for texts that are written; "

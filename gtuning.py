@@ -1384,7 +1384,7 @@ def main(argv=None):
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
 
-    check = functools.partial(common.check_methods, args, methods=METHODS)
+    check = functools.partial(common.check_methods, methods=METHODS)
     with common.processes(args) as world:
         setup = common.prepare(args, world, check, also_scores=["retrieve"],
                                separate=args.pair_mode == "separate")

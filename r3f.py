@@ -1259,7 +1259,7 @@ def main(argv=None):
         return common.search(main, flags, recipe, METHODS, argv)
 
     with common.processes(args) as world:
-        setup = common.prepare(args, world, functools.partial(check, args))
+        setup = common.prepare(args, world, check)
         if runs:
             return common.use_models(args, runs, setup, world)
         warn_of_rounding(args, world)

@@ -1335,7 +1335,7 @@ def use_finished(args, runs, asked, world):
     to_score = not asked.any or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
     if to_score or asked.figures:
-        setup = common.prepare(args, world, functools.partial(check_figure_3, args))
+        setup = common.prepare(args, world, check_figure_3)
         tokenizer = setup.tokenizer
     else:
         setup = None
@@ -1665,7 +1665,7 @@ def main(argv=None):
     with common.processes(args) as world:
         if runs:
             return use_finished(args, runs, asked, world)
-        setup = common.prepare(args, world, functools.partial(check, args),
+        setup = common.prepare(args, world, check,
                                perturb=perturb or "cutoff" in args.method)       # see setup_for
         check_tokenizer(args, setup.tokenizer, args.method, asked)
         check_texts(args, asked)
