@@ -1277,11 +1277,8 @@ def count_labels(labels):
     return int((labels != -100).sum())
 
 
-def per_process(counts, world):
-    """The count of the whole batch, divided by the number of processes.
-
-    counts: one of each micro-batch of this process.
-    """
+def mean_count(counts, world):
+    """The mean of a count over the processes. counts: one of each micro-batch of this process."""
     total = float(world.total(np.array([sum(counts)]))[0])
     return max(total, 1.0) / world.size                # a batch may have no label: its loss is 0
 
@@ -1295,9 +1292,9 @@ def weights_of_means(batch, others, world):
     or sentences each of them has. Returns a scalar tensor for each.
     """
     labels = [count_labels(inputs["labels"]) for inputs in batch]
-    labels_here = per_process(labels, world)
-    others_here = per_process(others, world)
-    return [torch.tensor((count / others_here) / (max(n, 1) / labels_here))
+    mean_labels = mean_count(labels, world)
+    mean_others = mean_count(others, world)
+    return [torch.tensor((count / mean_others) / (max(n, 1) / mean_labels))
             for n, count in zip(labels, others)]
 
 
@@ -1309,12 +1306,12 @@ def backward(module, batch, world, **more):
     the batch (one a row, or one a token; -100 is no label).
     """
     counts = [count_labels(inputs["labels"]) for inputs in batch]
-    labels_here = per_process(counts, world)
+    mean_labels = mean_count(counts, world)
     totals = {}
     for i, inputs in enumerate(batch):
         # The loss of a micro-batch is a mean over its own labels, and the processes' gradients are
         # averaged. Weighted by this share they give the mean over all labels of the batch.
-        share = counts[i] / labels_here
+        share = counts[i] / mean_labels
         is_last = i == len(batch) - 1
         averaging = contextlib.nullcontext()
         if world.size > 1 and not is_last:
