@@ -316,7 +316,7 @@ def parse(p, argv, recipe):
     recipe(args) -> (its name, {flag: value}). Besides the flags the result has these attributes:
     started, when they were read; by_hand, the names of the flags that were set; recipe_name and
     recipe, what `recipe` returned; own_files, the first of the user's own files, or "";
-    of_methods and no_effect, see check_methods. load_tokenizer adds path, where the model lies.
+    of_methods and no_effect, see check_methods.
     """
     args = read_flags(p, argv)
     args.started = time.monotonic()
@@ -1040,21 +1040,21 @@ def find_model(name, world):
 
 
 def load_tokenizer(args, world, task=None):
-    """The tokenizer of --model, checked before any weights are read. Sets args.path, max_length.
+    """The tokenizer of --model, checked before any weights are read. Sets args.max_length.
 
     task: what the model is for, or None; for a task of texts to write, max_target_length is set
     too. UserError if the model or its tokenizer does not fit.
     """
     from transformers import AutoConfig, AutoTokenizer
-    args.path = find_model(args.model, world)
+    path = find_model(args.model, world)
     try:
-        config = AutoConfig.from_pretrained(args.path, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(args.path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         why = first_line(error)
-        if args.path.startswith((".", "/", "~")) and not os.path.isdir(args.path):
+        if path.startswith((".", "/", "~")) and not os.path.isdir(path):
             why = "no such folder"
-        of_run = os.path.join(args.path, "model")
+        of_run = os.path.join(path, "model")
         if holds_model(of_run):
             why = f"is a run's folder; its model is {of_run}"
         raise UserError(f"{model_flag(args)}: {why}") from error
@@ -1063,8 +1063,8 @@ def load_tokenizer(args, world, task=None):
         raise UserError(f"{model_flag(args)}: a {config.model_type} has no decoder, which "
                         f"{args.task} needs to write texts; must be a model such as "
                         "facebook/bart-large")
-    if os.path.isdir(args.path):
-        files = [name for name in os.listdir(args.path) if "token" in name or "vocab" in name
+    if os.path.isdir(path):
+        files = [name for name in os.listdir(path) if "token" in name or "vocab" in name
                  or name.endswith(".model")]
         if not files:
             raise UserError(f"{model_flag(args)}: the folder holds no tokenizer; save the "
@@ -1104,10 +1104,10 @@ def load_model(args, setup, seed, world, path=None):
     """
     import transformers
     loader = getattr(transformers, setup.kind.auto_class)
-    start = path or args.path
+    start = path or find_model(args.model, world)
     if args.post_train and not path:
         with world.in_turns():
-            start = post_trained(args, setup, seed, world)
+            start = post_trained(start, args, setup, seed, world)
     torch.manual_seed(seed)
     try:
         model, info = loader.from_pretrained(
@@ -4935,7 +4935,7 @@ def learn_masked_words(model, batches, hide, optimizer, schedule, autocast=conte
 POST_TRAINING = {"share": 0.15, "lr": 5e-5, "batch_size": 32, "warmup": 0.06}
 
 
-def post_trained(args, setup, seed, world):
+def post_trained(start, args, setup, seed, world):
     """--post_train E: the folder of --model after E epochs of masked language modelling.
 
     Gururangan et al., Don't Stop Pretraining, ACL 2020. The text is that of the rows that are
@@ -4943,7 +4943,7 @@ def post_trained(args, setup, seed, world):
     hidden as in BERT (80/10/10). Batches have 32 rows. AdamW learns at 5e-5 after a warm-up of 6%,
     with linear decay. The papers that we follow give none of these. A result for the same model,
     text and settings is found again by any script or run. One process makes it, and the others
-    wait: for a large text, start the run with one process first.
+    wait: for a large text, start the run with one process first. start: where --model lies.
     """
     import transformers
     given = f"--post_train {args.post_train:g}: {args.model}"
@@ -4953,7 +4953,7 @@ def post_trained(args, setup, seed, world):
     torch.manual_seed(0)                               # for a head that the model may lack
     try:
         model, info = transformers.AutoModelForMaskedLM.from_pretrained(
-            args.path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+            start, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{given} must be a model that predicts masked words: "
                         f"{first_line(error)}") from error

@@ -946,16 +946,13 @@ def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
     return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, folder)}
 
 
-def args_of_start(args, folder, results, world):
+def args_of_start(args, folder, results):
     """The flags, but with the model that the run in this folder started from."""
-    import common
     args = copy.copy(args)
     args.model = results["model"]
     args.weight_noise = results["args"]["weight_noise"]
-    if args.run:
-        args.path = common.find_model(args.model, world)
-        if results["args"]["post_train"]:              # then g is its own, with a path of its own
-            args.path = read_saved(os.path.join(folder, "model"))["plm"]
+    if args.run and results["args"]["post_train"]:     # then g is its own, with a path of its own
+        args.model = read_saved(os.path.join(folder, "model"))["plm"]
     return args
 
 
@@ -968,7 +965,7 @@ def load_f(folder, results, args, setup, world):
     import data
     plm = None
     if results["args"]["tune"] == "adapter" and not results["args"]["post_train"]:
-        start = args_of_start(args, folder, results, world)
+        start = args_of_start(args, folder, results)
         plm = common.load_model(start, setup, results["seed"], world).base_model
     path = os.path.join(folder, "model")
     try:
@@ -1106,7 +1103,7 @@ def clouds_before_training(args, setup, folder, world):
     """The two clouds of f as the run in the folder began, by the first seed: (n, H) each."""
     import common
     results = common.read_results(folder)
-    start = args_of_start(args, folder, results, world)
+    start = args_of_start(args, folder, results)
     pair = any("input_ids_2" in split.fields for _, split in setup.validation.values())
     untrained = build_f(start, setup, args.seeds[0], world, pair)
     return clouds_of(untrained, setup, world)

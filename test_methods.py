@@ -2263,9 +2263,8 @@ def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
     world = argparse.Namespace(device="cpu", say=print)
     heads = []
     for seed in (0, 0, 1):
-        args = argparse.Namespace(
-            path=str(tmp_path), model="m", init_from="run", weight_noise=0.0,
-            post_train=None)
+        args = argparse.Namespace(model=str(tmp_path), init_from="run", weight_noise=0.0,
+                                  post_train=None)
         model = common.load_model(args, setup, seed, world)
         torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight,
                                    tuned.bert.embeddings.word_embeddings.weight)
@@ -2289,11 +2288,12 @@ def test_a_head_for_other_labels_is_not_used(labels, kept, tiny_folder, tmp_path
     setup = argparse.Namespace(
         kind=data.KINDS["classify"], task=data.TASKS["toy"],
         tokenizer=transformers.AutoTokenizer.from_pretrained(tiny_folder))
-    args = argparse.Namespace(path=str(tmp_path), model="m", init_from="", weight_noise=0.0,
+    args = argparse.Namespace(model=str(tmp_path), init_from="", weight_noise=0.0,
                               post_train=None)
     model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
     assert (model.classifier.weight == 7).all().item() == kept
-    assert ("m: its head is not used; a fresh one of 2" in capsys.readouterr().out) != kept
+    told = capsys.readouterr().out
+    assert (f"{tmp_path}: its head is not used; a fresh one of 2" in told) != kept
     assert [*model.config.id2label.values()] == data.TASKS["toy"].label_names
 
 
@@ -2306,7 +2306,7 @@ def test_what_modernbert_was_pre_trained_with_before_the_classes_stays(tmp_path,
     pretrained.save_pretrained(tmp_path)
     setup = argparse.Namespace(
         kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=bert_tokenizer(words))
-    args = argparse.Namespace(path=str(tmp_path), model="m", init_from="", weight_noise=0.0,
+    args = argparse.Namespace(model=str(tmp_path), init_from="", weight_noise=0.0,
                               post_train=None)
     model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
     assert (model.head.dense.weight == 7).all() and model.classifier.weight.abs().max() < 1
@@ -2316,7 +2316,7 @@ def test_what_modernbert_was_pre_trained_with_before_the_classes_stays(tmp_path,
     tuned.save_pretrained(tmp_path)                    # a head for other classes, all of it
     model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
     assert model.head.dense.weight.abs().max() < 1
-    assert "m: its head is not used; a fresh one of 2" in capsys.readouterr().out
+    assert f"{tmp_path}: its head is not used; a fresh one of 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("make, settings", [
