@@ -98,12 +98,11 @@ NAMES_ELSEWHERE = {
 
 def refuse_unknown(word, p):
     """UserError for a word of the command line that is no flag of the parser. It suggests one."""
-    name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-    known = [action.dest for action in p._actions]
-    near = [NAMES_ELSEWHERE[name]] if name in NAMES_ELSEWHERE else []
-    near += difflib.get_close_matches(name, known, 1)
     if not word.startswith("-"):
         raise UserError(f"{word}: belongs to no flag; --help lists all")
+    name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+    known = [action.dest for action in p._actions]
+    near = difflib.get_close_matches(NAMES_ELSEWHERE.get(name, name), known, 1)
     hint = f"; did you mean --{near[0]}?" if near else "; --help lists all"
     raise UserError(f"{word}: no such flag{hint}")
 
@@ -259,11 +258,11 @@ def add_training_flags(g, methods, default_methods):
                            "texts to write")
     g.add_argument("--micro_batch_size", type=number(int, 1), metavar="N",
                    help="most rows that a process puts into one pass (all)")
-    length = g.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=number(float, 0, 10**6, above=True), default=3.0,
-                        metavar="N", help="passes over the training rows")
-    length.add_argument("--max_steps", type=number(int, 1), metavar="N",
-                        help="instead of --epochs")
+    duration = g.add_mutually_exclusive_group()
+    duration.add_argument("--epochs", type=number(float, 0, 10**6, above=True), default=3.0,
+                          metavar="N", help="passes over the training rows")
+    duration.add_argument("--max_steps", type=number(int, 1), metavar="N",
+                          help="instead of --epochs")
     g.add_argument("--lr", type=positive, default=1e-5,
                    help="peak learning rate; it decays linearly to 0")
     g.add_argument("--warmup", type=number(float, 0), default=0.06,
@@ -315,24 +314,25 @@ def parse(p, argv, recipe):
     """The flags of a run: the defaults, over them the task's recipe, over both what is set by hand.
 
     recipe(args) -> (its name, {flag: value}). Besides the flags the result has these attributes:
-    by_hand, the names of the flags that were set; recipe_name and recipe, what `recipe` returned;
-    own_files, the first of the user's own files, or ""; of_methods and no_effect, see
-    check_methods. load_tokenizer adds path, where the model lies.
+    started, when they were read; by_hand, the names of the flags that were set; recipe_name and
+    recipe, what `recipe` returned; own_files, the first of the user's own files, or "";
+    of_methods and no_effect, see check_methods.
     """
-    by_hand = flags_by_hand(p, argv)
-    args = read_flags(p, argv, by_hand)                # the recipe depends on the task and model
-    recipe_name, values = recipe(args)
-
-    p.set_defaults(**values)
-    args = read_flags(p, argv, by_hand)
-    args.by_hand = by_hand
-    args.recipe = values
-    args.recipe_name = recipe_name
+    args = read_flags(p, argv)
+    args.started = time.monotonic()
+    fixed = set(args.by_hand)
+    if args.init_from:
+        args.model = run_model(args.init_from)
+        fixed.add("model")
+    args.recipe_name, args.recipe = recipe(args)
+    for flag, value in args.recipe.items():
+        if flag not in fixed:
+            setattr(args, flag, value)
     args.of_methods = []
     args.no_effect = []
     args.seeds = [*dict.fromkeys(args.seeds)]
     args.method = [*dict.fromkeys(args.method)]
-    settle_length(args)
+    settle_duration(args)
     settle_batch(args)
     if args.eval_tasks is None:
         args.eval_tasks = [] if args.own_files else data.TASKS[args.task].further.split()
@@ -340,26 +340,21 @@ def parse(p, argv, recipe):
     return args
 
 
-def flags_by_hand(p, argv):
-    """The names of the flags that are set in argv; None: in this process's command line."""
+def read_flags(p, argv):
+    """The parsed flags, with by_hand, own_files, and the name of the user's own task."""
     words = sys.argv[1:] if argv is None else argv
-    given = {word.split("=")[0] for word in words}
-    return sorted(action.dest for action in p._actions if given & set(action.option_strings))
-
-
-def read_flags(p, argv, by_hand):
-    """The parsed flags, with own_files, the user's own task's name, and --init_from's model."""
-    args, unknown = p.parse_known_args(argv)
+    args, unknown = p.parse_known_args(words)
     if unknown:
         refuse_unknown(unknown[0], p)
+    given = {word.split("=")[0] for word in words}
+    args.by_hand = sorted(
+        action.dest for action in p._actions if given & set(action.option_strings))
     args.own_files = args.train_file or args.validation_file or args.test_file
     if args.own_files:
-        if "task" in by_hand:
+        if "task" in args.by_hand:
             raise UserError(f"--task {args.task}: cannot go together with your own "
                             f"{args.own_files}")
         args.task = args.name
-    if args.init_from:
-        args.model = run_model(args.init_from)
     return args
 
 
@@ -383,11 +378,11 @@ def model_flag(args):
     return f"--model {args.model}"
 
 
-def settle_length(args):
+def settle_duration(args):
     """Sets --epochs or --max_steps to None, so that one holds: the one set by hand, if any.
 
-    If the length is set by hand but the warm-up is not, the recipe's warm-up steps become the same
-    share of the new length.
+    If the duration is set by hand but the warm-up is not, the recipe's warm-up steps become the
+    same share of the new duration.
     """
     chosen = {"epochs", "max_steps"} & set(args.by_hand)
     recipe_steps = args.recipe.get("max_steps")
@@ -564,11 +559,7 @@ class World:
 
     def total(self, array):
         """A numpy array's sum over the processes, on all of them."""
-        if self.size == 1:
-            return np.asarray(array)
-        tensor = torch.tensor(array)                   # a copy: the sum is made in place
-        dist.all_reduce(tensor)
-        return tensor.numpy()
+        return self.add_up(torch.tensor(array)).numpy()                  # of a copy
 
     def add_up(self, tensor):
         """Sums a tensor over the processes, in place and without leaving the GPUs. Returns it."""
@@ -865,15 +856,15 @@ class Setup:
         return found
 
 
-def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
+def prepare(args, world, check=None, also_scores=(), perturb=False, **options):
     """Reads, checks and encodes all rows, before a model is loaded. Returns a Setup.
 
-    check(task): raises UserError if the script cannot train the task. also_scores: see data.load.
-    options: for the kind's `tokenise` in data.py. perturb: one more of them, for the training rows
-    alone.
+    check(args, task): raises UserError if the script cannot train the task. also_scores: see
+    data.load. options: for the kind's `tokenise` in data.py. perturb: one more of them, for the
+    training rows alone.
     """
     if check and not args.own_files:                   # before anything is downloaded
-        check(data.TASKS[args.task])
+        check(args, data.TASKS[args.task])
     with world.in_turns():
         rows = data.load(args, also_scores)
     if args.choosing:                                  # only held-out rows are scored
@@ -881,7 +872,7 @@ def prepare(args, world, check=None, also_scores=(), perturb=None, **options):
     for line in rows.warnings:
         world.say(f"warning: {line}")
     if check and args.own_files:
-        check(rows.task)
+        check(args, rows.task)
     kind = data.KINDS[rows.task.kind]
     if args.batch_tokens and not kind.decodes:
         raise UserError(f"--batch_tokens {args.batch_tokens}: is for texts that are written; "
@@ -913,7 +904,7 @@ def encode_rows(args, rows, tokenizer, perturb, options):
 
     train = None                                       # with --run
     if rows.train is not None:
-        of_training = {} if perturb is None else {"perturb": perturb}
+        of_training = {"perturb": perturb} if perturb else {}
         train = encode(rows.train, task, **of_training)
     validation = {name: (task, encode(part, task)) for name, part in rows.validation.items()}
     further = {name: (its_task, encode(part, its_task))
@@ -955,9 +946,9 @@ def hold_out(args, setup):
     if not n:
         return
     whole = len(setup.train.whole_rows)
-    needed = max(args.batch_size or 1, args.train_samples or 0)
-    if whole - n < needed:
-        most = max(whole - needed, 0)
+    needed = args.train_samples or args.batch_size or 1
+    most = whole - needed
+    if n > most:
         raise UserError(f"--dev_samples {n}: must be at most {most}, which leaves {needed} of the "
                         f"{whole} training rows, as many as --train_samples or --batch_size wants")
     chosen = data.subset(setup.train, n, 0)
@@ -993,7 +984,7 @@ def tell_flags(args, world):
         return ", ".join(words) or "nothing"
 
     searched = [*read_grid(args.searched)]
-    not_said = ["choosing", "grid", "searched", *searched]
+    not_said = ["grid", "searched", *searched]
     if args.init_from:
         not_said.append("model")
     by_hand = [name for name in args.by_hand if name not in not_said]
@@ -1049,21 +1040,21 @@ def find_model(name, world):
 
 
 def load_tokenizer(args, world, task=None):
-    """The tokenizer of --model, checked before any weights are read. Sets args.path, max_length.
+    """The tokenizer of --model, checked before any weights are read. Sets args.max_length.
 
     task: what the model is for, or None; for a task of texts to write, max_target_length is set
     too. UserError if the model or its tokenizer does not fit.
     """
     from transformers import AutoConfig, AutoTokenizer
-    args.path = find_model(args.model, world)
+    path = find_model(args.model, world)
     try:
-        config = AutoConfig.from_pretrained(args.path, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(args.path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         why = first_line(error)
-        if args.path.startswith((".", "/", "~")) and not os.path.isdir(args.path):
+        if path.startswith((".", "/", "~")) and not os.path.isdir(path):
             why = "no such folder"
-        of_run = os.path.join(args.path, "model")
+        of_run = os.path.join(path, "model")
         if holds_model(of_run):
             why = f"is a run's folder; its model is {of_run}"
         raise UserError(f"{model_flag(args)}: {why}") from error
@@ -1072,8 +1063,8 @@ def load_tokenizer(args, world, task=None):
         raise UserError(f"{model_flag(args)}: a {config.model_type} has no decoder, which "
                         f"{args.task} needs to write texts; must be a model such as "
                         "facebook/bart-large")
-    if os.path.isdir(args.path):
-        files = [name for name in os.listdir(args.path) if "token" in name or "vocab" in name
+    if os.path.isdir(path):
+        files = [name for name in os.listdir(path) if "token" in name or "vocab" in name
                  or name.endswith(".model")]
         if not files:
             raise UserError(f"{model_flag(args)}: the folder holds no tokenizer; save the "
@@ -1088,20 +1079,19 @@ def load_tokenizer(args, world, task=None):
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         limit -= 2                                     # their positions start after the padding's
     limit = min(limit, tokenizer.model_max_length)
-    args.max_length = settle_limit(args, "max_length", 512, limit)
+    args.max_length = length_within(args, "max_length", 512, limit)
     if writes:
-        args.max_target_length = settle_limit(args, "max_target_length", task.target_length, limit)
+        args.max_target_length = length_within(args, "max_target_length", task.target_length, limit)
     return tokenizer
 
 
-def settle_limit(args, flag, usual, limit):
-    """The length for a flag: its value, or else the usual one, at most the model's limit.
+def length_within(args, flag, usual, limit):
+    """The tokens that a flag allows: its value, or else the usual one, at most the model's limit.
 
-    UserError if the value is above the limit, unless it is the recipe's.
+    UserError if a value that was set by hand is above the limit.
     """
     given = getattr(args, flag)
-    by_recipe = flag in args.recipe and flag not in args.by_hand
-    if given and given > limit and not by_recipe:
+    if flag in args.by_hand and given > limit:
         raise UserError(f"--{flag} {given}: must be from 4 to {limit}, the limit of {args.model}")
     return min(given or usual, limit)
 
@@ -1114,10 +1104,10 @@ def load_model(args, setup, seed, world, path=None):
     """
     import transformers
     loader = getattr(transformers, setup.kind.auto_class)
-    start = path or args.path
+    start = path or find_model(args.model, world)
     if args.post_train and not path:
         with world.in_turns():
-            start = post_trained(args, setup, seed, world)
+            start = post_trained(start, args, setup, seed, world)
     torch.manual_seed(seed)
     try:
         model, info = loader.from_pretrained(
@@ -1128,14 +1118,15 @@ def load_model(args, setup, seed, world, path=None):
         raise UserError(f"{what}: cannot be loaded by {setup.kind.auto_class}: "
                         f"{first_line(error)}") from error
 
+    missing = info["missing_keys"]
     draws_head = False
     if not path and not setup.kind.decodes:
-        draws_head = args.init_from or has_another_head(model, start, info, setup.task)
+        draws_head = args.init_from or has_another_head(model, start, missing, setup.task)
     if draws_head:
         draw_head(model)
     if draws_head or info["mismatched_keys"]:
         world.say(f"{args.model}: its head is not used; a fresh one of {setup.task.outputs}")
-    warn_of_lost_weights(args, model, info["missing_keys"], world)
+    warn_of_lost_weights(args, model, missing, world)
     check_vocabulary(args, model, setup.tokenizer)
     check_ends(args, model, setup)
     if model.config.pad_token_id is None:
@@ -1145,16 +1136,16 @@ def load_model(args, setup, seed, world, path=None):
     return model.to(world.device).train()              # from_pretrained gives it in eval mode
 
 
-def has_another_head(model, start, info, task):
+def has_another_head(model, start, missing, task):
     """Whether the checkpoint `start` has a whole head, but for other labels or in another order.
 
-    info: from_pretrained's loading info. A head that lacks weights counts as none: the one layer of
-    it with which ModernBERT was pre-trained is kept.
+    missing: the names of all weights that it lacks. A head that lacks some counts as none: the one
+    layer of it with which ModernBERT was pre-trained is kept.
     """
     from transformers import AutoConfig
     body = model.base_model_prefix + "."
     head = {name for name, _ in model.named_parameters() if not name.startswith(body)}
-    has_head = not head & set(info["missing_keys"])
+    has_head = not head & set(missing)
     if not has_head or not task.label_names:           # regression has no names to compare
         return False
     names = AutoConfig.from_pretrained(start, trust_remote_code=False).id2label
@@ -1221,7 +1212,7 @@ def add_weight_noise(model, scale, seed):
     for weight in model.parameters():                  # tied weights come once
         if weight.numel() > 1:
             noise = torch.rand(weight.shape, generator=source) - 0.5
-            weight.data += scale * weight.data.std() * noise.to(weight.device)
+            weight.data += scale * weight.data.std() * noise
 
 
 def training_rows(setup, args, seed):
@@ -1245,7 +1236,7 @@ def count_steps(args, per_epoch):
 def warmup_steps(args, steps):
     """The number of warm-up steps: --warmup, or that share of `steps`. UserError unless fewer."""
     warmup = int(args.warmup if args.warmup >= 1 else args.warmup * steps)
-    if warmup and warmup >= steps:
+    if warmup >= steps:
         raise UserError(f"--warmup {args.warmup:g}: must be less than the {steps} steps")
     return warmup
 
@@ -1257,16 +1248,15 @@ def build_optimizer(module, args, steps, part=None, part_lr=0.0, schedule="linea
     part_lr, by the same schedule. Without it, or if part_lr is 0, all weights learn at --lr.
     """
     from transformers import get_scheduler
-    ids = set()
+    own = set()
     if part is not None and part_lr:
-        ids = {id(p) for p in part.parameters()}
+        own = set(part.parameters())
     learning = [p for p in module.parameters() if p.requires_grad]
-    of_part = [p for p in learning if id(p) in ids]
-    others = [p for p in learning if id(p) not in ids]
+    of_part = [p for p in learning if p in own]
+    others = [p for p in learning if p not in own]
     groups = decay_groups(others, args.lr, args.weight_decay)
     groups += decay_groups(of_part, part_lr, args.weight_decay)
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
     return optimizer, get_scheduler(schedule, optimizer, warmup_steps(args, steps), steps)
 
 
@@ -1287,26 +1277,24 @@ def count_labels(labels):
     return int((labels != -100).sum())
 
 
-def per_process(counts, world):
-    """The count of the whole batch, divided by the number of processes.
-
-    counts: one of each micro-batch of this process.
-    """
+def mean_count(counts, world):
+    """The mean of a count over the processes. counts: one of each micro-batch of this process."""
     total = float(world.total(np.array([sum(counts)]))[0])
     return max(total, 1.0) / world.size                # a batch may have no label: its loss is 0
 
 
-def weights_of_means(labels, others, world):
+def weights_of_means(batch, others, world):
     """Factors for a term of the loss that is a mean over rows or sentences, not over labels.
 
     `backward` weights a micro-batch's loss by its share of all labels, which is wrong for such a
     term if micro-batches are unequal. Multiplied by its factor, the term is weighted by the share
-    of all rows, or sentences, instead. labels, others: how many labels, and how many rows or
-    sentences, each micro-batch of this process has. Returns a scalar tensor for each.
+    of all rows, or sentences, instead. batch: this process's micro-batches. others: how many rows
+    or sentences each of them has. Returns a scalar tensor for each.
     """
-    labels_here = per_process(labels, world)
-    others_here = per_process(others, world)
-    return [torch.tensor((count / others_here) / (max(n, 1) / labels_here))
+    labels = [count_labels(inputs["labels"]) for inputs in batch]
+    mean_labels = mean_count(labels, world)
+    mean_others = mean_count(others, world)
+    return [torch.tensor((count / mean_others) / (max(n, 1) / mean_labels))
             for n, count in zip(labels, others)]
 
 
@@ -1318,12 +1306,12 @@ def backward(module, batch, world, **more):
     the batch (one a row, or one a token; -100 is no label).
     """
     counts = [count_labels(inputs["labels"]) for inputs in batch]
-    labels_here = per_process(counts, world)
+    mean_labels = mean_count(counts, world)
     totals = {}
     for i, inputs in enumerate(batch):
         # The loss of a micro-batch is a mean over its own labels, and the processes' gradients are
         # averaged. Weighted by this share they give the mean over all labels of the batch.
-        share = counts[i] / labels_here
+        share = counts[i] / mean_labels
         is_last = i == len(batch) - 1
         averaging = contextlib.nullcontext()
         if world.size > 1 and not is_last:
@@ -1367,8 +1355,7 @@ def predict(forward, module, split, setup, world, name):
     with torch.inference_mode(), world.autocast():
         for rows, labels, inputs in eval_inputs(split, world, name, **size):
             outputs = forward(**inputs)
-            for row, output in zip(rows, setup.kind.collect(outputs, labels, setup.tokenizer)):
-                kept[row] = output
+            kept.update(zip(rows, setup.kind.collect(outputs, labels, setup.tokenizer)))
     module.train()
     return world.gather(kept)
 
@@ -2294,7 +2281,7 @@ def labels_of_all(runs, labels_of):
     return wanted
 
 
-def use_runs(args, runs, setup, world, started, load, score):
+def use_runs(args, runs, setup, world, load, score):
     """--run: scores and predicts with finished runs, and prints a table of all their scores.
 
     load(folder, results) -> (forward, module). score(forward, module, sets, folder) -> the scores,
@@ -2313,7 +2300,7 @@ def use_runs(args, runs, setup, world, started, load, score):
             world.say(f"wrote {os.path.join(folder, 'results.json')}")
             runs[folder] = read_results(folder)
         write_unscored(folder, forward, module, setup, world)
-    return print_table(world.say, [*runs.values()], args, started)
+    return print_table(world.say, [*runs.values()], args)
 
 
 def add_scores(folder, scores):
@@ -2337,7 +2324,7 @@ def locked(folder):
         os.close(opened)
 
 
-def use_models(args, runs, setup, world, started):
+def use_models(args, runs, setup, world):
     """`use_runs` for runs whose model/ can be loaded by the kind's Auto class."""
     def load(folder, results):
         path = os.path.join(folder, "model")
@@ -2347,7 +2334,7 @@ def use_models(args, runs, setup, world, started):
     def score(forward, module, sets, folder):
         return evaluate(forward, module, sets, setup, world, folder)
 
-    return use_runs(args, runs, setup, world, started, load, score)
+    return use_runs(args, runs, setup, world, load, score)
 
 
 # ---------------------------------------------------------------------------------  5  a run: files
@@ -2431,7 +2418,6 @@ def search(main, flags, recipe, methods, argv):
     rows to score. A method that has none of the grid's flags has one combination, the empty one,
     and is trained at once.
     """
-    started = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse(flags(), argv, recipe)
     grid = read_grid(args.grid)
@@ -2454,9 +2440,9 @@ def search(main, flags, recipe, methods, argv):
         results += main([*argv, "--grid", "--method", method, "--searched", *searched, *chosen])
     if process_rank() == 0:
         if len(grids) > 1:                             # for one method main has printed it
-            print_table(print, results, args, started)
+            print_table(print, results, args)
         else:
-            print(f"{time.monotonic() - started:.0f} s with the search")
+            print(f"{time.monotonic() - args.started:.0f} s with the search")
     return results
 
 
@@ -2759,7 +2745,7 @@ def digest_weights(module):
 
 # ---------------------------------------------------------------------  7  tables, pages, --profile
 
-def print_table(say, results, args, started):
+def print_table(say, results, args):
     """Prints mean, standard deviation, median and max of each method. Returns the results."""
     if args.choosing:                                  # the search prints the score
         return results
@@ -2786,7 +2772,7 @@ def print_table(say, results, args, started):
         where = "the folders of the runs"
         if not args.score_validation and not args.eval_tasks:
             say("Nothing was scored now: these are the runs' scores from before.")
-    say(f"{time.monotonic() - started:.0f} s; models, logs and results are in {where}")
+    say(f"{time.monotonic() - args.started:.0f} s; models, logs and results are in {where}")
     if len(args.method) > 1 and not args.run:
         say(f"what the differences show: {report_command(args)}")
     return results
@@ -4949,7 +4935,7 @@ def learn_masked_words(model, batches, hide, optimizer, schedule, autocast=conte
 POST_TRAINING = {"share": 0.15, "lr": 5e-5, "batch_size": 32, "warmup": 0.06}
 
 
-def post_trained(args, setup, seed, world):
+def post_trained(start, args, setup, seed, world):
     """--post_train E: the folder of --model after E epochs of masked language modelling.
 
     Gururangan et al., Don't Stop Pretraining, ACL 2020. The text is that of the rows that are
@@ -4957,7 +4943,7 @@ def post_trained(args, setup, seed, world):
     hidden as in BERT (80/10/10). Batches have 32 rows. AdamW learns at 5e-5 after a warm-up of 6%,
     with linear decay. The papers that we follow give none of these. A result for the same model,
     text and settings is found again by any script or run. One process makes it, and the others
-    wait: for a large text, start the run with one process first.
+    wait: for a large text, start the run with one process first. start: where --model lies.
     """
     import transformers
     given = f"--post_train {args.post_train:g}: {args.model}"
@@ -4967,7 +4953,7 @@ def post_trained(args, setup, seed, world):
     torch.manual_seed(0)                               # for a head that the model may lack
     try:
         model, info = transformers.AutoModelForMaskedLM.from_pretrained(
-            args.path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+            start, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{given} must be a model that predicts masked words: "
                         f"{first_line(error)}") from error

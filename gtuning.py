@@ -862,9 +862,8 @@ class Algorithm1:
         Factors are needed because L_T is a mean over labels, and L_G one over sentences.
         """
         import common
-        labels = [common.count_labels(inputs["labels"]) for inputs in x_t]
         sentences = [len(general.pop("labels")) for general in x_u]
-        factors = common.weights_of_means(labels, sentences, self.world)
+        factors = common.weights_of_means(x_t, sentences, self.world)
         both = []
         for inputs, general, factor in zip(x_t, x_u, factors):
             both.append({**inputs, "general": general, "general_factor": factor})
@@ -947,16 +946,13 @@ def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
     return {**scores, **common.evaluate(forward, f, to_retrieve, setup, world, folder)}
 
 
-def args_of_start(args, folder, results, world):
+def args_of_start(args, folder, results):
     """The flags, but with the model that the run in this folder started from."""
-    import common
     args = copy.copy(args)
     args.model = results["model"]
     args.weight_noise = results["args"]["weight_noise"]
-    if args.run:
-        args.path = common.find_model(args.model, world)
-        if results["args"]["post_train"]:              # then g is its own, with a path of its own
-            args.path = read_saved(os.path.join(folder, "model"))["plm"]
+    if args.run and results["args"]["post_train"]:     # then g is its own, with a path of its own
+        args.model = read_saved(os.path.join(folder, "model"))["plm"]
     return args
 
 
@@ -969,7 +965,7 @@ def load_f(folder, results, args, setup, world):
     import data
     plm = None
     if results["args"]["tune"] == "adapter" and not results["args"]["post_train"]:
-        start = args_of_start(args, folder, results, world)
+        start = args_of_start(args, folder, results)
         plm = common.load_model(start, setup, results["seed"], world).base_model
     path = os.path.join(folder, "model")
     try:
@@ -991,7 +987,7 @@ def labels_of(folder):
                                f"{data.first_line(error)}") from None
 
 
-def use_finished(args, runs, setup, world, started):
+def use_finished(args, runs, setup, world):
     """--run: scores, predictions and vectors of finished runs. Returns their results."""
     import common
     clouds = {}
@@ -1008,7 +1004,7 @@ def use_finished(args, runs, setup, world, started):
     def score(forward, f, sets, folder):
         return evaluate_sets(args, f, sets, setup, None, world, folder)
 
-    results = common.use_runs(args, runs, setup, world, started, load, score)
+    results = common.use_runs(args, runs, setup, world, load, score)
     if args.embed:
         write_figure_2(args, setup, clouds, world)
     return results
@@ -1107,7 +1103,7 @@ def clouds_before_training(args, setup, folder, world):
     """The two clouds of f as the run in the folder began, by the first seed: (n, H) each."""
     import common
     results = common.read_results(folder)
-    start = args_of_start(args, folder, results, world)
+    start = args_of_start(args, folder, results)
     pair = any("input_ids_2" in split.fields for _, split in setup.validation.values())
     untrained = build_f(start, setup, args.seeds[0], world, pair)
     return clouds_of(untrained, setup, world)
@@ -1378,7 +1374,6 @@ def check_flags(args):
 def main(argv=None):
     """Trains every --method with every seed. Returns their results, as in results.json."""
     import common
-    started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
     alike = [*common.ALIKE, "pair_mode", "retrieve_layer"]
     runs = common.take_runs(args, METHODS, labels_of, alike)
@@ -1386,12 +1381,12 @@ def main(argv=None):
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
 
-    check = functools.partial(common.check_methods, args, methods=METHODS)
+    check = functools.partial(common.check_methods, methods=METHODS)
     with common.processes(args) as world:
         setup = common.prepare(args, world, check, also_scores=["retrieve"],
                                separate=args.pair_mode == "separate")
         if runs:
-            return use_finished(args, runs, setup, world, started)
+            return use_finished(args, runs, setup, world)
         N = count_steps_on_f(args, setup)
         tell_phases(args, N, world)
         texts = Texts(args, setup, world)
@@ -1454,7 +1449,7 @@ def main(argv=None):
             results.append(run.results)
         if args.embed:
             write_figure_2(args, setup, clouds, world)
-        return common.print_table(world.say, results, args, started)
+        return common.print_table(world.say, results, args)
 
 
 # same: end

@@ -71,7 +71,6 @@ import json
 import math
 import os
 import sys
-import time
 
 # same: start
 if __name__ == "__main__":                             # Ctrl-C ends it quietly while torch loads
@@ -1220,9 +1219,8 @@ def with_kl_factors(module, batch, world):
     import common
     if getattr(module, "reduction", "token") == "token":
         return batch
-    labels = [common.count_labels(inputs["labels"]) for inputs in batch]
     rows = [len(inputs["labels"]) for inputs in batch]
-    factors = common.weights_of_means(labels, rows, world)
+    factors = common.weights_of_means(batch, rows, world)
     return [{**inputs, "kl_factor": factor} for inputs, factor in zip(batch, factors)]
 
 
@@ -1254,7 +1252,6 @@ def warn_of_rounding(args, world):
 def main(argv=None):
     """Trains every --method with every seed. Returns their results, as in results.json."""
     import common
-    started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
     if args.probe or args.probe_tasks:
         return probe(args, argv)
@@ -1263,9 +1260,9 @@ def main(argv=None):
         return common.search(main, flags, recipe, METHODS, argv)
 
     with common.processes(args) as world:
-        setup = common.prepare(args, world, functools.partial(check, args))
+        setup = common.prepare(args, world, check)
         if runs:
-            return common.use_models(args, runs, setup, world, started)
+            return common.use_models(args, runs, setup, world)
         warn_of_rounding(args, world)
 
         def build(method, seed):
@@ -1316,7 +1313,7 @@ def main(argv=None):
                 run.finish(metrics, batches, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
             results.append(run.results)
-        return common.print_table(world.say, results, args, started)
+        return common.print_table(world.say, results, args)
 
 
 # same: end

@@ -93,7 +93,6 @@ import functools
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass, replace
 
 # same: start
@@ -1329,14 +1328,14 @@ def check_texts(args, asked):
                                    f"row of {args.task} is")
 
 
-def use_finished(args, runs, asked, world, started):
+def use_finished(args, runs, asked, world):
     """--run: scores, predictions and analyses of finished runs. Explaining a text needs no data."""
     import common
     common.refuse_other_flags(args, runs, free=["max_length"])
     to_score = not asked.any or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
     if to_score or asked.figures:
-        setup = common.prepare(args, world, functools.partial(check_figure_3, args))
+        setup = common.prepare(args, world, check_figure_3)
         tokenizer = setup.tokenizer
     else:
         setup = None
@@ -1346,7 +1345,7 @@ def use_finished(args, runs, asked, world, started):
     check_texts(args, asked)
     results = [*runs.values()]
     if to_score:
-        results = common.use_models(args, runs, setup, world, started)
+        results = common.use_models(args, runs, setup, world)
     if asked.any:
         analyse(args, asked, setup, tokenizer, world)
     return results
@@ -1656,7 +1655,6 @@ def check(args, task):
 def main(argv=None):
     """Trains every --method with every seed, and analyses them. Returns their results."""
     import common
-    started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
     runs = common.take_runs(args, METHODS)
     asked = read_analyses(args, runs)
@@ -1666,8 +1664,8 @@ def main(argv=None):
 
     with common.processes(args) as world:
         if runs:
-            return use_finished(args, runs, asked, world, started)
-        setup = common.prepare(args, world, functools.partial(check, args),
+            return use_finished(args, runs, asked, world)
+        setup = common.prepare(args, world, check,
                                perturb=perturb or "cutoff" in args.method)       # see setup_for
         check_tokenizer(args, setup.tokenizer, args.method, asked)
         check_texts(args, asked)
@@ -1725,7 +1723,7 @@ def main(argv=None):
             results.append(run.results)
         if asked.any:
             analyse(args, asked, setup, setup.tokenizer, world)
-        return common.print_table(world.say, results, args, started)
+        return common.print_table(world.say, results, args)
 
 
 # same: end

@@ -1968,6 +1968,15 @@ def test_of_epochs_and_steps_one_holds():
     assert args.epochs == 2 and args.max_steps is None
 
 
+def test_the_model_of_init_from_is_neither_the_recipes_nor_the_flags(tmp_path):
+    os.makedirs(tmp_path / "model")
+    write(tmp_path / "model/config.json", "{}")
+    for more in ([], ["--model", "m"]):
+        args = parse("r3f", "--task", "rte", "--init_from", tmp_path, *more)
+        assert args.model == str(tmp_path / "model") and args.recipe["model"] != args.model
+        assert ("model" in args.by_hand) == bool(more)
+
+
 def test_the_settings_fit_into_ten_lines(tiny_folder, tmp_path, capsys):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--train_samples", 100)
     told = capsys.readouterr().out.split("\n\n")[0].splitlines()
@@ -2254,9 +2263,8 @@ def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
     world = argparse.Namespace(device="cpu", say=print)
     heads = []
     for seed in (0, 0, 1):
-        args = argparse.Namespace(
-            path=str(tmp_path), model="m", init_from="run", weight_noise=0.0,
-            post_train=None)
+        args = argparse.Namespace(model=str(tmp_path), init_from="run", weight_noise=0.0,
+                                  post_train=None)
         model = common.load_model(args, setup, seed, world)
         torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight,
                                    tuned.bert.embeddings.word_embeddings.weight)
@@ -2280,11 +2288,12 @@ def test_a_head_for_other_labels_is_not_used(labels, kept, tiny_folder, tmp_path
     setup = argparse.Namespace(
         kind=data.KINDS["classify"], task=data.TASKS["toy"],
         tokenizer=transformers.AutoTokenizer.from_pretrained(tiny_folder))
-    args = argparse.Namespace(path=str(tmp_path), model="m", init_from="", weight_noise=0.0,
+    args = argparse.Namespace(model=str(tmp_path), init_from="", weight_noise=0.0,
                               post_train=None)
     model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
     assert (model.classifier.weight == 7).all().item() == kept
-    assert ("m: its head is not used; a fresh one of 2" in capsys.readouterr().out) != kept
+    told = capsys.readouterr().out
+    assert (f"{tmp_path}: its head is not used; a fresh one of 2" in told) != kept
     assert [*model.config.id2label.values()] == data.TASKS["toy"].label_names
 
 
@@ -2297,7 +2306,7 @@ def test_what_modernbert_was_pre_trained_with_before_the_classes_stays(tmp_path,
     pretrained.save_pretrained(tmp_path)
     setup = argparse.Namespace(
         kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=bert_tokenizer(words))
-    args = argparse.Namespace(path=str(tmp_path), model="m", init_from="", weight_noise=0.0,
+    args = argparse.Namespace(model=str(tmp_path), init_from="", weight_noise=0.0,
                               post_train=None)
     model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
     assert (model.head.dense.weight == 7).all() and model.classifier.weight.abs().max() < 1
@@ -2307,7 +2316,7 @@ def test_what_modernbert_was_pre_trained_with_before_the_classes_stays(tmp_path,
     tuned.save_pretrained(tmp_path)                    # a head for other classes, all of it
     model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
     assert model.head.dense.weight.abs().max() < 1
-    assert "m: its head is not used; a fresh one of 2" in capsys.readouterr().out
+    assert f"{tmp_path}: its head is not used; a fresh one of 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("make, settings", [
@@ -3202,6 +3211,7 @@ def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny
     (["--grid", "lr=1e-3,1e-4", "--profile", 2], "--profile: cannot go together with --grid"),
     (["--grid", "lr=1e-3,1e-4", "lr=1e-5"], "--grid lr=1e-5: lr stands there twice"),
     (["--dev_samples", 319], "--dev_samples 319: must be at most 304, which leaves 16 of the 320"),
+    (["--dev_samples", 291, "--train_samples", 30], "must be at most 290, which leaves 30 of the"),
 ])
 def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, tiny_folder,
                                                                  tmp_path):
@@ -3513,12 +3523,12 @@ def test_what_a_finished_run_cannot_do_is_one_line(flags, line, finished_toy):
 def test_the_table_has_straight_columns(tmp_path):
     args = argparse.Namespace(task="rte", choosing=False, run=[], seeds=[0], eval_tasks=[],
                               method=["adapter", "self-teach"], output_dir=str(tmp_path),
-                              recipe_name="r")
+                              recipe_name="r", started=time.monotonic())
     results = [{"method": method, "model": "m", "metrics": {name: {"accuracy": score}}}
                for method, score in (("adapter", 0.5), ("self-teach", 1.0))
                for name in ("validation", "a-longer-name")]
     said = []
-    common.print_table(said.append, results, args, time.monotonic())
+    common.print_table(said.append, results, args)
     rows = [line for line in said if "accuracy" in line or line.startswith("set")]
     assert len(rows) == 5 and len({len(row) for row in rows}) == 1, rows
 
