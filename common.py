@@ -1652,8 +1652,9 @@ class Run:
         self.per_epoch = 1
         self.parts = {}                                # {name: part}: all that training changes
         self.batches = None                            # those of the phase under way
-        self.shift = 0                                 # earlier steps that took none of them
-        self.first = 0                                 # the step at which that phase began
+        self.first = 0                                 # the steps at which that phase begins
+        self.until = 0                                 # and ends
+        self.shift = 0                                 # steps of the phases before that took none
         self.seconds = 0.0                             # of training, without evaluation
         self.started = None                            # when the step under way began
         self.saved = 0.0                               # when the last checkpoint was written
@@ -1812,23 +1813,25 @@ class Run:
             self.world.say(f"warning: {self.log_path} has lost lines; it goes on from here")
         self.log_file.truncate(min(there, size))
 
-    def steps(self, until, batches=None, first=0, shift=0, phase=""):
+    def steps(self, until, batches=None, phase=""):
         """Yields (step, its batch) for the remaining steps of a phase, which ends at step `until`.
 
         It does all that a step has besides training. Before each yield it seeds the random state by
         the run's seed, the step and the rank alone, so that a run can be resumed at any step. After
-        it, it logs, saves and stops where that is due. batches: step s takes batches[s - shift];
-        None: steps take none. shift: how many earlier steps of the run took none of these batches.
-        first: the step at which the phase began, where its progress bar starts. phase: its name in
-        the bar.
+        it, it logs, saves and stops where that is due. The phases of a run follow one another, each
+        by a call of this method. batches: the phase's batches, which go on where an earlier phase
+        left off; None: its steps take none. phase: its name in the progress bar.
         """
+        if self.batches is None:                       # the phase before took none
+            self.shift += self.until - self.first
+        self.first = self.until
+        self.until = until
         self.batches = batches
-        self.shift = shift
-        self.first = first
         if self.step >= until:
             return
         name = f"{self.name} {phase}".strip()
-        with Progress(self.world, name, until - first, self.step - first) as progress:
+        done = self.step - self.first
+        with Progress(self.world, name, until - self.first, done) as progress:
             while self.step < until:
                 self.started = self.world.training_clock()
                 signals["in_step"] = True
@@ -1837,11 +1840,11 @@ class Run:
 
                 batch = None
                 if batches is not None:
-                    batch = batches[self.step - shift]
+                    batch = batches[self.step - self.shift]
                 yield self.step, batch
 
                 self.step += 1
-                progress.update(message=self.end_step(until))
+                progress.update(message=self.end_step())
                 signals["in_step"] = False
                 if signals["caught"] and self.step == self.total:        # it came during end_step
                     raise Stopped(signals["caught"], f"stopped by a signal{signals['way_on']}")
@@ -1860,7 +1863,7 @@ class Run:
             return self.seconds
         return self.seconds + self.world.training_clock() - self.started
 
-    def end_step(self, until):
+    def end_step(self):
         """Logs and saves what is due, and stops if a signal came. Returns words on the loss."""
         late = self.world.rank == 0 and time.monotonic() - self.saved > 300
         # All processes must decide alike: a sum is above 0 if it holds for any of them.
@@ -1871,7 +1874,7 @@ class Run:
             checkpoint_due = late
         is_last = self.step == self.total              # saved before anything is evaluated
         save_now = signalled or checkpoint_due or is_last
-        log_now = self.step % self.args.log_every == 0 or self.step == until
+        log_now = self.step % self.args.log_every == 0 or self.step == self.until
 
         if log_now or save_now:                        # so that the seconds are of finished work
             self.world.synchronize()
@@ -1936,10 +1939,8 @@ class Run:
 
     def write_line(self, step, terms):
         """Writes a line of log.jsonl. Its epoch counts batches: a phase without any adds none."""
-        taken = self.first
-        if self.batches is not None:
-            taken = step - self.shift
-        line = {"step": step, "epoch": round(taken / self.per_epoch, 4), **terms}
+        at = self.first if self.batches is None else step
+        line = {"step": step, "epoch": round((at - self.shift) / self.per_epoch, 4), **terms}
         if self.world.rank == 0:
             with self.writing(self.log_path):
                 print(json.dumps(line), file=self.log_file, flush=True)

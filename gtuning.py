@@ -1423,7 +1423,7 @@ def main(argv=None):
                 if run.step < end_2:
                     with run.timed():
                         f_B, f_M = algorithm.vectors_of_both()
-                for step, _ in run.steps(end_2, first=end_1, phase="phase 2 of 3, D"):
+                for step, _ in run.steps(end_2, phase="phase 2 of 3, D"):
                     k = step - end_1
                     f_t = f_B[algorithm.rows_of_step(algorithm.d_x_t, k)]
                     f_u = f_M[algorithm.rows_of_step(algorithm.d_x_u, k)]
@@ -1433,8 +1433,8 @@ def main(argv=None):
 
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B, {x_u} ~ M; Optimize f by the Eq. 6;
                 #  for _ to T do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
-                for step, x_t in run.steps(end_3, algorithm.x_t, first=end_2,    # phase 2: no x_t
-                                           shift=end_2 - end_1, phase="phase 3 of 3, f and D"):
+                phase_3 = "phase 3 of 3, f and D"
+                for step, x_t in run.steps(end_3, algorithm.x_t, phase=phase_3):
                     r = step - end_2
                     loss, stats = algorithm.joint_round(r, k=end_2 - end_1 + r * args.T, x_t=x_t)
                     run.log(loss, stats, lr=algorithm.lr, phase=3)
