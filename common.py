@@ -1649,9 +1649,9 @@ class Run:
 
         self.step = 0                                  # steps done
         self.total = 0                                 # steps in all
-        self.per_epoch = 1
         self.parts = {}                                # {name: part}: all that training changes
         self.batches = None                            # those of the phase under way
+        self.per_epoch = 1                             # how many of them an epoch has
         self.first = 0                                 # the steps at which that phase begins
         self.until = 0                                 # and ends
         self.shift = 0                                 # steps of the phases before that took none
@@ -1769,7 +1769,7 @@ class Run:
         raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with "
                         f"{', '.join(other.values())}; {way_out}")
 
-    def begin(self, total, per_epoch, **parts):
+    def begin(self, total, **parts):
         """Starts the run, or with --resume goes on from its checkpoint.
 
         total: its steps. parts: all that training changes, each with a state_dict, for checkpoints
@@ -1777,7 +1777,6 @@ class Run:
         """
         self.parts = parts
         self.total = total
-        self.per_epoch = per_epoch
         state = self.read_checkpoint() if self.args.resume else None
         if state:
             for name, part in parts.items():
@@ -1827,6 +1826,8 @@ class Run:
         self.first = self.until
         self.until = until
         self.batches = batches
+        if batches is not None:
+            self.per_epoch = batches.per_epoch
         if self.step >= until:
             return
         name = f"{self.name} {phase}".strip()

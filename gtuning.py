@@ -1408,7 +1408,7 @@ def main(argv=None):
                 algorithm = Algorithm1(args, run.method, run.seed, N, setup, texts, world)
                 f = algorithm.f
                 end_1, end_2, end_3 = phase_ends(run.method, N)
-                run.begin(end_3, algorithm.x_t.per_epoch, **algorithm.parts)
+                run.begin(end_3, **algorithm.parts)
                 eval_every = args.eval_every or algorithm.x_t.per_epoch
 
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B; Optimize f by the Eq. 2"

@@ -1289,8 +1289,8 @@ def main(argv=None):
                 total = common.count_steps(args, batches.per_epoch)
                 optimizer, schedule = common.build_optimizer(module, args, total)
                 ddp = world.ddp(module)
-                run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
-                          schedule=schedule, batches=batches)
+                run.begin(total, module=module, optimizer=optimizer, schedule=schedule,
+                          batches=batches)
 
                 for step, batch in run.steps(total, batches):
                     lr = schedule.get_last_lr()[0]

@@ -1697,8 +1697,8 @@ def main(argv=None):
                 optimizer, schedule = common.build_optimizer(
                     module, args, total, part, args.c_lr)                # choice 9
                 ddp = world.ddp(module)
-                run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
-                          schedule=schedule, batches=batches)
+                run.begin(total, module=module, optimizer=optimizer, schedule=schedule,
+                          batches=batches)
 
                 for step, batch in run.steps(total, batches):
                     lr = schedule.get_last_lr()[0]
