@@ -2025,7 +2025,7 @@ class Run:
                             "starts afresh")
         return None
 
-    def finish(self, metrics, batches, tokenizer, write_model):
+    def finish(self, metrics, tokenizer, write_model):
         """Writes model/ and results.json, and removes the checkpoints.
 
         write_model(folder) writes the model. results.json comes after it, because it marks the run
@@ -2033,9 +2033,7 @@ class Run:
         """
         if self.best is None:
             self.log_scores(metrics, self.step)
-        self.batches = batches
-        real, computed = self.world.total(np.array([batches.real, batches.computed]))
-        self.results = self.collect_results(metrics, float(real / computed))
+        self.results = self.collect_results(metrics)
         if self.world.rank == 0:
             folder = self.model_folder
             with self.writing(folder):
@@ -2052,10 +2050,12 @@ class Run:
                     os.remove(path)
         self.world.barrier()
 
-    def collect_results(self, metrics, padding_efficiency):
+    def collect_results(self, metrics):
         """The contents of results.json."""
         import transformers
         _, main_metric, _ = first_score(metrics)
+        tokens = np.array([self.batches.real, self.batches.computed])
+        real, computed = self.world.total(tokens).tolist()
         rate = self.step * self.rows_a_step() / max(self.seconds, 1e-9)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                     "transformers": transformers.__version__, "device": str(self.world),
@@ -2065,7 +2065,7 @@ class Run:
             "model": self.args.model, "main_metric": main_metric,
             "metrics": metrics, "best": self.best, "steps": self.step,
             "train_seconds": round(self.seconds, 2), "examples_per_second": round(rate, 1),
-            "padding_efficiency": round(padding_efficiency, 4),
+            "padding_efficiency": round(real / computed, 4),
             "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size,
             "args": self.identity, "versions": versions}
         if self.args.searched:

@@ -1312,7 +1312,7 @@ def main(argv=None):
                     module.load_state_dict(run.best_weights)
                 metrics = evaluate(model, setup.scored, run.folder)
                 write = functools.partial(write_model, model)
-                run.finish(metrics, batches, setup.tokenizer, write)
+                run.finish(metrics, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
             results.append(run.results)
         return common.print_table(world.say, results, args, started)
