@@ -1594,14 +1594,6 @@ def recipe_in(folder):
         return ""
 
 
-@dataclass
-class LoggedStep:
-    """What a step adds to the next line of the log."""
-    step: int
-    terms: dict                    # {name: tensor}, the loss among them
-    numbers: dict                  # {name: number}
-
-
 def runs_to_make(args, methods, world):
     """Yields the Run of each seed and method, its folder locked; a finished one has its results.
 
@@ -1662,7 +1654,8 @@ class Run:
         self.best_weights = None
         self.lock = None                               # the folder's lock file, on rank 0
         self.log_file = None                           # on rank 0
-        self.pending = []                              # steps that are not in the log yet
+        self.pending = {}                              # {step not in the log yet: its terms}
+        self.numbers = {}                              # those of the last such step
         self.flushed = 0, 0.0                          # step, seconds at the log's last line
         self.results = None                            # once the run is finished
 
@@ -1904,8 +1897,8 @@ class Run:
         loss and stats {name: scalar} are tensors, which stay on the device until that line is
         written. numbers, such as the learning rate, are plain numbers.
         """
-        terms = {"loss": loss.detach(), **stats}
-        self.pending.append(LoggedStep(self.step, terms, numbers))
+        self.pending[self.step] = {"loss": loss.detach(), **stats}
+        self.numbers = numbers
 
     def flush(self):
         """Writes a line of the log: means over processes and the steps since the last line.
@@ -1913,24 +1906,23 @@ class Run:
         Returns the mean loss. NotFinite if a term of any step is not finite.
         """
         pending = self.pending
-        self.pending = []
-        last = pending[-1]
-        names = list(last.terms)
+        self.pending = {}
+        names = [*pending[max(pending)]]
         rows = []
-        for logged in pending:
-            rows.append(torch.stack([logged.terms[name].float() for name in names]))
+        for terms in pending.values():
+            rows.append(torch.stack([terms[name].float() for name in names]))
         values = torch.stack(rows).double().cpu().numpy()                # (steps, terms)
         values = self.world.total(values) / self.world.size
-        for logged, row in zip(pending, values):
+        for step, row in zip(pending, values):
             if not np.isfinite(row).all():
-                self.fail_at(logged.step, dict(zip(names, row)))
+                self.fail_at(step, dict(zip(names, row)))
 
         step_before, seconds_before = self.flushed
         seconds = max(1e-9, self.seconds - seconds_before)
         rate = self.rows_a_step() * (self.step - step_before) / seconds
         self.flushed = self.step, self.seconds
         means = dict(zip(names, values.mean(0).tolist()))
-        line = {**means, **last.numbers, "examples_per_second": round(rate, 1)}
+        line = {**means, **self.numbers, "examples_per_second": round(rate, 1)}
         self.write_line(self.step, line)
         return means["loss"]
 
