@@ -3727,10 +3727,10 @@ def keep_lines(path, runs, by, differ):
 # -------------------------------------------------------------  9  the report: what may be compared
 
 def refuse_incomparable(runs, by, differ):
-    """UserError if two runs of one task differ in flags that are not the method's own.
+    """UserError if two runs, all of one task, differ in flags that are not the method's own.
 
-    The runs of a method must agree in all flags. The methods of a task must agree in the flags that
-    all scripts have, except those that were searched over the same values. Free to differ are
+    The runs of a method must agree in all flags. The methods must agree in the flags that all
+    scripts have, except those that were searched over the same values. Free to differ are
     NOT_COMPARED, METHOD_FLAGS, those in `by` and `differ`, and those that kept lines were kept with
     (see `keep_lines`). A flag that only one of two runs has is not compared: the other run is older
     than the flag.
@@ -3738,15 +3738,14 @@ def refuse_incomparable(runs, by, differ):
     free = NOT_COMPARED.union(METHOD_FLAGS, by, differ)
     for run in runs:
         free.update(run.line.get("by", []), run.line.get("differ", []))
-    first = {}                                         # {(task, method): a run}
+    first = {}                                         # {method: a run}
     for run in runs:
-        other = first.setdefault((run.task, run.method), run)
+        other = first.setdefault(run.method, run)
         names = set(run.flags) & set(other.flags) - free
         refuse_flags(run, other, names, f"the runs of {run.method} on {run.task}")
 
-    of_task = {}
+    other = runs[0]
     for run in first.values():
-        other = of_task.setdefault(run.task, run)
         mine = run.line.get("searched", {})
         theirs = other.line.get("searched", {})
         searched = {name for name in mine if mine[name] == theirs.get(name)}
