@@ -3384,9 +3384,6 @@ def summarise_differences(differences):
 
 # ------------------------------------------------------------  9  the report: reading finished runs
 
-# Flags that change neither what is trained nor which state is scored.
-NOT_COMPARED = {"task", "eval_tasks", "log_every", "test_file"}
-
 # Flags that may also differ between methods. (In micro-batches a batch has other dropout masks, and
 # another loss only for a few settings of some methods; so the runs of one method must agree.)
 MAY_DIFFER_BETWEEN_METHODS = {"micro_batch_size"}
@@ -3731,11 +3728,11 @@ def refuse_incomparable(runs, by, differ):
 
     The runs of a method must agree in all flags. The methods must agree in the flags that all
     scripts have, except those that were searched over the same values. Free to differ are
-    NOT_COMPARED, METHOD_FLAGS, those in `by` and `differ`, and those that kept lines were kept with
-    (see `keep_lines`). A flag that only one of two runs has is not compared: the other run is older
-    than the flag.
+    NOT_THE_RUN, eval_tasks, METHOD_FLAGS, those in `by` and `differ`, and those that kept lines
+    were kept with (see `keep_lines`). A flag that only one of two runs has is not compared: the
+    other run is older than the flag.
     """
-    free = NOT_COMPARED.union(METHOD_FLAGS, by, differ)
+    free = NOT_THE_RUN.union(["eval_tasks"], METHOD_FLAGS, by, differ)
     for run in runs:
         free.update(run.line.get("by", []), run.line.get("differ", []))
     first = {}                                         # {method: a run}
