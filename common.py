@@ -1515,9 +1515,8 @@ NOT_SEARCHED = {
 
 @functools.cache
 def default_flags():
-    """{flag: default} of the flags that all scripts have, as json gives them back."""
-    defaults = vars(parser(" ", [], []).parse_args([]))
-    return json.loads(json.dumps(defaults))
+    """{flag: default} of the flags that all scripts have."""
+    return vars(parser(" ", [], []).parse_args([]))
 
 
 def flags_that_count(args, method_flags):
