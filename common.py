@@ -3963,7 +3963,9 @@ def relative_costs(table, task, method):
 def remarks(table):
     """All remarks on a table, as sentences."""
     return [*remarks_on_one_prediction(table), remark_on_intervals(table),
-            *remarks_on_seeds(table), *remarks_on_tasks(table), *remarks_on_choice(table)]
+            *remarks_on_few_seeds(table), *remarks_on_many_tests(table),
+            *remarks_on_unlike_seeds(table), *remarks_on_tasks(table), *remarks_on_states(table),
+            *remarks_on_choice(table)]
 
 
 def remarks_on_one_prediction(table):
@@ -3993,12 +3995,6 @@ def remark_on_intervals(table):
     if seeds < 5:
         caution = f" With no more than {plural(seeds, 'seed')} those hardly vary in these."
     return f"{over_seeds}, but in those over seeds and rows.{caution}"
-
-
-def remarks_on_seeds(table):
-    """On the seeds: where they are too few, how many tests there are, and which are not shared."""
-    return [*remarks_on_few_seeds(table), *remarks_on_many_tests(table),
-            *remarks_on_unlike_seeds(table)]
 
 
 def remarks_on_few_seeds(table):
@@ -4085,8 +4081,8 @@ def remarks_on_states(table):
 
 
 def remarks_on_choice(table):
-    """How the states and the flags that are scored were chosen, and on which machines."""
-    said = remarks_on_states(table)
+    """How the flags that are scored were chosen, and on which machines the runs were."""
+    said = []
     searched = {}
     for run in table.runs:
         if run.line.get("searched"):
