@@ -4251,14 +4251,16 @@ def text_lines(header, rows, keys, width=110):
 
 
 def report_rows(table):
-    """{heading: a table of strings}, of those parts of the report that have a row."""
-    found = {"Scores, in percent": score_rows(table)}
-    if table.baseline:
-        found[over_seeds_heading(table)] = difference_rows(table)
-        against = f"Difference to {table.baseline}, in points"
-        found[f"{against}, over tasks"] = over_tasks_rows(table)
-        found[f"{against}, over seeds and rows (bootstrap)"] = bootstrap_rows(table)
-    found["Cost, medians over seeds"] = cost_rows(table)
+    """{heading: a table of strings}, of those parts of the report that have a row.
+
+    Without a run of the baseline there are no differences.
+    """
+    against = f"Difference to {table.baseline}, in points"
+    found = {"Scores, in percent": score_rows(table),
+             over_seeds_heading(table): difference_rows(table),
+             f"{against}, over tasks": over_tasks_rows(table),
+             f"{against}, over seeds and rows (bootstrap)": bootstrap_rows(table),
+             "Cost, medians over seeds": cost_rows(table)}
     return {heading: part for heading, part in found.items() if part[1]}
 
 
