@@ -2610,18 +2610,17 @@ class CachedSplit(data.Split):
     only the others are encoded.
     """
 
-    def __init__(self, split, sentences, sizes, starts, states):
+    def __init__(self, split, sentences, starts, states):
         """split: the rows. sentences: the same texts as a Split, each a row of its own.
 
-        sizes, starts (sentences,): tokens of each sentence, and the index in `states` of its first
-        one. states (tokens, H): of all sentences, mapped from the file.
+        starts (sentences,): the index in `states` of each sentence's first token. states (tokens,
+        H): of all sentences, mapped from the file.
         """
         super().__init__(split.fields, split.left, split.rows)
         self.texts = sentences
-        self.sizes = sizes
         self.starts = starts
         self.states = states
-        self.per_row = len(sizes) // len(split)        # 2 where pairs are encoded apart
+        self.per_row = len(sentences) // len(split)    # 2 where pairs are encoded apart
 
     @classmethod
     def build(cls, split, encode, width, folder, model_digest, world):
@@ -2651,7 +2650,7 @@ class CachedSplit(data.Split):
             raise UserError(
                 f"--cache_dir {folder}: the feature cache ({bytes_needed / 1e6:.1f} MB) cannot be "
                 f"written: {why}; use another folder, or --no_cache") from error
-        self = cls(split, sentences, sizes, starts, states.view(total, width))
+        self = cls(split, sentences, starts, states.view(total, width))
         self.fill(path, parts, marks, encode, world)
         return self
 
@@ -2681,7 +2680,7 @@ class CachedSplit(data.Split):
 
     def sentences(self):
         """Each text as a row of its own, as in Split.sentences."""
-        return CachedSplit(self.texts, self.texts, self.sizes, self.starts, self.states)
+        return CachedSplit(self.texts, self.texts, self.starts, self.states)
 
     def collate(self, rows, width=0, target_width=0):
         """Tensors of the given rows, padded as in Split.collate.
@@ -2693,7 +2692,7 @@ class CachedSplit(data.Split):
         for second in range(self.per_row):
             suffix = "_2" if second else ""
             sentences = rows + second * len(self)
-            sizes = self.sizes[sentences][:, None]                       # (B, 1)
+            sizes = self.texts.lengths[sentences][:, None]               # (B, 1)
             n = max(width, int(sizes.max()))
             places = np.arange(n)                      # of tokens in the sentence
             if self.left:
