@@ -2491,10 +2491,7 @@ def score_of_cell(main, argv):
         return -math.inf
     scores = []
     for result in results:
-        if result["best"]:
-            value = result["best"]["value"]
-        else:
-            _, _, value = first_score(result["metrics"])
+        _, _, value = first_score(result["metrics"])
         scores.append(value)
     return sum(scores) / len(scores)
 

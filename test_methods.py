@@ -3014,6 +3014,21 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     assert told.count("\n  searched    lr 0.001") == 2
 
 
+def test_a_search_compares_all_held_out_rows_though_training_looks_at_few(tiny_folder, tmp_path):
+    """--eval_samples is for the looks in training; the score that decides is of the end."""
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--grid", "lr=1e-3,1e-4", "--max_steps", 3,
+        "--dev_samples", 40, "--eval_every", 1, "--eval_samples", 5)
+    looks = []
+    scores = []
+    for cell in read_json(tmp_path / "toy/search-std.json")["tried"]:
+        folder = tmp_path / "grid" / cell["flags"][0].removeprefix("--") / "toy/std-0"
+        found = read_json(folder / "results.json")
+        looks.append(found["best"]["value"])
+        scores.append(cell["score"])
+        assert cell["score"] == found["metrics"]["held-out"]["accuracy"]
+    assert scores != looks
+
+
 def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, monkeypatch, capsys):
     """And combinations that one seed has tried are not tried by it again."""
     before, _, _ = searched
