@@ -2306,7 +2306,9 @@ def use_runs(args, runs, setup, world, started, load, score):
             world.say(f"wrote {os.path.join(folder, 'results.json')}")
             runs[folder] = read_results(folder)
         write_unscored(folder, forward, module, setup, world)
-    return print_table(world.say, [*runs.values()], args, started)
+    results = [*runs.values()]
+    print_table(world.say, results, args, started)
+    return results
 
 
 def add_scores(folder, scores):
@@ -2749,9 +2751,9 @@ def digest_weights(module):
 # ---------------------------------------------------------------------  7  tables, pages, --profile
 
 def print_table(say, results, args, started):
-    """Prints mean, standard deviation, median and max of each method. Returns the results."""
+    """Prints mean, standard deviation, median and max of each method."""
     if args.choosing:                                  # the search prints the score
-        return results
+        return
     sets = {}
     for result in results:                             # with --run, runs may have unlike sets
         sets.update(result["metrics"])
@@ -2778,7 +2780,6 @@ def print_table(say, results, args, started):
     say(f"{time.monotonic() - started:.0f} s; models, logs and results are in {where}")
     if len(args.method) > 1 and not args.run:
         say(f"what the differences show: {report_command(args)}")
-    return results
 
 
 def report_command(args):

@@ -1433,8 +1433,7 @@ def main(argv=None):
 
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B, {x_u} ~ M; Optimize f by the Eq. 6;
                 #  for _ to T do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
-                phase_3 = "phase 3 of 3, f and D"
-                for step, x_t in run.steps(end_3, algorithm.x_t, phase=phase_3):
+                for step, x_t in run.steps(end_3, algorithm.x_t, phase="phase 3 of 3, f and D"):
                     r = step - end_2
                     loss, stats = algorithm.joint_round(r, k=end_2 - end_1 + r * args.T, x_t=x_t)
                     run.log(loss, stats, lr=algorithm.lr, phase=3)
@@ -1454,7 +1453,8 @@ def main(argv=None):
             results.append(run.results)
         if args.embed:
             write_figure_2(args, setup, clouds, world)
-        return common.print_table(world.say, results, args, started)
+        common.print_table(world.say, results, args, started)
+        return results
 
 
 # same: end

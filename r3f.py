@@ -1315,7 +1315,8 @@ def main(argv=None):
                 run.finish(metrics, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
             results.append(run.results)
-        return common.print_table(world.say, results, args, started)
+        common.print_table(world.say, results, args, started)
+        return results
 
 
 # same: end

@@ -1725,7 +1725,8 @@ def main(argv=None):
             results.append(run.results)
         if asked.any:
             analyse(args, asked, setup, setup.tokenizer, world)
-        return common.print_table(world.say, results, args, started)
+        common.print_table(world.say, results, args, started)
+        return results
 
 
 # same: end
