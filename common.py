@@ -2865,7 +2865,7 @@ def count_flops(call):
 
 
 def profile_methods(args, world, setup, build):
-    """--profile: times ordinary training steps of every --method in every --batching.
+    """--profile: times training steps, as in the scripts' loops, of every --method and --batching.
 
     build(method, seed) -> a module whose forward gives the loss.
     """
@@ -2873,24 +2873,23 @@ def profile_methods(args, world, setup, build):
         module = build(method, args.seeds[0])
         batches = build_batches(setup, args, args.seeds[0], world, order)
         optimizer, schedule = build_optimizer(module, args, 10**6)
-        return batches, functools.partial(
-            ordinary_step, world.ddp(module), optimizer, schedule, args, world)
+        ddp = world.ddp(module)
+
+        def step(batch):
+            backward(ddp, batch, world)
+            if args.grad_clip:
+                torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+        return batches, step
 
     rows = {}
     for order in args.batching:
         for method in args.method:
             rows[f"{method}, {order}"] = functools.partial(make, method, order)
     return profile_steps(args, world, rows)
-
-
-def ordinary_step(module, optimizer, schedule, args, world, batch):
-    """One training step, as in the scripts' loops."""
-    backward(module, batch, world)
-    if args.grad_clip:
-        torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
 
 
 def profile_steps(args, world, rows):
@@ -2900,35 +2899,32 @@ def profile_steps(args, world, rows):
     is timed on N (--profile) batches, evenly spaced over the lengths of an epoch's batches, three
     times, in turn with the other rows. The table has means over batches of the median of three.
     """
-    made = {}
-    chosen = {}
+    made = []
     counted = {}
     for name, make in rows.items():
         of_others = world.taken_memory()               # rows made before stay in memory
         batches, step = make()
-        made[name] = batches, step
         by_length = sorted(range(batches.per_epoch),
                            key=lambda i: batches.split.lengths[batches.rows(i)].sum())
         spaced = np.linspace(0, batches.per_epoch - 1, args.profile + 2)[1:-1]
-        chosen[name] = [by_length[int(i)] for i in spaced]
+        chosen = [by_length[int(i)] for i in spaced]
+        made.append((batches, step, chosen))
 
-        batches.real = 0
-        batches.computed = 0
         world.reset_peak_memory()
         flops = 0
         with torch.compiler.set_stance("force_eager"):                   # compiled is not counted
-            for i in chosen[name]:                     # this also warms up
+            for i in chosen:                           # this also warms up
                 batch = batches[i]
                 flops += count_flops(lambda: step(batch))
-        rows_of_all = sum(len(batches.rows(i)) for i in chosen[name])
+        rows_of_all = sum(len(batches.rows(i)) for i in chosen)
         counted[name] = {"flops": flops / args.profile, "memory": world.peak_memory() - of_others,
                          "rows": rows_of_all / args.profile, **batches.state_dict()}
 
     seconds = np.zeros((3, args.profile, len(rows)))
     for turn in range(3):
         for i in range(args.profile):
-            for row, (name, (batches, step)) in enumerate(made.items()):
-                batch = batches[chosen[name][i]]
+            for row, (batches, step, chosen) in enumerate(made):
+                batch = batches[chosen[i]]
                 seconds[turn, i, row] = time_call(world, lambda: step(batch))
     print_profile(args, world, counted, np.median(seconds, 0).mean(0))
     return seconds
