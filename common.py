@@ -3658,16 +3658,19 @@ def read_probes(places, left_out):
         for number, text in enumerate(lines_of(path, left_out), 1):
             try:
                 line = parse_json(text)
-                key = line["task"], line["metric"], line["recipe"], int(line["rows"])
+                check_keys(line, run=str, seed=int, task=str, metric=str, recipe=str, rows=int)
                 links = tuple(line.get("links", []))
                 method = line["method"] if links else ""
                 if not all(isinstance(name, str) for name in (*links, method)):
-                    raise TypeError
-                probe = f"{line['run']} {line['seed']}"
-                score = 100 * float(line["score"])
-                probes.setdefault(key, {}).setdefault((links, method), {})[probe] = score
-            except (ValueError, TypeError, KeyError, AttributeError):
+                    raise ValueError("a link or the method is no name")
+                if not is_number(line["score"]):
+                    raise ValueError("'score' is no finite number")
+            except (ValueError, TypeError, KeyError):
                 left_out.append(f"{path}:{number}: is damaged")
+                continue
+            key = line["task"], line["metric"], line["recipe"], line["rows"]
+            of_encoder = probes.setdefault(key, {}).setdefault((links, method), {})
+            of_encoder[f"{line['run']} {line['seed']}"] = 100 * line["score"]
     return probes
 
 

@@ -4808,11 +4808,12 @@ def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys
     line = read_lines(path)[0]
     with open(path, "a") as file:
         file.write('{"task": "sst2"}\n' + "[" * 10**5 + "\n")
-        file.write(json.dumps({**line, "links": [5], "method": "one"}) + "\nhalf")
+        file.write(json.dumps({**line, "links": [5], "method": "one"}) + "\n")
+        file.write(json.dumps({**line, "score": math.nan}) + "\nhalf")
     out, err = printed(capsys, folder)
     assert "Probes, in percent" in out and "rte" in out
     assert [line.split(": ", 1)[1] for line in err.splitlines()] == [
-        f"{path}:{number}: is damaged" for number in (27, 28, 29, 30)]
+        f"{path}:{number}: is damaged" for number in (27, 28, 29, 30, 31)]
 
 
 # ----------------------------------------------------------------------------------------- the page
