@@ -2143,7 +2143,6 @@ def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
     scored. methods: the script's METHODS. labels_of(folder) -> the run's labels. alike: the flags
     that must be the same for all of the runs.
     """
-    args.score_validation = True
     runs = {folder: results_of_finished(folder, methods) for folder in args.run}
     if not runs:
         return runs
