@@ -3960,7 +3960,7 @@ def remarks(table):
     return [*remarks_on_one_prediction(table), remark_on_intervals(table),
             *remarks_on_few_seeds(table), *remarks_on_many_tests(table),
             *remarks_on_unlike_seeds(table), *remarks_on_tasks(table), *remarks_on_states(table),
-            *remarks_on_choice(table)]
+            *remarks_on_choice(table), *remarks_on_machines(table)]
 
 
 def remarks_on_one_prediction(table):
@@ -4076,7 +4076,7 @@ def remarks_on_states(table):
 
 
 def remarks_on_choice(table):
-    """How the flags that are scored were chosen, and on which machines the runs were."""
+    """How the flags and states that are scored were chosen."""
     said = []
     searched = {}
     for run in table.runs:
@@ -4090,11 +4090,14 @@ def remarks_on_choice(table):
            if run.flags.get("dev_samples")):
         said.append("Flags or states were chosen by the held-out rows: scores of these are too "
                     "high, and differences on them show nothing.")
-    for task in table.tasks:
-        if len(table.devices_of(task)) > 1:
-            said.append(f"{task} ran on different machines; costs are compared on the same one "
-                        "alone, and its seconds to the best state not at all.")
     return said
+
+
+def remarks_on_machines(table):
+    """On tasks whose seconds are of different machines."""
+    return [f"{task} ran on different machines; costs are compared on the same one alone, and its "
+            "seconds to the best state not at all."
+            for task in table.tasks if len(table.devices_of(task)) > 1]
 
 
 # ----------------------------------------------------------------  9  the report: tables of strings
