@@ -4875,19 +4875,19 @@ def one_cycle(model, steps, lr, betas=(0.9, 0.999)):
     return optimizer, schedule
 
 
-def hide_words(x, share, special, mask, others=0):
+def hide_words(x, share, special, mask, vocabulary_size=0):
     """Hides some words of x (B, n): (m(x), the places that are to be predicted), both (B, n).
 
     Each word is drawn with probability `share`; `special` tokens never are. All that are drawn
-    become the token `mask`. But if `others` is given, the size of the vocabulary, only 80% of them
-    do, while 10% become a random token and 10% stay, as in BERT.
+    become the token `mask`. But if a vocabulary_size is given, only 80% of them do, while 10%
+    become a random token and 10% stay, as in BERT.
     """
     drawn = torch.rand(x.shape, device=x.device) < share
     drawn &= ~torch.isin(x, special.to(x.device))
     m_x = torch.where(drawn, mask, x)
-    if others:
+    if vocabulary_size:
         fate = torch.rand(x.shape, device=x.device)
-        random_token = torch.randint(others, x.shape, device=x.device)
+        random_token = torch.randint(vocabulary_size, x.shape, device=x.device)
         m_x = torch.where(drawn & (fate < 0.2), random_token, m_x)
         m_x = torch.where(drawn & (fate < 0.1), x, m_x)
     return m_x, drawn
@@ -4990,7 +4990,7 @@ def post_train(model, split, epochs, tokenizer, world):
     special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
     hide = functools.partial(
         hide_words, share=POST_TRAINING["share"], special=torch.tensor(special),
-        mask=tokenizer.mask_token_id, others=len(tokenizer))
+        mask=tokenizer.mask_token_id, vocabulary_size=len(tokenizer))
 
     def inputs_of_steps():
         with Progress(world, "post-training", steps) as progress:

@@ -7952,7 +7952,7 @@ def test_of_the_words_that_are_hidden_80_percent_are_masked_and_10_changed():
     torch.manual_seed(0)
     x = torch.randint(0, 50, (400, 100))
     special = torch.tensor([0, 7])
-    m_x, places = common.hide_words(x, 0.15, special, mask=99, others=50)
+    m_x, places = common.hide_words(x, 0.15, special, mask=99, vocabulary_size=50)
     assert not places[(x == 0) | (x == 7)].any()
     allowed = (x != 0) & (x != 7)
     assert places[allowed].float().mean() == pytest.approx(0.15, abs=0.01)
