@@ -314,17 +314,21 @@ def add_running_flags(g):
 def parse(p, argv, recipe):
     """The flags of a run: the defaults, over them the task's recipe, over both what is set by hand.
 
-    recipe(args) -> (its name, {flag: value}). Besides the flags the result has these attributes:
-    by_hand, the names of the flags that were set; recipe_name and recipe, what `recipe` returned;
-    own_files, the first of the user's own files, or ""; of_methods and no_effect, see
-    check_methods. load_tokenizer adds path, where the model lies.
+    argv: the words of the command line; None: those of this process. recipe(args) -> (its name,
+    {flag: value}). Besides the flags the result has these attributes: argv, the words; by_hand, the
+    names of the flags that were set; recipe_name and recipe, what `recipe` returned; own_files, the
+    first of the user's own files, or ""; of_methods and no_effect, see check_methods.
+    load_tokenizer adds path, where the model lies.
     """
+    if argv is None:
+        argv = sys.argv[1:]
     by_hand = flags_by_hand(p, argv)
     args = read_flags(p, argv, by_hand)                # the recipe depends on the task and model
     recipe_name, values = recipe(args)
 
     p.set_defaults(**values)
     args = read_flags(p, argv, by_hand)
+    args.argv = argv
     args.by_hand = by_hand
     args.recipe = values
     args.recipe_name = recipe_name
@@ -341,9 +345,8 @@ def parse(p, argv, recipe):
 
 
 def flags_by_hand(p, argv):
-    """The names of the flags that are set in argv; None: in this process's command line."""
-    words = sys.argv[1:] if argv is None else argv
-    given = {word.split("=")[0] for word in words}
+    """The names of the flags that are set in argv."""
+    given = {word.split("=")[0] for word in argv}
     return sorted(action.dest for action in p._actions if given & set(action.option_strings))
 
 
@@ -2411,7 +2414,7 @@ def write_json(path, value, world):
 
 # --------------------------------------------------------------------  5  a run: the search, --grid
 
-def search(main, flags, recipe, methods, argv):
+def search(main, flags, recipe, methods, args):
     """--grid: tries all combinations for each method, then trains the best one with all seeds.
 
     Each combination is run with the first --grid_seeds of the seeds, and scores only the held-out
@@ -2420,14 +2423,12 @@ def search(main, flags, recipe, methods, argv):
     told in OUTPUT_DIR/TASK/search-METHOD.json. Returns the results of all seeds.
 
     main: the script's, which has called this function. It is called again for each combination, and
-    once for the best one, with flags after those of argv, which override them: an empty --grid, so
+    once for the best one, with flags after those given, which override them: an empty --grid, so
     that it trains; for a combination also --choosing, so that `prepare` leaves only the held-out
     rows to score. A method that has none of the grid's flags has one combination, the empty one,
     and is trained at once.
     """
     started = time.monotonic()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parse(flags(), argv, recipe)
     grid = read_grid(args.grid)
     check_grid(args, grid, methods)
     grids = {}                                         # {method: the part of the grid it can use}
@@ -2436,16 +2437,17 @@ def search(main, flags, recipe, methods, argv):
         grids[method] = {flag: values for flag, values in grid.items() if flag in counted}
         for cell in combinations(grids[method]):       # all are checked before the first one runs
             try:
-                parse(flags(), cell_flags(argv, method, args, cell), recipe)
+                parse(flags(), cell_flags(method, args, cell), recipe)
             except UserError as error:
                 raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
 
     results = []
     for method, its_grid in grids.items():
-        chosen = best_cell(main, argv, method, args, combinations(its_grid))
+        chosen = best_cell(main, method, args, combinations(its_grid))
         searched = [f"{flag}={','.join(values)}" for flag, values in its_grid.items()]
         # Of two --grid the last holds, here the empty one: this call trains, it does not search.
-        results += main([*argv, "--grid", "--method", method, "--searched", *searched, *chosen])
+        final = ["--grid", "--method", method, "--searched", *searched, *chosen]
+        results += main([*args.argv, *final])
     if process_rank() == 0:
         if len(grids) > 1:                             # for one method main has printed it
             print_table(print, results, args, started)
@@ -2454,7 +2456,7 @@ def search(main, flags, recipe, methods, argv):
     return results
 
 
-def best_cell(main, argv, method, args, cells):
+def best_cell(main, method, args, cells):
     """The combination with the best score, found by runs of each. A single one needs no run."""
     if len(cells) == 1:
         return cells[0]
@@ -2464,7 +2466,7 @@ def best_cell(main, argv, method, args, cells):
     scores = []
     for cell in cells:
         try:
-            score = score_of_cell(main, cell_flags(argv, method, args, cell))
+            score = score_of_cell(main, cell_flags(method, args, cell))
         except UserError as error:                     # one that shows only with the task's data
             raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
         scores.append(score)
@@ -2554,15 +2556,15 @@ def name_of(cell):
     return ",".join(flag.removeprefix("--") for flag in cell)
 
 
-def cell_flags(argv, method, args, cell):
+def cell_flags(method, args, cell):
     """The command line of a combination's runs: the words given, then those that override them.
 
     An empty --grid is among these, so that the runs train and do not search.
     """
     folder = os.path.join(args.output_dir, "grid", name_of(cell))
     seeds = map(str, args.seeds[:args.grid_seeds])
-    return [*argv, "--grid", "--method", method, "--seeds", *seeds, "--choosing", "--output_dir",
-            folder, *cell]
+    return [*args.argv, "--grid", "--method", method, "--seeds", *seeds, "--choosing",
+            "--output_dir", folder, *cell]
 
 
 def write_search(args, method, cells, scores, chosen):

@@ -1384,7 +1384,7 @@ def main(argv=None):
     runs = common.take_runs(args, METHODS, labels_of, alike)
     check_flags(args)
     if args.grid:
-        return common.search(main, flags, recipe, METHODS, argv)
+        return common.search(main, flags, recipe, METHODS, args)
 
     check = functools.partial(common.check_methods, args, methods=METHODS)
     with common.processes(args) as world:

@@ -983,7 +983,7 @@ def check_probe(args):
                                    "whose layer has no steps")
 
 
-def probe(args, argv):
+def probe(args):
     """--probe: how well a linear layer does other tasks on frozen encoders. Figures 3 to 5.
 
     Adds a json line for each probe to OUTPUT_DIR/probes.jsonl, which the report draws. Returns the
@@ -991,10 +991,9 @@ def probe(args, argv):
     """
     import common
     check_probe(args)
-    argv = sys.argv[1:] if argv is None else argv
     args_of = {}                                       # {task: the flags, with its recipe}
     for name in args.probe_tasks:
-        args_of[name] = common.parse(flags(), [*argv, "--task", name], recipe)
+        args_of[name] = common.parse(flags(), [*args.argv, "--task", name], recipe)
         if "seeds" not in args.by_hand:
             args_of[name].seeds = [0]                  # whatever the recipe has
     path = os.path.join(args.output_dir, "probes.jsonl")
@@ -1256,10 +1255,10 @@ def main(argv=None):
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
     if args.probe or args.probe_tasks:
-        return probe(args, argv)
+        return probe(args)
     runs = common.take_runs(args, METHODS)
     if args.grid:
-        return common.search(main, flags, recipe, METHODS, argv)
+        return common.search(main, flags, recipe, METHODS, args)
 
     with common.processes(args) as world:
         setup = common.prepare(args, world, functools.partial(check, args))

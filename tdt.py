@@ -1661,7 +1661,7 @@ def main(argv=None):
     runs = common.take_runs(args, METHODS)
     asked = read_analyses(args, runs)
     if args.grid:
-        return common.search(main, flags, recipe, METHODS, argv)
+        return common.search(main, flags, recipe, METHODS, args)
     perturb = perturb_only(args.task, args.keep_special)
 
     with common.processes(args) as world:
