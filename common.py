@@ -2443,7 +2443,7 @@ def search(main, flags, recipe, methods, args):
 
     results = []
     for method, its_grid in grids.items():
-        chosen = best_cell(main, method, args, combinations(its_grid))
+        chosen = best_cell(main, method, args, its_grid)
         searched = [f"{flag}={','.join(values)}" for flag, values in its_grid.items()]
         # Of two --grid the last holds, here the empty one: this call trains, it does not search.
         final = ["--grid", "--method", method, "--searched", *searched, *chosen]
@@ -2456,8 +2456,9 @@ def search(main, flags, recipe, methods, args):
     return results
 
 
-def best_cell(main, method, args, cells):
+def best_cell(main, method, args, grid):
     """The combination with the best score, found by runs of each. A single one needs no run."""
+    cells = combinations(grid)
     if len(cells) == 1:
         return cells[0]
     if process_rank() == 0:
@@ -2480,7 +2481,7 @@ def best_cell(main, method, args, cells):
     if max(scores) == -math.inf:
         raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
     chosen = cells[int(np.argmax(scores))]
-    write_search(args, method, cells, scores, chosen)
+    write_search(args, method, grid, scores, chosen)
     return chosen
 
 
@@ -2567,34 +2568,33 @@ def cell_flags(method, args, cell):
             "--output_dir", folder, *cell]
 
 
-def write_search(args, method, cells, scores, chosen):
+def write_search(args, method, grid, scores, chosen):
     if process_rank() > 0:
         return
     folder = os.path.join(args.output_dir, args.task)
     os.makedirs(folder, exist_ok=True)
     tried = []
-    for cell, score in zip(cells, scores):
+    for cell, score in zip(combinations(grid), scores):
         tried.append({"flags": cell, "score": score if score > -math.inf else "not finite"})
     search = {"method": method, "held_out_rows": args.dev_samples,
               "seeds": args.seeds[:args.grid_seeds], "tried": tried, "chosen": chosen}
     save_file(os.path.join(folder, f"search-{method}.json"), json.dumps(search, indent=1))
     equal = ", the first of equals" if scores.count(max(scores)) > 1 else ""
-    words = "".join(f"; {words}" for words in edges_of(cells, chosen))
-    print(f"{args.task}, {method}: chosen of {len(cells)}: {name_of(chosen)}{equal}{words}")
+    words = "".join(f"; {words}" for words in edges_of(grid, chosen))
+    print(f"{args.task}, {method}: chosen of {len(scores)}: {name_of(chosen)}{equal}{words}")
 
 
-def edges_of(cells, chosen):
+def edges_of(grid, chosen):
     """Says which numbers of the chosen combination are the least or the greatest tried: [words]."""
     found = []
-    for tried, word in zip(zip(*cells), chosen):
-        flag, _, value = word.removeprefix("--").partition("=")
-        values = {other.partition("=")[2] for other in tried}
+    for (flag, values), word in zip(grid.items(), chosen):
         if len(values) == 1 or not all(map(data.is_float, values)):
             continue
-        numbers = [float(other) for other in values]
-        if float(value) == min(numbers):
+        numbers = [float(value) for value in values]
+        best = float(word.partition("=")[2])
+        if best == min(numbers):
             found.append(f"{flag} is the least that was tried")
-        if float(value) == max(numbers):
+        if best == max(numbers):
             found.append(f"{flag} is the greatest that was tried")
     return found
 

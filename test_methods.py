@@ -3096,7 +3096,7 @@ def test_a_full_disk_in_a_search_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "replace_file", full)
     args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9, seeds=[0], grid_seeds=1)
     with pytest.raises(common.RunError, match="search-std.json: No space left"):
-        common.write_search(args, "std", [["--lr=1"]], [0.5], ["--lr=1"])
+        common.write_search(args, "std", {"lr": ["1"]}, [0.5], ["--lr=1"])
 
 
 def test_a_search_is_found_again_where_the_model_sets_the_length(tmp_path):
