@@ -313,12 +313,16 @@ def add_running_flags(g):
 def parse(p, argv, recipe):
     """The flags of a run: the defaults, over them the task's recipe, over both what is set by hand.
 
-    recipe(args) -> (its name, {flag: value}). Besides the flags the result has these attributes:
-    started, when they were read; by_hand, the names of the flags that were set; recipe_name and
-    recipe, what `recipe` returned; own_files, the first of the user's own files, or "";
-    of_methods and no_effect, see check_methods.
+    argv: the words of the command line; None: those of this process. recipe(args) -> (its name,
+    {flag: value}). Besides the flags the result has these attributes: argv, the words; started,
+    when they were read; by_hand, the names of the flags that were set; recipe_name and recipe, what
+    `recipe` returned; own_files, the first of the user's own files, or ""; of_methods and
+    no_effect, see check_methods.
     """
+    if argv is None:
+        argv = sys.argv[1:]
     args = read_flags(p, argv)
+    args.argv = argv
     args.started = time.monotonic()
     fixed = set(args.by_hand)
     if args.init_from:
@@ -342,11 +346,10 @@ def parse(p, argv, recipe):
 
 def read_flags(p, argv):
     """The parsed flags, with by_hand, own_files, and the name of the user's own task."""
-    words = sys.argv[1:] if argv is None else argv
-    args, unknown = p.parse_known_args(words)
+    args, unknown = p.parse_known_args(argv)
     if unknown:
         refuse_unknown(unknown[0], p)
-    given = {word.split("=")[0] for word in words}
+    given = {word.split("=")[0] for word in argv}
     args.by_hand = sorted(
         action.dest for action in p._actions if given & set(action.option_strings))
     args.own_files = args.train_file or args.validation_file or args.test_file
@@ -1502,9 +1505,8 @@ NOT_SEARCHED = {
 
 @functools.cache
 def default_flags():
-    """{flag: default} of the flags that all scripts have, as json gives them back."""
-    defaults = vars(parser(" ", [], []).parse_args([]))
-    return json.loads(json.dumps(defaults))
+    """{flag: default} of the flags that all scripts have."""
+    return vars(parser(" ", [], []).parse_args([]))
 
 
 def flags_that_count(args, method_flags):
@@ -1581,14 +1583,6 @@ def recipe_in(folder):
         return ""
 
 
-@dataclass
-class LoggedStep:
-    """What a step adds to the next line of the log."""
-    step: int
-    terms: dict                    # {name: tensor}, the loss among them
-    numbers: dict                  # {name: number}
-
-
 def runs_to_make(args, methods, world):
     """Yields the Run of each seed and method, its folder locked; a finished one has its results.
 
@@ -1636,11 +1630,12 @@ class Run:
 
         self.step = 0                                  # steps done
         self.total = 0                                 # steps in all
-        self.per_epoch = 1
         self.parts = {}                                # {name: part}: all that training changes
         self.batches = None                            # those of the phase under way
-        self.shift = 0                                 # earlier steps that took none of them
-        self.first = 0                                 # the step at which that phase began
+        self.per_epoch = 1                             # how many of them an epoch has
+        self.first = 0                                 # the steps at which that phase begins
+        self.until = 0                                 # and ends
+        self.shift = 0                                 # steps of the phases before that took none
         self.seconds = 0.0                             # of training, without evaluation
         self.started = None                            # when the step under way began
         self.saved = 0.0                               # when the last checkpoint was written
@@ -1648,7 +1643,8 @@ class Run:
         self.best_weights = None
         self.lock = None                               # the folder's lock file, on rank 0
         self.log_file = None                           # on rank 0
-        self.pending = []                              # steps that are not in the log yet
+        self.pending = {}                              # {step not in the log yet: its terms}
+        self.numbers = {}                              # those of the last such step
         self.flushed = 0, 0.0                          # step, seconds at the log's last line
         self.results = None                            # once the run is finished
 
@@ -1755,7 +1751,7 @@ class Run:
         raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds a run with "
                         f"{', '.join(other.values())}; {way_out}")
 
-    def begin(self, total, per_epoch, **parts):
+    def begin(self, total, **parts):
         """Starts the run, or with --resume goes on from its checkpoint.
 
         total: its steps. parts: all that training changes, each with a state_dict, for checkpoints
@@ -1763,7 +1759,6 @@ class Run:
         """
         self.parts = parts
         self.total = total
-        self.per_epoch = per_epoch
         state = self.read_checkpoint() if self.args.resume else None
         if state:
             for name, part in parts.items():
@@ -1799,23 +1794,27 @@ class Run:
             self.world.say(f"warning: {self.log_path} has lost lines; it goes on from here")
         self.log_file.truncate(min(there, size))
 
-    def steps(self, until, batches=None, first=0, shift=0, phase=""):
+    def steps(self, until, batches=None, phase=""):
         """Yields (step, its batch) for the remaining steps of a phase, which ends at step `until`.
 
         It does all that a step has besides training. Before each yield it seeds the random state by
         the run's seed, the step and the rank alone, so that a run can be resumed at any step. After
-        it, it logs, saves and stops where that is due. batches: step s takes batches[s - shift];
-        None: steps take none. shift: how many earlier steps of the run took none of these batches.
-        first: the step at which the phase began, where its progress bar starts. phase: its name in
-        the bar.
+        it, it logs, saves and stops where that is due. The phases of a run follow one another, each
+        by a call of this method. batches: the phase's batches, which go on where an earlier phase
+        left off; None: its steps take none. phase: its name in the progress bar.
         """
+        if self.batches is None:                       # the phase before took none
+            self.shift += self.until - self.first
+        self.first = self.until
+        self.until = until
         self.batches = batches
-        self.shift = shift
-        self.first = first
+        if batches is not None:
+            self.per_epoch = batches.per_epoch
         if self.step >= until:
             return
         name = f"{self.name} {phase}".strip()
-        with Progress(self.world, name, until - first, self.step - first) as progress:
+        done = self.step - self.first
+        with Progress(self.world, name, until - self.first, done) as progress:
             while self.step < until:
                 self.started = self.world.training_clock()
                 signals["in_step"] = True
@@ -1824,11 +1823,11 @@ class Run:
 
                 batch = None
                 if batches is not None:
-                    batch = batches[self.step - shift]
+                    batch = batches[self.step - self.shift]
                 yield self.step, batch
 
                 self.step += 1
-                progress.update(message=self.end_step(until))
+                progress.update(message=self.end_step())
                 signals["in_step"] = False
                 if signals["caught"] and self.step == self.total:        # it came during end_step
                     raise Stopped(signals["caught"], f"stopped by a signal{signals['way_on']}")
@@ -1847,7 +1846,7 @@ class Run:
             return self.seconds
         return self.seconds + self.world.training_clock() - self.started
 
-    def end_step(self, until):
+    def end_step(self):
         """Logs and saves what is due, and stops if a signal came. Returns words on the loss."""
         late = self.world.rank == 0 and time.monotonic() - self.saved > 300
         # All processes must decide alike: a sum is above 0 if it holds for any of them.
@@ -1858,7 +1857,7 @@ class Run:
             checkpoint_due = late
         is_last = self.step == self.total              # saved before anything is evaluated
         save_now = signalled or checkpoint_due or is_last
-        log_now = self.step % self.args.log_every == 0 or self.step == until
+        log_now = self.step % self.args.log_every == 0 or self.step == self.until
 
         if log_now or save_now:                        # so that the seconds are of finished work
             self.world.synchronize()
@@ -1887,8 +1886,8 @@ class Run:
         loss and stats {name: scalar} are tensors, which stay on the device until that line is
         written. numbers, such as the learning rate, are plain numbers.
         """
-        terms = {"loss": loss.detach(), **stats}
-        self.pending.append(LoggedStep(self.step, terms, numbers))
+        self.pending[self.step] = {"loss": loss.detach(), **stats}
+        self.numbers = numbers
 
     def flush(self):
         """Writes a line of the log: means over processes and the steps since the last line.
@@ -1896,24 +1895,23 @@ class Run:
         Returns the mean loss. NotFinite if a term of any step is not finite.
         """
         pending = self.pending
-        self.pending = []
-        last = pending[-1]
-        names = list(last.terms)
+        self.pending = {}
+        names = [*pending[max(pending)]]
         rows = []
-        for logged in pending:
-            rows.append(torch.stack([logged.terms[name].float() for name in names]))
+        for terms in pending.values():
+            rows.append(torch.stack([terms[name].float() for name in names]))
         values = torch.stack(rows).double().cpu().numpy()                # (steps, terms)
         values = self.world.total(values) / self.world.size
-        for logged, row in zip(pending, values):
+        for step, row in zip(pending, values):
             if not np.isfinite(row).all():
-                self.fail_at(logged.step, dict(zip(names, row)))
+                self.fail_at(step, dict(zip(names, row)))
 
         step_before, seconds_before = self.flushed
         seconds = max(1e-9, self.seconds - seconds_before)
         rate = self.rows_a_step() * (self.step - step_before) / seconds
         self.flushed = self.step, self.seconds
         means = dict(zip(names, values.mean(0).tolist()))
-        line = {**means, **last.numbers, "examples_per_second": round(rate, 1)}
+        line = {**means, **self.numbers, "examples_per_second": round(rate, 1)}
         self.write_line(self.step, line)
         return means["loss"]
 
@@ -1923,10 +1921,8 @@ class Run:
 
     def write_line(self, step, terms):
         """Writes a line of log.jsonl. Its epoch counts batches: a phase without any adds none."""
-        taken = self.first
-        if self.batches is not None:
-            taken = step - self.shift
-        line = {"step": step, "epoch": round(taken / self.per_epoch, 4), **terms}
+        at = self.first if self.batches is None else step
+        line = {"step": step, "epoch": round((at - self.shift) / self.per_epoch, 4), **terms}
         if self.world.rank == 0:
             with self.writing(self.log_path):
                 print(json.dumps(line), file=self.log_file, flush=True)
@@ -2010,7 +2006,7 @@ class Run:
                             "starts afresh")
         return None
 
-    def finish(self, metrics, batches, tokenizer, write_model):
+    def finish(self, metrics, tokenizer, write_model):
         """Writes model/ and results.json, and removes the checkpoints.
 
         write_model(folder) writes the model. results.json comes after it, because it marks the run
@@ -2018,9 +2014,7 @@ class Run:
         """
         if self.best is None:
             self.log_scores(metrics, self.step)
-        self.batches = batches
-        real, computed = self.world.total(np.array([batches.real, batches.computed]))
-        self.results = self.collect_results(metrics, float(real / computed))
+        self.results = self.collect_results(metrics)
         if self.world.rank == 0:
             folder = self.model_folder
             with self.writing(folder):
@@ -2037,10 +2031,12 @@ class Run:
                     os.remove(path)
         self.world.barrier()
 
-    def collect_results(self, metrics, padding_efficiency):
+    def collect_results(self, metrics):
         """The contents of results.json."""
         import transformers
         _, main_metric, _ = first_score(metrics)
+        tokens = np.array([self.batches.real, self.batches.computed])
+        real, computed = self.world.total(tokens).tolist()
         rate = self.step * self.rows_a_step() / max(self.seconds, 1e-9)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                     "transformers": transformers.__version__, "device": str(self.world),
@@ -2050,7 +2046,7 @@ class Run:
             "model": self.args.model, "main_metric": main_metric,
             "metrics": metrics, "best": self.best, "steps": self.step,
             "train_seconds": round(self.seconds, 2), "examples_per_second": round(rate, 1),
-            "padding_efficiency": round(padding_efficiency, 4),
+            "padding_efficiency": round(real / computed, 4),
             "peak_memory_mb": round(self.world.peak_memory()), "world_size": self.world.size,
             "args": self.identity, "versions": versions}
         if self.args.searched:
@@ -2137,7 +2133,6 @@ def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
     scored. methods: the script's METHODS. labels_of(folder) -> the run's labels. alike: the flags
     that must be the same for all of the runs.
     """
-    args.score_validation = True
     runs = {folder: results_of_finished(folder, methods) for folder in args.run}
     if not runs:
         return runs
@@ -2300,7 +2295,9 @@ def use_runs(args, runs, setup, world, load, score):
             world.say(f"wrote {os.path.join(folder, 'results.json')}")
             runs[folder] = read_results(folder)
         write_unscored(folder, forward, module, setup, world)
-    return print_table(world.say, [*runs.values()], args)
+    results = [*runs.values()]
+    print_table(world.say, results, args)
+    return results
 
 
 def add_scores(folder, scores):
@@ -2404,7 +2401,7 @@ def write_json(path, value, world):
 
 # --------------------------------------------------------------------  5  a run: the search, --grid
 
-def search(main, flags, recipe, methods, argv):
+def search(main, flags, recipe, methods, args):
     """--grid: tries all combinations for each method, then trains the best one with all seeds.
 
     Each combination is run with the first --grid_seeds of the seeds, and scores only the held-out
@@ -2413,13 +2410,11 @@ def search(main, flags, recipe, methods, argv):
     told in OUTPUT_DIR/TASK/search-METHOD.json. Returns the results of all seeds.
 
     main: the script's, which has called this function. It is called again for each combination, and
-    once for the best one, with flags after those of argv, which override them: an empty --grid, so
+    once for the best one, with flags after those given, which override them: an empty --grid, so
     that it trains; for a combination also --choosing, so that `prepare` leaves only the held-out
     rows to score. A method that has none of the grid's flags has one combination, the empty one,
     and is trained at once.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parse(flags(), argv, recipe)
     grid = read_grid(args.grid)
     check_grid(args, grid, methods)
     grids = {}                                         # {method: the part of the grid it can use}
@@ -2428,16 +2423,17 @@ def search(main, flags, recipe, methods, argv):
         grids[method] = {flag: values for flag, values in grid.items() if flag in counted}
         for cell in combinations(grids[method]):       # all are checked before the first one runs
             try:
-                parse(flags(), cell_flags(argv, method, args, cell), recipe)
+                parse(flags(), cell_flags(method, args, cell), recipe)
             except UserError as error:
                 raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
 
     results = []
     for method, its_grid in grids.items():
-        chosen = best_cell(main, argv, method, args, combinations(its_grid))
+        chosen = best_cell(main, method, args, its_grid)
         searched = [f"{flag}={','.join(values)}" for flag, values in its_grid.items()]
         # Of two --grid the last holds, here the empty one: this call trains, it does not search.
-        results += main([*argv, "--grid", "--method", method, "--searched", *searched, *chosen])
+        final = ["--grid", "--method", method, "--searched", *searched, *chosen]
+        results += main([*args.argv, *final])
     if process_rank() == 0:
         if len(grids) > 1:                             # for one method main has printed it
             print_table(print, results, args)
@@ -2446,8 +2442,9 @@ def search(main, flags, recipe, methods, argv):
     return results
 
 
-def best_cell(main, argv, method, args, cells):
+def best_cell(main, method, args, grid):
     """The combination with the best score, found by runs of each. A single one needs no run."""
+    cells = combinations(grid)
     if len(cells) == 1:
         return cells[0]
     if process_rank() == 0:
@@ -2456,7 +2453,7 @@ def best_cell(main, argv, method, args, cells):
     scores = []
     for cell in cells:
         try:
-            score = score_of_cell(main, cell_flags(argv, method, args, cell))
+            score = score_of_cell(main, cell_flags(method, args, cell))
         except UserError as error:                     # one that shows only with the task's data
             raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
         scores.append(score)
@@ -2470,7 +2467,7 @@ def best_cell(main, argv, method, args, cells):
     if max(scores) == -math.inf:
         raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
     chosen = cells[int(np.argmax(scores))]
-    write_search(args, method, cells, scores, chosen)
+    write_search(args, method, grid, scores, chosen)
     return chosen
 
 
@@ -2484,10 +2481,7 @@ def score_of_cell(main, argv):
         return -math.inf
     scores = []
     for result in results:
-        if result["best"]:
-            value = result["best"]["value"]
-        else:
-            _, _, value = first_score(result["metrics"])
+        _, _, value = first_score(result["metrics"])
         scores.append(value)
     return sum(scores) / len(scores)
 
@@ -2549,45 +2543,44 @@ def name_of(cell):
     return ",".join(flag.removeprefix("--") for flag in cell)
 
 
-def cell_flags(argv, method, args, cell):
+def cell_flags(method, args, cell):
     """The command line of a combination's runs: the words given, then those that override them.
 
     An empty --grid is among these, so that the runs train and do not search.
     """
     folder = os.path.join(args.output_dir, "grid", name_of(cell))
     seeds = map(str, args.seeds[:args.grid_seeds])
-    return [*argv, "--grid", "--method", method, "--seeds", *seeds, "--choosing", "--output_dir",
-            folder, *cell]
+    return [*args.argv, "--grid", "--method", method, "--seeds", *seeds, "--choosing",
+            "--output_dir", folder, *cell]
 
 
-def write_search(args, method, cells, scores, chosen):
+def write_search(args, method, grid, scores, chosen):
     if process_rank() > 0:
         return
     folder = os.path.join(args.output_dir, args.task)
     os.makedirs(folder, exist_ok=True)
     tried = []
-    for cell, score in zip(cells, scores):
+    for cell, score in zip(combinations(grid), scores):
         tried.append({"flags": cell, "score": score if score > -math.inf else "not finite"})
     search = {"method": method, "held_out_rows": args.dev_samples,
               "seeds": args.seeds[:args.grid_seeds], "tried": tried, "chosen": chosen}
     save_file(os.path.join(folder, f"search-{method}.json"), json.dumps(search, indent=1))
     equal = ", the first of equals" if scores.count(max(scores)) > 1 else ""
-    words = "".join(f"; {words}" for words in edges_of(cells, chosen))
-    print(f"{args.task}, {method}: chosen of {len(cells)}: {name_of(chosen)}{equal}{words}")
+    words = "".join(f"; {words}" for words in edges_of(grid, chosen))
+    print(f"{args.task}, {method}: chosen of {len(scores)}: {name_of(chosen)}{equal}{words}")
 
 
-def edges_of(cells, chosen):
+def edges_of(grid, chosen):
     """Says which numbers of the chosen combination are the least or the greatest tried: [words]."""
     found = []
-    for tried, word in zip(zip(*cells), chosen):
-        flag, _, value = word.removeprefix("--").partition("=")
-        values = {other.partition("=")[2] for other in tried}
+    for (flag, values), word in zip(grid.items(), chosen):
         if len(values) == 1 or not all(map(data.is_float, values)):
             continue
-        numbers = [float(other) for other in values]
-        if float(value) == min(numbers):
+        numbers = [float(value) for value in values]
+        best = float(word.partition("=")[2])
+        if best == min(numbers):
             found.append(f"{flag} is the least that was tried")
-        if float(value) == max(numbers):
+        if best == max(numbers):
             found.append(f"{flag} is the greatest that was tried")
     return found
 
@@ -2603,18 +2596,17 @@ class CachedSplit(data.Split):
     only the others are encoded.
     """
 
-    def __init__(self, split, sentences, sizes, starts, states):
+    def __init__(self, split, sentences, starts, states):
         """split: the rows. sentences: the same texts as a Split, each a row of its own.
 
-        sizes, starts (sentences,): tokens of each sentence, and the index in `states` of its first
-        one. states (tokens, H): of all sentences, mapped from the file.
+        starts (sentences,): the index in `states` of each sentence's first token. states (tokens,
+        H): of all sentences, mapped from the file.
         """
         super().__init__(split.fields, split.left, split.rows)
         self.texts = sentences
-        self.sizes = sizes
         self.starts = starts
         self.states = states
-        self.per_row = len(sizes) // len(split)        # 2 where pairs are encoded apart
+        self.per_row = len(sentences) // len(split)    # 2 where pairs are encoded apart
 
     @classmethod
     def build(cls, split, encode, width, folder, model_digest, world):
@@ -2644,7 +2636,7 @@ class CachedSplit(data.Split):
             raise UserError(
                 f"--cache_dir {folder}: the feature cache ({bytes_needed / 1e6:.1f} MB) cannot be "
                 f"written: {why}; use another folder, or --no_cache") from error
-        self = cls(split, sentences, sizes, starts, states.view(total, width))
+        self = cls(split, sentences, starts, states.view(total, width))
         self.fill(path, parts, marks, encode, world)
         return self
 
@@ -2674,7 +2666,7 @@ class CachedSplit(data.Split):
 
     def sentences(self):
         """Each text as a row of its own, as in Split.sentences."""
-        return CachedSplit(self.texts, self.texts, self.sizes, self.starts, self.states)
+        return CachedSplit(self.texts, self.texts, self.starts, self.states)
 
     def collate(self, rows, width=0, target_width=0):
         """Tensors of the given rows, padded as in Split.collate.
@@ -2686,7 +2678,7 @@ class CachedSplit(data.Split):
         for second in range(self.per_row):
             suffix = "_2" if second else ""
             sentences = rows + second * len(self)
-            sizes = self.sizes[sentences][:, None]                       # (B, 1)
+            sizes = self.texts.lengths[sentences][:, None]               # (B, 1)
             n = max(width, int(sizes.max()))
             places = np.arange(n)                      # of tokens in the sentence
             if self.left:
@@ -2746,9 +2738,9 @@ def digest_weights(module):
 # ---------------------------------------------------------------------  7  tables, pages, --profile
 
 def print_table(say, results, args):
-    """Prints mean, standard deviation, median and max of each method. Returns the results."""
+    """Prints mean, standard deviation, median and max of each method."""
     if args.choosing:                                  # the search prints the score
-        return results
+        return
     sets = {}
     for result in results:                             # with --run, runs may have unlike sets
         sets.update(result["metrics"])
@@ -2775,7 +2767,6 @@ def print_table(say, results, args):
     say(f"{time.monotonic() - args.started:.0f} s; models, logs and results are in {where}")
     if len(args.method) > 1 and not args.run:
         say(f"what the differences show: {report_command(args)}")
-    return results
 
 
 def report_command(args):
@@ -2861,7 +2852,7 @@ def count_flops(call):
 
 
 def profile_methods(args, world, setup, build):
-    """--profile: times ordinary training steps of every --method in every --batching.
+    """--profile: times training steps, as in the scripts' loops, of every --method and --batching.
 
     build(method, seed) -> a module whose forward gives the loss.
     """
@@ -2869,24 +2860,23 @@ def profile_methods(args, world, setup, build):
         module = build(method, args.seeds[0])
         batches = build_batches(setup, args, args.seeds[0], world, order)
         optimizer, schedule = build_optimizer(module, args, 10**6)
-        return batches, functools.partial(
-            ordinary_step, world.ddp(module), optimizer, schedule, args, world)
+        ddp = world.ddp(module)
+
+        def step(batch):
+            backward(ddp, batch, world)
+            if args.grad_clip:
+                torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+        return batches, step
 
     rows = {}
     for order in args.batching:
         for method in args.method:
             rows[f"{method}, {order}"] = functools.partial(make, method, order)
     return profile_steps(args, world, rows)
-
-
-def ordinary_step(module, optimizer, schedule, args, world, batch):
-    """One training step, as in the scripts' loops."""
-    backward(module, batch, world)
-    if args.grad_clip:
-        torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
 
 
 def profile_steps(args, world, rows):
@@ -2896,35 +2886,32 @@ def profile_steps(args, world, rows):
     is timed on N (--profile) batches, evenly spaced over the lengths of an epoch's batches, three
     times, in turn with the other rows. The table has means over batches of the median of three.
     """
-    made = {}
-    chosen = {}
+    made = []
     counted = {}
     for name, make in rows.items():
         of_others = world.taken_memory()               # rows made before stay in memory
         batches, step = make()
-        made[name] = batches, step
         by_length = sorted(range(batches.per_epoch),
                            key=lambda i: batches.split.lengths[batches.rows(i)].sum())
         spaced = np.linspace(0, batches.per_epoch - 1, args.profile + 2)[1:-1]
-        chosen[name] = [by_length[int(i)] for i in spaced]
+        chosen = [by_length[int(i)] for i in spaced]
+        made.append((batches, step, chosen))
 
-        batches.real = 0
-        batches.computed = 0
         world.reset_peak_memory()
         flops = 0
         with torch.compiler.set_stance("force_eager"):                   # compiled is not counted
-            for i in chosen[name]:                     # this also warms up
+            for i in chosen:                           # this also warms up
                 batch = batches[i]
                 flops += count_flops(lambda: step(batch))
-        rows_of_all = sum(len(batches.rows(i)) for i in chosen[name])
+        rows_of_all = sum(len(batches.rows(i)) for i in chosen)
         counted[name] = {"flops": flops / args.profile, "memory": world.peak_memory() - of_others,
                          "rows": rows_of_all / args.profile, **batches.state_dict()}
 
     seconds = np.zeros((3, args.profile, len(rows)))
     for turn in range(3):
         for i in range(args.profile):
-            for row, (name, (batches, step)) in enumerate(made.items()):
-                batch = batches[chosen[name][i]]
+            for row, (batches, step, chosen) in enumerate(made):
+                batch = batches[chosen[i]]
                 seconds[turn, i, row] = time_call(world, lambda: step(batch))
     print_profile(args, world, counted, np.median(seconds, 0).mean(0))
     return seconds
@@ -3376,9 +3363,6 @@ def summarise_differences(differences):
 
 # ------------------------------------------------------------  9  the report: reading finished runs
 
-# Flags that change neither what is trained nor which state is scored.
-NOT_COMPARED = {"task", "eval_tasks", "log_every", "test_file"}
-
 # Flags that may also differ between methods. (In micro-batches a batch has other dropout masks, and
 # another loss only for a few settings of some methods; so the runs of one method must agree.)
 MAY_DIFFER_BETWEEN_METHODS = {"micro_batch_size"}
@@ -3661,16 +3645,19 @@ def read_probes(places, left_out):
         for number, text in enumerate(lines_of(path, left_out), 1):
             try:
                 line = parse_json(text)
-                key = line["task"], line["metric"], line["recipe"], int(line["rows"])
+                check_keys(line, run=str, seed=int, task=str, metric=str, recipe=str, rows=int)
                 links = tuple(line.get("links", []))
                 method = line["method"] if links else ""
                 if not all(isinstance(name, str) for name in (*links, method)):
-                    raise TypeError
-                probe = f"{line['run']} {line['seed']}"
-                score = 100 * float(line["score"])
-                probes.setdefault(key, {}).setdefault((links, method), {})[probe] = score
-            except (ValueError, TypeError, KeyError, AttributeError):
+                    raise ValueError("a link or the method is no name")
+                if not is_number(line["score"]):
+                    raise ValueError("'score' is no finite number")
+            except (ValueError, TypeError, KeyError):
                 left_out.append(f"{path}:{number}: is damaged")
+                continue
+            key = line["task"], line["metric"], line["recipe"], line["rows"]
+            of_encoder = probes.setdefault(key, {}).setdefault((links, method), {})
+            of_encoder[f"{line['run']} {line['seed']}"] = 100 * line["score"]
     return probes
 
 
@@ -3719,26 +3706,25 @@ def keep_lines(path, runs, by, differ):
 # -------------------------------------------------------------  9  the report: what may be compared
 
 def refuse_incomparable(runs, by, differ):
-    """UserError if two runs of one task differ in flags that are not the method's own.
+    """UserError if two runs, all of one task, differ in flags that are not the method's own.
 
-    The runs of a method must agree in all flags. The methods of a task must agree in the flags that
-    all scripts have, except those that were searched over the same values. Free to differ are
-    NOT_COMPARED, METHOD_FLAGS, those in `by` and `differ`, and those that kept lines were kept with
-    (see `keep_lines`). A flag that only one of two runs has is not compared: the other run is older
-    than the flag.
+    The runs of a method must agree in all flags. The methods must agree in the flags that all
+    scripts have, except those that were searched over the same values. Free to differ are
+    NOT_THE_RUN, eval_tasks, METHOD_FLAGS, those in `by` and `differ`, and those that kept lines
+    were kept with (see `keep_lines`). A flag that only one of two runs has is not compared: the
+    other run is older than the flag.
     """
-    free = NOT_COMPARED.union(METHOD_FLAGS, by, differ)
+    free = NOT_THE_RUN.union(["eval_tasks"], METHOD_FLAGS, by, differ)
     for run in runs:
         free.update(run.line.get("by", []), run.line.get("differ", []))
-    first = {}                                         # {(task, method): a run}
+    first = {}                                         # {method: a run}
     for run in runs:
-        other = first.setdefault((run.task, run.method), run)
+        other = first.setdefault(run.method, run)
         names = set(run.flags) & set(other.flags) - free
         refuse_flags(run, other, names, f"the runs of {run.method} on {run.task}")
 
-    of_task = {}
+    other = runs[0]
     for run in first.values():
-        other = of_task.setdefault(run.task, run)
         mine = run.line.get("searched", {})
         theirs = other.line.get("searched", {})
         searched = {name for name in mine if mine[name] == theirs.get(name)}
@@ -3960,7 +3946,9 @@ def relative_costs(table, task, method):
 def remarks(table):
     """All remarks on a table, as sentences."""
     return [*remarks_on_one_prediction(table), remark_on_intervals(table),
-            *remarks_on_seeds(table), *remarks_on_tasks(table), *remarks_on_choice(table)]
+            *remarks_on_few_seeds(table), *remarks_on_many_tests(table),
+            *remarks_on_unlike_seeds(table), *remarks_on_tasks(table), *remarks_on_states(table),
+            *remarks_on_choice(table), *remarks_on_machines(table)]
 
 
 def remarks_on_one_prediction(table):
@@ -3990,12 +3978,6 @@ def remark_on_intervals(table):
     if seeds < 5:
         caution = f" With no more than {plural(seeds, 'seed')} those hardly vary in these."
     return f"{over_seeds}, but in those over seeds and rows.{caution}"
-
-
-def remarks_on_seeds(table):
-    """On the seeds: where they are too few, how many tests there are, and which are not shared."""
-    return [*remarks_on_few_seeds(table), *remarks_on_many_tests(table),
-            *remarks_on_unlike_seeds(table)]
 
 
 def remarks_on_few_seeds(table):
@@ -4082,8 +4064,8 @@ def remarks_on_states(table):
 
 
 def remarks_on_choice(table):
-    """How the states and the flags that are scored were chosen, and on which machines."""
-    said = remarks_on_states(table)
+    """How the flags and states that are scored were chosen."""
+    said = []
     searched = {}
     for run in table.runs:
         if run.line.get("searched"):
@@ -4096,11 +4078,14 @@ def remarks_on_choice(table):
            if run.flags.get("dev_samples")):
         said.append("Flags or states were chosen by the held-out rows: scores of these are too "
                     "high, and differences on them show nothing.")
-    for task in table.tasks:
-        if len(table.devices_of(task)) > 1:
-            said.append(f"{task} ran on different machines; costs are compared on the same one "
-                        "alone, and its seconds to the best state not at all.")
     return said
+
+
+def remarks_on_machines(table):
+    """On tasks whose seconds are of different machines."""
+    return [f"{task} ran on different machines; costs are compared on the same one alone, and its "
+            "seconds to the best state not at all."
+            for task in table.tasks if len(table.devices_of(task)) > 1]
 
 
 # ----------------------------------------------------------------  9  the report: tables of strings
@@ -4252,14 +4237,16 @@ def text_lines(header, rows, keys, width=110):
 
 
 def report_rows(table):
-    """{heading: a table of strings}, of those parts of the report that have a row."""
-    found = {"Scores, in percent": score_rows(table)}
-    if table.baseline:
-        found[over_seeds_heading(table)] = difference_rows(table)
-        against = f"Difference to {table.baseline}, in points"
-        found[f"{against}, over tasks"] = over_tasks_rows(table)
-        found[f"{against}, over seeds and rows (bootstrap)"] = bootstrap_rows(table)
-    found["Cost, medians over seeds"] = cost_rows(table)
+    """{heading: a table of strings}, of those parts of the report that have a row.
+
+    Without a run of the baseline there are no differences.
+    """
+    against = f"Difference to {table.baseline}, in points"
+    found = {"Scores, in percent": score_rows(table),
+             over_seeds_heading(table): difference_rows(table),
+             f"{against}, over tasks": over_tasks_rows(table),
+             f"{against}, over seeds and rows (bootstrap)": bootstrap_rows(table),
+             "Cost, medians over seeds": cost_rows(table)}
     return {heading: part for heading, part in found.items() if part[1]}
 
 
@@ -4876,19 +4863,19 @@ def one_cycle(model, steps, lr, betas=(0.9, 0.999)):
     return optimizer, schedule
 
 
-def hide_words(x, share, special, mask, others=0):
+def hide_words(x, share, special, mask, vocabulary_size=0):
     """Hides some words of x (B, n): (m(x), the places that are to be predicted), both (B, n).
 
     Each word is drawn with probability `share`; `special` tokens never are. All that are drawn
-    become the token `mask`. But if `others` is given, the size of the vocabulary, only 80% of them
-    do, while 10% become a random token and 10% stay, as in BERT.
+    become the token `mask`. But if a vocabulary_size is given, only 80% of them do, while 10%
+    become a random token and 10% stay, as in BERT.
     """
     drawn = torch.rand(x.shape, device=x.device) < share
     drawn &= ~torch.isin(x, special.to(x.device))
     m_x = torch.where(drawn, mask, x)
-    if others:
+    if vocabulary_size:
         fate = torch.rand(x.shape, device=x.device)
-        random_token = torch.randint(others, x.shape, device=x.device)
+        random_token = torch.randint(vocabulary_size, x.shape, device=x.device)
         m_x = torch.where(drawn & (fate < 0.2), random_token, m_x)
         m_x = torch.where(drawn & (fate < 0.1), x, m_x)
     return m_x, drawn
@@ -4991,7 +4978,7 @@ def post_train(model, split, epochs, tokenizer, world):
     special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
     hide = functools.partial(
         hide_words, share=POST_TRAINING["share"], special=torch.tensor(special),
-        mask=tokenizer.mask_token_id, others=len(tokenizer))
+        mask=tokenizer.mask_token_id, vocabulary_size=len(tokenizer))
 
     def inputs_of_steps():
         with Progress(world, "post-training", steps) as progress:

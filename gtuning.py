@@ -1379,7 +1379,7 @@ def main(argv=None):
     runs = common.take_runs(args, METHODS, labels_of, alike)
     check_flags(args)
     if args.grid:
-        return common.search(main, flags, recipe, METHODS, argv)
+        return common.search(main, flags, recipe, METHODS, args)
 
     check = functools.partial(common.check_methods, methods=METHODS)
     with common.processes(args) as world:
@@ -1403,7 +1403,7 @@ def main(argv=None):
                 algorithm = Algorithm1(args, run.method, run.seed, N, setup, texts, world)
                 f = algorithm.f
                 end_1, end_2, end_3 = phase_ends(run.method, N)
-                run.begin(end_3, algorithm.x_t.per_epoch, **algorithm.parts)
+                run.begin(end_3, **algorithm.parts)
                 eval_every = args.eval_every or algorithm.x_t.per_epoch
 
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B; Optimize f by the Eq. 2"
@@ -1418,7 +1418,7 @@ def main(argv=None):
                 if run.step < end_2:
                     with run.timed():
                         f_B, f_M = algorithm.vectors_of_both()
-                for step, _ in run.steps(end_2, first=end_1, phase="phase 2 of 3, D"):
+                for step, _ in run.steps(end_2, phase="phase 2 of 3, D"):
                     k = step - end_1
                     f_t = f_B[algorithm.rows_of_step(algorithm.d_x_t, k)]
                     f_u = f_M[algorithm.rows_of_step(algorithm.d_x_u, k)]
@@ -1428,8 +1428,7 @@ def main(argv=None):
 
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B, {x_u} ~ M; Optimize f by the Eq. 6;
                 #  for _ to T do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
-                for step, x_t in run.steps(end_3, algorithm.x_t, first=end_2,    # phase 2: no x_t
-                                           shift=end_2 - end_1, phase="phase 3 of 3, f and D"):
+                for step, x_t in run.steps(end_3, algorithm.x_t, phase="phase 3 of 3, f and D"):
                     r = step - end_2
                     loss, stats = algorithm.joint_round(r, k=end_2 - end_1 + r * args.T, x_t=x_t)
                     run.log(loss, stats, lr=algorithm.lr, phase=3)
@@ -1438,7 +1437,7 @@ def main(argv=None):
 
                 keep_state(run, args, f, lambda: evaluate(f, setup.choose_by))
                 metrics = evaluate(f, setup.scored, run.folder)
-                run.finish(metrics, algorithm.x_t, setup.tokenizer, f.save_pretrained)
+                run.finish(metrics, setup.tokenizer, f.save_pretrained)
                 if run.best and run.best["step"] <= end_1 < end_3:       # adapter: end_1 is end_3
                     world.say(f"{run.name}: the best state is of phase 1, before D")
             if setup.unscored or args.embed:
@@ -1449,7 +1448,8 @@ def main(argv=None):
             results.append(run.results)
         if args.embed:
             write_figure_2(args, setup, clouds, world)
-        return common.print_table(world.say, results, args)
+        common.print_table(world.say, results, args)
+        return results
 
 
 # same: end

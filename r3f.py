@@ -983,7 +983,7 @@ def check_probe(args):
                                    "whose layer has no steps")
 
 
-def probe(args, argv):
+def probe(args):
     """--probe: how well a linear layer does other tasks on frozen encoders. Figures 3 to 5.
 
     Adds a json line for each probe to OUTPUT_DIR/probes.jsonl, which the report draws. Returns the
@@ -991,10 +991,9 @@ def probe(args, argv):
     """
     import common
     check_probe(args)
-    argv = sys.argv[1:] if argv is None else argv
     args_of = {}                                       # {task: the flags, with its recipe}
     for name in args.probe_tasks:
-        args_of[name] = common.parse(flags(), [*argv, "--task", name], recipe)
+        args_of[name] = common.parse(flags(), [*args.argv, "--task", name], recipe)
         if "seeds" not in args.by_hand:
             args_of[name].seeds = [0]                  # whatever the recipe has
     path = os.path.join(args.output_dir, "probes.jsonl")
@@ -1254,10 +1253,10 @@ def main(argv=None):
     import common
     args = common.parse(flags(), argv, recipe)
     if args.probe or args.probe_tasks:
-        return probe(args, argv)
+        return probe(args)
     runs = common.take_runs(args, METHODS)
     if args.grid:
-        return common.search(main, flags, recipe, METHODS, argv)
+        return common.search(main, flags, recipe, METHODS, args)
 
     with common.processes(args) as world:
         setup = common.prepare(args, world, check)
@@ -1287,8 +1286,8 @@ def main(argv=None):
                 total = common.count_steps(args, batches.per_epoch)
                 optimizer, schedule = common.build_optimizer(module, args, total)
                 ddp = world.ddp(module)
-                run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
-                          schedule=schedule, batches=batches)
+                run.begin(total, module=module, optimizer=optimizer, schedule=schedule,
+                          batches=batches)
 
                 for step, batch in run.steps(total, batches):
                     lr = schedule.get_last_lr()[0]
@@ -1310,10 +1309,11 @@ def main(argv=None):
                     module.load_state_dict(run.best_weights)
                 metrics = evaluate(model, setup.scored, run.folder)
                 write = functools.partial(write_model, model)
-                run.finish(metrics, batches, setup.tokenizer, write)
+                run.finish(metrics, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
             results.append(run.results)
-        return common.print_table(world.say, results, args)
+        common.print_table(world.say, results, args)
+        return results
 
 
 # same: end

@@ -1659,7 +1659,7 @@ def main(argv=None):
     runs = common.take_runs(args, METHODS)
     asked = read_analyses(args, runs)
     if args.grid:
-        return common.search(main, flags, recipe, METHODS, argv)
+        return common.search(main, flags, recipe, METHODS, args)
     perturb = perturb_only(args.task, args.keep_special)
 
     with common.processes(args) as world:
@@ -1695,8 +1695,8 @@ def main(argv=None):
                 optimizer, schedule = common.build_optimizer(
                     module, args, total, part, args.c_lr)                # choice 9
                 ddp = world.ddp(module)
-                run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
-                          schedule=schedule, batches=batches)
+                run.begin(total, module=module, optimizer=optimizer, schedule=schedule,
+                          batches=batches)
 
                 for step, batch in run.steps(total, batches):
                     lr = schedule.get_last_lr()[0]
@@ -1717,13 +1717,14 @@ def main(argv=None):
                     module.load_state_dict(run.best_weights)
                 metrics = evaluate(model, setup.scored, run.folder)
                 write = functools.partial(write_model, method, module, untrained)
-                run.finish(metrics, batches, setup.tokenizer, write)
+                run.finish(metrics, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
             asked.runs.setdefault(run.seed, {})[method] = run.folder
             results.append(run.results)
         if asked.any:
             analyse(args, asked, setup, setup.tokenizer, world)
-        return common.print_table(world.say, results, args)
+        common.print_table(world.say, results, args)
+        return results
 
 
 # same: end

@@ -2208,10 +2208,9 @@ def test_nobody_reads_a_model_before_rank_0_has_written_it(tmp_path):
         run = types.SimpleNamespace(
             world=world, best=1, args=types.SimpleNamespace(choosing=False), checkpoints=[],
             model_folder=str(tmp_path / "model"), results_path=str(tmp_path / "results.json"),
-            collect_results=lambda metrics, share: {}, writing=contextlib.nullcontext)
-        batches = types.SimpleNamespace(real=1, computed=2)
+            collect_results=lambda metrics: {}, writing=contextlib.nullcontext)
         tokenizer = types.SimpleNamespace(is_fast=False, save_pretrained=os.makedirs)
-        common.Run.finish(run, {}, batches, tokenizer, lambda folder: events.append("written"))
+        common.Run.finish(run, {}, tokenizer, lambda folder: events.append("written"))
         assert events == expected
 
 
@@ -3024,6 +3023,21 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     assert told.count("\n  searched    lr 0.001") == 2
 
 
+def test_a_search_compares_all_held_out_rows_though_training_looks_at_few(tiny_folder, tmp_path):
+    """--eval_samples is for the looks in training; the score that decides is of the end."""
+    run("r3f", tiny_folder, tmp_path, "--method", "std", "--grid", "lr=1e-3,1e-4", "--max_steps", 3,
+        "--dev_samples", 40, "--eval_every", 1, "--eval_samples", 5)
+    looks = []
+    scores = []
+    for cell in read_json(tmp_path / "toy/search-std.json")["tried"]:
+        folder = tmp_path / "grid" / cell["flags"][0].removeprefix("--") / "toy/std-0"
+        found = read_json(folder / "results.json")
+        looks.append(found["best"]["value"])
+        scores.append(cell["score"])
+        assert cell["score"] == found["metrics"]["held-out"]["accuracy"]
+    assert scores != looks
+
+
 def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, monkeypatch, capsys):
     """And combinations that one seed has tried are not tried by it again."""
     before, _, _ = searched
@@ -3091,7 +3105,7 @@ def test_a_full_disk_in_a_search_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "replace_file", full)
     args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9, seeds=[0], grid_seeds=1)
     with pytest.raises(common.RunError, match="search-std.json: No space left"):
-        common.write_search(args, "std", [["--lr=1"]], [0.5], ["--lr=1"])
+        common.write_search(args, "std", {"lr": ["1"]}, [0.5], ["--lr=1"])
 
 
 def test_a_search_is_found_again_where_the_model_sets_the_length(tmp_path):
@@ -4804,11 +4818,12 @@ def test_probes_stand_beside_runs_and_damaged_ones_are_left_out(tmp_path, capsys
     line = read_lines(path)[0]
     with open(path, "a") as file:
         file.write('{"task": "sst2"}\n' + "[" * 10**5 + "\n")
-        file.write(json.dumps({**line, "links": [5], "method": "one"}) + "\nhalf")
+        file.write(json.dumps({**line, "links": [5], "method": "one"}) + "\n")
+        file.write(json.dumps({**line, "score": math.nan}) + "\nhalf")
     out, err = printed(capsys, folder)
     assert "Probes, in percent" in out and "rte" in out
     assert [line.split(": ", 1)[1] for line in err.splitlines()] == [
-        f"{path}:{number}: is damaged" for number in (27, 28, 29, 30)]
+        f"{path}:{number}: is damaged" for number in (27, 28, 29, 30, 31)]
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -7947,7 +7962,7 @@ def test_of_the_words_that_are_hidden_80_percent_are_masked_and_10_changed():
     torch.manual_seed(0)
     x = torch.randint(0, 50, (400, 100))
     special = torch.tensor([0, 7])
-    m_x, places = common.hide_words(x, 0.15, special, mask=99, others=50)
+    m_x, places = common.hide_words(x, 0.15, special, mask=99, vocabulary_size=50)
     assert not places[(x == 0) | (x == 7)].any()
     allowed = (x != 0) & (x != 7)
     assert places[allowed].float().mean() == pytest.approx(0.15, abs=0.01)
