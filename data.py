@@ -820,7 +820,7 @@ def own_labels(table, task, where):
 
     UserError if one is missing, or infinite among numbers.
     """
-    labels = [label_of(cell) for cell in raw_labels(table, task, where)]
+    labels = [label_of(cell) for cell in raw_labels(table, task.label, where)]
     if "" in labels:
         raise UserError(f"{where}: row {labels.index('') + 1}: no label in column {task.label!r} "
                         "(--label_column)")
@@ -1035,25 +1035,19 @@ def cells_or_none(table, column, count):
     return cells_of(table, column)
 
 
-def raw_labels(table, task, where):
-    """The label cells of a raw table, all of one type.
-
-    A table without that column has -1, a hidden label, in every row.
-    """
-    if task.label not in column_names(table):
-        return [-1] * len(table[task.columns[0]])
-
-    cells = cells_of(table, task.label)
+def raw_labels(table, column, where):
+    """The label cells of a raw table, all of one type."""
+    cells = cells_of(table, column)
     given = [(row, cell) for row, cell in enumerate(cells, 1) if not is_missing(cell)]
     for row, cell in given:
         if not isinstance(cell, (str, int, float)):
             raise UserError(f"{where}: row {row}: label {cell!r:.40} must be a word or a number")
-        whole_text(str(cell), row, task.label, where)
+        whole_text(str(cell), row, column, where)
         first_row, first = given[0]
         if label_type(cell) != label_type(first):
             raise UserError(f"{where}: row {row}: label {cell!r} is a {label_type(cell)}, "
                             f"that of row {first_row} ({first!r}) a {label_type(first)}; "
-                            f"column {task.label!r} must hold one type")
+                            f"column {column!r} must hold one type")
     return cells
 
 
@@ -1102,7 +1096,7 @@ def read_classify(table, task, where):
     names = task.label_names
     index = class_index(table, task)
     labels = []
-    for row, cell in enumerate(raw_labels(table, task, where), 1):
+    for row, cell in enumerate(raw_labels(table, task.label, where), 1):
         label = index.get(cell, index.get(label_of(cell)))
         if label is None:
             others = f" and {len(names) - 20} more" if len(names) > 20 else ""
@@ -1113,10 +1107,13 @@ def read_classify(table, task, where):
 
 
 def read_regress(table, task, where):
-    """Rows with the text columns as strings and "label", a float."""
+    """Rows with the text columns as strings and "label", a float, nan where it is hidden."""
     texts = read_texts(table, task, where)
+    if task.label not in column_names(table):
+        hidden = [math.nan] * len(texts[task.columns[0]])
+        return make_rows(texts, hidden, "float32", ids_of(table, where))
     labels = []
-    for row, cell in enumerate(raw_labels(table, task, where), 1):
+    for row, cell in enumerate(raw_labels(table, task.label, where), 1):
         if not is_float(str(cell)):
             raise UserError(f"{where}: row {row}: label {cell!r} must be a number")
         number = float(cell)
