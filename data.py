@@ -497,7 +497,12 @@ def load_to_use(args, also_scores):
     validation: the runs' own sets, if these are to be scored; for the user's own task, the
     --validation_file.
     """
-    task = task_of_run(args) if args.own_files else TASKS[args.task]
+    if args.own_files:
+        columns = args.text_columns or ["text"]        # results of old runs do not name them
+        is_number = len(args.own_labels) == 1          # the name of the model's one output
+        task = own_task(args, columns, [] if is_number else args.own_labels)
+    else:
+        task = TASKS[args.task]
     validation = {}
     if args.score_validation and (args.own_files or "validation_file" in args.by_hand):
         validation[set_name(args, "validation_file")] = read_own(args, "validation_file", task)
@@ -510,17 +515,6 @@ def load_to_use(args, also_scores):
     unscored = load_unscored(args, task)
     further, warnings = load_further(args, task, also_scores)
     return Rows(task, None, validation, further, warnings, unscored)
-
-
-def task_of_run(args):
-    """The Task of a finished run on one's own files, by its flags and its model's labels."""
-    columns = args.text_columns or ["text"]            # results of old runs do not name them
-    if args.target_column:
-        return own_summary_task(args, columns)
-    settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
-    if len(args.own_labels) == 1:
-        return Task(**settings, kind="regress", metrics="pearson spearman")
-    return Task(**settings, labels=tuple(args.own_labels))
 
 
 def read_own(args, flag, task):
@@ -757,7 +751,8 @@ def own_files(args):
         else:
             check_column(args.label_column, "--label_column", table, paths[split])
 
-    task = own_task(args, columns, tables)
+    classes = [] if args.target_column else own_classes(args, tables)
+    task = own_task(args, columns, classes)
     splits = {}
     for split, table in tables.items():
         where = f"--{split}_file {paths[split]}"
@@ -783,24 +778,31 @@ def check_column(name, flag, table, path):
                         "are called from here on")
 
 
-def own_task(args, columns, tables):
-    """The Task of one's own files, {"train": a table, "validation": a table}.
-
-    Its labels decide the kind: words and whole numbers are classes, numbers with a decimal point
-    are regression targets. A --target_column holds texts to write.
-    """
+def own_task(args, columns, classes):
+    """The Task of one's own files. classes: their names; none: a number, or a text to write."""
+    settings = {"path": "custom", "text": tuple(columns)}
     if args.target_column:
-        return own_summary_task(args, columns)
+        length = args.max_target_length or Decoding().longest
+        return Task(**settings, label=args.target_column, kind="generate", metrics=ROUGE,
+                    target_length=length, decoding=Decoding(longest=length))
+    if classes:
+        return Task(**settings, label=args.label_column, labels=tuple(classes))
+    return Task(**settings, label=args.label_column, kind="regress", metrics="pearson spearman")
 
-    settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
-    task = Task(**settings)
-    train = own_labels(tables["train"], task, f"--train_file {args.train_file}")
+
+def own_classes(args, tables):
+    """The names of the classes in one's own files, {"train": a table, "validation": a table}.
+
+    Words and whole numbers are classes. If all labels are numbers and some have a decimal point,
+    they are regression targets, and there are no classes.
+    """
+    train = own_labels(tables["train"], args.label_column, f"--train_file {args.train_file}")
     validation = own_labels(
-        tables["validation"], task, f"--validation_file {args.validation_file}")
+        tables["validation"], args.label_column, f"--validation_file {args.validation_file}")
 
     whole = all(re.fullmatch(r"[-+]?\d+", label) for label in train + validation)
     if not whole and all(is_float(label) for label in train + validation):
-        return Task(**settings, kind="regress", metrics="pearson spearman")
+        return []
 
     names = sorted(set(train))
     if whole:
@@ -812,17 +814,17 @@ def own_task(args, columns, tables):
     if len(names) < 2:
         raise UserError(f"--train_file {args.train_file}: all labels are {names[0]!r}; "
                         "at least two are needed")
-    return Task(**settings, labels=tuple(names))
+    return names
 
 
-def own_labels(table, task, where):
+def own_labels(table, column, where):
     """The labels of one's own table, as strings.
 
     UserError if one is missing, or infinite among numbers.
     """
-    labels = [label_of(cell) for cell in raw_labels(table, task.label, where)]
+    labels = [label_of(cell) for cell in raw_labels(table, column, where)]
     if "" in labels:
-        raise UserError(f"{where}: row {labels.index('') + 1}: no label in column {task.label!r} "
+        raise UserError(f"{where}: row {labels.index('') + 1}: no label in column {column!r} "
                         "(--label_column)")
     infinite = [label for label in labels if re.fullmatch("[-+]?inf(inity)?", label.lower())]
     if infinite and all(is_float(label) for label in set(labels) - set(infinite)):
@@ -830,13 +832,6 @@ def own_labels(table, task, where):
         raise UserError(f"{where}: row {row}: label {infinite[0]!r} must be a finite number, as "
                         "the others are")
     return labels
-
-
-def own_summary_task(args, columns):
-    """The Task of one's own files with a --target_column, texts to write."""
-    length = args.max_target_length or Decoding().longest
-    return Task(path="custom", text=tuple(columns), label=args.target_column, kind="generate",
-                metrics=ROUGE, target_length=length, decoding=Decoding(longest=length))
 
 
 def label_of(cell):
