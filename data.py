@@ -460,12 +460,9 @@ def load(args, also_scores=()):
 
 def count_shared(task, train, others):
     """How many other rows have the same texts as a training row. Rows without any do not count."""
-    def texts(rows):
-        columns = [map(as_text, cells_of(rows, name)) for name in task.columns]
-        return [row for row in zip(*columns) if any(text.strip() for text in row)]
-
-    known = set(texts(train))
-    return sum(row in known for row in texts(others))
+    known = set(texts_of(task, train))
+    return sum(texts in known and any(text.strip() for text in texts)
+               for texts in texts_of(task, others))
 
 
 def warnings_of_labels(args, task, train, unscored):
@@ -1153,19 +1150,18 @@ def none_given(label):
     return not label
 
 
-def as_text(cell):
-    """A text as it is; a list joined with spaces."""
-    if isinstance(cell, list):
-        return " ".join(map(str, cell))
-    return cell
+def texts_of(task, rows):
+    """The texts of each row, a tuple with one for each column. A list of words is one text."""
+    columns = []
+    for name in task.columns:
+        cells = cells_of(rows, name)
+        columns.append([" ".join(cell) if isinstance(cell, list) else cell for cell in cells])
+    return list(zip(*columns))
 
 
 def count_empty_texts(task, rows):
     """How many rows have a text column that is empty or blank."""
-    is_empty = np.zeros(len(rows), bool)
-    for name in task.columns:
-        is_empty |= [not as_text(text).strip() for text in cells_of(rows, name)]
-    return int(is_empty.sum())
+    return sum(not all(text.strip() for text in texts) for texts in texts_of(task, rows))
 
 
 def general_text(where, n):
@@ -2669,7 +2665,7 @@ def describe(task, split, rows, tokenizer):
     counted = rows
     if len(rows) > COUNTED:
         counted = rows.shuffle(seed=0).select(range(COUNTED))
-    texts = [" ".join(as_text(row[column]) for column in task.columns) for row in counted]
+    texts = [" ".join(texts) for texts in texts_of(task, counted)]
     unit = "words"
     lengths = [len(WORD.findall(text)) for text in texts]
     if tokenizer is not None:
@@ -2682,18 +2678,19 @@ def describe(task, split, rows, tokenizer):
         quantiles.append(f"{percent}%: {int(np.quantile(lengths, percent / 100))}")
     print(f"  {split}: {len(rows)} rows; {unit} at {', '.join(quantiles)}")
 
-    for row in rows.select(range(min(3, len(rows)))):
-        label = row["label"]
-        if isinstance(label, list):
-            named = []
-            for tag in label:
-                is_id = isinstance(tag, int) and tag >= 0
-                named.append(task.label_names[tag] if is_id else tag)
-            label = as_text(named)
-        elif task.label_names and label >= 0:
-            label = task.label_names[label]
-        cells = " | ".join(as_text(row[column])[:160] for column in task.columns)
-        print(f"    {str(label)[:160]}: {cells}".replace("\n", " / "))
+    first = rows.select(range(min(3, len(rows))))
+    for label, texts in zip(first["label"], texts_of(task, first)):
+        cells = " | ".join(text[:160] for text in texts)
+        print(f"    {label_text(task, label)[:160]}: {cells}".replace("\n", " / "))
+
+
+def label_text(task, label):
+    """A label in words: the names of ids, and of a list each."""
+    if isinstance(label, list):
+        return " ".join(label_text(task, one) for one in label)
+    if isinstance(label, int) and task.label_names and label >= 0:
+        return task.label_names[label]
+    return str(label)
 
 
 def main(argv=None):
