@@ -2499,22 +2499,16 @@ TOY_HABIT = ["really", "rather"]
 
 
 def toy_review(domain, rng, labelled):
-    """One review and its label (1: positive). Most of its phrases agree with the label.
+    """One review: (its text, whether it praises as a whole, its opinions).
+
+    opinions: of each phrase (whether it praises, its noun, where the noun begins in the text). Most
+    agree with the whole.
 
     Three things make it a small model of the real problem. The two domains have adjectives of their
     own, and labels are in one of them only. Telling adverbs ("painfully raw") stand in the
     unlabelled corpus alone, from which pre-training can learn what the adjectives of BOTH domains
     mean. And the labelled film reviewers have a habit ("really" in praise, "rather" in blame) that
     holds in 4 of 5 cases there, but in 1 of 3 in the food reviews.
-    """
-    phrases, _, positive = toy_opinions(domain, rng, labelled)
-    return " , ".join(phrases) + " .", int(positive)
-
-
-def toy_opinions(domain, rng, labelled):
-    """(phrases, opinions, positive) of a review. positive: whether it praises as a whole.
-
-    opinions: of each phrase (whether it praises, its noun).
     """
     positive = rng.random() < 0.5
     phrases = []
@@ -2536,17 +2530,17 @@ def toy_opinions(domain, rng, labelled):
             phrase.append(rng.choice(TOY_WORDS["adverb"][side]))
         adjectives = "both" if rng.random() < 0.1 else domain
         phrase.append(rng.choice(TOY_WORDS[adjectives][side]))
-        phrase.append(rng.choice(TOY_NOUNS[domain]))
-        phrases.append(" ".join(phrase))
-        opinions.append((praises, phrase[-1]))
-    return phrases, opinions, positive
+        noun = rng.choice(TOY_NOUNS[domain])
+        phrases.append(" ".join([*phrase, noun]))
+        opinions.append((praises, noun, len(" , ".join(phrases)) - len(noun)))
+    return " , ".join(phrases) + " .", positive, opinions
 
 
 def toy_summary(opinions):
     """A line of what is praised, a line of what is blamed: "good cast , plot .\nbad ending ."."""
     lines = []
     for praises, word in ((True, "good"), (False, "bad")):
-        nouns = [noun for praised, noun in opinions if praised == praises]
+        nouns = [noun for praised, noun, _ in opinions if praised == praises]
         if nouns:
             lines.append(f"{word} " + " , ".join(nouns) + " .")
     return "\n".join(lines)
@@ -2559,7 +2553,8 @@ def toy_rows(domain, split):
     rng = random.Random(f"{domain} {split}")
     size = 320 if split == "train" else 2000
     reviews = [toy_review(domain, rng, labelled=True) for _ in range(size)]
-    texts, labels = zip(*reviews)
+    texts = [text for text, _, _ in reviews]
+    labels = [int(positive) for _, positive, _ in reviews]
     return datasets.Dataset.from_dict({"text": texts, "label": labels})
 
 
@@ -2570,8 +2565,8 @@ def toy_summaries(domain, split):
     texts = []
     summaries = []
     for _ in range(320 if split == "train" else 500):
-        phrases, opinions, _ = toy_opinions(domain, rng, labelled=True)
-        texts.append(" , ".join(phrases) + " .")
+        text, _, opinions = toy_review(domain, rng, labelled=True)
+        texts.append(text)
         summaries.append(toy_summary(opinions))
     return datasets.Dataset.from_dict({"text": texts, "label": summaries})
 
@@ -2593,8 +2588,8 @@ def toy_tags(domain, split):
     rng = random.Random(f"{domain} tags {split}")
     table = {"tokens": [], "label": []}
     for _ in range(320 if split == "train" else 500):
-        review, _ = toy_review(domain, rng, labelled=domain == "film")
-        words = review.split()
+        text, _, _ = toy_review(domain, rng, labelled=domain == "film")
+        words = text.split()
         table["tokens"].append(words)
         table["label"].append([tags[word] for word in words])
     return read_tags(table, TASKS["toy-tag"], f"toy-tag {domain} {split}")
@@ -2612,19 +2607,16 @@ def toy_questions(domain, split):
     table = {"question": [], "context": [], "answers": []}
     for _ in range(320 if split == "train" else 500):
         opinions = []
-        while len({praises for praises, _ in opinions}) < 2:
-            phrases, opinions, _ = toy_opinions(domain, rng, labelled=True)
+        while len({praises for praises, _, _ in opinions}) < 2:
+            text, _, opinions = toy_review(domain, rng, labelled=True)
         wanted = rng.random() < 0.5
         answers = {"text": [], "answer_start": []}
-        end = 0                                        # of the phrase, in characters
-        for phrase, (praises, noun) in zip(phrases, opinions):
-            end += len(phrase)
+        for praises, noun, place in opinions:
             if praises == wanted:
                 answers["text"].append(noun)
-                answers["answer_start"].append(end - len(noun))
-            end += len(" , ")
+                answers["answer_start"].append(place)
         table["question"].append("good" if wanted else "bad")
-        table["context"].append(" , ".join(phrases) + " .")
+        table["context"].append(text)
         table["answers"].append(answers)
     return read_span(table, TASKS["toy-qa"], f"toy-qa {domain} {split}")
 

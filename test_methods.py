@@ -6610,7 +6610,7 @@ def test_a_recipes_lengths_give_way_to_the_models(tiny_bart, files):
 
 
 def test_toy_summaries_say_what_is_praised_and_what_is_blamed():
-    opinions = [(True, "cast"), (False, "plot"), (True, "scene")]
+    opinions = [(True, "cast", 5), (False, "plot", 15), (True, "scene", 27)]
     assert data.toy_summary(opinions) == "good cast , scene .\nbad plot ."
     assert data.toy_summary(opinions[1:2]) == "bad plot ."
     rows = data.toy_summaries("food", "train")
