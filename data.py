@@ -2578,13 +2578,7 @@ def toy_tags(domain, split):
     other nouns and adjectives, and the telling adverbs of the unlabelled corpus: there a tag must
     come from the place of a word and from what pre-training knows of it.
     """
-    tags = {"not": "PART", ",": "PUNCT", ".": "PUNCT"}
-    for kind, lists in TOY_WORDS.items():
-        for word in sum(lists, TOY_HABIT if kind == "adverb" else []):
-            tags[word] = "ADV" if kind == "adverb" else "ADJ"
-    for noun in sum(TOY_NOUNS.values(), []):
-        tags[noun] = "NOUN"
-
+    tags = toy_words()
     rng = random.Random(f"{domain} tags {split}")
     table = {"tokens": [], "label": []}
     for _ in range(320 if split == "train" else 500):
@@ -2635,13 +2629,19 @@ def toy_corpus(n=10000):
     return reviews
 
 
-def toy_vocabulary():
-    words = {*TOY_HABIT, "not", ",", "."}
-    for positive, negative in TOY_WORDS.values():
-        words.update(positive, negative)
+def toy_words():
+    """{word: its tag} of all words of the toy language."""
+    tags = {"not": "PART", ",": "PUNCT", ".": "PUNCT"}
+    tags.update(dict.fromkeys(TOY_HABIT, "ADV"))
+    for kind, (positive, negative) in TOY_WORDS.items():
+        tags.update(dict.fromkeys(positive + negative, "ADV" if kind == "adverb" else "ADJ"))
     for nouns in TOY_NOUNS.values():
-        words.update(nouns)
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+        tags.update(dict.fromkeys(nouns, "NOUN"))
+    return tags
+
+
+def toy_vocabulary():
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(toy_words())]
 
 
 # ------------------------------------------------------------------------------ python data.py TASK
