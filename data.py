@@ -460,12 +460,9 @@ def load(args, also_scores=()):
 
 def count_shared(task, train, others):
     """How many other rows have the same texts as a training row. Rows without any do not count."""
-    def texts(rows):
-        columns = [map(as_text, cells_of(rows, name)) for name in task.columns]
-        return [row for row in zip(*columns) if any(text.strip() for text in row)]
-
-    known = set(texts(train))
-    return sum(row in known for row in texts(others))
+    known = set(texts_of(task, train))
+    return sum(texts in known and any(text.strip() for text in texts)
+               for texts in texts_of(task, others))
 
 
 def warnings_of_labels(args, task, train, unscored):
@@ -497,7 +494,12 @@ def load_to_use(args, also_scores):
     validation: the runs' own sets, if these are to be scored; for the user's own task, the
     --validation_file.
     """
-    task = task_of_run(args) if args.own_files else TASKS[args.task]
+    if args.own_files:
+        columns = args.text_columns or ["text"]        # results of old runs do not name them
+        is_number = len(args.own_labels) == 1          # the name of the model's one output
+        task = own_task(args, columns, [] if is_number else args.own_labels)
+    else:
+        task = TASKS[args.task]
     validation = {}
     if args.score_validation and (args.own_files or "validation_file" in args.by_hand):
         validation[set_name(args, "validation_file")] = read_own(args, "validation_file", task)
@@ -510,17 +512,6 @@ def load_to_use(args, also_scores):
     unscored = load_unscored(args, task)
     further, warnings = load_further(args, task, also_scores)
     return Rows(task, None, validation, further, warnings, unscored)
-
-
-def task_of_run(args):
-    """The Task of a finished run on one's own files, by its flags and its model's labels."""
-    columns = args.text_columns or ["text"]            # results of old runs do not name them
-    if args.target_column:
-        return own_summary_task(args, columns)
-    settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
-    if len(args.own_labels) == 1:
-        return Task(**settings, kind="regress", metrics="pearson spearman")
-    return Task(**settings, labels=tuple(args.own_labels))
 
 
 def read_own(args, flag, task):
@@ -757,7 +748,8 @@ def own_files(args):
         else:
             check_column(args.label_column, "--label_column", table, paths[split])
 
-    task = own_task(args, columns, tables)
+    classes = [] if args.target_column else own_classes(args, tables)
+    task = own_task(args, columns, classes)
     splits = {}
     for split, table in tables.items():
         where = f"--{split}_file {paths[split]}"
@@ -783,24 +775,31 @@ def check_column(name, flag, table, path):
                         "are called from here on")
 
 
-def own_task(args, columns, tables):
-    """The Task of one's own files, {"train": a table, "validation": a table}.
-
-    Its labels decide the kind: words and whole numbers are classes, numbers with a decimal point
-    are regression targets. A --target_column holds texts to write.
-    """
+def own_task(args, columns, classes):
+    """The Task of one's own files. classes: their names; none: a number, or a text to write."""
+    settings = {"path": "custom", "text": tuple(columns)}
     if args.target_column:
-        return own_summary_task(args, columns)
+        length = args.max_target_length or Decoding().longest
+        return Task(**settings, label=args.target_column, kind="generate", metrics=ROUGE,
+                    target_length=length, decoding=Decoding(longest=length))
+    if classes:
+        return Task(**settings, label=args.label_column, labels=tuple(classes))
+    return Task(**settings, label=args.label_column, kind="regress", metrics="pearson spearman")
 
-    settings = {"path": "custom", "text": tuple(columns), "label": args.label_column}
-    task = Task(**settings)
-    train = own_labels(tables["train"], task, f"--train_file {args.train_file}")
+
+def own_classes(args, tables):
+    """The names of the classes in one's own files, {"train": a table, "validation": a table}.
+
+    Words and whole numbers are classes. If all labels are numbers and some have a decimal point,
+    they are regression targets, and there are no classes.
+    """
+    train = own_labels(tables["train"], args.label_column, f"--train_file {args.train_file}")
     validation = own_labels(
-        tables["validation"], task, f"--validation_file {args.validation_file}")
+        tables["validation"], args.label_column, f"--validation_file {args.validation_file}")
 
     whole = all(re.fullmatch(r"[-+]?\d+", label) for label in train + validation)
     if not whole and all(is_float(label) for label in train + validation):
-        return Task(**settings, kind="regress", metrics="pearson spearman")
+        return []
 
     names = sorted(set(train))
     if whole:
@@ -812,17 +811,17 @@ def own_task(args, columns, tables):
     if len(names) < 2:
         raise UserError(f"--train_file {args.train_file}: all labels are {names[0]!r}; "
                         "at least two are needed")
-    return Task(**settings, labels=tuple(names))
+    return names
 
 
-def own_labels(table, task, where):
+def own_labels(table, column, where):
     """The labels of one's own table, as strings.
 
     UserError if one is missing, or infinite among numbers.
     """
-    labels = [label_of(cell) for cell in raw_labels(table, task, where)]
+    labels = [label_of(cell) for cell in raw_labels(table, column, where)]
     if "" in labels:
-        raise UserError(f"{where}: row {labels.index('') + 1}: no label in column {task.label!r} "
+        raise UserError(f"{where}: row {labels.index('') + 1}: no label in column {column!r} "
                         "(--label_column)")
     infinite = [label for label in labels if re.fullmatch("[-+]?inf(inity)?", label.lower())]
     if infinite and all(is_float(label) for label in set(labels) - set(infinite)):
@@ -830,13 +829,6 @@ def own_labels(table, task, where):
         raise UserError(f"{where}: row {row}: label {infinite[0]!r} must be a finite number, as "
                         "the others are")
     return labels
-
-
-def own_summary_task(args, columns):
-    """The Task of one's own files with a --target_column, texts to write."""
-    length = args.max_target_length or Decoding().longest
-    return Task(path="custom", text=tuple(columns), label=args.target_column, kind="generate",
-                metrics=ROUGE, target_length=length, decoding=Decoding(longest=length))
 
 
 def label_of(cell):
@@ -1035,25 +1027,19 @@ def cells_or_none(table, column, count):
     return cells_of(table, column)
 
 
-def raw_labels(table, task, where):
-    """The label cells of a raw table, all of one type.
-
-    A table without that column has -1, a hidden label, in every row.
-    """
-    if task.label not in column_names(table):
-        return [-1] * len(table[task.columns[0]])
-
-    cells = cells_of(table, task.label)
+def raw_labels(table, column, where):
+    """The label cells of a raw table, all of one type."""
+    cells = cells_of(table, column)
     given = [(row, cell) for row, cell in enumerate(cells, 1) if not is_missing(cell)]
     for row, cell in given:
         if not isinstance(cell, (str, int, float)):
             raise UserError(f"{where}: row {row}: label {cell!r:.40} must be a word or a number")
-        whole_text(str(cell), row, task.label, where)
+        whole_text(str(cell), row, column, where)
         first_row, first = given[0]
         if label_type(cell) != label_type(first):
             raise UserError(f"{where}: row {row}: label {cell!r} is a {label_type(cell)}, "
                             f"that of row {first_row} ({first!r}) a {label_type(first)}; "
-                            f"column {task.label!r} must hold one type")
+                            f"column {column!r} must hold one type")
     return cells
 
 
@@ -1102,7 +1088,7 @@ def read_classify(table, task, where):
     names = task.label_names
     index = class_index(table, task)
     labels = []
-    for row, cell in enumerate(raw_labels(table, task, where), 1):
+    for row, cell in enumerate(raw_labels(table, task.label, where), 1):
         label = index.get(cell, index.get(label_of(cell)))
         if label is None:
             others = f" and {len(names) - 20} more" if len(names) > 20 else ""
@@ -1113,10 +1099,13 @@ def read_classify(table, task, where):
 
 
 def read_regress(table, task, where):
-    """Rows with the text columns as strings and "label", a float."""
+    """Rows with the text columns as strings and "label", a float, nan where it is hidden."""
     texts = read_texts(table, task, where)
+    if task.label not in column_names(table):
+        hidden = [math.nan] * len(texts[task.columns[0]])
+        return make_rows(texts, hidden, "float32", ids_of(table, where))
     labels = []
-    for row, cell in enumerate(raw_labels(table, task, where), 1):
+    for row, cell in enumerate(raw_labels(table, task.label, where), 1):
         if not is_float(str(cell)):
             raise UserError(f"{where}: row {row}: label {cell!r} must be a number")
         number = float(cell)
@@ -1161,19 +1150,18 @@ def none_given(label):
     return not label
 
 
-def as_text(cell):
-    """A text as it is; a list joined with spaces."""
-    if isinstance(cell, list):
-        return " ".join(map(str, cell))
-    return cell
+def texts_of(task, rows):
+    """The texts of each row, a tuple with one for each column. A list of words is one text."""
+    columns = []
+    for name in task.columns:
+        cells = cells_of(rows, name)
+        columns.append([" ".join(cell) if isinstance(cell, list) else cell for cell in cells])
+    return list(zip(*columns))
 
 
 def count_empty_texts(task, rows):
     """How many rows have a text column that is empty or blank."""
-    is_empty = np.zeros(len(rows), bool)
-    for name in task.columns:
-        is_empty |= [not as_text(text).strip() for text in cells_of(rows, name)]
-    return int(is_empty.sum())
+    return sum(not all(text.strip() for text in texts) for texts in texts_of(task, rows))
 
 
 def general_text(where, n):
@@ -2511,22 +2499,16 @@ TOY_HABIT = ["really", "rather"]
 
 
 def toy_review(domain, rng, labelled):
-    """One review and its label (1: positive). Most of its phrases agree with the label.
+    """One review: (its text, whether it praises as a whole, its opinions).
+
+    opinions: of each phrase (whether it praises, its noun, where the noun begins in the text). Most
+    agree with the whole.
 
     Three things make it a small model of the real problem. The two domains have adjectives of their
     own, and labels are in one of them only. Telling adverbs ("painfully raw") stand in the
     unlabelled corpus alone, from which pre-training can learn what the adjectives of BOTH domains
     mean. And the labelled film reviewers have a habit ("really" in praise, "rather" in blame) that
     holds in 4 of 5 cases there, but in 1 of 3 in the food reviews.
-    """
-    phrases, _, positive = toy_opinions(domain, rng, labelled)
-    return " , ".join(phrases) + " .", int(positive)
-
-
-def toy_opinions(domain, rng, labelled):
-    """(phrases, opinions, positive) of a review. positive: whether it praises as a whole.
-
-    opinions: of each phrase (whether it praises, its noun).
     """
     positive = rng.random() < 0.5
     phrases = []
@@ -2548,17 +2530,17 @@ def toy_opinions(domain, rng, labelled):
             phrase.append(rng.choice(TOY_WORDS["adverb"][side]))
         adjectives = "both" if rng.random() < 0.1 else domain
         phrase.append(rng.choice(TOY_WORDS[adjectives][side]))
-        phrase.append(rng.choice(TOY_NOUNS[domain]))
-        phrases.append(" ".join(phrase))
-        opinions.append((praises, phrase[-1]))
-    return phrases, opinions, positive
+        noun = rng.choice(TOY_NOUNS[domain])
+        phrases.append(" ".join([*phrase, noun]))
+        opinions.append((praises, noun, len(" , ".join(phrases)) - len(noun)))
+    return " , ".join(phrases) + " .", positive, opinions
 
 
 def toy_summary(opinions):
     """A line of what is praised, a line of what is blamed: "good cast , plot .\nbad ending ."."""
     lines = []
     for praises, word in ((True, "good"), (False, "bad")):
-        nouns = [noun for praised, noun in opinions if praised == praises]
+        nouns = [noun for praised, noun, _ in opinions if praised == praises]
         if nouns:
             lines.append(f"{word} " + " , ".join(nouns) + " .")
     return "\n".join(lines)
@@ -2571,7 +2553,8 @@ def toy_rows(domain, split):
     rng = random.Random(f"{domain} {split}")
     size = 320 if split == "train" else 2000
     reviews = [toy_review(domain, rng, labelled=True) for _ in range(size)]
-    texts, labels = zip(*reviews)
+    texts = [text for text, _, _ in reviews]
+    labels = [int(positive) for _, positive, _ in reviews]
     return datasets.Dataset.from_dict({"text": texts, "label": labels})
 
 
@@ -2582,8 +2565,8 @@ def toy_summaries(domain, split):
     texts = []
     summaries = []
     for _ in range(320 if split == "train" else 500):
-        phrases, opinions, _ = toy_opinions(domain, rng, labelled=True)
-        texts.append(" , ".join(phrases) + " .")
+        text, _, opinions = toy_review(domain, rng, labelled=True)
+        texts.append(text)
         summaries.append(toy_summary(opinions))
     return datasets.Dataset.from_dict({"text": texts, "label": summaries})
 
@@ -2595,18 +2578,12 @@ def toy_tags(domain, split):
     other nouns and adjectives, and the telling adverbs of the unlabelled corpus: there a tag must
     come from the place of a word and from what pre-training knows of it.
     """
-    tags = {"not": "PART", ",": "PUNCT", ".": "PUNCT"}
-    for kind, lists in TOY_WORDS.items():
-        for word in sum(lists, TOY_HABIT if kind == "adverb" else []):
-            tags[word] = "ADV" if kind == "adverb" else "ADJ"
-    for noun in sum(TOY_NOUNS.values(), []):
-        tags[noun] = "NOUN"
-
+    tags = toy_words()
     rng = random.Random(f"{domain} tags {split}")
     table = {"tokens": [], "label": []}
     for _ in range(320 if split == "train" else 500):
-        review, _ = toy_review(domain, rng, labelled=domain == "film")
-        words = review.split()
+        text, _, _ = toy_review(domain, rng, labelled=domain == "film")
+        words = text.split()
         table["tokens"].append(words)
         table["label"].append([tags[word] for word in words])
     return read_tags(table, TASKS["toy-tag"], f"toy-tag {domain} {split}")
@@ -2624,19 +2601,16 @@ def toy_questions(domain, split):
     table = {"question": [], "context": [], "answers": []}
     for _ in range(320 if split == "train" else 500):
         opinions = []
-        while len({praises for praises, _ in opinions}) < 2:
-            phrases, opinions, _ = toy_opinions(domain, rng, labelled=True)
+        while len({praises for praises, _, _ in opinions}) < 2:
+            text, _, opinions = toy_review(domain, rng, labelled=True)
         wanted = rng.random() < 0.5
         answers = {"text": [], "answer_start": []}
-        end = 0                                        # of the phrase, in characters
-        for phrase, (praises, noun) in zip(phrases, opinions):
-            end += len(phrase)
+        for praises, noun, place in opinions:
             if praises == wanted:
                 answers["text"].append(noun)
-                answers["answer_start"].append(end - len(noun))
-            end += len(" , ")
+                answers["answer_start"].append(place)
         table["question"].append("good" if wanted else "bad")
-        table["context"].append(" , ".join(phrases) + " .")
+        table["context"].append(text)
         table["answers"].append(answers)
     return read_span(table, TASKS["toy-qa"], f"toy-qa {domain} {split}")
 
@@ -2655,13 +2629,19 @@ def toy_corpus(n=10000):
     return reviews
 
 
-def toy_vocabulary():
-    words = {*TOY_HABIT, "not", ",", "."}
-    for positive, negative in TOY_WORDS.values():
-        words.update(positive, negative)
+def toy_words():
+    """{word: its tag} of all words of the toy language."""
+    tags = {"not": "PART", ",": "PUNCT", ".": "PUNCT"}
+    tags.update(dict.fromkeys(TOY_HABIT, "ADV"))
+    for kind, (positive, negative) in TOY_WORDS.items():
+        tags.update(dict.fromkeys(positive + negative, "ADV" if kind == "adverb" else "ADJ"))
     for nouns in TOY_NOUNS.values():
-        words.update(nouns)
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+        tags.update(dict.fromkeys(nouns, "NOUN"))
+    return tags
+
+
+def toy_vocabulary():
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(toy_words())]
 
 
 # ------------------------------------------------------------------------------ python data.py TASK
@@ -2677,7 +2657,7 @@ def describe(task, split, rows, tokenizer):
     counted = rows
     if len(rows) > COUNTED:
         counted = rows.shuffle(seed=0).select(range(COUNTED))
-    texts = [" ".join(as_text(row[column]) for column in task.columns) for row in counted]
+    texts = [" ".join(texts) for texts in texts_of(task, counted)]
     unit = "words"
     lengths = [len(WORD.findall(text)) for text in texts]
     if tokenizer is not None:
@@ -2690,18 +2670,19 @@ def describe(task, split, rows, tokenizer):
         quantiles.append(f"{percent}%: {int(np.quantile(lengths, percent / 100))}")
     print(f"  {split}: {len(rows)} rows; {unit} at {', '.join(quantiles)}")
 
-    for row in rows.select(range(min(3, len(rows)))):
-        label = row["label"]
-        if isinstance(label, list):
-            named = []
-            for tag in label:
-                is_id = isinstance(tag, int) and tag >= 0
-                named.append(task.label_names[tag] if is_id else tag)
-            label = as_text(named)
-        elif task.label_names and label >= 0:
-            label = task.label_names[label]
-        cells = " | ".join(as_text(row[column])[:160] for column in task.columns)
-        print(f"    {str(label)[:160]}: {cells}".replace("\n", " / "))
+    first = rows.select(range(min(3, len(rows))))
+    for label, texts in zip(first["label"], texts_of(task, first)):
+        cells = " | ".join(text[:160] for text in texts)
+        print(f"    {label_text(task, label)[:160]}: {cells}".replace("\n", " / "))
+
+
+def label_text(task, label):
+    """A label in words: the names of ids, and of a list each."""
+    if isinstance(label, list):
+        return " ".join(label_text(task, one) for one in label)
+    if isinstance(label, int) and task.label_names and label >= 0:
+        return task.label_names[label]
+    return str(label)
 
 
 def main(argv=None):

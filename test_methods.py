@@ -877,7 +877,7 @@ def test_a_cell_that_does_not_fit_is_refused_with_its_row(cells, words, tmp_path
 def test_labels_of_which_one_is_missing_are_not_taken_for_two_types():
     task = data.Task("custom", text="text")
     table = {"text": ["a", "b", "c"], "label": [None, 1, 2]}
-    assert data.raw_labels(table, task, "t.jsonl") == [None, 1, 2]
+    assert data.raw_labels(table, "label", "t.jsonl") == [None, 1, 2]
     message = refusal(data.read_regress, {**table, "label": [math.nan, "1", "2"]}, task, "t.jsonl")
     assert message == "t.jsonl: row 1: label nan must be a number"
     message = refusal(data.read_regress, table, task, "t.jsonl")
@@ -6635,7 +6635,7 @@ def test_a_recipes_lengths_give_way_to_the_models(tiny_bart, files):
 
 
 def test_toy_summaries_say_what_is_praised_and_what_is_blamed():
-    opinions = [(True, "cast"), (False, "plot"), (True, "scene")]
+    opinions = [(True, "cast", 5), (False, "plot", 15), (True, "scene", 27)]
     assert data.toy_summary(opinions) == "good cast , scene .\nbad plot ."
     assert data.toy_summary(opinions[1:2]) == "bad plot ."
     rows = data.toy_summaries("food", "train")
