@@ -3340,6 +3340,9 @@ def test_a_finished_run_knows_labels_that_transformers_does_not_save(tiny_folder
     assert "id2label" not in read_json(folder / "model/config.json")
     result, = r3f.main(["--run", str(folder), "--validation_file", path])
     assert result["metrics"]["own"] == result["metrics"]["validation"]
+    write(folder / "model/config.json", "{")
+    message = refusal(r3f.main, ["--run", str(folder), "--validation_file", path])
+    assert message.startswith(f"--run {folder}: cannot read its labels in {folder}/model/config.")
 
 
 @pytest.mark.parametrize("pairs_first", [False, True])
