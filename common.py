@@ -1503,7 +1503,8 @@ def averages(scores):
 
 # -----------------------------------------------------------  5  a run: its folder, steps and files
 
-# Flags that do not make it another run: they may change when a run is resumed, or found again.
+# Flags that do not make it another run: they may change when a run is resumed, or found again, and
+# they may differ between runs in one table of the report.
 NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
     "detect_anomaly", "threads", "grid", "grid_seeds", "searched", "name", "run", "test_file",
