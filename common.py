@@ -1490,7 +1490,8 @@ def averages(scores):
 
 # -----------------------------------------------------------  5  a run: its folder, steps and files
 
-# Flags that do not make it another run: they may change when a run is resumed, or found again.
+# Flags that do not make it another run: they may change when a run is resumed, or found again, and
+# they may differ between runs in one table of the report.
 NOT_THE_RUN = {
     "output_dir", "resume", "overwrite", "save_every", "method", "seeds", "profile", "predict",
     "detect_anomaly", "threads", "grid", "grid_seeds", "searched", "name", "run", "test_file",
@@ -2113,16 +2114,14 @@ ALIKE = ["model", "max_length", "precision", "main_metric"]
 
 def labels_of_config(folder):
     """The labels of a finished run's model, in the order of their numbers."""
-    path = os.path.join(folder, "model", "config.json")
+    from transformers import AutoConfig
+    path = os.path.join(folder, "model")
     try:
-        with open(path, encoding="utf-8") as file:
-            config = parse_json(file.read())
-        # transformers leaves these two out of a config, as its defaults.
-        labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
-        return [labels[number] for number in sorted(labels, key=int)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--run {folder}: cannot read its labels in {path}: "
+        labels = AutoConfig.from_pretrained(path, trust_remote_code=False).id2label
+    except Exception as error:
+        raise UserError(f"--run {folder}: cannot read its labels in {path}/config.json: "
                         f"{first_line(error)}") from None
+    return [labels[number] for number in sorted(labels)]
 
 
 def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
