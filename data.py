@@ -1058,21 +1058,20 @@ def class_index(table, task):
     """
     import datasets
     names = task.label_names
-    names_of_table = [] if task.path == "custom" else names
     if isinstance(table, datasets.Dataset) and task.label in table.column_names:
         feature = table.features[task.label]
         feature = getattr(feature, "feature", feature)                  # of a list of tags: one's
-        names_of_table = getattr(feature, "names", names_of_table)
+        names = getattr(feature, "names", names)
 
+    has_ids = task.path != "custom"
+    names_are_words = not any(name.isdigit() for name in names)
     index = {"-1": -1}
-    for i, name in enumerate(names):
-        index[name] = i
-    index.update(zip(names_of_table, map_labels(names_of_table, names).tolist()))
-    names_are_words = not any(name.isdigit() for name in names_of_table)
-    for i, name in enumerate(names_of_table):
-        index[i] = index[name]
-        if names_are_words:                            # in a csv an id is a string
-            index[str(i)] = index[name]
+    for i, (name, label) in enumerate(zip(names, map_labels(names, task.label_names).tolist())):
+        index[name] = label
+        if has_ids:
+            index[i] = label
+        if has_ids and names_are_words:                # in a csv an id is a string
+            index[str(i)] = label
     return index
 
 
