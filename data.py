@@ -1744,7 +1744,11 @@ def accuracy(predictions, labels):
 def f1(predictions, labels):
     """Of class 1, as in GLUE."""
     hits = np.sum((predictions == 1) & (labels == 1))
-    return float(2 * hits / max(1, np.sum(predictions == 1) + np.sum(labels == 1)))
+    return float(f1_of_counts(hits, np.sum(predictions == 1), np.sum(labels == 1)))
+
+
+def f1_of_counts(hits, predicted, wanted):
+    return 2 * hits / (predicted + wanted) if hits else 0.0
 
 
 def ranks(x):
@@ -1807,10 +1811,6 @@ def rouge(prediction, reference):
 
 def words_of(text):
     return re.findall("[a-z0-9]+", text.lower())
-
-
-def f1_of_counts(hits, predicted, wanted):
-    return 2 * hits / (predicted + wanted) if hits else 0.0
 
 
 def common_in_order(a, b):
@@ -2119,15 +2119,18 @@ def score_tags(task, trained, kept, split):
     right = 0
     words = 0
     hits = 0
-    spans = 0
+    found_spans = 0
+    wanted_spans = 0
     for row, tags in predicted.items():
         right += int(np.sum(tags == np.array(gold[row], int)))
         words += len(tags)
         found = tag_spans([names[tag] if tag >= 0 else "O" for tag in tags])
         wanted = tag_spans([names[tag] for tag in gold[row]])
         hits += len(found & wanted)
-        spans += len(found) + len(wanted)
-    values = {"accuracy": right / max(1, words), "f1": 2 * hits / max(1, spans)}
+        found_spans += len(found)
+        wanted_spans += len(wanted)
+    values = {"accuracy": right / max(1, words),
+              "f1": f1_of_counts(hits, found_spans, wanted_spans)}
     return {name: values[name] for name in task.metric_names}
 
 
