@@ -864,10 +864,12 @@ def read_file(path, flag):
         raise UserError(f"{flag} {path}: is empty")
 
     opened = gzip.open if path.lower().endswith(".gz") else open
-    parse = parse_json if kind.startswith("json") else parse_csv
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            table = parse(file, kind)
+            if kind in ("json", "jsonl"):
+                table = parse_json(file.read())
+            else:
+                table = parse_csv(file, "," if kind == "csv" else "\t")
     except UserError as error:
         raise UserError(f"{flag} {path}: {error}") from None
     except UnicodeDecodeError as error:
@@ -879,7 +881,7 @@ def read_file(path, flag):
     return table
 
 
-def parse_csv(file, kind):
+def parse_csv(file, delimiter):
     """{column: cells} of a csv or tsv with a header. Blank lines are skipped.
 
     A column without a name, as pandas writes its row numbers, is named by its place.
@@ -887,7 +889,7 @@ def parse_csv(file, kind):
     csv.field_size_limit(2**31 - 1)                                     # texts may be long
     lines = []
     try:
-        for cells in csv.reader(file, delimiter="\t" if kind == "tsv" else ",", strict=True):
+        for cells in csv.reader(file, delimiter=delimiter, strict=True):
             if len(cells) > 1 or cells == [""] or "".join(cells).strip():
                 lines.append(cells)
     except csv.Error as error:
@@ -914,12 +916,11 @@ def parse_csv(file, kind):
     return table
 
 
-def parse_json(file, kind):
+def parse_json(text):
     """{column: cells} of a list of objects, or of an object a line, whatever the file's ending.
 
     A cell that is not there is None.
     """
-    text = file.read()
     is_list = text.lstrip().startswith("[")
     try:
         rows = json.loads(text) if is_list else parse_lines(text)
