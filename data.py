@@ -67,7 +67,7 @@ class Kind:
     collect       (outputs, labels, tokenizer) -> [what is kept of each row of a batch]
     score         (task, trained, kept, split) -> {metric: value}. kept: what `collect` gave of all
                   rows; trained: the task that the model was trained on
-    answer        what a label is, in words, for tasks whose labels have no names
+    answer        what a label is, in words; left out: the labels have names
     eval_size     (task) -> the arguments of `slices`, which makes the batches of an evaluation;
                   left out: its defaults
 
@@ -94,7 +94,7 @@ class Kind:
     tokenise: Callable
     collect: Callable
     score: Callable
-    answer: str
+    answer: str = ""
     eval_size: Callable = nothing
     settings: Callable = nothing
     comparable: Callable = nothing
@@ -2442,7 +2442,7 @@ KINDS = {
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
         forward=logits_of, collect=collect_rows, score=score_predictions, in_words=class_text,
-        file=file_of_classes, answer="a class", predictions=predicted_classes),
+        file=file_of_classes, predictions=predicted_classes),
     "regress": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_regress, hidden=math.isnan, tokenise=tokenise_texts, forward=logits_of,
@@ -2457,12 +2457,11 @@ KINDS = {
         auto_class="AutoModelForTokenClassification", settings=head_settings,
         read=read_tags, hidden=hidden_tags, comparable=same_tags, tokenise=tokenise_tags,
         forward=logits_of, collect=collect_tags, score=score_tags, in_words=tags_text,
-        file=file_of_tags, answer="a tag for each word", by_token=True),
+        file=file_of_tags, by_token=True),
     "span": Kind(
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
         read=read_span, hidden=none_given, tokenise=tokenise_span, collect=collect_spans,
-        score=score_spans, file=file_of_spans, answer="a part of the text", by_token=True,
-        passages=True),
+        score=score_spans, file=file_of_spans, by_token=True, passages=True),
     "retrieve": Kind(
         auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,
         tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve,
