@@ -2270,9 +2270,9 @@ def tokenise_span(rows, task, tokenizer, max_length, separate=False):
         for name, windows in model_inputs(encoded).items():
             found[name] += windows
         for window, offsets in enumerate(encoded["offset_mapping"]):
-            in_context = [part == 1 for part in encoded.sequence_ids(window)]
-            begins = [begin if inside else -1 for inside, (begin, _) in zip(in_context, offsets)]
-            ends = [end if inside else -1 for inside, (_, end) in zip(in_context, offsets)]
+            parts = encoded.sequence_ids(window)       # 1: of the context
+            begins = [begin if part == 1 else -1 for part, (begin, _) in zip(parts, offsets)]
+            ends = [end if part == 1 else -1 for part, (_, end) in zip(parts, offsets)]
             first, last = answer_tokens(rows, row, begins, ends)
             found["labels_start"].append(first)
             found["labels_end"].append(last)
@@ -2329,8 +2329,9 @@ def best_answers(kept, split):
         ends = split.note("to", part)
         for start, start_value in zip(places[0], values[0]):
             for end, end_value in zip(places[1], values[1]):
-                fits = max(start, end) < len(begins) and start <= end < start + LONGEST_ANSWER
-                if not fits or begins[start] < 0 or ends[end] < 0:
+                if not start <= end < min(start + LONGEST_ANSWER, len(begins)):
+                    continue
+                if begins[start] < 0 or ends[end] < 0:
                     continue
                 value = float(start_value + end_value)
                 if value > best[row][0]:

@@ -9496,8 +9496,8 @@ def test_question_and_context_are_one_text_in_windows(monkeypatch):
     assert data.best_answers(kept, split) == {0: "untold plot"}
     assert data.score_spans(QUESTIONS, QUESTIONS, kept, split) == {"f1": 1.0, "em": 1.0}
 
-    # Neither a question nor an end before its start is an answer.
-    for first, last in ((1, 2), (9, 8), (0, 0)):
+    # Neither a question, nor an end before its start, nor padding is an answer.
+    for first, last in ((1, 2), (9, 8), (0, 0), (10, 13)):
         odd = (np.array([[first], [last]]), np.array([[9.0], [9.0]]))
         assert data.best_answers([kept[0], odd, kept[2]], split) == {0: "untold"}
         assert data.best_answers([odd, odd, odd], split) == {0: ""}
