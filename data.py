@@ -1108,9 +1108,9 @@ def read_regress(table, task, where):
     for row, cell in enumerate(raw_labels(table, task.label, where), 1):
         if not is_float(str(cell)):
             raise UserError(f"{where}: row {row}: label {cell!r} must be a number")
-        number = float(cell)
+        number = float(str(cell))                      # of a whole number beyond any float: inf
         if abs(number) > float(np.finfo(np.float32).max):
-            raise UserError(f"{where}: row {row}: label {cell!r} must fit into 32 bits")
+            raise UserError(f"{where}: row {row}: label {cell!r:.40} must fit into 32 bits")
         labels.append(number)
     if set(labels) == {-1.0}:                          # all hidden; else -1 is a number like others
         labels = [math.nan] * len(labels)

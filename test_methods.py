@@ -885,6 +885,8 @@ def test_labels_of_which_one_is_missing_are_not_taken_for_two_types():
     assert message == "t.jsonl: row 1: label None must be a number"
     message = refusal(data.read_regress, {**table, "label": ["1", "2.0", "1e39"]}, task, "t.csv")
     assert message == "t.csv: row 3: label '1e39' must fit into 32 bits"
+    message = refusal(data.read_regress, {**table, "label": [10 ** 400, 1, 2]}, task, "t.json")
+    assert re.fullmatch("t.json: row 1: label 10{39} must fit into 32 bits", message)
 
 
 def test_a_file_for_a_finished_run_may_have_the_usual_columns(tmp_path):
