@@ -445,17 +445,13 @@ def load(args, also_scores=()):
 
     unscored = load_unscored(args, task)
     further, warnings = load_further(args, task, also_scores)
-    warnings += warnings_of_labels(args, task, train, unscored)
-    if args.own_files and not args.choosing:           # --choosing scores only training rows
-        count = count_shared(task, train, splits["validation"])
-        if count:
-            warnings.append(f"--validation_file {args.validation_file}: the texts of {count} of "
-                            f"its {len(splits['validation'])} rows are in --train_file too: what "
-                            "is scored may have been trained on")
-    if args.task in local_files(args.local_file):
-        warnings.append(f"--local_file {args.task}: is all splits of {args.task}, so what is "
-                        "scored was trained on")
-    return Rows(task, train, splits, further, warnings, unscored)
+    rows = Rows(task, train, splits, further, warnings, unscored)
+    if args.own_files:
+        rows.warnings.extend(warnings_of_own_files(args, rows))
+    elif args.task in local_files(args.local_file):
+        rows.warnings.append(f"--local_file {args.task}: is all splits of {args.task}, so what is "
+                             "scored was trained on")
+    return rows
 
 
 def count_shared(task, train, others):
@@ -465,14 +461,13 @@ def count_shared(task, train, others):
                for texts in texts_of(task, others))
 
 
-def warnings_of_labels(args, task, train, unscored):
-    """Lines on labels of the user's own files that may be a mistake."""
-    if not args.own_files:
-        return []
-    warnings = []
-    labels = cells_of(train, "label")
+def warnings_of_own_files(args, rows):
+    """Lines on what may be a mistake in the user's own files. rows: the Rows of them."""
+    task = rows.task
     kind = KINDS[task.kind]
-    if args.test_file and not any(map(kind.hidden, cells_of(unscored["test"], "label"))):
+    labels = cells_of(rows.train, "label")
+    warnings = []
+    if args.test_file and not any(map(kind.hidden, cells_of(rows.unscored["test"], "label"))):
         warnings.append(f"--test_file {args.test_file}: is predicted, not scored; "
                         f"--run FOLDER --validation_file {args.test_file} scores it")
     are_numbers = not task.label_names and not kind.decodes
@@ -485,6 +480,13 @@ def warnings_of_labels(args, task, train, unscored):
         if rare:
             warnings.append(f"--train_file {args.train_file}: {len(rare)} of the {len(counts)} "
                             f"classes have one row, such as {rare[0]!r}")
+    if not args.choosing:                              # --choosing scores only training rows
+        validation = rows.validation["validation"]
+        count = count_shared(task, rows.train, validation)
+        if count:
+            warnings.append(f"--validation_file {args.validation_file}: the texts of {count} of "
+                            f"its {len(validation)} rows are in --train_file too: what is scored "
+                            "may have been trained on")
     return warnings
 
 
