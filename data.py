@@ -67,7 +67,7 @@ class Kind:
     collect       (outputs, labels, tokenizer) -> [what is kept of each row of a batch]
     score         (task, trained, kept, split) -> {metric: value}. kept: what `collect` gave of all
                   rows; trained: the task that the model was trained on
-    answer        what a label is, in words, for tasks whose labels have no names
+    answer        what a label is, in words; left out: the labels have names
     eval_size     (task) -> the arguments of `slices`, which makes the batches of an evaluation;
                   left out: its defaults
 
@@ -94,7 +94,7 @@ class Kind:
     tokenise: Callable
     collect: Callable
     score: Callable
-    answer: str
+    answer: str = ""
     eval_size: Callable = nothing
     settings: Callable = nothing
     comparable: Callable = nothing
@@ -445,17 +445,13 @@ def load(args, also_scores=()):
 
     unscored = load_unscored(args, task)
     further, warnings = load_further(args, task, also_scores)
-    warnings += warnings_of_labels(args, task, train, unscored)
-    if args.own_files and not args.choosing:           # --choosing scores only training rows
-        count = count_shared(task, train, splits["validation"])
-        if count:
-            warnings.append(f"--validation_file {args.validation_file}: the texts of {count} of "
-                            f"its {len(splits['validation'])} rows are in --train_file too: what "
-                            "is scored may have been trained on")
-    if args.task in local_files(args.local_file):
-        warnings.append(f"--local_file {args.task}: is all splits of {args.task}, so what is "
-                        "scored was trained on")
-    return Rows(task, train, splits, further, warnings, unscored)
+    rows = Rows(task, train, splits, further, warnings, unscored)
+    if args.own_files:
+        rows.warnings.extend(warnings_of_own_files(args, rows))
+    elif args.task in local_files(args.local_file):
+        rows.warnings.append(f"--local_file {args.task}: is all splits of {args.task}, so what is "
+                             "scored was trained on")
+    return rows
 
 
 def count_shared(task, train, others):
@@ -465,14 +461,13 @@ def count_shared(task, train, others):
                for texts in texts_of(task, others))
 
 
-def warnings_of_labels(args, task, train, unscored):
-    """Lines on labels of the user's own files that may be a mistake."""
-    if not args.own_files:
-        return []
-    warnings = []
-    labels = cells_of(train, "label")
+def warnings_of_own_files(args, rows):
+    """Lines on what may be a mistake in the user's own files. rows: the Rows of them."""
+    task = rows.task
     kind = KINDS[task.kind]
-    if args.test_file and not any(map(kind.hidden, cells_of(unscored["test"], "label"))):
+    labels = cells_of(rows.train, "label")
+    warnings = []
+    if args.test_file and not any(map(kind.hidden, cells_of(rows.unscored["test"], "label"))):
         warnings.append(f"--test_file {args.test_file}: is predicted, not scored; "
                         f"--run FOLDER --validation_file {args.test_file} scores it")
     are_numbers = not task.label_names and not kind.decodes
@@ -485,6 +480,13 @@ def warnings_of_labels(args, task, train, unscored):
         if rare:
             warnings.append(f"--train_file {args.train_file}: {len(rare)} of the {len(counts)} "
                             f"classes have one row, such as {rare[0]!r}")
+    if not args.choosing:                              # --choosing scores only training rows
+        validation = rows.validation["validation"]
+        count = count_shared(task, rows.train, validation)
+        if count:
+            warnings.append(f"--validation_file {args.validation_file}: the texts of {count} of "
+                            f"its {len(validation)} rows are in --train_file too: what is scored "
+                            "may have been trained on")
     return warnings
 
 
@@ -864,10 +866,12 @@ def read_file(path, flag):
         raise UserError(f"{flag} {path}: is empty")
 
     opened = gzip.open if path.lower().endswith(".gz") else open
-    parse = parse_json if kind.startswith("json") else parse_csv
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            table = parse(file, kind)
+            if kind in ("json", "jsonl"):
+                table = parse_json(file.read())
+            else:
+                table = parse_csv(file, "," if kind == "csv" else "\t")
     except UserError as error:
         raise UserError(f"{flag} {path}: {error}") from None
     except UnicodeDecodeError as error:
@@ -879,7 +883,7 @@ def read_file(path, flag):
     return table
 
 
-def parse_csv(file, kind):
+def parse_csv(file, delimiter):
     """{column: cells} of a csv or tsv with a header. Blank lines are skipped.
 
     A column without a name, as pandas writes its row numbers, is named by its place.
@@ -887,7 +891,7 @@ def parse_csv(file, kind):
     csv.field_size_limit(2**31 - 1)                                     # texts may be long
     lines = []
     try:
-        for cells in csv.reader(file, delimiter="\t" if kind == "tsv" else ",", strict=True):
+        for cells in csv.reader(file, delimiter=delimiter, strict=True):
             if len(cells) > 1 or cells == [""] or "".join(cells).strip():
                 lines.append(cells)
     except csv.Error as error:
@@ -914,12 +918,11 @@ def parse_csv(file, kind):
     return table
 
 
-def parse_json(file, kind):
+def parse_json(text):
     """{column: cells} of a list of objects, or of an object a line, whatever the file's ending.
 
     A cell that is not there is None.
     """
-    text = file.read()
     is_list = text.lstrip().startswith("[")
     try:
         rows = json.loads(text) if is_list else parse_lines(text)
@@ -1058,21 +1061,20 @@ def class_index(table, task):
     """
     import datasets
     names = task.label_names
-    names_of_table = [] if task.path == "custom" else names
     if isinstance(table, datasets.Dataset) and task.label in table.column_names:
         feature = table.features[task.label]
         feature = getattr(feature, "feature", feature)                  # of a list of tags: one's
-        names_of_table = getattr(feature, "names", names_of_table)
+        names = getattr(feature, "names", names)
 
+    has_ids = task.path != "custom"
+    names_are_words = not any(name.isdigit() for name in names)
     index = {"-1": -1}
-    for i, name in enumerate(names):
-        index[name] = i
-    index.update(zip(names_of_table, map_labels(names_of_table, names).tolist()))
-    names_are_words = not any(name.isdigit() for name in names_of_table)
-    for i, name in enumerate(names_of_table):
-        index[i] = index[name]
-        if names_are_words:                            # in a csv an id is a string
-            index[str(i)] = index[name]
+    for i, (name, label) in enumerate(zip(names, map_labels(names, task.label_names).tolist())):
+        index[name] = label
+        if has_ids:
+            index[i] = label
+        if has_ids and names_are_words:                # in a csv an id is a string
+            index[str(i)] = label
     return index
 
 
@@ -1108,9 +1110,9 @@ def read_regress(table, task, where):
     for row, cell in enumerate(raw_labels(table, task.label, where), 1):
         if not is_float(str(cell)):
             raise UserError(f"{where}: row {row}: label {cell!r} must be a number")
-        number = float(cell)
+        number = float(str(cell))                      # of a whole number beyond any float: inf
         if abs(number) > float(np.finfo(np.float32).max):
-            raise UserError(f"{where}: row {row}: label {cell!r} must fit into 32 bits")
+            raise UserError(f"{where}: row {row}: label {cell!r:.40} must fit into 32 bits")
         labels.append(number)
     if set(labels) == {-1.0}:                          # all hidden; else -1 is a number like others
         labels = [math.nan] * len(labels)
@@ -1745,7 +1747,11 @@ def accuracy(predictions, labels):
 def f1(predictions, labels):
     """Of class 1, as in GLUE."""
     hits = np.sum((predictions == 1) & (labels == 1))
-    return float(2 * hits / max(1, np.sum(predictions == 1) + np.sum(labels == 1)))
+    return float(f1_of_counts(hits, np.sum(predictions == 1), np.sum(labels == 1)))
+
+
+def f1_of_counts(hits, predicted, wanted):
+    return 2 * hits / (predicted + wanted) if hits else 0.0
 
 
 def ranks(x):
@@ -1808,10 +1814,6 @@ def rouge(prediction, reference):
 
 def words_of(text):
     return re.findall("[a-z0-9]+", text.lower())
-
-
-def f1_of_counts(hits, predicted, wanted):
-    return 2 * hits / (predicted + wanted) if hits else 0.0
 
 
 def common_in_order(a, b):
@@ -2120,15 +2122,18 @@ def score_tags(task, trained, kept, split):
     right = 0
     words = 0
     hits = 0
-    spans = 0
+    found_spans = 0
+    wanted_spans = 0
     for row, tags in predicted.items():
         right += int(np.sum(tags == np.array(gold[row], int)))
         words += len(tags)
         found = tag_spans([names[tag] if tag >= 0 else "O" for tag in tags])
         wanted = tag_spans([names[tag] for tag in gold[row]])
         hits += len(found & wanted)
-        spans += len(found) + len(wanted)
-    values = {"accuracy": right / max(1, words), "f1": 2 * hits / max(1, spans)}
+        found_spans += len(found)
+        wanted_spans += len(wanted)
+    values = {"accuracy": right / max(1, words),
+              "f1": f1_of_counts(hits, found_spans, wanted_spans)}
     return {name: values[name] for name in task.metric_names}
 
 
@@ -2267,9 +2272,9 @@ def tokenise_span(rows, task, tokenizer, max_length, separate=False):
         for name, windows in model_inputs(encoded).items():
             found[name] += windows
         for window, offsets in enumerate(encoded["offset_mapping"]):
-            in_context = [part == 1 for part in encoded.sequence_ids(window)]
-            begins = [begin if inside else -1 for inside, (begin, _) in zip(in_context, offsets)]
-            ends = [end if inside else -1 for inside, (_, end) in zip(in_context, offsets)]
+            parts = encoded.sequence_ids(window)       # 1: of the context
+            begins = [begin if part == 1 else -1 for part, (begin, _) in zip(parts, offsets)]
+            ends = [end if part == 1 else -1 for part, (_, end) in zip(parts, offsets)]
             first, last = answer_tokens(rows, row, begins, ends)
             found["labels_start"].append(first)
             found["labels_end"].append(last)
@@ -2326,8 +2331,9 @@ def best_answers(kept, split):
         ends = split.note("to", part)
         for start, start_value in zip(places[0], values[0]):
             for end, end_value in zip(places[1], values[1]):
-                fits = max(start, end) < len(begins) and start <= end < start + LONGEST_ANSWER
-                if not fits or begins[start] < 0 or ends[end] < 0:
+                if not start <= end < min(start + LONGEST_ANSWER, len(begins)):
+                    continue
+                if begins[start] < 0 or ends[end] < 0:
                     continue
                 value = float(start_value + end_value)
                 if value > best[row][0]:
@@ -2439,7 +2445,7 @@ KINDS = {
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
         forward=logits_of, collect=collect_rows, score=score_predictions, in_words=class_text,
-        file=file_of_classes, answer="a class", predictions=predicted_classes),
+        file=file_of_classes, predictions=predicted_classes),
     "regress": Kind(
         auto_class="AutoModelForSequenceClassification", settings=head_settings,
         read=read_regress, hidden=math.isnan, tokenise=tokenise_texts, forward=logits_of,
@@ -2454,12 +2460,11 @@ KINDS = {
         auto_class="AutoModelForTokenClassification", settings=head_settings,
         read=read_tags, hidden=hidden_tags, comparable=same_tags, tokenise=tokenise_tags,
         forward=logits_of, collect=collect_tags, score=score_tags, in_words=tags_text,
-        file=file_of_tags, answer="a tag for each word", by_token=True),
+        file=file_of_tags, by_token=True),
     "span": Kind(
         auto_class="AutoModelForQuestionAnswering", settings=head_settings,
         read=read_span, hidden=none_given, tokenise=tokenise_span, collect=collect_spans,
-        score=score_spans, file=file_of_spans, answer="a part of the text", by_token=True,
-        passages=True),
+        score=score_spans, file=file_of_spans, by_token=True, passages=True),
     "retrieve": Kind(
         auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,
         tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve,

@@ -516,6 +516,7 @@ def test_a_task_of_the_table_is_consistent(name):
     assert "/" in task.path or task.path.startswith("toy") or task.where
     assert len(set(names)) == len(names)
     assert (len(names) >= 2) == (task.kind in ("classify", "tag", "span"))
+    assert bool(names) != bool(data.KINDS[task.kind].answer)             # either is told
     assert task.outputs == max(len(names), 1)
     assert task.perturb in ("", *task.columns)
     for further in task.further.split():
@@ -884,6 +885,8 @@ def test_labels_of_which_one_is_missing_are_not_taken_for_two_types():
     assert message == "t.jsonl: row 1: label None must be a number"
     message = refusal(data.read_regress, {**table, "label": ["1", "2.0", "1e39"]}, task, "t.csv")
     assert message == "t.csv: row 3: label '1e39' must fit into 32 bits"
+    message = refusal(data.read_regress, {**table, "label": [10 ** 400, 1, 2]}, task, "t.json")
+    assert re.fullmatch("t.json: row 1: label 10{39} must fit into 32 bits", message)
 
 
 def test_a_file_for_a_finished_run_may_have_the_usual_columns(tmp_path):
@@ -9523,8 +9526,8 @@ def test_question_and_context_are_one_text_in_windows(monkeypatch):
     assert data.best_answers(kept, split) == {0: "untold plot"}
     assert data.score_spans(QUESTIONS, QUESTIONS, kept, split) == {"f1": 1.0, "em": 1.0}
 
-    # Neither a question nor an end before its start is an answer.
-    for first, last in ((1, 2), (9, 8), (0, 0)):
+    # Neither a question, nor an end before its start, nor padding is an answer.
+    for first, last in ((1, 2), (9, 8), (0, 0), (10, 13)):
         odd = (np.array([[first], [last]]), np.array([[9.0], [9.0]]))
         assert data.best_answers([kept[0], odd, kept[2]], split) == {0: "untold"}
         assert data.best_answers([odd, odd, odd], split) == {0: ""}
