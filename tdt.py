@@ -597,9 +597,17 @@ class Evaluation:
     world: object
     name: str
     split: object
-    ids: object                                                          # (tokens,)
-    row: object                                                          # (tokens,), each one's row
     is_word: object                                                      # (tokens,), not special
+
+    @property
+    def ids(self):
+        """The tokens: (tokens,)."""
+        return self.split.fields["input_ids"].values
+
+    @property
+    def offsets(self):
+        """Where each row's tokens begin, and the end of the last row's: (rows + 1,)."""
+        return self.split.fields["input_ids"].offsets
 
     def file_of(self, figure, folder):
         """The path of a figure's files, without their ending. If the set is not the runs' own
@@ -615,7 +623,7 @@ def evaluation_of(args, setup, world):
     import data
     import numpy as np
     name, (_, split) = next(iter(setup.validation.items()))
-    ids, offsets, _ = split.fields["input_ids"]
+    ids = split.fields["input_ids"].values
     unknown = setup.tokenizer.unk_token_id             # stands for a word, though it is special
     special = [token for token in setup.tokenizer.all_special_ids if token != unknown]
     is_word = ~np.isin(ids, special)
@@ -627,8 +635,7 @@ def evaluation_of(args, setup, world):
         is_word &= marked.fields["perturbable"].values == 1
     if not is_word.any():
         raise common.UserError(f"{name}: holds no words, which the figures are about")
-    row = np.repeat(np.arange(len(split)), np.diff(offsets))
-    return Evaluation(setup, world, name, split, ids, row, is_word)
+    return Evaluation(setup, world, name, split, is_word)
 
 
 def load_run(folder, method, world, mask_token_id=None, like=None, confidences="confidence.pt"):
@@ -666,13 +673,12 @@ def confidences_of(module, evaluation, name):
     """The confidence of each token of the evaluation set: (tokens,). name: of the progress bar."""
     import common
     import numpy as np
-    split = evaluation.split
     world = evaluation.world
-    offsets = split.fields["input_ids"].offsets
+    offsets = evaluation.offsets
     confidences = np.zeros(len(evaluation.ids), np.float32)
     module.eval()
     with torch.inference_mode():
-        for rows, _, inputs in common.eval_inputs(split, world, name):
+        for rows, _, inputs in common.eval_inputs(evaluation.split, world, name):
             real = inputs["attention_mask"].bool().cpu()                 # (B, n)
             c = module.confidence(**inputs).cpu()                        # (B, n)
             for row, line, is_real in zip(rows, c, real):
@@ -916,8 +922,7 @@ def damage(evaluation, rate, draw, mask_id, order=None, sampled=False):
         order = rng.random(len(ids))
 
     changed = ids.copy()
-    row_ends = np.flatnonzero(np.diff(evaluation.row)) + 1
-    for tokens in np.split(np.arange(len(ids)), row_ends):
+    for tokens in np.split(np.arange(len(ids)), evaluation.offsets[1:-1]):
         words = tokens[evaluation.is_word[tokens]]     # where this row's words stand
         count = int(np.rint(rate * len(words)))
         hit = words[np.argsort(order[words], kind="stable")][:count]

@@ -7247,8 +7247,12 @@ def test_help_says_what_the_authors_ran(capsys):
 def two_rows():
     """[CLS] a b c d [SEP] and [CLS] e f [SEP] as an Evaluation, and their confidences."""
     ids = np.array([1, 10, 11, 12, 13, 2, 1, 14, 15, 2])
-    row = np.repeat([0, 1], [6, 4])
-    evaluation = tdt.Evaluation(None, None, "set", None, ids, row, ids > 2)
+    offsets = np.array([0, 6, 10])
+    split = data.Split({
+        "input_ids": data.Field(ids, offsets, 0),
+        "attention_mask": data.Field(np.ones(10, int), offsets, 0),
+        "labels": data.Field(np.zeros(2, int), None, 0)})
+    evaluation = tdt.Evaluation(None, None, "set", split, ids > 2)
     c = np.array([0.9, 0.1, 0.4, 0.3, 0.2, 0.9, 0.9, 0.5, 0.6, 0.9], np.float32)
     return evaluation, c
 
@@ -7700,14 +7704,7 @@ def test_a_module_in_train_mode_is_read_without_its_dropout(copied):
     module = tdt.load_run(str(copied), "tdt", world)
     tokenizer = transformers.AutoTokenizer.from_pretrained(copied / "model")
     evaluation, _ = two_rows()
-    offsets = np.array([0, 6, 10])
-    ones = np.ones(10, int)
     evaluation.world = world
-    evaluation.split = data.Split({
-        "input_ids": data.Field(evaluation.ids, offsets, 0),
-        "attention_mask": data.Field(ones, offsets, 0),
-        "labels": data.Field(np.zeros(2, int), None, 0)})
-
     explanation = tdt.explain(module, tokenizer, "great cast", 32, world)
     tokenizer.unk_token = None                         # as of tokenizers by bytes
     assert tdt.explain(module, tokenizer, "great cast", 32, world) == explanation
