@@ -908,7 +908,7 @@ def explanations_page(explanations, title, scale):
 
 # --------------------------------------------------------------------------  analyses: Figures 5, 6
 
-def damage(evaluation, rate, draw, mask_id, order=None, sampled=False):
+def damage(evaluation, rate, draw, order=None, sampled=False):
     """evaluation.ids with a share `rate` of each row's words replaced: (tokens,).
 
     order (tokens,): a row's words with the lowest numbers are replaced; None: random ones.
@@ -930,7 +930,7 @@ def damage(evaluation, rate, draw, mask_id, order=None, sampled=False):
             others = words[(rng.random(count) * len(words)).astype(int)]
             changed[hit] = ids[others]
         else:
-            changed[hit] = mask_id
+            changed[hit] = evaluation.setup.tokenizer.mask_token_id
     return changed
 
 
@@ -955,7 +955,6 @@ def measure_curves(modules, kinds, rates, draws, evaluation):
     scores each rate gets.
     """
     curves = {}
-    mask_id = evaluation.setup.tokenizer.mask_token_id
     for method, module in modules.items():
         whole = score_tokens(module, evaluation.ids, evaluation, f"{method}, all words")
         for kind, which in kinds.items():
@@ -963,7 +962,7 @@ def measure_curves(modules, kinds, rates, draws, evaluation):
             for rate in rates:
                 scores = []
                 for draw in range(draws):
-                    ids = damage(evaluation, rate, draw, mask_id, **which)
+                    ids = damage(evaluation, rate, draw, **which)
                     bar = f"{method}, {kind}, {rate:.0%}"
                     scores.append(score_tokens(module, ids, evaluation, bar))
                 curve[rate] = scores

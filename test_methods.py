@@ -7252,7 +7252,8 @@ def two_rows():
         "input_ids": data.Field(ids, offsets, 0),
         "attention_mask": data.Field(np.ones(10, int), offsets, 0),
         "labels": data.Field(np.zeros(2, int), None, 0)})
-    evaluation = tdt.Evaluation(None, None, "set", split, ids > 2)
+    setup = types.SimpleNamespace(tokenizer=types.SimpleNamespace(mask_token_id=3))
+    evaluation = tdt.Evaluation(setup, None, "set", split, ids > 2)
     c = np.array([0.9, 0.1, 0.4, 0.3, 0.2, 0.9, 0.9, 0.5, 0.6, 0.9], np.float32)
     return evaluation, c
 
@@ -7262,7 +7263,7 @@ def test_the_words_of_highest_or_lowest_confidence_become_mask():
 
     def damaged(by, rate):
         order = -c if by == "highest" else c
-        return tdt.damage(evaluation, rate, 0, 3, order).tolist()
+        return tdt.damage(evaluation, rate, 0, order).tolist()
 
     assert damaged("highest", 0.5) == [1, 10, 3, 3, 13, 2, 1, 14, 3, 2]
     assert damaged("lowest", 0.5) == [1, 3, 11, 12, 3, 2, 1, 3, 15, 2]
@@ -7275,14 +7276,14 @@ def test_random_words_become_mask_or_another_word_of_their_row():
     ids, words = evaluation.ids, evaluation.is_word
     seen = set()
     for draw in range(20):
-        masked = tdt.damage(evaluation, 0.5, draw, 3)
+        masked = tdt.damage(evaluation, 0.5, draw)
         assert (masked[words] == 3).sum() == 3 and (masked[~words] == ids[~words]).all()
         seen.add(masked.tobytes())
-        other = tdt.damage(evaluation, 1.0, draw, 3, sampled=True)
+        other = tdt.damage(evaluation, 1.0, draw, sampled=True)
         assert set(other[1:5]) <= {10, 11, 12, 13} and set(other[7:9]) <= {14, 15}
         assert (other[~words] == ids[~words]).all()
     assert len(seen) > 5
-    again = tdt.damage(evaluation, 0.5, 19, 3)
+    again = tdt.damage(evaluation, 0.5, 19)
     assert again.tobytes() == masked.tobytes()
 
 
@@ -7576,8 +7577,8 @@ def test_perturb_draws_anew_and_tells_the_deviation(tdt_runs, capsys, monkeypatc
     masked = set()
     damage = tdt.damage
 
-    def note(evaluation, rate, draw, mask_id, order=None, sampled=False):
-        ids = damage(evaluation, rate, draw, mask_id, order, sampled)
+    def note(evaluation, rate, draw, order=None, sampled=False):
+        ids = damage(evaluation, rate, draw, order, sampled)
         if rate == 0.5 and not sampled:
             masked.add(tuple(ids.tolist()))
         return ids
