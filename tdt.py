@@ -510,7 +510,6 @@ class Analyses:
     runs: dict                     # {seed: {method: folder}}, finished
     texts: list                    # to explain; a pair is two sentences with ||| between them
     figures: bool                  # whether any of Figures 3 to 6, which show the evaluation set
-    rates: list                    # those of --rates above 0
 
     @property
     def any(self):
@@ -522,8 +521,7 @@ def read_analyses(args, runs):
     import common
     texts = texts_to_explain(args.explain, args.explain_file)
     figures = bool(args.confidences or args.tsne or args.perturb or args.drop)
-    rates = [rate for rate in dict.fromkeys(args.rates) if rate > 0]
-    asked = Analyses(runs_by_seed(runs), texts, figures, rates)
+    asked = Analyses(runs_by_seed(runs), texts, figures)
     if "rates" in args.by_hand and not (args.drop or args.perturb):
         raise common.UserError("--rates: needs --drop or --perturb")
     if "draws" in args.by_hand and not args.perturb:
@@ -960,6 +958,8 @@ def measure_curves(modules, kinds, rates, draws, evaluation):
         for kind, which in kinds.items():
             curve = {0.0: [whole]}
             for rate in rates:
+                if rate in curve:                      # 0, or one that was given twice
+                    continue
                 scores = []
                 for draw in range(draws):
                     ids = damage(evaluation, rate, draw, **which)
@@ -1030,12 +1030,12 @@ def write_curves(folder, figure, curves, evaluation, **more):
     common.write_json(f"{path}.json", content, evaluation.world)
 
 
-def print_curves(curves, title, rates, world):
+def print_curves(curves, title, world):
     """Prints the curves of all seeds as a table: a row for each, means and deviations by rate."""
     import numpy as np
     rows = {f"{method}, {kind}": curve for (method, kind), curve in curves.items()}
     wide = max(map(len, rows))
-    rates = [0.0, *rates]
+    rates = next(iter(rows.values()))                  # all curves have the same
     world.say(f"\n{title}; +- the standard deviation over seeds and draws")
     world.say(f"{'':<{wide}}" + "".join(f"{rate:>15.0%}" for rate in rates))
     for name, curve in rows.items():
@@ -1047,7 +1047,7 @@ def print_curves(curves, title, rates, world):
         world.say(f"{name:<{wide}}" + "".join(cells))
 
 
-def print_control(curves, rates, world):
+def print_control(curves, world):
     """Prints what the trained confidences find that untrained ones do not: the score without the
     words of highest confidence, less the score without those that the untrained layer ranks first.
 
@@ -1058,6 +1058,7 @@ def print_control(curves, rates, world):
     for method in dict.fromkeys(method for method, _ in curves):
         trained = curves[method, "highest"]
         untrained = curves[method, "highest, untrained"]
+        rates = [rate for rate in trained if rate > 0]
         for rate in rates:
             gaps = [100 * (a - b) for a, b in zip(trained[rate], untrained[rate])]
             gap = common.summarise_differences(gaps)
@@ -1395,10 +1396,10 @@ def analyse(args, asked, setup, tokenizer, world):
             mapped.append(show_clouds(modules, folders, chosen_by, args, evaluation))
         if args.drop:
             dropped.append(drop_words(
-                modules, folders, chosen_by, c[chosen_by], asked.rates, evaluation))
+                modules, folders, chosen_by, c[chosen_by], args.rates, evaluation))
         if args.perturb:
             perturbed.append(perturb_words(
-                modules, folders, chosen_by, asked.rates, args.draws, evaluation))
+                modules, folders, chosen_by, args.rates, args.draws, evaluation))
     if asked.figures:
         show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation)
 
@@ -1423,15 +1424,15 @@ def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
     if dropped:
         curves = curves_of_all_seeds(dropped)
         title = f"{when} is [MASK], those of highest or lowest confidence"
-        print_curves(curves, title, asked.rates, world)
-        print_control(curves, asked.rates, world)
+        print_curves(curves, title, world)
+        print_control(curves, world)
         heading = f"Scores on {args.task} without the words of highest or lowest confidence"
         path = evaluation.file_of("drop", task_folder)
         draw_curves(curves, heading, title, f"{path}.html", world)
     if perturbed:
         curves = curves_of_all_seeds(perturbed)
         title = f"{when} is replaced at random"
-        print_curves(curves, title, asked.rates, world)
+        print_curves(curves, title, world)
         heading = f"Scores on {args.task} with words replaced at random"
         path = evaluation.file_of("perturb", task_folder)
         draw_curves(curves, heading, title, f"{path}.html", world)

@@ -7334,7 +7334,7 @@ def test_the_table_has_a_deviation_only_of_several_scores(capsys):
     world = types.SimpleNamespace(say=print)
 
     def rows_of(*found):
-        tdt.print_curves(tdt.curves_of_all_seeds(found), "title", [0.5], world)
+        tdt.print_curves(tdt.curves_of_all_seeds(found), "title", world)
         lines = capsys.readouterr().out.splitlines()[3:]
         return {line.split(", a")[0]: line.split(", a")[1].split() for line in lines}
 
@@ -7501,7 +7501,7 @@ def test_the_control_of_figure_6_is_paired_by_seed():
     found[1].update({("std", "highest"): {0.1: [0.5]},
                      ("std", "highest, untrained"): {0.1: [0.75]}})
     merged = tdt.curves_of_all_seeds(found)
-    tdt.print_control(merged, [0.1], types.SimpleNamespace(say=lines.append))
+    tdt.print_control(merged, types.SimpleNamespace(say=lines.append))
     low, high = common.t_interval([-10.0, 20.0, -40.0])
     assert lines[1:] == [
         f"tdt, 10%: -10.00 ({low:+.2f} to {high:+.2f}), p 0.750; lower in 2 of 3 seeds",
