@@ -1614,20 +1614,16 @@ def build_method(method, model, args, mask_token_id):
         raise common.UserError(f"--method {method}, --model {args.model}: {error}") from error
 
 
-def copy_confidences(module):
-    """The present weights of the confidence layer; {} for a method without one."""
-    layer = getattr(module, "confidence_layer", None)
-    if layer is None:
-        return {}
-    return {name: weight.detach().cpu().clone() for name, weight in layer.state_dict().items()}
+def write_model(model, layer, untrained, folder):
+    """Saves the model as others load it, and its confidence layer as learned and as it began.
 
-
-def write_model(method, module, untrained, folder):
-    """Saves the model as others load it, and its confidence layer as learned and as it began."""
-    module.model.save_pretrained(folder)
-    if method in WITH_CONFIDENCES:
-        torch.save(copy_confidences(module), f"{folder}/confidence.pt")
-        torch.save(untrained, f"{folder}/confidence-start.pt")
+    layer, untrained: None for a method without one.
+    """
+    model.save_pretrained(folder)
+    if layer is not None:
+        for name, part in (("confidence", layer), ("confidence-start", untrained)):
+            weights = {key: weight.cpu() for key, weight in part.state_dict().items()}
+            torch.save(weights, f"{folder}/{name}.pt")
 
 
 def perturb_only(task, keep_special):
@@ -1694,13 +1690,13 @@ def main(argv=None):
             if run.results is None:
                 module = build(method, run.seed)
                 model = module.model
-                untrained = copy_confidences(module)
+                layer = module.confidence_layer if method in WITH_CONFIDENCES else None
+                untrained = copy.deepcopy(layer)                         # as it begins
                 batches = common.build_batches(
                     setup_for(method, setup, perturb), args, run.seed, world)
                 total = common.count_steps(args, batches.per_epoch)
-                part = module.confidence_layer if method in WITH_CONFIDENCES else None
                 optimizer, schedule = common.build_optimizer(
-                    module, args, total, part, args.c_lr)                # choice 9
+                    module, args, total, layer, args.c_lr)               # choice 9
                 ddp = world.ddp(module)
                 run.begin(total, batches.per_epoch, module=module, optimizer=optimizer,
                           schedule=schedule, batches=batches)
@@ -1723,7 +1719,7 @@ def main(argv=None):
                     run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
                 metrics = evaluate(model, setup.scored, run.folder)
-                write = functools.partial(write_model, method, module, untrained)
+                write = functools.partial(write_model, model, layer, untrained)
                 run.finish(metrics, batches, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
             asked.runs.setdefault(run.seed, {})[method] = run.folder
