@@ -1298,13 +1298,6 @@ def clouds_body(maps, numbers, labels, names, chosen_by, perplexity):
 
 # ---------------------------------------------------------------------------  analyses: all of them
 
-def check_figure_3(args, task):
-    """UserError if --tsne is asked for a task without classes."""
-    import common
-    if args.tsne and task.outputs == 1:
-        raise common.UserError(f"--tsne: must be a task with classes; {args.task} has none")
-
-
 def check_tokenizer(args, tokenizer, methods, asked):
     """UserError if something is asked for that needs what this tokenizer does not have."""
     import common
@@ -1341,7 +1334,7 @@ def use_finished(args, runs, asked, world, started):
     to_score = not asked.any or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
     if to_score or asked.figures:
-        setup = common.prepare(args, world, functools.partial(check_figure_3, args))
+        setup = common.prepare(args, world, functools.partial(check, args))
         tokenizer = setup.tokenizer
     else:
         setup = None
@@ -1651,7 +1644,8 @@ def check(args, task):
     """UserError if a method or Figure 3 is not for this kind of task."""
     import common
     common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
-    check_figure_3(args, task)
+    if args.tsne and task.outputs == 1:
+        raise common.UserError(f"--tsne: must be a task with classes; {args.task} has none")
 
 
 def main(argv=None):

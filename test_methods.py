@@ -7698,6 +7698,11 @@ def test_a_finished_run_brings_its_own_flags(copied):
     assert args.threads == 2 and args.max_length == 9
 
 
+def test_with_finished_runs_flags_of_other_methods_are_said_to_have_no_effect(copied, capsys):
+    tdt.main(["--run", str(copied), "--cutoff_rate", "0.3"])
+    assert "  no effect   cutoff_rate 0.3: not of tdt\n" in capsys.readouterr().out
+
+
 def test_a_module_in_train_mode_is_read_without_its_dropout(copied):
     """As evaluations leave it."""
     world = types.SimpleNamespace(device="cpu", rank=0, size=1, put=dict, total=np.asarray,
