@@ -772,17 +772,13 @@ def scale_of(c, evaluation):
 def explain(module, tokenizer, text, max_length, world):
     """The Explanation of a text, or of two with ||| between them."""
     parts = parts_of(text)
-    encoded = tokenizer(*parts, truncation=True, max_length=max_length,
-                        return_offsets_mapping=True, return_tensors="pt")
-    spans = encoded.pop("offset_mapping")[0].tolist()
+    encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_tensors="pt")
     inputs = world.put(dict(encoded))
     module.eval()
     with torch.inference_mode():
         c = module.confidence(**inputs)[0].tolist()
         logits = module.model(**inputs).logits[0].float()                # (C,)
-    ids = encoded["input_ids"][0].tolist()
-    unknown = [token == tokenizer.unk_token_id for token in ids]
-    words = words_with_c(parts, encoded.sequence_ids(0), encoded.word_ids(0), spans, c, unknown)
+    words = words_with_c(parts, encoded, c, tokenizer.unk_token_id)
     if len(logits) == 1:
         return Explanation(text, round(logits.item(), 3), None, words)
     probabilities = logits.softmax(-1)
@@ -791,26 +787,26 @@ def explain(module, tokenizer, text, max_length, world):
     return Explanation(text, label, round(probabilities[best].item(), 4), words)
 
 
-def words_with_c(parts, sentences, numbers, spans, c, unknown):
+def words_with_c(parts, encoded, c, unknown):
     """[word, confidence, sentence] of each word.
 
     A word is what the tokenizer first splits a text into (punctuation stands alone); its confidence
-    is the largest of its tokens'. All arguments but parts have an entry for each token. sentences:
-    0 or 1, None for special tokens. numbers: the number of its word within the sentence. spans: its
-    first character and the one after its last. unknown: whether the model has no embedding for it,
-    so that c is about its place alone; such a word is shown with "(unknown)" after it.
+    is the largest of its tokens'. encoded: the parts, by a fast tokenizer. c: of each token.
+    unknown: the id of the token for what the model has no embedding for; the c of a word with it is
+    about its place alone, so such a word is shown with "(unknown)" after it.
     """
+    numbers = encoded.word_ids(0)                      # of each token's word within its sentence
     tokens_of = {}                                     # {(sentence, number of the word): tokens}
-    for token, sentence in enumerate(sentences):
-        if sentence is not None:
+    for token, sentence in enumerate(encoded.sequence_ids(0)):
+        if sentence is not None:                       # None: a special token
             tokens_of.setdefault((sentence, numbers[token]), []).append(token)
 
+    ids = encoded["input_ids"][0].tolist()
     words = []
-    for (sentence, _), tokens in tokens_of.items():
-        first = min(spans[token][0] for token in tokens)
-        last = max(spans[token][1] for token in tokens)
-        word = parts[sentence][first:last]
-        if any(unknown[token] for token in tokens):
+    for (sentence, number), tokens in tokens_of.items():
+        first, end = encoded.word_to_chars(0, number, sentence)
+        word = parts[sentence][first:end]
+        if any(ids[token] == unknown for token in tokens):
             word += " (unknown)"
         words.append([word, max(c[token] for token in tokens), sentence])
     return words

@@ -7288,14 +7288,12 @@ def test_random_words_become_mask_or_another_word_of_their_row():
 
 
 def test_a_word_has_the_largest_confidence_of_its_pieces():
-    names = "[PAD] [UNK] [CLS] [SEP] [MASK] un ##bear ##able plot !".split()
+    names = "[PAD] [UNK] [CLS] [SEP] [MASK] un ##bear ##able plot".split()
     tokenizer = bert_tokenizer(names)
     text = "Unbearable  plot!"
-    encoded = tokenizer(text, return_offsets_mapping=True)
+    encoded = tokenizer(text, return_tensors="pt")
     c = [0.99, 0.2, 0.7, 0.3, 0.4, 0.1, 0.98]
-    unknown = [False] * 5 + [True, False]
-    words = tdt.words_with_c([text], encoded.sequence_ids(0), encoded.word_ids(0),
-                         encoded["offset_mapping"], c, unknown)
+    words = tdt.words_with_c([text], encoded, c, tokenizer.unk_token_id)
     assert words == [["Unbearable", 0.7, 0], ["plot", 0.4, 0], ["! (unknown)", 0.1, 0]]
 
 
