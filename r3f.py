@@ -1225,11 +1225,6 @@ def with_kl_factors(module, batch, world):
     return [{**inputs, "kl_factor": factor} for inputs, factor in zip(batch, factors)]
 
 
-def write_model(model, folder):
-    """Saves the model as others load it, with its normalised weights as plain ones."""
-    model.save_pretrained(folder, state_dict=plain_state_dict(model))
-
-
 def check(args, task):
     """UserError if a method or a flag is not for this kind of task."""
     import common
@@ -1311,7 +1306,8 @@ def main(argv=None):
                     run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
                 metrics = evaluate(model, setup.scored, run.folder)
-                write = functools.partial(write_model, model)
+                write = functools.partial(
+                    model.save_pretrained, state_dict=plain_state_dict(model))
                 run.finish(metrics, batches, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
             results.append(run.results)
