@@ -105,11 +105,10 @@ def sample_noise(like, eps, kind):
 
     kind: "uniform", U(-eps, eps), or "normal", N(0, eps^2).
     """
+    refuse_other("noise", kind, ["uniform", "normal"])
     if kind == "uniform":
         return torch.empty_like(like).uniform_(-eps, eps)
-    if kind == "normal":
-        return torch.randn_like(like) * eps
-    raise ValueError(f"noise must be 'uniform' or 'normal', got {kind!r}")
+    return torch.randn_like(like) * eps
 
 
 class R3F(torch.nn.Module):
