@@ -870,15 +870,14 @@ def read_links(folder):
     return links
 
 
-def probed_encoders(args, world):
-    """{name: (folder or hub id, results of the chain of runs that made it)}, untuned ones first."""
-    import common
+def probed_encoders(folders):
+    """{name: (its --model, results of the chain of runs that made it)}, untuned ones first."""
     untuned = {}
     runs = {}
-    for folder in args.probe:
+    for folder in folders:
         links = read_links(folder)
         name = links[0]["model"]
-        untuned[f"untuned {name}"] = common.find_model(name, world), []
+        untuned[f"untuned {name}"] = name, []
         runs[folder] = os.path.join(folder, "model"), links
     return {**untuned, **runs}
 
@@ -899,7 +898,7 @@ def load_encoder(path, world):
     return model
 
 
-def probe_encoder(path, task, rows, args, bar, world):
+def probe_encoder(model, task, rows, args, bar, world):
     """Yields (seed, number of training rows, main metric) of a probe of the encoder for each seed.
 
     rows: data.Rows of the task. bar: the name of the progress bars.
@@ -907,9 +906,9 @@ def probe_encoder(path, task, rows, args, bar, world):
     import common
     import data
     args = copy.copy(args)                             # its own model and max_length
-    args.model = path
+    args.model = model
     tokenizer = common.load_tokenizer(args, world)
-    encoder = load_encoder(path, world)
+    encoder = load_encoder(args.path, world)
 
     def with_states(split):
         return first_token_states(encoder, split, world, bar), split
@@ -942,9 +941,9 @@ def probe_task(name, encoders, args, world):
     task = data.TASKS[name]
     args.eval_tasks = []
     rows = data.load(args)
-    for encoder, (path, links) in encoders.items():
+    for encoder, (model, links) in encoders.items():
         bar = f"{name}: {encoder}"
-        for seed, count, score in probe_encoder(path, task, rows, args, bar, world):
+        for seed, count, score in probe_encoder(model, task, rows, args, bar, world):
             by_seed = f", seed {seed}" if len(args.seeds) > 1 else ""
             world.say(f"{name:<10} {100 * score:6.2f}  {encoder}{by_seed}")
             line = {"run": encoder, "task": name, "recipe": recipe_of_layer(args), "seed": seed,
@@ -1001,7 +1000,7 @@ def probe(args, argv):
     with common.processes(args_of[args.probe_tasks[0]]) as world:
         if world.size > 1:
             raise common.UserError("--probe: must run in one process")
-        encoders = probed_encoders(args, world)
+        encoders = probed_encoders(args.probe)
         try:
             os.makedirs(args.output_dir, exist_ok=True)
             file = open(path, "a", encoding="utf-8")
