@@ -504,13 +504,19 @@ def kl_to_teacher(teacher, student):
 
 # --------------------------------------------------------------------  the texts, and their vectors
 
+def is_pair(setup):
+    """Whether a row of the task has two sentences, which go through f apart (choice 6)."""
+    _, split = next(iter(setup.sets.values()))
+    return "input_ids_2" in split.fields
+
+
 class Texts:
     """B, M and the sets to score, with g's token states in place of the ids while g is frozen.
 
-    pair: whether a row has two sentences that are encoded apart. M: a Split, or None if no method
-    wants it. taught, teacher_logits: what Self-Teach learns from, a Split and (rows, C), or None.
-    folder: where the states lie; None: every batch is encoded again, with the same numbers.
-    cached {(digest of g's weights, split): the split with its states}.
+    M: a Split, or None if no method wants it. taught, teacher_logits: what Self-Teach learns from,
+    a Split and (rows, C), or None. folder: where the states lie; None: every batch is encoded
+    again, with the same numbers. cached {(digest of g's weights, split): the split with its
+    states}.
     """
 
     def __init__(self, args, setup, world):
@@ -523,19 +529,19 @@ class Texts:
         else:
             data.make_cache_folder(                    # refuses a bad folder before any run
                 self.folder, "--cache_dir", "; use another folder, or --no_cache")
-        self.pair = "input_ids_2" in setup.train.fields
+        pair = is_pair(setup)
         rows = len(common.training_rows(setup, args, args.seeds[0]))
         self.M = None
-        is_joint = len(setup.task.columns) == 2 and not self.pair and not setup.kind.by_token
+        is_joint = len(setup.task.columns) == 2 and not pair and not setup.kind.by_token
         if "gtuning" in args.method and is_joint:
             self.M = draw_like_the_task(args, setup, rows, world)
         elif "gtuning" in args.method:
-            self.M = draw_general(args, setup, rows * (2 if self.pair else 1), world)
+            self.M = draw_general(args, setup, rows * (2 if pair else 1), world)
         self.taught = None
         self.teacher_logits = None
         if "self-teach" in args.method:
             self.taught = draw_like_the_task(args, setup, rows, world)
-            self.teacher_logits = logits_of_teacher(args, setup, self.taught, self.pair, world)
+            self.teacher_logits = logits_of_teacher(args, setup, self.taught, world)
         self.encoder = None                            # the last g
         self.digest = ""                               # of its weights
         self.cached = {}
@@ -615,7 +621,7 @@ def draw_like_the_task(args, setup, wanted, world):
                            separate=args.pair_mode == "separate")
 
 
-def logits_of_teacher(args, setup, split, pair, world):
+def logits_of_teacher(args, setup, split, world):
     """The logits of --teacher, in eval mode, of all rows: (rows, C), on the CPU.
 
     The model of another script, such as r3f.py's std, reads the sentences of a pair as one text.
@@ -623,7 +629,7 @@ def logits_of_teacher(args, setup, split, pair, world):
     import common
     import data
     import numpy as np
-    teacher = load_teacher(args, setup, pair).to(world.device)
+    teacher = load_teacher(args, setup).to(world.device)
     if isinstance(teacher, GTuning):
         forward = teacher.logits
     else:
@@ -641,7 +647,7 @@ def logits_of_teacher(args, setup, split, pair, world):
     return torch.from_numpy(np.stack(world.gather(found)))
 
 
-def load_teacher(args, setup, pair):
+def load_teacher(args, setup):
     """The model of --teacher in eval mode: a GTuning, or that of another script's run.
 
     It must have the same task, model and labels, and if it is a GTuning, the same --pair_mode.
@@ -669,7 +675,7 @@ def load_teacher(args, setup, pair):
     except Exception as error:
         raise common.UserError(f"--teacher {args.teacher}: cannot be loaded: "
                                f"{data.first_line(error)}") from error
-    if isinstance(teacher, GTuning) and teacher.pair != pair:
+    if isinstance(teacher, GTuning) and teacher.pair != is_pair(setup):
         raise common.UserError(f"--teacher {args.teacher}: was trained with another --pair_mode")
     labels = [*teacher.config.id2label.values()]
     wanted = setup.task.label_names
@@ -722,7 +728,7 @@ class Algorithm1:
         self.args = args
         self.seed = seed
         self.world = world
-        self.f = build_f(args, setup, seed, world, texts.pair)           # lines 1 and 2
+        self.f = build_f(args, setup, seed, world)                       # lines 1 and 2
         rows = texts.with_states(self.f, common.training_rows(setup, args, seed))
         self.x_t = self.batches(0, rows, args.batch_size, args.batching[0])
         schedule = "constant_with_warmup" if args.schedule == "constant" else "linear"
@@ -734,7 +740,7 @@ class Algorithm1:
                       "schedule": self.schedule, "x_t": self.x_t}
         if method == "gtuning":
             general = texts.with_states(self.f, texts.M)
-            sentences = args.batch_size * (2 if texts.pair else 1)
+            sentences = args.batch_size * (2 if is_pair(setup) else 1)
             self.d_x_u = self.batches(1, general, sentences, "random")
             self.d_x_t = self.batches(2, rows.sentences(), sentences, "random")
             self.x_u = self.batches(3, general, args.batch_size, args.batching[0])
@@ -889,7 +895,7 @@ def keep_state(run, args, f, look):
     f.trained.load_state_dict(run.best_weights)
 
 
-def build_f(args, setup, seed, world, pair):
+def build_f(args, setup, seed, world):
     """f around --model, its weights drawn by the seed."""
     import common
     plm = common.load_model(args, setup, seed, world).base_model
@@ -898,7 +904,7 @@ def build_f(args, setup, seed, world, pair):
         raise common.UserError(f"--retrieve_layer {args.retrieve_layer}: must be at most "
                                f"{plm.config.num_hidden_layers}, the blocks of {args.model}")
     try:
-        return GTuning(plm, setup.task.outputs, args.layers, args.pooling, pair,
+        return GTuning(plm, setup.task.outputs, args.layers, args.pooling, is_pair(setup),
                        args.tune == "all", by_token, args.feature_length)
     except (ValueError, AttributeError, TypeError) as error:             # not such an encoder
         raise common.UserError(f"--model {args.model}: {error}") from error
@@ -1108,8 +1114,7 @@ def clouds_before_training(args, setup, folder, world):
     import common
     results = common.read_results(folder)
     start = args_of_start(args, folder, results, world)
-    pair = any("input_ids_2" in split.fields for _, split in setup.validation.values())
-    untrained = build_f(start, setup, args.seeds[0], world, pair)
+    untrained = build_f(start, setup, args.seeds[0], world)
     return clouds_of(untrained, setup, world)
 
 

@@ -9791,7 +9791,7 @@ def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, monkeypatch):
     seen = {}
     logits_of_teacher = gtuning.logits_of_teacher
 
-    def note(args, setup, split, pair, world):
+    def note(args, setup, split, world):
         def gather_meanwhile(found):
             seen["bytes"] = len(pickle.dumps(found)) / len(found)
             return gather(found)
@@ -9799,7 +9799,7 @@ def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, monkeypatch):
         seen["rows"] = split.rows
         gather = world.gather
         world.gather = gather_meanwhile
-        seen["logits"] = logits_of_teacher(args, setup, split, pair, world)
+        seen["logits"] = logits_of_teacher(args, setup, split, world)
         world.gather = gather
         return seen["logits"]
 
