@@ -529,18 +529,17 @@ class Texts:
         else:
             data.make_cache_folder(                    # refuses a bad folder before any run
                 self.folder, "--cache_dir", "; use another folder, or --no_cache")
-        pair = is_pair(setup)
         rows = len(common.training_rows(setup, args, args.seeds[0]))
+        columns = len(setup.task.columns)
         self.M = None
-        is_joint = len(setup.task.columns) == 2 and not pair and not setup.kind.by_token
-        if "gtuning" in args.method and is_joint:
-            self.M = draw_like_the_task(args, setup, rows, world)
-        elif "gtuning" in args.method:
-            self.M = draw_general(args, setup, rows * (2 if pair else 1), world)
+        if "gtuning" in args.method and is_pair(setup):
+            self.M = draw_general(args, setup, 2 * rows, 1, world)
+        elif "gtuning" in args.method:                 # question and context are one passage
+            self.M = draw_general(args, setup, rows, 1 if setup.kind.by_token else columns, world)
         self.taught = None
         self.teacher_logits = None
         if "self-teach" in args.method:
-            self.taught = draw_like_the_task(args, setup, rows, world)
+            self.taught = draw_general(args, setup, rows, columns, world)
             self.teacher_logits = logits_of_teacher(args, setup, self.taught, world)
         self.encoder = None                            # the last g
         self.digest = ""                               # of its weights
@@ -569,56 +568,47 @@ class Texts:
         return found
 
 
-def draw_general(args, setup, wanted, world):
-    """M of choice 7, encoded: `wanted` sentences of general text, or all that there are."""
+def draw_general(args, setup, wanted, columns, world):
+    """General text in rows of one sentence or of two, encoded; their labels are 0, 1, 2 ...
+
+    There are `wanted` rows, or as many as there is text for; these then repeat (choice 7). columns:
+    2 for rows like the task's pairs, of sentences that are neighbours in M (choices 6 and 14).
+    """
+    import common
     import data
+    from datasets import Dataset
+    names = ["sentence1", "sentence2"][:columns]
     with world.in_turns():
-        rows = data.general_text(args.unlabeled, wanted)
+        texts = data.general_text(args.unlabeled, wanted * columns)["text"][:]
         if setup.kind.passages:
-            rows = long_texts(args, setup, rows, wanted)
-        M = data.encode(rows, data.Task("", text="text"), setup.tokenizer, args.max_length)
-    if len(M) < wanted:
-        world.say(f"M: {len(M)} sentences, {wanted} wanted: they repeat")
-    return M
+            texts = long_texts(args, setup, texts, wanted)
+        count = len(texts) // columns
+        if not count:
+            raise common.UserError(f"--unlabeled {args.unlabeled}: must hold two sentences, for "
+                                   "a pair")
+        table = {"label": list(range(count))}
+        for i, name in enumerate(names):
+            table[name] = texts[i::columns][:count]
+        drawn = data.encode(Dataset.from_dict(table), data.Task("", text=tuple(names)),
+                            setup.tokenizer, args.max_length,
+                            separate=args.pair_mode == "separate")
+    if count < wanted:
+        what = "pair" if columns == 2 else "sentence"
+        world.say(f"M: {common.plural(count, what)}, {wanted} wanted: they repeat")
+    return drawn
 
 
 def long_texts(args, setup, sentences, wanted):
-    """General text in pieces about as long as the rows of B: a Dataset like `sentences`."""
+    """General text in pieces about as long as the rows of B, as are these of its sentences."""
     import data
-    from datasets import Dataset
-    ids = setup.tokenizer(sentences["text"][:1000])["input_ids"]
+    ids = setup.tokenizer(sentences[:1000])["input_ids"]
     length = sum(map(len, ids)) / len(ids)
     together = max(1, round(setup.train.lengths.mean() / length))
     texts = data.general_text(args.unlabeled, wanted * together)["text"]
     joined = []
     for first in range(0, len(texts), together):
         joined.append(" ".join(texts[first:first + together]))
-    return Dataset.from_dict({"text": joined, "label": [-1] * len(joined)})
-
-
-def draw_like_the_task(args, setup, wanted, world):
-    """General text with as many columns as the task has, in the same form; labels: 0, 1, 2 ...
-
-    The two sentences of a pair are neighbours in M (choices 6 and 14). Rows repeat if there are
-    fewer than `wanted`.
-    """
-    import common
-    import data
-    from datasets import Dataset
-    columns = ["sentence1", "sentence2"][:len(setup.task.columns)]
-    with world.in_turns():
-        rows = data.general_text(args.unlabeled, wanted * len(columns))
-        texts = rows["text"][:]
-        count = len(texts) // len(columns)
-        if not count:
-            raise common.UserError(f"--unlabeled {args.unlabeled}: must hold two sentences, for "
-                                   "a pair")
-        table = {"label": list(range(count))}
-        for i, column in enumerate(columns):
-            table[column] = texts[i::len(columns)][:count]
-        return data.encode(Dataset.from_dict(table), data.Task("", text=tuple(columns)),
-                           setup.tokenizer, args.max_length,
-                           separate=args.pair_mode == "separate")
+    return joined
 
 
 def logits_of_teacher(args, setup, split, world):
@@ -774,7 +764,7 @@ class Algorithm1:
         """The micro-batches of x_t, each with its x_u and the teacher's logits of that."""
         both = []
         for inputs, general in zip(x_t, x_u):
-            rows = general.pop("labels")               # draw_like_the_task numbered them
+            rows = general.pop("labels")               # draw_general numbered them
             both.append({**inputs, "general": general, "teacher": self.teacher_logits[rows]})
         return both
 

@@ -8848,21 +8848,26 @@ def test_states_have_the_type_of_autocast(kind):
 
 
 def test_general_text_has_the_form_of_pairs_that_are_encoded_as_one(tiny_folder, tmp_path,
-                                                                    monkeypatch):
+                                                                    monkeypatch, capsys):
     """Else D would tell a pair from a sentence by its form."""
-    drawn = returned_by(monkeypatch, gtuning, "draw_like_the_task")
+    drawn = returned_by(monkeypatch, gtuning, "draw_general")
     rows = [{"sentence1": "a plot", "sentence2": "it is good", "label": i % 2} for i in range(32)]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     flags = ["--method", "gtuning", "--train_file", path, "--validation_file", path,
              "--unlabeled", "toy", "--max_steps", 2, "--name"]
     tune(tiny_folder, tmp_path, *flags, "joint", "--pair_mode", "joint")
-    general, = drawn
-    ids, offsets, _ = general.fields["input_ids"]
-    sep = transformers.AutoTokenizer.from_pretrained(tiny_folder).sep_token_id
-    separators = [list(ids[a:b]).count(sep) for a, b in zip(offsets, offsets[1:])]
-    assert len(general) == 32 and set(separators) == {2}
     tune(tiny_folder, tmp_path, *flags, "apart")
-    assert len(drawn) == 1
+    sep = transformers.AutoTokenizer.from_pretrained(tiny_folder).sep_token_id
+    separators = []
+    for general in drawn:
+        ids, offsets, _ = general.fields["input_ids"]
+        separators.append({list(ids[a:b]).count(sep) for a, b in zip(offsets, offsets[1:])})
+    assert [len(general) for general in drawn] == [32, 64] and separators == [{2}, {1}]
+
+    assert "they repeat" not in capsys.readouterr().out
+    few = write(tmp_path / "few.txt", "good plot good plot\nboring cast boring cast\n")
+    tune(tiny_folder, tmp_path, *flags, "few", "--pair_mode", "joint", "--unlabeled", few)
+    assert "M: 1 pair, 32 wanted: they repeat" in capsys.readouterr().out
 
 
 def test_a_cache_that_torch_cannot_open_is_one_line(still_folder, small, tmp_path, monkeypatch):
@@ -8893,8 +8898,8 @@ def drawn(monkeypatch):
     texts = []
     draw_general = gtuning.draw_general
 
-    def keeps(args, setup, wanted, world):
-        M = draw_general(args, setup, wanted, world)
+    def keeps(*given):
+        M = draw_general(*given)
         for row in range(len(M)):
             ids = M.collate(np.array([row]))["input_ids"][0]
             texts.append(setup.tokenizer.decode(ids, skip_special_tokens=True))
