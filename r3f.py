@@ -882,11 +882,12 @@ def probed_encoders(folders):
     return {**untuned, **runs}
 
 
-def load_encoder(path, world):
-    """The encoder in this folder or of this hub id, without its decoder if there is one."""
+def load_encoder(name, world):
+    """The encoder that --model calls by this name, without its decoder if there is one."""
     import common
     import data
     from transformers import AutoModel
+    path = common.find_model(name, world)
     try:
         model = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
         model = model.to(world.device)
@@ -908,7 +909,7 @@ def probe_encoder(model, task, rows, args, bar, world):
     args = copy.copy(args)                             # its own model and max_length
     args.model = model
     tokenizer = common.load_tokenizer(args, world)
-    encoder = load_encoder(args.path, world)
+    encoder = load_encoder(model, world)
 
     def with_states(split):
         return first_token_states(encoder, split, world, bar), split
