@@ -541,8 +541,8 @@ class Texts:
         if "self-teach" in args.method:
             self.taught = draw_general(args, setup, rows, columns, world)
             self.teacher_logits = logits_of_teacher(args, setup, self.taught, world)
-        self.encoder = None                            # the last g
-        self.digest = ""                               # of its weights
+        # Of the last g alone: with --post_train each seed has its own.
+        self.digest_of = functools.lru_cache(maxsize=1)(common.digest_weights)
         self.cached = {}
 
     def with_states(self, f, split):
@@ -551,13 +551,11 @@ class Texts:
         import common
         if self.folder is None:
             return split
-        if self.encoder is not f.plm:                  # --post_train: each seed has its own g
-            self.encoder = f.plm
-            self.digest = common.digest_weights(f.plm)
-        key = self.digest, split
+        digest = self.digest_of(f.plm)
+        key = digest, split
         if key not in self.cached:
             self.cached[key] = common.CachedSplit.build(
-                split, f.encode, f.config.hidden_size, self.folder, self.digest, self.world)
+                split, f.encode, f.config.hidden_size, self.folder, digest, self.world)
         return self.cached[key]
 
     def sets_with_states(self, f, sets):
