@@ -1651,7 +1651,7 @@ class Run:
         self.total = 0                                 # steps in all
         self.per_epoch = 1
         self.parts = {}                                # {name: part}: all that training changes
-        self.batches = None                            # those of the phase under way
+        self.batches = None                            # those of the phase under way, or of the last
         self.shift = 0                                 # earlier steps that took none of them
         self.first = 0                                 # the step at which that phase began
         self.seconds = 0.0                             # of training, without evaluation
@@ -2023,7 +2023,7 @@ class Run:
                             "starts afresh")
         return None
 
-    def finish(self, metrics, batches, tokenizer, write_model):
+    def finish(self, metrics, tokenizer, write_model):
         """Writes model/ and results.json, and removes the checkpoints.
 
         write_model(folder) writes the model. results.json comes after it, because it marks the run
@@ -2031,8 +2031,7 @@ class Run:
         """
         if self.best is None:
             self.log_scores(metrics, self.step)
-        self.batches = batches
-        real, computed = self.world.total(np.array([batches.real, batches.computed]))
+        real, computed = self.world.total(np.array([self.batches.real, self.batches.computed]))
         self.results = self.collect_results(metrics, float(real / computed))
         if self.world.rank == 0:
             folder = self.model_folder

@@ -1436,7 +1436,7 @@ def main(argv=None):
 
                 keep_state(run, args, f, lambda: evaluate(f, setup.choose_by))
                 metrics = evaluate(f, setup.scored, run.folder)
-                run.finish(metrics, algorithm.x_t, setup.tokenizer, f.save_pretrained)
+                run.finish(metrics, setup.tokenizer, f.save_pretrained)
                 if run.best and run.best["step"] <= end_1 < end_3:       # adapter: end_1 is end_3
                     world.say(f"{run.name}: the best state is of phase 1, before D")
             if setup.unscored or args.embed:

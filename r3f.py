@@ -1307,7 +1307,7 @@ def main(argv=None):
                 metrics = evaluate(model, setup.scored, run.folder)
                 write = functools.partial(
                     model.save_pretrained, state_dict=plain_state_dict(model))
-                run.finish(metrics, batches, setup.tokenizer, write)
+                run.finish(metrics, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
             results.append(run.results)
         return common.print_table(world.say, results, args, started)

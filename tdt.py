@@ -1710,7 +1710,7 @@ def main(argv=None):
                     module.load_state_dict(run.best_weights)
                 metrics = evaluate(model, setup.scored, run.folder)
                 write = functools.partial(write_model, model, layer, untrained)
-                run.finish(metrics, batches, setup.tokenizer, write)
+                run.finish(metrics, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
             asked.runs.setdefault(run.seed, {})[method] = run.folder
             results.append(run.results)

@@ -2199,10 +2199,10 @@ def test_nobody_reads_a_model_before_rank_0_has_written_it(tmp_path):
         run = types.SimpleNamespace(
             world=world, best=1, args=types.SimpleNamespace(choosing=False), checkpoints=[],
             model_folder=str(tmp_path / "model"), results_path=str(tmp_path / "results.json"),
-            collect_results=lambda metrics, share: {}, writing=contextlib.nullcontext)
-        batches = types.SimpleNamespace(real=1, computed=2)
+            collect_results=lambda metrics, share: {}, writing=contextlib.nullcontext,
+            batches=types.SimpleNamespace(real=1, computed=2))
         tokenizer = types.SimpleNamespace(is_fast=False, save_pretrained=os.makedirs)
-        common.Run.finish(run, {}, batches, tokenizer, lambda folder: events.append("written"))
+        common.Run.finish(run, {}, tokenizer, lambda folder: events.append("written"))
         assert events == expected
 
 
