@@ -289,13 +289,12 @@ class GTuning(torch.nn.Module):
 
         if pooling == "cls":
             first = attention_mask.long().argmax(1)    # the first token that is not padding
-            hidden = self.adapter[-1](hidden, mask, first)               # (B, 1, H)
-            return (self.norm(hidden) / self.scale)[:, 0]                # f(x)          (B, H)
-        hidden = self.adapter[-1](hidden, mask)                          # (B, n, H)
-        if pooling == "tokens":
-            return self.norm(hidden) / self.scale                        # by token      (B, n, H)
-        mean = masked_mean(hidden, attention_mask)                       # (B, H)
-        return self.norm(mean) / self.scale                              # f(x)          (B, H)
+            hidden = self.adapter[-1](hidden, mask, first)[:, 0]         # (B, H)
+        else:
+            hidden = self.adapter[-1](hidden, mask)                      # (B, n, H)
+        if pooling == "mean":
+            hidden = masked_mean(hidden, attention_mask)                 # (B, H)
+        return self.norm(hidden) / self.scale                            # f(x)          (B, H)
 
     def logits(self, **inputs):
         """The logits (B, C), or by token (B, n, C); for spans, padding has -inf."""
