@@ -4999,6 +4999,8 @@ def test_tsne_refuses_too_few_points():
     common.tsne(x, perplexity=29.9, steps=1)
     with pytest.raises(ValueError, match="all the same"):
         common.tsne(np.ones((100, 3)))
+    with pytest.raises(ValueError, match="at least 4 points, got 3"):
+        common.tsne(x[:3], common.perplexity_for(3))
 
 
 # =========================================================================================== r3f.py
