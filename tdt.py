@@ -504,48 +504,40 @@ class TokenCutoff(torch.nn.Module):
 
 # -------------------------------------------------------------------------  analyses: what is asked
 
-@dataclass
-class Analyses:
-    """The analyses that the flags ask for, and the runs whose models are analysed."""
-    runs: dict                     # {seed: {method: folder}}, finished
-    texts: list                    # to explain; a pair is two sentences with ||| between them
-    figures: bool                  # whether any of Figures 3 to 6, which show the evaluation set
+def check_analyses(args, runs):
+    """UserError if the flags of the analyses do not go together. runs: {folder: results} of --run.
 
-    @property
-    def any(self):
-        return bool(self.figures or self.texts)
-
-
-def read_analyses(args, runs):
-    """The Analyses that the flags ask for. runs: {folder: results} of --run, or empty."""
+    Sets args.figures, whether any of Figures 3 to 6 is asked for, which show the evaluation set;
+    args.texts, those to explain; and args.analyses, whether anything of both is asked for.
+    """
     import common
-    texts = texts_to_explain(args.explain, args.explain_file)
-    figures = bool(args.confidences or args.tsne or args.perturb or args.drop)
-    asked = Analyses(runs_by_seed(runs), texts, figures)
+    args.figures = bool(args.confidences or args.tsne or args.perturb or args.drop)
+    args.texts = texts_to_explain(args.explain, args.explain_file)
+    args.analyses = bool(args.figures or args.texts)
     if "rates" in args.by_hand and not (args.drop or args.perturb):
         raise common.UserError("--rates: needs --drop or --perturb")
     if "draws" in args.by_hand and not args.perturb:
         raise common.UserError("--draws: needs --perturb")
-    if args.profile and asked.any:
+    if args.profile and args.analyses:
         raise common.UserError("--profile: must go without analyses; it trains nothing")
-    if args.grid and asked.any:
+    if args.grid and args.analyses:
         raise common.UserError("--grid: must go without analyses; afterwards --run FOLDER makes "
                                "them")
-    if asked.figures:
+    if args.figures:
         args.score_validation = True                   # the figures are about these rows
 
-    if args.drop or args.confidences or args.tsne or asked.texts:
-        methods_of_seeds = [set(folders) for folders in asked.runs.values()] or [set(args.method)]
+    if args.drop or args.confidences or args.tsne or args.texts:
+        methods_of_seeds = by_seed(runs).values() or [args.method]
         for methods in methods_of_seeds:
-            if not methods & set(WITH_CONFIDENCES):
+            if not set(methods) & set(WITH_CONFIDENCES):
                 raise common.UserError(
                     "--explain, --confidences, --tsne, --drop: need a run of tdt or tdt-hard of "
                     f"each seed, {' and '.join(sorted(methods))} has none of those")
-    return asked
 
 
 def texts_to_explain(given, path):
-    """The texts of --explain and of --explain_file. A tab counts as |||."""
+    """The texts of --explain and of --explain_file; a pair is two sentences with ||| between them,
+    for which a tab counts too."""
     import common
     lines = [("--explain", line) for line in given]
     if path:
@@ -578,7 +570,7 @@ def parts_of(text):
     return [part.strip() for part in text.split("|||")]
 
 
-def runs_by_seed(runs):
+def by_seed(runs):
     """{seed: {method: folder}} of finished runs {folder: results}."""
     found = {}
     for folder, results in runs.items():
@@ -1294,55 +1286,54 @@ def clouds_body(maps, numbers, labels, names, chosen_by, perplexity):
 
 # ---------------------------------------------------------------------------  analyses: all of them
 
-def check_tokenizer(args, tokenizer, methods, asked):
+def check_tokenizer(args, tokenizer):
     """UserError if something is asked for that needs what this tokenizer does not have."""
     import common
-    wanted = "tdt-hard" in methods or args.drop or args.perturb
+    wanted = "tdt-hard" in args.method or args.drop or args.perturb
     if wanted and tokenizer.mask_token_id is None:
         raise common.UserError(f"--model {args.model}: must have a mask token for tdt-hard, "
                                "--drop and --perturb")
     if args.tsne and tokenizer.cls_token_id is None:
         raise common.UserError(f"--model {args.model}: must have a [CLS] for --tsne, whose state "
                                "stands for the sentence")
-    if asked.texts and not tokenizer.is_fast:
+    if args.texts and not tokenizer.is_fast:
         raise common.UserError(f"--model {args.model}: must have a fast tokenizer for --explain, "
                                "which knows where its tokens lie")
 
 
-def check_texts(args, asked):
+def check_texts(args):
     """UserError if a text to explain has not as many sentences as a row of the task."""
     import common
     import data
     columns = args.text_columns                        # of one's own files
     if args.task in data.TASKS:
         columns = data.TASKS[args.task].columns
-    for text in asked.texts:
+    for text in args.texts:
         if columns and len(parts_of(text)) != len(columns):
             wanted = "two sentences with ||| between them" if len(columns) == 2 else "one text"
             raise common.UserError(f"--explain, --explain_file: {text!r} must be {wanted}, as a "
                                    f"row of {args.task} is")
 
 
-def use_finished(args, runs, asked, world, started):
+def use_finished(args, runs, world, started):
     """--run: scores, predictions and analyses of finished runs. Explaining a text needs no data."""
     import common
     common.refuse_other_flags(args, runs, free=["max_length"])
-    to_score = not asked.any or {
+    to_score = not args.analyses or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
-    if to_score or asked.figures:
+    if to_score or args.figures:
         setup = common.prepare(args, world, functools.partial(check, args))
         tokenizer = setup.tokenizer
     else:
         setup = None
         tokenizer = common.load_tokenizer(args, world)
-    methods = {method for folders in asked.runs.values() for method in folders}
-    check_tokenizer(args, tokenizer, methods, asked)
-    check_texts(args, asked)
+    check_tokenizer(args, tokenizer)
+    check_texts(args)
     results = [*runs.values()]
     if to_score:
         results = common.use_models(args, runs, setup, world, started)
-    if asked.any:
-        analyse(args, asked, setup, tokenizer, world)
+    if args.analyses:
+        analyse(args, by_seed(runs), setup, tokenizer, world)
     return results
 
 
@@ -1358,13 +1349,16 @@ def load_runs(folders, chosen_by, tokenizer, world):
     return modules
 
 
-def analyse(args, asked, setup, tokenizer, world):
-    """The analyses of section 4, of asked.runs: tables on screen, and files in their folders."""
-    evaluation = evaluation_of(args, setup, world) if asked.figures else None
+def analyse(args, folders_by_seed, setup, tokenizer, world):
+    """The analyses of section 4: tables on screen, and files in the folders of the runs.
+
+    folders_by_seed {seed: {method: folder}}: of finished runs.
+    """
+    evaluation = evaluation_of(args, setup, world) if args.figures else None
     mapped = []                                        # of each seed, the numbers of Figure 3
     dropped = []                                       # of each seed, the curves of Figure 6
     perturbed = []                                     # of each seed, the curves of Figure 5
-    for folders in asked.runs.values():
+    for folders in folders_by_seed.values():
         confident = [method for method in folders if method in WITH_CONFIDENCES]
         chosen_by = confident[0] if confident else None
         modules = load_runs(folders, chosen_by, tokenizer, world)
@@ -1378,9 +1372,9 @@ def analyse(args, asked, setup, tokenizer, world):
             if args.confidences:
                 show_confidences(folder, c[method], evaluation)
                 scale = scale_of(c[method], evaluation)
-            if asked.texts:
+            if args.texts:
                 show_explanations(
-                    module, folder, asked.texts, tokenizer, args.max_length, scale, world)
+                    module, folder, args.texts, tokenizer, args.max_length, scale, world)
         if args.tsne:
             mapped.append(show_clouds(modules, folders, chosen_by, args, evaluation))
         if args.drop:
@@ -1389,11 +1383,13 @@ def analyse(args, asked, setup, tokenizer, world):
         if args.perturb:
             perturbed.append(perturb_words(
                 modules, folders, chosen_by, args.rates, args.draws, evaluation))
-    if asked.figures:
-        show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation)
+    if args.figures:
+        first_folder, *_ = next(iter(folders_by_seed.values())).values()
+        task_folder = os.path.dirname(os.path.abspath(first_folder))
+        show_all_seeds(args, task_folder, mapped, dropped, perturbed, evaluation)
 
 
-def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
+def show_all_seeds(args, task_folder, mapped, dropped, perturbed, evaluation):
     """Figures 3, 6 and 5 over all seeds: tables, and pages of curves in the folder of the task.
 
     mapped, dropped, perturbed: what each seed gave; empty where the figure is not asked for.
@@ -1406,8 +1402,6 @@ def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
         title = f"{task_and_set}: means over {len(mapped)} seeds"
         common.print_numbers(means, title, world)
 
-    first_folder = next(iter(next(iter(asked.runs.values())).values()))
-    task_folder = os.path.dirname(os.path.abspath(first_folder))
     metric = evaluation.setup.task.metric_names[0]
     when = f"{task_and_set}: {metric} in percent when that share of the words"
     if dropped:
@@ -1650,18 +1644,18 @@ def main(argv=None):
     started = time.monotonic()
     args = common.parse(flags(), argv, recipe)
     runs = common.take_runs(args, METHODS)
-    asked = read_analyses(args, runs)
+    check_analyses(args, runs)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, argv)
     perturb = perturb_only(args.task, args.keep_special)
 
     with common.processes(args) as world:
         if runs:
-            return use_finished(args, runs, asked, world, started)
+            return use_finished(args, runs, world, started)
         setup = common.prepare(args, world, functools.partial(check, args),
                                perturb=perturb or "cutoff" in args.method)       # see setup_for
-        check_tokenizer(args, setup.tokenizer, args.method, asked)
-        check_texts(args, asked)
+        check_tokenizer(args, setup.tokenizer)
+        check_texts(args)
 
         def build(method, seed):
             model = common.load_model(args, setup, seed, world)
@@ -1675,6 +1669,7 @@ def main(argv=None):
             return common.profile_methods(args, world, setup, build)
 
         results = []
+        folders_by_seed = {}                           # {seed: {method: folder}}
         for run in common.runs_to_make(args, METHODS, world):
             method = run.method
             if run.results is None:
@@ -1712,10 +1707,10 @@ def main(argv=None):
                 write = functools.partial(write_model, model, layer, untrained)
                 run.finish(metrics, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
-            asked.runs.setdefault(run.seed, {})[method] = run.folder
+            folders_by_seed.setdefault(run.seed, {})[method] = run.folder
             results.append(run.results)
-        if asked.any:
-            analyse(args, asked, setup, setup.tokenizer, world)
+        if args.analyses:
+            analyse(args, folders_by_seed, setup, setup.tokenizer, world)
         return common.print_table(world.say, results, args, started)
 
 

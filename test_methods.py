@@ -7687,14 +7687,14 @@ def test_a_finished_run_brings_its_own_flags(copied):
     """Not those of the toy recipe, whose task is the default."""
     args = parse("tdt", "--run", str(copied), "--drop")
     runs = common.take_runs(args, tdt.METHODS)
-    asked = tdt.read_analyses(args, runs)
+    tdt.check_analyses(args, runs)
     results = read_json(copied / "results.json")
-    assert asked.runs == {0: {"tdt": str(copied)}}
+    assert tdt.by_seed(runs) == {0: {"tdt": str(copied)}} and args.figures and not args.texts
     assert args.task == "custom" and args.own_labels == ["a", "b"]
     assert args.model == str(copied / "model")
     assert args.max_length == results["args"]["max_length"] and args.threads == 0
     args = parse("tdt", "--run", str(copied), "--drop", "--threads", "2", "--max_length", "9")
-    tdt.read_analyses(args, common.take_runs(args, tdt.METHODS))
+    tdt.check_analyses(args, common.take_runs(args, tdt.METHODS))
     assert args.threads == 2 and args.max_length == 9
 
 
@@ -7828,9 +7828,10 @@ def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path)
 
 def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain():
     tokenizer = types.SimpleNamespace(is_fast=False, mask_token_id=4)
-    asked = tdt.read_analyses(parse("tdt", "--method", "tdt", "--explain", "great cast"), {})
+    args = parse("tdt", "--method", "tdt", "--explain", "great cast")
+    tdt.check_analyses(args, {})
     with pytest.raises(UserError, match="fast tokenizer"):
-        tdt.check_tokenizer(parse("tdt"), tokenizer, ["tdt"], asked)
+        tdt.check_tokenizer(args, tokenizer)
 
 
 def test_a_folder_that_cannot_be_written_ends_the_analyses_with_one_line(tmp_path):
