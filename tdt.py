@@ -1671,14 +1671,13 @@ def main(argv=None):
         results = []
         folders_by_seed = {}                           # {seed: {method: folder}}
         for run in common.runs_to_make(args, METHODS, world):
-            method = run.method
             if run.results is None:
-                module = build(method, run.seed)
+                module = build(run.method, run.seed)
                 model = module.model
-                layer = module.confidence_layer if method in WITH_CONFIDENCES else None
+                layer = module.confidence_layer if run.method in WITH_CONFIDENCES else None
                 untrained = copy.deepcopy(layer)                         # as it begins
                 batches = common.build_batches(
-                    setup_for(method, setup, perturb), args, run.seed, world)
+                    setup_for(run.method, setup, perturb), args, run.seed, world)
                 total = common.count_steps(args, batches.per_epoch)
                 optimizer, schedule = common.build_optimizer(
                     module, args, total, layer, args.c_lr)               # choice 9
@@ -1707,7 +1706,7 @@ def main(argv=None):
                 write = functools.partial(write_model, model, layer, untrained)
                 run.finish(metrics, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
-            folders_by_seed.setdefault(run.seed, {})[method] = run.folder
+            folders_by_seed.setdefault(run.seed, {})[run.method] = run.folder
             results.append(run.results)
         if args.analyses:
             analyse(args, folders_by_seed, setup, setup.tokenizer, world)
