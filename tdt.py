@@ -804,12 +804,12 @@ def words_with_c(parts, encoded, c, unknown):
     return words
 
 
-def show_explanations(module, folder, texts, tokenizer, max_length, scale, world):
+def show_explanations(module, folder, args, tokenizer, scale, world):
     """Shows each text with its prediction and its words: on screen, as a page and as json."""
     import common
     found = []
-    for text in texts:
-        found.append(explain(module, tokenizer, text, max_length, world))
+    for text in args.texts:
+        found.append(explain(module, tokenizer, text, args.max_length, world))
         world.say(f"{folder}: {screen_line(found[-1], scale, sys.stdout.isatty())}")
     name = free_name(folder, "explain")
     common.write_json(f"{name}.json", [vars(explanation) for explanation in found], world)
@@ -971,7 +971,7 @@ def curves_of_all_seeds(found):
     return merged
 
 
-def drop_words(modules, folders, chosen_by, c, rates, evaluation):
+def drop_words(modules, folders, chosen_by, c, args, evaluation):
     """The curves of Figure 6 for one seed. chosen_by: the method whose confidences c choose words.
 
     As a control, words are also chosen by the untrained confidence layer with which its run began.
@@ -988,20 +988,20 @@ def drop_words(modules, folders, chosen_by, c, rates, evaluation):
                          f"untrained ones on {evaluation.name}: {correlation:.2f}")
     kinds = {"highest": {"order": -c}, "lowest": {"order": c},
              "highest, untrained": {"order": -c_start}, "lowest, untrained": {"order": c_start}}
-    curves = measure_curves(modules, kinds, rates, 1, evaluation)
+    curves = measure_curves(modules, kinds, args.rates, 1, evaluation)
     write_curves(folder, "drop", curves, evaluation,
                  confidences=folder, correlation_with_start=round(correlation, 4))
     return curves
 
 
-def perturb_words(modules, folders, chosen_by, rates, draws, evaluation):
+def perturb_words(modules, folders, chosen_by, args, evaluation):
     """The curves of Figure 5 for one seed, for which words are drawn at random.
 
     They are written beside Figure 6, into the folder of the method chosen_by; if that is None (no
     method has confidences), into the first method's.
     """
     kinds = {"[MASK]": {}, "other word": {"sampled": True}}
-    curves = measure_curves(modules, kinds, rates, draws, evaluation)
+    curves = measure_curves(modules, kinds, args.rates, args.draws, evaluation)
     folder = folders[chosen_by] if chosen_by else next(iter(folders.values()))
     write_curves(folder, "perturb", curves, evaluation, confidences=folders.get(chosen_by))
     return curves
@@ -1373,16 +1373,14 @@ def analyse(args, folders_by_seed, setup, tokenizer, world):
                 show_confidences(folder, c[method], evaluation)
                 scale = scale_of(c[method], evaluation)
             if args.texts:
-                show_explanations(
-                    module, folder, args.texts, tokenizer, args.max_length, scale, world)
+                show_explanations(module, folder, args, tokenizer, scale, world)
         if args.tsne:
             mapped.append(show_clouds(modules, folders, chosen_by, args, evaluation))
         if args.drop:
-            dropped.append(drop_words(
-                modules, folders, chosen_by, c[chosen_by], args.rates, evaluation))
+            curves = drop_words(modules, folders, chosen_by, c[chosen_by], args, evaluation)
+            dropped.append(curves)
         if args.perturb:
-            perturbed.append(perturb_words(
-                modules, folders, chosen_by, args.rates, args.draws, evaluation))
+            perturbed.append(perturb_words(modules, folders, chosen_by, args, evaluation))
     if args.figures:
         first_folder, *_ = next(iter(folders_by_seed.values())).values()
         task_folder = os.path.dirname(os.path.abspath(first_folder))
