@@ -8866,6 +8866,9 @@ def test_general_text_has_the_form_of_pairs_that_are_encoded_as_one(tiny_folder,
         ids, offsets, _ = general.fields["input_ids"]
         separators.append({list(ids[a:b]).count(sep) for a, b in zip(offsets, offsets[1:])})
     assert [len(general) for general in drawn] == [32, 64] and separators == [{2}, {1}]
+    sentences = data.general_text("toy", 64)["text"][:]                  # neighbours make a pair
+    rows = drawn[0].rows
+    assert [*rows["sentence1"]] == sentences[::2] and [*rows["sentence2"]] == sentences[1::2]
 
     assert "they repeat" not in capsys.readouterr().out
     few = write(tmp_path / "few.txt", "good plot good plot\nboring cast boring cast\n")
