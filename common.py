@@ -2999,11 +2999,13 @@ def tsne(x, perplexity=30.0, steps=1000):
     """Exact t-SNE (van der Maaten and Hinton, JMLR 2008): (n, H) -> (n, 2).
 
     It gives the same on every call, as it starts from the two principal axes. It needs memory for a
-    few (n, n) arrays. ValueError if all points are the same, or unless n > 3 * perplexity: a point
-    needs that many others to tell near from far.
+    few (n, n) arrays. ValueError if all points are the same, if n < 4, or unless n > 3 *
+    perplexity: a point needs that many others to tell near from far.
     """
     x = np.asarray(x, np.float64)
     n = len(x)
+    if n < 4:                                          # `perplexity_for` is 0 for these
+        raise ValueError(f"must be at least 4 points, got {n}")
     if n <= 3 * perplexity:
         raise ValueError(f"perplexity {perplexity:g}: must be less than a third of the {n} points")
     x = x - x.mean(0)

@@ -289,13 +289,12 @@ class GTuning(torch.nn.Module):
 
         if pooling == "cls":
             first = attention_mask.long().argmax(1)    # the first token that is not padding
-            hidden = self.adapter[-1](hidden, mask, first)               # (B, 1, H)
-            return (self.norm(hidden) / self.scale)[:, 0]                # f(x)          (B, H)
-        hidden = self.adapter[-1](hidden, mask)                          # (B, n, H)
-        if pooling == "tokens":
-            return self.norm(hidden) / self.scale                        # by token      (B, n, H)
-        mean = masked_mean(hidden, attention_mask)                       # (B, H)
-        return self.norm(mean) / self.scale                              # f(x)          (B, H)
+            hidden = self.adapter[-1](hidden, mask, first)[:, 0]         # (B, H)
+        else:
+            hidden = self.adapter[-1](hidden, mask)                      # (B, n, H)
+        if pooling == "mean":
+            hidden = masked_mean(hidden, attention_mask)                 # (B, H)
+        return self.norm(hidden) / self.scale                            # f(x)          (B, H)
 
     def logits(self, **inputs):
         """The logits (B, C), or by token (B, n, C); for spans, padding has -inf."""
@@ -504,13 +503,19 @@ def kl_to_teacher(teacher, student):
 
 # --------------------------------------------------------------------  the texts, and their vectors
 
+def is_pair(setup):
+    """Whether a row of the task has two sentences, which go through f apart (choice 6)."""
+    _, split = next(iter(setup.sets.values()))
+    return "input_ids_2" in split.fields
+
+
 class Texts:
     """B, M and the sets to score, with g's token states in place of the ids while g is frozen.
 
-    pair: whether a row has two sentences that are encoded apart. M: a Split, or None if no method
-    wants it. taught, teacher_logits: what Self-Teach learns from, a Split and (rows, C), or None.
-    folder: where the states lie; None: every batch is encoded again, with the same numbers.
-    cached {(digest of g's weights, split): the split with its states}.
+    M: a Split, or None if no method wants it. taught, teacher_logits: what Self-Teach learns from,
+    a Split and (rows, C), or None. folder: where the states lie; None: every batch is encoded
+    again, with the same numbers. cached {(digest of g's weights, split): the split with its
+    states}.
     """
 
     def __init__(self, args, setup, world):
@@ -523,21 +528,20 @@ class Texts:
         else:
             data.make_cache_folder(                    # refuses a bad folder before any run
                 self.folder, "--cache_dir", "; use another folder, or --no_cache")
-        self.pair = "input_ids_2" in setup.train.fields
         rows = len(common.training_rows(setup, args, args.seeds[0]))
+        columns = len(setup.task.columns)
         self.M = None
-        is_joint = len(setup.task.columns) == 2 and not self.pair and not setup.kind.by_token
-        if "gtuning" in args.method and is_joint:
-            self.M = draw_like_the_task(args, setup, rows, world)
-        elif "gtuning" in args.method:
-            self.M = draw_general(args, setup, rows * (2 if self.pair else 1), world)
+        if "gtuning" in args.method and is_pair(setup):
+            self.M = draw_general(args, setup, 2 * rows, 1, world)
+        elif "gtuning" in args.method:                 # question and context are one passage
+            self.M = draw_general(args, setup, rows, 1 if setup.kind.by_token else columns, world)
         self.taught = None
         self.teacher_logits = None
         if "self-teach" in args.method:
-            self.taught = draw_like_the_task(args, setup, rows, world)
-            self.teacher_logits = logits_of_teacher(args, setup, self.taught, self.pair, world)
-        self.encoder = None                            # the last g
-        self.digest = ""                               # of its weights
+            self.taught = draw_general(args, setup, rows, columns, world)
+            self.teacher_logits = logits_of_teacher(args, setup, self.taught, world)
+        # Of the last g alone: with --post_train each seed has its own.
+        self.digest_of = functools.lru_cache(maxsize=1)(common.digest_weights)
         self.cached = {}
 
     def with_states(self, f, split):
@@ -546,13 +550,11 @@ class Texts:
         import common
         if self.folder is None:
             return split
-        if self.encoder is not f.plm:                  # --post_train: each seed has its own g
-            self.encoder = f.plm
-            self.digest = common.digest_weights(f.plm)
-        key = self.digest, split
+        digest = self.digest_of(f.plm)
+        key = digest, split
         if key not in self.cached:
             self.cached[key] = common.CachedSplit.build(
-                split, f.encode, f.config.hidden_size, self.folder, self.digest, self.world)
+                split, f.encode, f.config.hidden_size, self.folder, digest, self.world)
         return self.cached[key]
 
     def sets_with_states(self, f, sets):
@@ -563,59 +565,50 @@ class Texts:
         return found
 
 
-def draw_general(args, setup, wanted, world):
-    """M of choice 7, encoded: `wanted` sentences of general text, or all that there are."""
+def draw_general(args, setup, wanted, columns, world):
+    """General text in rows of one sentence or of two, encoded; their labels are 0, 1, 2 ...
+
+    There are `wanted` rows, or as many as there is text for; these then repeat (choice 7). columns:
+    2 for rows like the task's pairs, of sentences that are neighbours in M (choices 6 and 14).
+    """
+    import common
     import data
+    from datasets import Dataset
+    names = ["sentence1", "sentence2"][:columns]
     with world.in_turns():
-        rows = data.general_text(args.unlabeled, wanted)
+        texts = data.general_text(args.unlabeled, wanted * columns)["text"][:]
         if setup.kind.passages:
-            rows = long_texts(args, setup, rows, wanted)
-        M = data.encode(rows, data.Task("", text="text"), setup.tokenizer, args.max_length)
-    if len(M) < wanted:
-        world.say(f"M: {len(M)} sentences, {wanted} wanted: they repeat")
-    return M
+            texts = long_texts(args, setup, texts, wanted)
+        count = len(texts) // columns
+        if not count:
+            raise common.UserError(f"--unlabeled {args.unlabeled}: must hold two sentences, for "
+                                   "a pair")
+        table = {"label": list(range(count))}
+        for i, name in enumerate(names):
+            table[name] = texts[i::columns][:count]
+        drawn = data.encode(Dataset.from_dict(table), data.Task("", text=tuple(names)),
+                            setup.tokenizer, args.max_length,
+                            separate=args.pair_mode == "separate")
+    if count < wanted:
+        what = "pair" if columns == 2 else "sentence"
+        world.say(f"M: {common.plural(count, what)}, {wanted} wanted: they repeat")
+    return drawn
 
 
 def long_texts(args, setup, sentences, wanted):
-    """General text in pieces about as long as the rows of B: a Dataset like `sentences`."""
+    """General text in pieces about as long as the rows of B, as are these of its sentences."""
     import data
-    from datasets import Dataset
-    ids = setup.tokenizer(sentences["text"][:1000])["input_ids"]
+    ids = setup.tokenizer(sentences[:1000])["input_ids"]
     length = sum(map(len, ids)) / len(ids)
     together = max(1, round(setup.train.lengths.mean() / length))
     texts = data.general_text(args.unlabeled, wanted * together)["text"]
     joined = []
     for first in range(0, len(texts), together):
         joined.append(" ".join(texts[first:first + together]))
-    return Dataset.from_dict({"text": joined, "label": [-1] * len(joined)})
+    return joined
 
 
-def draw_like_the_task(args, setup, wanted, world):
-    """General text with as many columns as the task has, in the same form; labels: 0, 1, 2 ...
-
-    The two sentences of a pair are neighbours in M (choices 6 and 14). Rows repeat if there are
-    fewer than `wanted`.
-    """
-    import common
-    import data
-    from datasets import Dataset
-    columns = ["sentence1", "sentence2"][:len(setup.task.columns)]
-    with world.in_turns():
-        rows = data.general_text(args.unlabeled, wanted * len(columns))
-        texts = rows["text"][:]
-        count = len(texts) // len(columns)
-        if not count:
-            raise common.UserError(f"--unlabeled {args.unlabeled}: must hold two sentences, for "
-                                   "a pair")
-        table = {"label": list(range(count))}
-        for i, column in enumerate(columns):
-            table[column] = texts[i::len(columns)][:count]
-        return data.encode(Dataset.from_dict(table), data.Task("", text=tuple(columns)),
-                           setup.tokenizer, args.max_length,
-                           separate=args.pair_mode == "separate")
-
-
-def logits_of_teacher(args, setup, split, pair, world):
+def logits_of_teacher(args, setup, split, world):
     """The logits of --teacher, in eval mode, of all rows: (rows, C), on the CPU.
 
     The model of another script, such as r3f.py's std, reads the sentences of a pair as one text.
@@ -623,7 +616,7 @@ def logits_of_teacher(args, setup, split, pair, world):
     import common
     import data
     import numpy as np
-    teacher = load_teacher(args, setup, pair).to(world.device)
+    teacher = load_teacher(args, setup).to(world.device)
     if isinstance(teacher, GTuning):
         forward = teacher.logits
     else:
@@ -641,7 +634,7 @@ def logits_of_teacher(args, setup, split, pair, world):
     return torch.from_numpy(np.stack(world.gather(found)))
 
 
-def load_teacher(args, setup, pair):
+def load_teacher(args, setup):
     """The model of --teacher in eval mode: a GTuning, or that of another script's run.
 
     It must have the same task, model and labels, and if it is a GTuning, the same --pair_mode.
@@ -669,7 +662,7 @@ def load_teacher(args, setup, pair):
     except Exception as error:
         raise common.UserError(f"--teacher {args.teacher}: cannot be loaded: "
                                f"{data.first_line(error)}") from error
-    if isinstance(teacher, GTuning) and teacher.pair != pair:
+    if isinstance(teacher, GTuning) and teacher.pair != is_pair(setup):
         raise common.UserError(f"--teacher {args.teacher}: was trained with another --pair_mode")
     labels = [*teacher.config.id2label.values()]
     wanted = setup.task.label_names
@@ -722,7 +715,7 @@ class Algorithm1:
         self.args = args
         self.seed = seed
         self.world = world
-        self.f = build_f(args, setup, seed, world, texts.pair)           # lines 1 and 2
+        self.f = build_f(args, setup, seed, world)                       # lines 1 and 2
         rows = texts.with_states(self.f, common.training_rows(setup, args, seed))
         self.x_t = self.batches(0, rows, args.batch_size, args.batching[0])
         schedule = "constant_with_warmup" if args.schedule == "constant" else "linear"
@@ -734,7 +727,7 @@ class Algorithm1:
                       "schedule": self.schedule, "x_t": self.x_t}
         if method == "gtuning":
             general = texts.with_states(self.f, texts.M)
-            sentences = args.batch_size * (2 if texts.pair else 1)
+            sentences = args.batch_size * (2 if is_pair(setup) else 1)
             self.d_x_u = self.batches(1, general, sentences, "random")
             self.d_x_t = self.batches(2, rows.sentences(), sentences, "random")
             self.x_u = self.batches(3, general, args.batch_size, args.batching[0])
@@ -768,7 +761,7 @@ class Algorithm1:
         """The micro-batches of x_t, each with its x_u and the teacher's logits of that."""
         both = []
         for inputs, general in zip(x_t, x_u):
-            rows = general.pop("labels")               # draw_like_the_task numbered them
+            rows = general.pop("labels")               # draw_general numbered them
             both.append({**inputs, "general": general, "teacher": self.teacher_logits[rows]})
         return both
 
@@ -888,7 +881,7 @@ def keep_state(run, args, f, look):
     f.trained.load_state_dict(run.best_weights)
 
 
-def build_f(args, setup, seed, world, pair):
+def build_f(args, setup, seed, world):
     """f around --model, its weights drawn by the seed."""
     import common
     plm = common.load_model(args, setup, seed, world).base_model
@@ -897,7 +890,7 @@ def build_f(args, setup, seed, world, pair):
         raise common.UserError(f"--retrieve_layer {args.retrieve_layer}: must be at most "
                                f"{plm.config.num_hidden_layers}, the blocks of {args.model}")
     try:
-        return GTuning(plm, setup.task.outputs, args.layers, args.pooling, pair,
+        return GTuning(plm, setup.task.outputs, args.layers, args.pooling, is_pair(setup),
                        args.tune == "all", by_token, args.feature_length)
     except (ValueError, AttributeError, TypeError) as error:             # not such an encoder
         raise common.UserError(f"--model {args.model}: {error}") from error
@@ -1104,8 +1097,7 @@ def clouds_before_training(args, setup, folder, world):
     import common
     results = common.read_results(folder)
     start = args_of_start(args, folder, results)
-    pair = any("input_ids_2" in split.fields for _, split in setup.validation.values())
-    untrained = build_f(start, setup, args.seeds[0], world, pair)
+    untrained = build_f(start, setup, args.seeds[0], world)
     return clouds_of(untrained, setup, world)
 
 

@@ -104,11 +104,10 @@ def sample_noise(like, eps, kind):
 
     kind: "uniform", U(-eps, eps), or "normal", N(0, eps^2).
     """
+    refuse_other("noise", kind, ["uniform", "normal"])
     if kind == "uniform":
         return torch.empty_like(like).uniform_(-eps, eps)
-    if kind == "normal":
-        return torch.randn_like(like) * eps
-    raise ValueError(f"noise must be 'uniform' or 'normal', got {kind!r}")
+    return torch.randn_like(like) * eps
 
 
 class R3F(torch.nn.Module):
@@ -871,24 +870,24 @@ def read_links(folder):
     return links
 
 
-def probed_encoders(args, world):
-    """{name: (folder or hub id, results of the chain of runs that made it)}, untuned ones first."""
-    import common
+def probed_encoders(folders):
+    """{name: (its --model, results of the chain of runs that made it)}, untuned ones first."""
     untuned = {}
     runs = {}
-    for folder in args.probe:
+    for folder in folders:
         links = read_links(folder)
         name = links[0]["model"]
-        untuned[f"untuned {name}"] = common.find_model(name, world), []
+        untuned[f"untuned {name}"] = name, []
         runs[folder] = os.path.join(folder, "model"), links
     return {**untuned, **runs}
 
 
-def load_encoder(path, world):
-    """The encoder in this folder or of this hub id, without its decoder if there is one."""
+def load_encoder(name, world):
+    """The encoder that --model calls by this name, without its decoder if there is one."""
     import common
     import data
     from transformers import AutoModel
+    path = common.find_model(name, world)
     try:
         model = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
         model = model.to(world.device)
@@ -900,7 +899,7 @@ def load_encoder(path, world):
     return model
 
 
-def probe_encoder(path, task, rows, args, bar, world):
+def probe_encoder(model, task, rows, args, bar, world):
     """Yields (seed, number of training rows, main metric) of a probe of the encoder for each seed.
 
     rows: data.Rows of the task. bar: the name of the progress bars.
@@ -908,9 +907,9 @@ def probe_encoder(path, task, rows, args, bar, world):
     import common
     import data
     args = copy.copy(args)                             # its own model and max_length
-    args.model = path
+    args.model = model
     tokenizer = common.load_tokenizer(args, world)
-    encoder = load_encoder(path, world)
+    encoder = load_encoder(model, world)
 
     def with_states(split):
         return first_token_states(encoder, split, world, bar), split
@@ -943,9 +942,9 @@ def probe_task(name, encoders, args, world):
     task = data.TASKS[name]
     args.eval_tasks = []
     rows = data.load(args)
-    for encoder, (path, links) in encoders.items():
+    for encoder, (model, links) in encoders.items():
         bar = f"{name}: {encoder}"
-        for seed, count, score in probe_encoder(path, task, rows, args, bar, world):
+        for seed, count, score in probe_encoder(model, task, rows, args, bar, world):
             by_seed = f", seed {seed}" if len(args.seeds) > 1 else ""
             world.say(f"{name:<10} {100 * score:6.2f}  {encoder}{by_seed}")
             line = {"run": encoder, "task": name, "recipe": recipe_of_layer(args), "seed": seed,
@@ -1001,7 +1000,7 @@ def probe(args):
     with common.processes(args_of[args.probe_tasks[0]]) as world:
         if world.size > 1:
             raise common.UserError("--probe: must run in one process")
-        encoders = probed_encoders(args, world)
+        encoders = probed_encoders(args.probe)
         try:
             os.makedirs(args.output_dir, exist_ok=True)
             file = open(path, "a", encoding="utf-8")
@@ -1223,11 +1222,6 @@ def with_kl_factors(module, batch, world):
     return [{**inputs, "kl_factor": factor} for inputs, factor in zip(batch, factors)]
 
 
-def write_model(model, folder):
-    """Saves the model as others load it, with its normalised weights as plain ones."""
-    model.save_pretrained(folder, state_dict=plain_state_dict(model))
-
-
 def check(args, task):
     """UserError if a method or a flag is not for this kind of task."""
     import common
@@ -1308,7 +1302,8 @@ def main(argv=None):
                     run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
                 metrics = evaluate(model, setup.scored, run.folder)
-                write = functools.partial(write_model, model)
+                write = functools.partial(
+                    model.save_pretrained, state_dict=plain_state_dict(model))
                 run.finish(metrics, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
             results.append(run.results)

@@ -503,50 +503,40 @@ class TokenCutoff(torch.nn.Module):
 
 # -------------------------------------------------------------------------  analyses: what is asked
 
-@dataclass
-class Analyses:
-    """The analyses that the flags ask for, and the runs whose models are analysed."""
-    runs: dict                     # {seed: {method: folder}}, finished
-    texts: list                    # to explain; a pair is two sentences with ||| between them
-    figures: bool                  # whether any of Figures 3 to 6, which show the evaluation set
-    rates: list                    # those of --rates above 0
+def check_analyses(args, runs):
+    """UserError if the flags of the analyses do not go together. runs: {folder: results} of --run.
 
-    @property
-    def any(self):
-        return bool(self.figures or self.texts)
-
-
-def read_analyses(args, runs):
-    """The Analyses that the flags ask for. runs: {folder: results} of --run, or empty."""
+    Sets args.figures, whether any of Figures 3 to 6 is asked for, which show the evaluation set;
+    args.texts, those to explain; and args.analyses, whether anything of both is asked for.
+    """
     import common
-    texts = texts_to_explain(args.explain, args.explain_file)
-    figures = bool(args.confidences or args.tsne or args.perturb or args.drop)
-    rates = [rate for rate in dict.fromkeys(args.rates) if rate > 0]
-    asked = Analyses(runs_by_seed(runs), texts, figures, rates)
+    args.figures = bool(args.confidences or args.tsne or args.perturb or args.drop)
+    args.texts = texts_to_explain(args.explain, args.explain_file)
+    args.analyses = bool(args.figures or args.texts)
     if "rates" in args.by_hand and not (args.drop or args.perturb):
         raise common.UserError("--rates: needs --drop or --perturb")
     if "draws" in args.by_hand and not args.perturb:
         raise common.UserError("--draws: needs --perturb")
-    if args.profile and asked.any:
+    if args.profile and args.analyses:
         raise common.UserError("--profile: must go without analyses; it trains nothing")
-    if args.grid and asked.any:
+    if args.grid and args.analyses:
         raise common.UserError("--grid: must go without analyses; afterwards --run FOLDER makes "
                                "them")
-    if asked.figures:
+    if args.figures:
         args.score_validation = True                   # the figures are about these rows
 
-    if args.drop or args.confidences or args.tsne or asked.texts:
-        methods_of_seeds = [set(folders) for folders in asked.runs.values()] or [set(args.method)]
+    if args.drop or args.confidences or args.tsne or args.texts:
+        methods_of_seeds = by_seed(runs).values() or [args.method]
         for methods in methods_of_seeds:
-            if not methods & set(WITH_CONFIDENCES):
+            if not set(methods) & set(WITH_CONFIDENCES):
                 raise common.UserError(
                     "--explain, --confidences, --tsne, --drop: need a run of tdt or tdt-hard of "
                     f"each seed, {' and '.join(sorted(methods))} has none of those")
-    return asked
 
 
 def texts_to_explain(given, path):
-    """The texts of --explain and of --explain_file. A tab counts as |||."""
+    """The texts of --explain and of --explain_file; a pair is two sentences with ||| between them,
+    for which a tab counts too."""
     import common
     lines = [("--explain", line) for line in given]
     if path:
@@ -579,7 +569,7 @@ def parts_of(text):
     return [part.strip() for part in text.split("|||")]
 
 
-def runs_by_seed(runs):
+def by_seed(runs):
     """{seed: {method: folder}} of finished runs {folder: results}."""
     found = {}
     for folder, results in runs.items():
@@ -596,9 +586,17 @@ class Evaluation:
     world: object
     name: str
     split: object
-    ids: object                                                          # (tokens,)
-    row: object                                                          # (tokens,), each one's row
     is_word: object                                                      # (tokens,), not special
+
+    @property
+    def ids(self):
+        """The tokens: (tokens,)."""
+        return self.split.fields["input_ids"].values
+
+    @property
+    def offsets(self):
+        """Where each row's tokens begin, and the end of the last row's: (rows + 1,)."""
+        return self.split.fields["input_ids"].offsets
 
     def file_of(self, figure, folder):
         """The path of a figure's files, without their ending. If the set is not the runs' own
@@ -614,7 +612,7 @@ def evaluation_of(args, setup, world):
     import data
     import numpy as np
     name, (_, split) = next(iter(setup.validation.items()))
-    ids, offsets, _ = split.fields["input_ids"]
+    ids = split.fields["input_ids"].values
     unknown = setup.tokenizer.unk_token_id             # stands for a word, though it is special
     special = [token for token in setup.tokenizer.all_special_ids if token != unknown]
     is_word = ~np.isin(ids, special)
@@ -626,8 +624,7 @@ def evaluation_of(args, setup, world):
         is_word &= marked.fields["perturbable"].values == 1
     if not is_word.any():
         raise common.UserError(f"{name}: holds no words, which the figures are about")
-    row = np.repeat(np.arange(len(split)), np.diff(offsets))
-    return Evaluation(setup, world, name, split, ids, row, is_word)
+    return Evaluation(setup, world, name, split, is_word)
 
 
 def load_run(folder, method, world, mask_token_id=None, like=None, confidences="confidence.pt"):
@@ -665,13 +662,12 @@ def confidences_of(module, evaluation, name):
     """The confidence of each token of the evaluation set: (tokens,). name: of the progress bar."""
     import common
     import numpy as np
-    split = evaluation.split
     world = evaluation.world
-    offsets = split.fields["input_ids"].offsets
+    offsets = evaluation.offsets
     confidences = np.zeros(len(evaluation.ids), np.float32)
     module.eval()
     with torch.inference_mode():
-        for rows, _, inputs in common.eval_inputs(split, world, name):
+        for rows, _, inputs in common.eval_inputs(evaluation.split, world, name):
             real = inputs["attention_mask"].bool().cpu()                 # (B, n)
             c = module.confidence(**inputs).cpu()                        # (B, n)
             for row, line, is_real in zip(rows, c, real):
@@ -767,17 +763,13 @@ def scale_of(c, evaluation):
 def explain(module, tokenizer, text, max_length, world):
     """The Explanation of a text, or of two with ||| between them."""
     parts = parts_of(text)
-    encoded = tokenizer(*parts, truncation=True, max_length=max_length,
-                        return_offsets_mapping=True, return_tensors="pt")
-    spans = encoded.pop("offset_mapping")[0].tolist()
+    encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_tensors="pt")
     inputs = world.put(dict(encoded))
     module.eval()
     with torch.inference_mode():
         c = module.confidence(**inputs)[0].tolist()
         logits = module.model(**inputs).logits[0].float()                # (C,)
-    ids = encoded["input_ids"][0].tolist()
-    unknown = [token == tokenizer.unk_token_id for token in ids]
-    words = words_with_c(parts, encoded.sequence_ids(0), encoded.word_ids(0), spans, c, unknown)
+    words = words_with_c(parts, encoded, c, tokenizer.unk_token_id)
     if len(logits) == 1:
         return Explanation(text, round(logits.item(), 3), None, words)
     probabilities = logits.softmax(-1)
@@ -786,37 +778,37 @@ def explain(module, tokenizer, text, max_length, world):
     return Explanation(text, label, round(probabilities[best].item(), 4), words)
 
 
-def words_with_c(parts, sentences, numbers, spans, c, unknown):
+def words_with_c(parts, encoded, c, unknown):
     """[word, confidence, sentence] of each word.
 
     A word is what the tokenizer first splits a text into (punctuation stands alone); its confidence
-    is the largest of its tokens'. All arguments but parts have an entry for each token. sentences:
-    0 or 1, None for special tokens. numbers: the number of its word within the sentence. spans: its
-    first character and the one after its last. unknown: whether the model has no embedding for it,
-    so that c is about its place alone; such a word is shown with "(unknown)" after it.
+    is the largest of its tokens'. encoded: the parts, by a fast tokenizer. c: of each token.
+    unknown: the id of the token for what the model has no embedding for; the c of a word with it is
+    about its place alone, so such a word is shown with "(unknown)" after it.
     """
+    numbers = encoded.word_ids(0)                      # of each token's word within its sentence
     tokens_of = {}                                     # {(sentence, number of the word): tokens}
-    for token, sentence in enumerate(sentences):
-        if sentence is not None:
+    for token, sentence in enumerate(encoded.sequence_ids(0)):
+        if sentence is not None:                       # None: a special token
             tokens_of.setdefault((sentence, numbers[token]), []).append(token)
 
+    ids = encoded["input_ids"][0].tolist()
     words = []
-    for (sentence, _), tokens in tokens_of.items():
-        first = min(spans[token][0] for token in tokens)
-        last = max(spans[token][1] for token in tokens)
-        word = parts[sentence][first:last]
-        if any(unknown[token] for token in tokens):
+    for (sentence, number), tokens in tokens_of.items():
+        first, end = encoded.word_to_chars(0, number, sentence)
+        word = parts[sentence][first:end]
+        if any(ids[token] == unknown for token in tokens):
             word += " (unknown)"
         words.append([word, max(c[token] for token in tokens), sentence])
     return words
 
 
-def show_explanations(module, folder, texts, tokenizer, max_length, scale, world):
+def show_explanations(module, folder, args, tokenizer, scale, world):
     """Shows each text with its prediction and its words: on screen, as a page and as json."""
     import common
     found = []
-    for text in texts:
-        found.append(explain(module, tokenizer, text, max_length, world))
+    for text in args.texts:
+        found.append(explain(module, tokenizer, text, args.max_length, world))
         world.say(f"{folder}: {screen_line(found[-1], scale, sys.stdout.isatty())}")
     name = free_name(folder, "explain")
     common.write_json(f"{name}.json", [vars(explanation) for explanation in found], world)
@@ -901,7 +893,7 @@ def explanations_page(explanations, title, scale):
 
 # --------------------------------------------------------------------------  analyses: Figures 5, 6
 
-def damage(evaluation, rate, draw, mask_id, order=None, sampled=False):
+def damage(evaluation, rate, draw, order=None, sampled=False):
     """evaluation.ids with a share `rate` of each row's words replaced: (tokens,).
 
     order (tokens,): a row's words with the lowest numbers are replaced; None: random ones.
@@ -915,8 +907,7 @@ def damage(evaluation, rate, draw, mask_id, order=None, sampled=False):
         order = rng.random(len(ids))
 
     changed = ids.copy()
-    row_ends = np.flatnonzero(np.diff(evaluation.row)) + 1
-    for tokens in np.split(np.arange(len(ids)), row_ends):
+    for tokens in np.split(np.arange(len(ids)), evaluation.offsets[1:-1]):
         words = tokens[evaluation.is_word[tokens]]     # where this row's words stand
         count = int(np.rint(rate * len(words)))
         hit = words[np.argsort(order[words], kind="stable")][:count]
@@ -924,7 +915,7 @@ def damage(evaluation, rate, draw, mask_id, order=None, sampled=False):
             others = words[(rng.random(count) * len(words)).astype(int)]
             changed[hit] = ids[others]
         else:
-            changed[hit] = mask_id
+            changed[hit] = evaluation.setup.tokenizer.mask_token_id
     return changed
 
 
@@ -949,15 +940,16 @@ def measure_curves(modules, kinds, rates, draws, evaluation):
     scores each rate gets.
     """
     curves = {}
-    mask_id = evaluation.setup.tokenizer.mask_token_id
     for method, module in modules.items():
         whole = score_tokens(module, evaluation.ids, evaluation, f"{method}, all words")
         for kind, which in kinds.items():
             curve = {0.0: [whole]}
             for rate in rates:
+                if rate in curve:                      # 0, or one that was given twice
+                    continue
                 scores = []
                 for draw in range(draws):
-                    ids = damage(evaluation, rate, draw, mask_id, **which)
+                    ids = damage(evaluation, rate, draw, **which)
                     bar = f"{method}, {kind}, {rate:.0%}"
                     scores.append(score_tokens(module, ids, evaluation, bar))
                 curve[rate] = scores
@@ -978,7 +970,7 @@ def curves_of_all_seeds(found):
     return merged
 
 
-def drop_words(modules, folders, chosen_by, c, rates, evaluation):
+def drop_words(modules, folders, chosen_by, c, args, evaluation):
     """The curves of Figure 6 for one seed. chosen_by: the method whose confidences c choose words.
 
     As a control, words are also chosen by the untrained confidence layer with which its run began.
@@ -995,20 +987,20 @@ def drop_words(modules, folders, chosen_by, c, rates, evaluation):
                          f"untrained ones on {evaluation.name}: {correlation:.2f}")
     kinds = {"highest": {"order": -c}, "lowest": {"order": c},
              "highest, untrained": {"order": -c_start}, "lowest, untrained": {"order": c_start}}
-    curves = measure_curves(modules, kinds, rates, 1, evaluation)
+    curves = measure_curves(modules, kinds, args.rates, 1, evaluation)
     write_curves(folder, "drop", curves, evaluation,
                  confidences=folder, correlation_with_start=round(correlation, 4))
     return curves
 
 
-def perturb_words(modules, folders, chosen_by, rates, draws, evaluation):
+def perturb_words(modules, folders, chosen_by, args, evaluation):
     """The curves of Figure 5 for one seed, for which words are drawn at random.
 
     They are written beside Figure 6, into the folder of the method chosen_by; if that is None (no
     method has confidences), into the first method's.
     """
     kinds = {"[MASK]": {}, "other word": {"sampled": True}}
-    curves = measure_curves(modules, kinds, rates, draws, evaluation)
+    curves = measure_curves(modules, kinds, args.rates, args.draws, evaluation)
     folder = folders[chosen_by] if chosen_by else next(iter(folders.values()))
     write_curves(folder, "perturb", curves, evaluation, confidences=folders.get(chosen_by))
     return curves
@@ -1025,12 +1017,12 @@ def write_curves(folder, figure, curves, evaluation, **more):
     common.write_json(f"{path}.json", content, evaluation.world)
 
 
-def print_curves(curves, title, rates, world):
+def print_curves(curves, title, world):
     """Prints the curves of all seeds as a table: a row for each, means and deviations by rate."""
     import numpy as np
     rows = {f"{method}, {kind}": curve for (method, kind), curve in curves.items()}
     wide = max(map(len, rows))
-    rates = [0.0, *rates]
+    rates = next(iter(rows.values()))                  # all curves have the same
     world.say(f"\n{title}; +- the standard deviation over seeds and draws")
     world.say(f"{'':<{wide}}" + "".join(f"{rate:>15.0%}" for rate in rates))
     for name, curve in rows.items():
@@ -1042,7 +1034,7 @@ def print_curves(curves, title, rates, world):
         world.say(f"{name:<{wide}}" + "".join(cells))
 
 
-def print_control(curves, rates, world):
+def print_control(curves, world):
     """Prints what the trained confidences find that untrained ones do not: the score without the
     words of highest confidence, less the score without those that the untrained layer ranks first.
 
@@ -1053,6 +1045,7 @@ def print_control(curves, rates, world):
     for method in dict.fromkeys(method for method, _ in curves):
         trained = curves[method, "highest"]
         untrained = curves[method, "highest, untrained"]
+        rates = [rate for rate in trained if rate > 0]
         for rate in rates:
             gaps = [100 * (a - b) for a, b in zip(trained[rate], untrained[rate])]
             gap = common.summarise_differences(gaps)
@@ -1292,62 +1285,54 @@ def clouds_body(maps, numbers, labels, names, chosen_by, perplexity):
 
 # ---------------------------------------------------------------------------  analyses: all of them
 
-def check_figure_3(args, task):
-    """UserError if --tsne is asked for a task without classes."""
-    import common
-    if args.tsne and task.outputs == 1:
-        raise common.UserError(f"--tsne: must be a task with classes; {args.task} has none")
-
-
-def check_tokenizer(args, tokenizer, methods, asked):
+def check_tokenizer(args, tokenizer):
     """UserError if something is asked for that needs what this tokenizer does not have."""
     import common
-    wanted = "tdt-hard" in methods or args.drop or args.perturb
+    wanted = "tdt-hard" in args.method or args.drop or args.perturb
     if wanted and tokenizer.mask_token_id is None:
         raise common.UserError(f"--model {args.model}: must have a mask token for tdt-hard, "
                                "--drop and --perturb")
     if args.tsne and tokenizer.cls_token_id is None:
         raise common.UserError(f"--model {args.model}: must have a [CLS] for --tsne, whose state "
                                "stands for the sentence")
-    if asked.texts and not tokenizer.is_fast:
+    if args.texts and not tokenizer.is_fast:
         raise common.UserError(f"--model {args.model}: must have a fast tokenizer for --explain, "
                                "which knows where its tokens lie")
 
 
-def check_texts(args, asked):
+def check_texts(args):
     """UserError if a text to explain has not as many sentences as a row of the task."""
     import common
     import data
     columns = args.text_columns                        # of one's own files
     if args.task in data.TASKS:
         columns = data.TASKS[args.task].columns
-    for text in asked.texts:
+    for text in args.texts:
         if columns and len(parts_of(text)) != len(columns):
             wanted = "two sentences with ||| between them" if len(columns) == 2 else "one text"
             raise common.UserError(f"--explain, --explain_file: {text!r} must be {wanted}, as a "
                                    f"row of {args.task} is")
 
 
-def use_finished(args, runs, asked, world):
+def use_finished(args, runs, world):
     """--run: scores, predictions and analyses of finished runs. Explaining a text needs no data."""
     import common
     common.refuse_other_flags(args, runs, free=["max_length"])
-    to_score = not asked.any or {
+    to_score = not args.analyses or {
         "eval_tasks", "validation_file", "test_file", "predict"} & set(args.by_hand)
-    if to_score or asked.figures:
-        setup = common.prepare(args, world, check_figure_3)
+    if to_score or args.figures:
+        setup = common.prepare(args, world, check)
         tokenizer = setup.tokenizer
     else:
         setup = None
         tokenizer = common.load_tokenizer(args, world)
-    methods = {method for folders in asked.runs.values() for method in folders}
-    check_tokenizer(args, tokenizer, methods, asked)
-    check_texts(args, asked)
+    check_tokenizer(args, tokenizer)
+    check_texts(args)
     results = [*runs.values()]
     if to_score:
         results = common.use_models(args, runs, setup, world)
-    if asked.any:
-        analyse(args, asked, setup, tokenizer, world)
+    if args.analyses:
+        analyse(args, by_seed(runs), setup, tokenizer, world)
     return results
 
 
@@ -1363,13 +1348,16 @@ def load_runs(folders, chosen_by, tokenizer, world):
     return modules
 
 
-def analyse(args, asked, setup, tokenizer, world):
-    """The analyses of section 4, of asked.runs: tables on screen, and files in their folders."""
-    evaluation = evaluation_of(args, setup, world) if asked.figures else None
+def analyse(args, folders_by_seed, setup, tokenizer, world):
+    """The analyses of section 4: tables on screen, and files in the folders of the runs.
+
+    folders_by_seed {seed: {method: folder}}: of finished runs.
+    """
+    evaluation = evaluation_of(args, setup, world) if args.figures else None
     mapped = []                                        # of each seed, the numbers of Figure 3
     dropped = []                                       # of each seed, the curves of Figure 6
     perturbed = []                                     # of each seed, the curves of Figure 5
-    for folders in asked.runs.values():
+    for folders in folders_by_seed.values():
         confident = [method for method in folders if method in WITH_CONFIDENCES]
         chosen_by = confident[0] if confident else None
         modules = load_runs(folders, chosen_by, tokenizer, world)
@@ -1383,22 +1371,22 @@ def analyse(args, asked, setup, tokenizer, world):
             if args.confidences:
                 show_confidences(folder, c[method], evaluation)
                 scale = scale_of(c[method], evaluation)
-            if asked.texts:
-                show_explanations(
-                    module, folder, asked.texts, tokenizer, args.max_length, scale, world)
+            if args.texts:
+                show_explanations(module, folder, args, tokenizer, scale, world)
         if args.tsne:
             mapped.append(show_clouds(modules, folders, chosen_by, args, evaluation))
         if args.drop:
-            dropped.append(drop_words(
-                modules, folders, chosen_by, c[chosen_by], asked.rates, evaluation))
+            curves = drop_words(modules, folders, chosen_by, c[chosen_by], args, evaluation)
+            dropped.append(curves)
         if args.perturb:
-            perturbed.append(perturb_words(
-                modules, folders, chosen_by, asked.rates, args.draws, evaluation))
-    if asked.figures:
-        show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation)
+            perturbed.append(perturb_words(modules, folders, chosen_by, args, evaluation))
+    if args.figures:
+        first_folder, *_ = next(iter(folders_by_seed.values())).values()
+        task_folder = os.path.dirname(os.path.abspath(first_folder))
+        show_all_seeds(args, task_folder, mapped, dropped, perturbed, evaluation)
 
 
-def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
+def show_all_seeds(args, task_folder, mapped, dropped, perturbed, evaluation):
     """Figures 3, 6 and 5 over all seeds: tables, and pages of curves in the folder of the task.
 
     mapped, dropped, perturbed: what each seed gave; empty where the figure is not asked for.
@@ -1411,22 +1399,20 @@ def show_all_seeds(args, asked, mapped, dropped, perturbed, evaluation):
         title = f"{task_and_set}: means over {len(mapped)} seeds"
         common.print_numbers(means, title, world)
 
-    first_folder = next(iter(next(iter(asked.runs.values())).values()))
-    task_folder = os.path.dirname(os.path.abspath(first_folder))
     metric = evaluation.setup.task.metric_names[0]
     when = f"{task_and_set}: {metric} in percent when that share of the words"
     if dropped:
         curves = curves_of_all_seeds(dropped)
         title = f"{when} is [MASK], those of highest or lowest confidence"
-        print_curves(curves, title, asked.rates, world)
-        print_control(curves, asked.rates, world)
+        print_curves(curves, title, world)
+        print_control(curves, world)
         heading = f"Scores on {args.task} without the words of highest or lowest confidence"
         path = evaluation.file_of("drop", task_folder)
         draw_curves(curves, heading, title, f"{path}.html", world)
     if perturbed:
         curves = curves_of_all_seeds(perturbed)
         title = f"{when} is replaced at random"
-        print_curves(curves, title, asked.rates, world)
+        print_curves(curves, title, world)
         heading = f"Scores on {args.task} with words replaced at random"
         path = evaluation.file_of("perturb", task_folder)
         draw_curves(curves, heading, title, f"{path}.html", world)
@@ -1608,20 +1594,16 @@ def build_method(method, model, args, mask_token_id):
         raise common.UserError(f"--method {method}, --model {args.model}: {error}") from error
 
 
-def copy_confidences(module):
-    """The present weights of the confidence layer; {} for a method without one."""
-    layer = getattr(module, "confidence_layer", None)
-    if layer is None:
-        return {}
-    return {name: weight.detach().cpu().clone() for name, weight in layer.state_dict().items()}
+def write_model(model, layer, untrained, folder):
+    """Saves the model as others load it, and its confidence layer as learned and as it began.
 
-
-def write_model(method, module, untrained, folder):
-    """Saves the model as others load it, and its confidence layer as learned and as it began."""
-    module.model.save_pretrained(folder)
-    if method in WITH_CONFIDENCES:
-        torch.save(copy_confidences(module), f"{folder}/confidence.pt")
-        torch.save(untrained, f"{folder}/confidence-start.pt")
+    layer, untrained: None for a method without one.
+    """
+    model.save_pretrained(folder)
+    if layer is not None:
+        for name, part in (("confidence", layer), ("confidence-start", untrained)):
+            weights = {key: weight.cpu() for key, weight in part.state_dict().items()}
+            torch.save(weights, f"{folder}/{name}.pt")
 
 
 def perturb_only(task, keep_special):
@@ -1649,7 +1631,8 @@ def check(args, task):
     """UserError if a method or Figure 3 is not for this kind of task."""
     import common
     common.check_methods(args, task, METHODS, WHY.get(task.kind, ""))
-    check_figure_3(args, task)
+    if args.tsne and task.outputs == 1:
+        raise common.UserError(f"--tsne: must be a task with classes; {args.task} has none")
 
 
 def main(argv=None):
@@ -1657,18 +1640,18 @@ def main(argv=None):
     import common
     args = common.parse(flags(), argv, recipe)
     runs = common.take_runs(args, METHODS)
-    asked = read_analyses(args, runs)
+    check_analyses(args, runs)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, args)
     perturb = perturb_only(args.task, args.keep_special)
 
     with common.processes(args) as world:
         if runs:
-            return use_finished(args, runs, asked, world)
+            return use_finished(args, runs, world)
         setup = common.prepare(args, world, check,
                                perturb=perturb or "cutoff" in args.method)       # see setup_for
-        check_tokenizer(args, setup.tokenizer, args.method, asked)
-        check_texts(args, asked)
+        check_tokenizer(args, setup.tokenizer)
+        check_texts(args)
 
         def build(method, seed):
             model = common.load_model(args, setup, seed, world)
@@ -1682,18 +1665,18 @@ def main(argv=None):
             return common.profile_methods(args, world, setup, build)
 
         results = []
+        folders_by_seed = {}                           # {seed: {method: folder}}
         for run in common.runs_to_make(args, METHODS, world):
-            method = run.method
             if run.results is None:
-                module = build(method, run.seed)
+                module = build(run.method, run.seed)
                 model = module.model
-                untrained = copy_confidences(module)
+                layer = module.confidence_layer if run.method in WITH_CONFIDENCES else None
+                untrained = copy.deepcopy(layer)                         # as it begins
                 batches = common.build_batches(
-                    setup_for(method, setup, perturb), args, run.seed, world)
+                    setup_for(run.method, setup, perturb), args, run.seed, world)
                 total = common.count_steps(args, batches.per_epoch)
-                part = module.confidence_layer if method in WITH_CONFIDENCES else None
                 optimizer, schedule = common.build_optimizer(
-                    module, args, total, part, args.c_lr)                # choice 9
+                    module, args, total, layer, args.c_lr)               # choice 9
                 ddp = world.ddp(module)
                 run.begin(total, module=module, optimizer=optimizer, schedule=schedule,
                           batches=batches)
@@ -1716,13 +1699,13 @@ def main(argv=None):
                     run.keep_best(evaluate(model, setup.choose_by), module)
                     module.load_state_dict(run.best_weights)
                 metrics = evaluate(model, setup.scored, run.folder)
-                write = functools.partial(write_model, method, module, untrained)
+                write = functools.partial(write_model, model, layer, untrained)
                 run.finish(metrics, setup.tokenizer, write)
             common.predict_unscored(args, run, setup, world)
-            asked.runs.setdefault(run.seed, {})[method] = run.folder
+            folders_by_seed.setdefault(run.seed, {})[run.method] = run.folder
             results.append(run.results)
-        if asked.any:
-            analyse(args, asked, setup, setup.tokenizer, world)
+        if args.analyses:
+            analyse(args, folders_by_seed, setup, setup.tokenizer, world)
         common.print_table(world.say, results, args)
         return results
 

@@ -2541,7 +2541,9 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, method, tiny_f
     assert parts["metrics"] == whole["metrics"]
     assert parts["best"]["step"] == whole["best"]["step"]
     assert parts["best"]["metrics"] == whole["best"]["metrics"]
-    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    found = weights(tmp_path / "whole")
+    assert_same_weights(found, weights(tmp_path / "parts"))
+    assert "parametrizations" not in str([*map(list, found.values())])   # a head of r4f is plain
     for key in ("loss", "metrics"):
         logs = [log_of(tmp_path / f"{name}/toy/{method}-0", key) for name in ("whole", "parts")]
         assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
@@ -5030,6 +5032,8 @@ def test_tsne_refuses_too_few_points():
     common.tsne(x, perplexity=29.9, steps=1)
     with pytest.raises(ValueError, match="all the same"):
         common.tsne(np.ones((100, 3)))
+    with pytest.raises(ValueError, match="at least 4 points, got 3"):
+        common.tsne(x[:3], common.perplexity_for(3))
 
 
 # =========================================================================================== r3f.py
@@ -7278,8 +7282,13 @@ def test_help_says_what_the_authors_ran(capsys):
 def two_rows():
     """[CLS] a b c d [SEP] and [CLS] e f [SEP] as an Evaluation, and their confidences."""
     ids = np.array([1, 10, 11, 12, 13, 2, 1, 14, 15, 2])
-    row = np.repeat([0, 1], [6, 4])
-    evaluation = tdt.Evaluation(None, None, "set", None, ids, row, ids > 2)
+    offsets = np.array([0, 6, 10])
+    split = data.Split({
+        "input_ids": data.Field(ids, offsets, 0),
+        "attention_mask": data.Field(np.ones(10, int), offsets, 0),
+        "labels": data.Field(np.zeros(2, int), None, 0)})
+    setup = types.SimpleNamespace(tokenizer=types.SimpleNamespace(mask_token_id=3))
+    evaluation = tdt.Evaluation(setup, None, "set", split, ids > 2)
     c = np.array([0.9, 0.1, 0.4, 0.3, 0.2, 0.9, 0.9, 0.5, 0.6, 0.9], np.float32)
     return evaluation, c
 
@@ -7289,7 +7298,7 @@ def test_the_words_of_highest_or_lowest_confidence_become_mask():
 
     def damaged(by, rate):
         order = -c if by == "highest" else c
-        return tdt.damage(evaluation, rate, 0, 3, order).tolist()
+        return tdt.damage(evaluation, rate, 0, order).tolist()
 
     assert damaged("highest", 0.5) == [1, 10, 3, 3, 13, 2, 1, 14, 3, 2]
     assert damaged("lowest", 0.5) == [1, 3, 11, 12, 3, 2, 1, 3, 15, 2]
@@ -7302,26 +7311,24 @@ def test_random_words_become_mask_or_another_word_of_their_row():
     ids, words = evaluation.ids, evaluation.is_word
     seen = set()
     for draw in range(20):
-        masked = tdt.damage(evaluation, 0.5, draw, 3)
+        masked = tdt.damage(evaluation, 0.5, draw)
         assert (masked[words] == 3).sum() == 3 and (masked[~words] == ids[~words]).all()
         seen.add(masked.tobytes())
-        other = tdt.damage(evaluation, 1.0, draw, 3, sampled=True)
+        other = tdt.damage(evaluation, 1.0, draw, sampled=True)
         assert set(other[1:5]) <= {10, 11, 12, 13} and set(other[7:9]) <= {14, 15}
         assert (other[~words] == ids[~words]).all()
     assert len(seen) > 5
-    again = tdt.damage(evaluation, 0.5, 19, 3)
+    again = tdt.damage(evaluation, 0.5, 19)
     assert again.tobytes() == masked.tobytes()
 
 
 def test_a_word_has_the_largest_confidence_of_its_pieces():
-    names = "[PAD] [UNK] [CLS] [SEP] [MASK] un ##bear ##able plot !".split()
+    names = "[PAD] [UNK] [CLS] [SEP] [MASK] un ##bear ##able plot".split()
     tokenizer = bert_tokenizer(names)
     text = "Unbearable  plot!"
-    encoded = tokenizer(text, return_offsets_mapping=True)
+    encoded = tokenizer(text, return_tensors="pt")
     c = [0.99, 0.2, 0.7, 0.3, 0.4, 0.1, 0.98]
-    unknown = [False] * 5 + [True, False]
-    words = tdt.words_with_c([text], encoded.sequence_ids(0), encoded.word_ids(0),
-                         encoded["offset_mapping"], c, unknown)
+    words = tdt.words_with_c([text], encoded, c, tokenizer.unk_token_id)
     assert words == [["Unbearable", 0.7, 0], ["plot", 0.4, 0], ["! (unknown)", 0.1, 0]]
 
 
@@ -7360,7 +7367,7 @@ def test_the_table_has_a_deviation_only_of_several_scores(capsys):
     world = types.SimpleNamespace(say=print)
 
     def rows_of(*found):
-        tdt.print_curves(tdt.curves_of_all_seeds(found), "title", [0.5], world)
+        tdt.print_curves(tdt.curves_of_all_seeds(found), "title", world)
         lines = capsys.readouterr().out.splitlines()[3:]
         return {line.split(", a")[0]: line.split(", a")[1].split() for line in lines}
 
@@ -7527,7 +7534,7 @@ def test_the_control_of_figure_6_is_paired_by_seed():
     found[1].update({("std", "highest"): {0.1: [0.5]},
                      ("std", "highest, untrained"): {0.1: [0.75]}})
     merged = tdt.curves_of_all_seeds(found)
-    tdt.print_control(merged, [0.1], types.SimpleNamespace(say=lines.append))
+    tdt.print_control(merged, types.SimpleNamespace(say=lines.append))
     low, high = common.t_interval([-10.0, 20.0, -40.0])
     assert lines[1:] == [
         f"tdt, 10%: -10.00 ({low:+.2f} to {high:+.2f}), p 0.750; lower in 2 of 3 seeds",
@@ -7603,8 +7610,8 @@ def test_perturb_draws_anew_and_tells_the_deviation(tdt_runs, capsys, monkeypatc
     masked = set()
     damage = tdt.damage
 
-    def note(evaluation, rate, draw, mask_id, order=None, sampled=False):
-        ids = damage(evaluation, rate, draw, mask_id, order, sampled)
+    def note(evaluation, rate, draw, order=None, sampled=False):
+        ids = damage(evaluation, rate, draw, order, sampled)
         if rate == 0.5 and not sampled:
             masked.add(tuple(ids.tolist()))
         return ids
@@ -7713,15 +7720,20 @@ def test_a_finished_run_brings_its_own_flags(copied):
     """Not those of the toy recipe, whose task is the default."""
     args = parse("tdt", "--run", str(copied), "--drop")
     runs = common.take_runs(args, tdt.METHODS)
-    asked = tdt.read_analyses(args, runs)
+    tdt.check_analyses(args, runs)
     results = read_json(copied / "results.json")
-    assert asked.runs == {0: {"tdt": str(copied)}}
+    assert tdt.by_seed(runs) == {0: {"tdt": str(copied)}} and args.figures and not args.texts
     assert args.task == "custom" and args.own_labels == ["a", "b"]
     assert args.model == str(copied / "model")
     assert args.max_length == results["args"]["max_length"] and args.threads == 0
     args = parse("tdt", "--run", str(copied), "--drop", "--threads", "2", "--max_length", "9")
-    tdt.read_analyses(args, common.take_runs(args, tdt.METHODS))
+    tdt.check_analyses(args, common.take_runs(args, tdt.METHODS))
     assert args.threads == 2 and args.max_length == 9
+
+
+def test_with_finished_runs_flags_of_other_methods_are_said_to_have_no_effect(copied, capsys):
+    tdt.main(["--run", str(copied), "--cutoff_rate", "0.3"])
+    assert "  no effect   cutoff_rate 0.3: not of tdt\n" in capsys.readouterr().out
 
 
 def test_a_module_in_train_mode_is_read_without_its_dropout(copied):
@@ -7731,14 +7743,7 @@ def test_a_module_in_train_mode_is_read_without_its_dropout(copied):
     module = tdt.load_run(str(copied), "tdt", world)
     tokenizer = transformers.AutoTokenizer.from_pretrained(copied / "model")
     evaluation, _ = two_rows()
-    offsets = np.array([0, 6, 10])
-    ones = np.ones(10, int)
     evaluation.world = world
-    evaluation.split = data.Split({
-        "input_ids": data.Field(evaluation.ids, offsets, 0),
-        "attention_mask": data.Field(ones, offsets, 0),
-        "labels": data.Field(np.zeros(2, int), None, 0)})
-
     explanation = tdt.explain(module, tokenizer, "great cast", 32, world)
     tokenizer.unk_token = None                         # as of tokenizers by bytes
     assert tdt.explain(module, tokenizer, "great cast", 32, world) == explanation
@@ -7856,9 +7861,10 @@ def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path)
 
 def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain():
     tokenizer = types.SimpleNamespace(is_fast=False, mask_token_id=4)
-    asked = tdt.read_analyses(parse("tdt", "--method", "tdt", "--explain", "great cast"), {})
+    args = parse("tdt", "--method", "tdt", "--explain", "great cast")
+    tdt.check_analyses(args, {})
     with pytest.raises(UserError, match="fast tokenizer"):
-        tdt.check_tokenizer(parse("tdt"), tokenizer, ["tdt"], asked)
+        tdt.check_tokenizer(args, tokenizer)
 
 
 def test_a_folder_that_cannot_be_written_ends_the_analyses_with_one_line(tmp_path):
@@ -8878,21 +8884,29 @@ def test_states_have_the_type_of_autocast(kind):
 
 
 def test_general_text_has_the_form_of_pairs_that_are_encoded_as_one(tiny_folder, tmp_path,
-                                                                    monkeypatch):
+                                                                    monkeypatch, capsys):
     """Else D would tell a pair from a sentence by its form."""
-    drawn = returned_by(monkeypatch, gtuning, "draw_like_the_task")
+    drawn = returned_by(monkeypatch, gtuning, "draw_general")
     rows = [{"sentence1": "a plot", "sentence2": "it is good", "label": i % 2} for i in range(32)]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     flags = ["--method", "gtuning", "--train_file", path, "--validation_file", path,
              "--unlabeled", "toy", "--max_steps", 2, "--name"]
     tune(tiny_folder, tmp_path, *flags, "joint", "--pair_mode", "joint")
-    general, = drawn
-    ids, offsets, _ = general.fields["input_ids"]
-    sep = transformers.AutoTokenizer.from_pretrained(tiny_folder).sep_token_id
-    separators = [list(ids[a:b]).count(sep) for a, b in zip(offsets, offsets[1:])]
-    assert len(general) == 32 and set(separators) == {2}
     tune(tiny_folder, tmp_path, *flags, "apart")
-    assert len(drawn) == 1
+    sep = transformers.AutoTokenizer.from_pretrained(tiny_folder).sep_token_id
+    separators = []
+    for general in drawn:
+        ids, offsets, _ = general.fields["input_ids"]
+        separators.append({list(ids[a:b]).count(sep) for a, b in zip(offsets, offsets[1:])})
+    assert [len(general) for general in drawn] == [32, 64] and separators == [{2}, {1}]
+    sentences = data.general_text("toy", 64)["text"][:]                  # neighbours make a pair
+    rows = drawn[0].rows
+    assert [*rows["sentence1"]] == sentences[::2] and [*rows["sentence2"]] == sentences[1::2]
+
+    assert "they repeat" not in capsys.readouterr().out
+    few = write(tmp_path / "few.txt", "good plot good plot\nboring cast boring cast\n")
+    tune(tiny_folder, tmp_path, *flags, "few", "--pair_mode", "joint", "--unlabeled", few)
+    assert "M: 1 pair, 32 wanted: they repeat" in capsys.readouterr().out
 
 
 def test_a_cache_that_torch_cannot_open_is_one_line(still_folder, small, tmp_path, monkeypatch):
@@ -8923,8 +8937,8 @@ def drawn(monkeypatch):
     texts = []
     draw_general = gtuning.draw_general
 
-    def keeps(args, setup, wanted, world):
-        M = draw_general(args, setup, wanted, world)
+    def keeps(args, setup, *more):
+        M = draw_general(args, setup, *more)
         for row in range(len(M)):
             ids = M.collate(np.array([row]))["input_ids"][0]
             texts.append(setup.tokenizer.decode(ids, skip_special_tokens=True))
@@ -9821,7 +9835,7 @@ def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, monkeypatch):
     seen = {}
     logits_of_teacher = gtuning.logits_of_teacher
 
-    def note(args, setup, split, pair, world):
+    def note(args, setup, split, world):
         def gather_meanwhile(found):
             seen["bytes"] = len(pickle.dumps(found)) / len(found)
             return gather(found)
@@ -9829,7 +9843,7 @@ def test_a_plain_model_teaches_too(labelled, tagger, tmp_path, monkeypatch):
         seen["rows"] = split.rows
         gather = world.gather
         world.gather = gather_meanwhile
-        seen["logits"] = logits_of_teacher(args, setup, split, pair, world)
+        seen["logits"] = logits_of_teacher(args, setup, split, world)
         world.gather = gather
         return seen["logits"]
 
