@@ -299,8 +299,10 @@ add_languages("paws-x", PAWS_X_LANGUAGES, lambda language: Task(
 
 # XTREME: trained on English, scored in each language.
 XTREME = "google/xtreme"
-POS_TAGS = "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"
-NER_TAGS = "O B-PER I-PER B-ORG I-ORG B-LOC I-LOC"
+POS = {"text": "tokens", "metrics": "f1 accuracy", "label": "pos_tags", "kind": "tag",
+       "labels": "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"}
+NER = {"text": "tokens", "metrics": "f1", "label": "ner_tags", "kind": "tag",
+       "labels": "O B-PER I-PER B-ORG I-ORG B-LOC I-LOC"}
 POS_LANGUAGES = {
     "af": "Afrikaans", "ar": "Arabic", "eu": "Basque", "bg": "Bulgarian", "zh": "Chinese",
     "nl": "Dutch", "en": "English", "et": "Estonian", "fi": "Finnish", "fr": "French",
@@ -313,16 +315,12 @@ POS_LANGUAGES = {
 NER_LANGUAGES = ("af ar bg bn de el en es et eu fa fi fr he hi hu id it ja jv ka kk ko ml mr ms "
                  "my nl pt ru sw ta te th tl tr ur vi yo zh").split()
 
-TASKS["pos"] = Task(XTREME, "udpos.English", "tokens", POS_TAGS, "f1 accuracy", kind="tag",
-                    label="pos_tags", further="pos")
-TASKS["ner"] = Task(XTREME, "PAN-X.en", "tokens", NER_TAGS, "f1", kind="tag", label="ner_tags",
-                    further="ner")
+TASKS["pos"] = Task(XTREME, "udpos.English", **POS, further="pos")
+TASKS["ner"] = Task(XTREME, "PAN-X.en", **NER, further="ner")
 add_languages("pos", POS_LANGUAGES, lambda code: Task(
-    XTREME, f"udpos.{POS_LANGUAGES[code]}", "tokens", POS_TAGS, "f1 accuracy", kind="tag",
-    label="pos_tags", validation="test"))
+    XTREME, f"udpos.{POS_LANGUAGES[code]}", **POS, validation="test"))
 add_languages("ner", NER_LANGUAGES, lambda code: Task(
-    XTREME, f"PAN-X.{code}", "tokens", NER_TAGS, "f1", kind="tag", label="ner_tags",
-    validation="test"))
+    XTREME, f"PAN-X.{code}", **NER, validation="test"))
 
 XQUAD_LANGUAGES = "ar de el en es hi ru th tr vi zh".split()
 MLQA_LANGUAGES = "ar de en es hi vi zh".split()
