@@ -1305,10 +1305,9 @@ def flat(column, fill):
     column = column.combine_chunks()
     if not pyarrow.types.is_list(column.type):
         return Field(column.to_numpy(zero_copy_only=False), None, fill)
-    first = column.offsets[0].as_py()
-    values = column.values.to_numpy(zero_copy_only=False)[first:]
-    offsets = column.offsets.to_numpy().astype(np.int64) - first
-    return Field(values[:offsets[-1]].astype(np.int32), offsets, fill)
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    values = column.values.to_numpy(zero_copy_only=False)[offsets[0]:offsets[-1]]
+    return Field(values.astype(np.int32), offsets - offsets[0], fill)
 
 
 def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=None):
