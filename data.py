@@ -1944,13 +1944,12 @@ def is_submission(task, name):
 
 def file_of_classes(name, task, kept, split):
     """For GLUE's test sets the submission format, index and label; else with all probabilities."""
-    labels = [class_text(task, logits) for logits in kept]
+    logits = np.stack(kept)                                             # (n, C)
+    classes = logits.argmax(1)
+    labels = [task.label_names[i] for i in classes]
     if is_submission(task, name):
-        if not task.submits_names:
-            labels = [str(task.label_names.index(label)) for label in labels]
-        return as_tsv(["prediction"], [labels])
+        return as_tsv(["prediction"], [labels if task.submits_names else classes])
 
-    logits = np.stack(kept)
     logits = logits - logits.max(1, keepdims=True)
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)    # (n, C)
     header = ["prediction"]
