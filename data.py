@@ -299,8 +299,10 @@ add_languages("paws-x", PAWS_X_LANGUAGES, lambda language: Task(
 
 # XTREME: trained on English, scored in each language.
 XTREME = "google/xtreme"
-POS_TAGS = "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"
-NER_TAGS = "O B-PER I-PER B-ORG I-ORG B-LOC I-LOC"
+POS = {"text": "tokens", "metrics": "f1 accuracy", "label": "pos_tags", "kind": "tag",
+       "labels": "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"}
+NER = {"text": "tokens", "metrics": "f1", "label": "ner_tags", "kind": "tag",
+       "labels": "O B-PER I-PER B-ORG I-ORG B-LOC I-LOC"}
 POS_LANGUAGES = {
     "af": "Afrikaans", "ar": "Arabic", "eu": "Basque", "bg": "Bulgarian", "zh": "Chinese",
     "nl": "Dutch", "en": "English", "et": "Estonian", "fi": "Finnish", "fr": "French",
@@ -313,16 +315,12 @@ POS_LANGUAGES = {
 NER_LANGUAGES = ("af ar bg bn de el en es et eu fa fi fr he hi hu id it ja jv ka kk ko ml mr ms "
                  "my nl pt ru sw ta te th tl tr ur vi yo zh").split()
 
-TASKS["pos"] = Task(XTREME, "udpos.English", "tokens", POS_TAGS, "f1 accuracy", kind="tag",
-                    label="pos_tags", further="pos")
-TASKS["ner"] = Task(XTREME, "PAN-X.en", "tokens", NER_TAGS, "f1", kind="tag", label="ner_tags",
-                    further="ner")
+TASKS["pos"] = Task(XTREME, "udpos.English", **POS, further="pos")
+TASKS["ner"] = Task(XTREME, "PAN-X.en", **NER, further="ner")
 add_languages("pos", POS_LANGUAGES, lambda code: Task(
-    XTREME, f"udpos.{POS_LANGUAGES[code]}", "tokens", POS_TAGS, "f1 accuracy", kind="tag",
-    label="pos_tags", validation="test"))
+    XTREME, f"udpos.{POS_LANGUAGES[code]}", **POS, validation="test"))
 add_languages("ner", NER_LANGUAGES, lambda code: Task(
-    XTREME, f"PAN-X.{code}", "tokens", NER_TAGS, "f1", kind="tag", label="ner_tags",
-    validation="test"))
+    XTREME, f"PAN-X.{code}", **NER, validation="test"))
 
 XQUAD_LANGUAGES = "ar de el en es hi ru th tr vi zh".split()
 MLQA_LANGUAGES = "ar de en es hi vi zh".split()
@@ -1307,10 +1305,9 @@ def flat(column, fill):
     column = column.combine_chunks()
     if not pyarrow.types.is_list(column.type):
         return Field(column.to_numpy(zero_copy_only=False), None, fill)
-    first = column.offsets[0].as_py()
-    values = column.values.to_numpy(zero_copy_only=False)[first:]
-    offsets = column.offsets.to_numpy().astype(np.int64) - first
-    return Field(values[:offsets[-1]].astype(np.int32), offsets, fill)
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    values = column.values.to_numpy(zero_copy_only=False)[offsets[0]:offsets[-1]]
+    return Field(values.astype(np.int32), offsets - offsets[0], fill)
 
 
 def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=None):
@@ -1947,13 +1944,12 @@ def is_submission(task, name):
 
 def file_of_classes(name, task, kept, split):
     """For GLUE's test sets the submission format, index and label; else with all probabilities."""
-    labels = [class_text(task, logits) for logits in kept]
+    logits = np.stack(kept)                                             # (n, C)
+    classes = logits.argmax(1)
+    labels = [task.label_names[i] for i in classes]
     if is_submission(task, name):
-        if not task.submits_names:
-            labels = [str(task.label_names.index(label)) for label in labels]
-        return as_tsv(["prediction"], [labels])
+        return as_tsv(["prediction"], [labels if task.submits_names else classes])
 
-    logits = np.stack(kept)
     logits = logits - logits.max(1, keepdims=True)
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)    # (n, C)
     header = ["prediction"]

@@ -1828,6 +1828,8 @@ def test_a_task_is_described(capsys):
     assert "  labels   negative, positive\n" in told
     assert "  train: 320 rows; words at 5%: " in told
     assert "    negative: clumsy dialogue , lifeless plot" in told
+    data.main(["toy-tag"])
+    assert "    ADJ NOUN PUNCT ADV ADJ NOUN PUNCT: subtle ending , " in capsys.readouterr().out
 
 
 def test_a_task_of_the_hub_is_described_with_the_splits_that_are_there(monkeypatch, capsys):
