@@ -1651,7 +1651,7 @@ class Run:
         self.total = 0                                 # steps in all
         self.per_epoch = 1
         self.parts = {}                                # {name: part}: all that training changes
-        self.batches = None                            # those of the phase under way, or of the last
+        self.batches = None                            # those of the phase under way
         self.shift = 0                                 # earlier steps that took none of them
         self.first = 0                                 # the step at which that phase began
         self.seconds = 0.0                             # of training, without evaluation
