@@ -1790,21 +1790,15 @@ def rouge(prediction, reference):
         r = collections.Counter(zip(*[wanted[i:] for i in range(n)]))
         scores[f"rouge{n}"] = f1_of_counts((p & r).total(), p.total(), r.total())
 
-    left_p = collections.Counter(predicted)
-    left_r = collections.Counter(wanted)
-    hits = 0
     sentences = [words_of(line) for line in prediction.split("\n")]
+    found = collections.Counter()
     for line in reference.split("\n"):
         sentence = words_of(line)
-        found = set()
+        places = set()
         for other in sentences:
-            found |= common_in_order(sentence, other)
-        for i in sorted(found):
-            word = sentence[i]
-            if left_p[word] > 0 and left_r[word] > 0:
-                hits += 1
-                left_p[word] -= 1
-                left_r[word] -= 1
+            places |= common_in_order(sentence, other)
+        found.update(sentence[place] for place in places)
+    hits = (found & collections.Counter(predicted)).total()
     scores["rougeLsum"] = f1_of_counts(hits, len(predicted), len(wanted))
     return scores
 
