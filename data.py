@@ -2136,7 +2136,7 @@ def tag_spans(tags):
     spans = set()
     first = None
     kind = ""
-    for place, tag in enumerate(tags):
+    for place, tag in enumerate([*tags, "O"]):         # which ends the last span
         its_kind = tag.split("-")[-1]
         goes_on = (first is not None and its_kind == kind and tag != "O"
                    and tag[0] not in "BS" and tags[place - 1][0] != "S")
@@ -2145,8 +2145,6 @@ def tag_spans(tags):
                 spans.add((kind, first, place - 1))
             first = None if tag == "O" else place
             kind = its_kind
-    if first is not None:
-        spans.add((kind, first, len(tags) - 1))
     return spans
 
 
