@@ -2057,10 +2057,9 @@ def tokenise_tags(rows, task, tokenizer, max_length, separate=False):
         labelled = []
         for word in word_of_each_token(texts[row], sentences[row], offsets):
             label = -100
-            if word is not None and word != last_word:
+            if word not in (None, last_word):
                 label = rows["label"][row][word]
                 labelled.append(word)
-            if word is not None:
                 last_word = word
             labels.append(label)
         found["labels"].append(labels)
