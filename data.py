@@ -2057,10 +2057,9 @@ def tokenise_tags(rows, task, tokenizer, max_length, separate=False):
         labelled = []
         for word in word_of_each_token(texts[row], sentences[row], offsets):
             label = -100
-            if word is not None and word != last_word:
+            if word not in (None, last_word):
                 label = rows["label"][row][word]
                 labelled.append(word)
-            if word is not None:
                 last_word = word
             labels.append(label)
         found["labels"].append(labels)
@@ -2136,7 +2135,7 @@ def tag_spans(tags):
     spans = set()
     first = None
     kind = ""
-    for place, tag in enumerate(tags):
+    for place, tag in enumerate([*tags, "O"]):         # which ends the last span
         its_kind = tag.split("-")[-1]
         goes_on = (first is not None and its_kind == kind and tag != "O"
                    and tag[0] not in "BS" and tags[place - 1][0] != "S")
@@ -2145,8 +2144,6 @@ def tag_spans(tags):
                 spans.add((kind, first, place - 1))
             first = None if tag == "O" else place
             kind = its_kind
-    if first is not None:
-        spans.add((kind, first, len(tags) - 1))
     return spans
 
 
