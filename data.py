@@ -1401,7 +1401,6 @@ class Split:
     rows: the Dataset that they were made of, or None. lengths (n,): tokens of each row.
     has_targets: the labels of a row are a text for a decoder to write; else they are one number, or
     one for each token.
-    target_lengths (n,): tokens of that text; 0 without one.
     sides: [lengths (n,)] of each part of a row that is padded by itself: of the text alone; or of
     the two texts of a pair that are encoded apart; or of the text and the one to write.
 
@@ -1417,10 +1416,8 @@ class Split:
         self.sides = [np.diff(field.offsets) for field in inputs]
         self.lengths = sum(self.sides)
         self.has_targets = has_targets
-        self.target_lengths = np.zeros_like(self.lengths)
         if has_targets:
-            self.target_lengths = np.diff(fields["labels"].offsets)
-            self.sides.append(self.target_lengths)
+            self.sides.append(np.diff(fields["labels"].offsets))
 
     def __len__(self):
         return len(self.lengths)
@@ -1574,7 +1571,7 @@ class Batches:
         self.batching = batching
         self.widths = (width, target_width) if batching == "padded" else (0, 0)
         self.tokens = tokens
-        self.sizes = split.lengths + split.target_lengths if tokens else None
+        self.sizes = sum(split.sides) if tokens else None
         self.two_sided = len(split.sides) == 2
         self.relative_lengths = [lengths / lengths.mean() for lengths in split.sides]
         self.per_epoch = self.count_by_tokens() if tokens else math.ceil(len(split) / batch_size)
@@ -1690,13 +1687,11 @@ class Batches:
         batch = []
         for rows in self.passes(self.rows(step)[self.rank::self.processes]):
             inputs = self.split.collate(rows, *self.widths)
-            for name, mask in inputs.items():
-                if name.startswith("attention_mask"):
-                    self.real += int(mask.sum())
-                    self.computed += mask.numel()
-            if self.split.has_targets:
-                self.real += int(self.split.target_lengths[rows].sum())
-                self.computed += inputs["labels"].numel()
+            self.real += sum(int(lengths[rows].sum()) for lengths in self.split.sides)
+            for name, tensor in inputs.items():
+                is_target = name == "labels" and self.split.has_targets
+                if name.startswith("attention_mask") or is_target:
+                    self.computed += tensor.numel()
             batch.append(inputs)
         return batch
 

@@ -6240,7 +6240,7 @@ def test_sources_and_targets_are_cut_each_at_its_length(tiny_bart, tmp_path, mon
     good = [word[name] for name in "good plot .".split()]
     assert split.cut == 2
     assert split.lengths.tolist() == [5, 8, 5]
-    assert split.target_lengths.tolist() == [5, 5, 6]
+    assert split.sides[1].tolist() == [5, 5, 6]
     assert batch["input_ids"][0].tolist() == [begin, *good, end, 0, 0, 0]
     assert batch["labels"][0].tolist() == [begin, *good, end, -100]
     assert batch["labels"][2].tolist() == [
@@ -6267,7 +6267,7 @@ def test_padded_batches_are_as_wide_as_they_can_be():
 @pytest.mark.parametrize("batching", ["length", "random"])
 def test_batches_by_tokens_hold_every_row_once_and_keep_the_budget(world, batching):
     split = random_split(500)
-    sizes = split.lengths + split.target_lengths
+    sizes = sum(split.sides)
     parts = [data.Batches(split, None, 7, rank, world, tokens=300, batching=batching)
              for rank in range(world)]
     per_epoch = parts[0].per_epoch
@@ -6323,8 +6323,8 @@ def real_share(batches):
     for step in range(batches.per_epoch):
         for rows in batches.passes(batches.rows(step)[batches.rank::batches.processes]):
             computed[0] += len(rows) * split.lengths[rows].max()
-            computed[1] += len(rows) * split.target_lengths[rows].max()
-    return split.lengths.sum() / computed[0], split.target_lengths.sum() / computed[1]
+            computed[1] += len(rows) * split.sides[1][rows].max()
+    return split.lengths.sum() / computed[0], split.sides[1].sum() / computed[1]
 
 
 @pytest.mark.parametrize("name, source, spread, target, target_spread, n, micro", [
