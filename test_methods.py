@@ -8850,6 +8850,23 @@ def test_a_cache_of_pairs_gives_the_same_numbers(still_folder, small_pairs, tmp_
     assert_same_state(with_it, without, 1e-4)
 
 
+def test_each_g_has_states_of_its_own(still_folder, small, tmp_path):
+    """As after --post_train, where each seed has its own g."""
+    args = parse("gtuning", "--model", still_folder, "--precision", "fp32", "--method", "adapter",
+                 "--cache_dir", tmp_path, *small)
+    with common.processes(args) as world:
+        setup = common.prepare(args, world)
+        texts = gtuning.Texts(args, setup, world)
+        inputs = setup.train.collate(np.arange(4))
+        inputs.pop("labels")
+        real = inputs["attention_mask"].bool()
+        for scale in (1, 2, 1):
+            f = gtuning.GTuning(common.load_model(args, setup, 0, world).base_model, 2)
+            f.plm.embeddings.word_embeddings.weight.mul_(scale)
+            states = texts.with_states(f, setup.train).collate(np.arange(4))["states"]
+            torch.testing.assert_close(states[real], f.encode(**inputs)[real], atol=1e-5, rtol=0)
+
+
 def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small, tmp_path,
                                                              monkeypatch):
     full = argparse.Namespace(free=1000)
