@@ -4320,6 +4320,7 @@ README_TABLES = {
                               "sst2-full std"],
         "R3F": [*["cola-full r3f"] * 3, "", "", ""],
         "TDT": [*["cola-full-tdt tdt"] * 3, "mrpc-full tdt", "rte-full tdt", "sst2-full tdt"],
+        "TDT, `--gamma 0`, the paper's grid": [*["cola-full-gamma0 tdt"] * 3, "", "", ""],
     }),
     "TDT, taken apart": {
         "TDT": [cell(f"tdt-parts {WHOLE_TDT}", SST2), None,
@@ -4457,6 +4458,7 @@ TOLD = [
     ("1000-bf16", "freelb", ("sst2", "imdb", "accuracy"), ""),
     ("self-teach", "self-teach", SST2, ""),
     ("qqp-freelb", "freelb", QQP, ""),
+    ("cola-full-gamma0", "tdt", ("cola", "validation", "accuracy"), ""),
     ("hard-parts", "std lr=0.0002", SST2, "std lr=0.0001"),
     ("hard-parts", "tdt-hard lr=0.0002", SST2, "std lr=0.0002"),
     ("stsb", "tdt gamma=0.0", SPEARMAN, "tdt gamma=0.01"),
