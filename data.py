@@ -2329,16 +2329,13 @@ def answer_words(text, language="en", rule="squad"):
     rule "squad": the English rule in all languages, as for XQuAD and TyDiQA. "mlqa": Unicode's
     punctuation, the language's own articles, and in Chinese each character a word.
     """
-    by_language = rule == "mlqa"
-    letters = []
-    for letter in text.lower():
-        is_punctuation = letter in string.punctuation
-        if by_language and unicodedata.category(letter).startswith("P"):
-            is_punctuation = True
-        if not is_punctuation:
-            letters.append(letter)
-    text = "".join(letters)
-    language = language if by_language else "en"
+    text = text.lower()
+    left_out = set(string.punctuation)
+    if rule == "mlqa":
+        left_out.update(letter for letter in text if unicodedata.category(letter).startswith("P"))
+    else:
+        language = "en"
+    text = "".join(letter for letter in text if letter not in left_out)
     if language in ARTICLES:
         text = re.sub(rf"\b({'|'.join(ARTICLES[language].split())})\b", " ", text)
     if language == "ar":
