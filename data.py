@@ -3,7 +3,7 @@
     python data.py sst2      hub id, columns, labels, sizes, examples, quantiles of the lengths
 
     1  kinds and tasks             Kind, Task, TASKS, map_labels
-    2  reading                     load, own_files, read_file, general_text
+    2  reading                     load, load_own_files, read_file, general_text
     3  encoding, by kind           encode, tokenise_texts
     4  batches                     Field, Split, Batches, slices, subset
     5  metrics                     METRICS, rouge; outputs, scores and files of each kind; of tags,
@@ -427,7 +427,7 @@ def load(args, also_scores=()):
     if args.run:
         return load_to_use(args, also_scores)
     if args.own_files:
-        task, splits = own_files(args)
+        task, splits = load_own_files(args)
     else:
         task = TASKS[args.task]
         splits = {}
@@ -729,7 +729,7 @@ def read_hub(task, split, given):
         raise kind(f"{given}: cannot load {where} from the hub: {why}") from error
 
 
-def own_files(args):
+def load_own_files(args):
     """--train_file and --validation_file as (task, {split: rows})."""
     if not (args.train_file and args.validation_file):
         raise UserError("--train_file and --validation_file: both are needed to train on your own "
@@ -1172,7 +1172,7 @@ def general_text(where, n):
     Headings, empty lines and scraps are left out. Raises UserError if there is no sentence.
     """
     import datasets
-    texts = general_texts(where)
+    texts = read_general(where)
     sentences = []
     for row in np.random.default_rng(0).permutation(len(texts)):
         text = texts[int(row)] or ""                   # a hub's row may be None
@@ -1195,7 +1195,7 @@ def sentences_of(line):
     return [part for part in parts if len(part) >= 10]
 
 
-def general_texts(where):
+def read_general(where):
     """The lines of a text file, or the texts of a table or a hub data set, see `general_text`."""
     import datasets
     if where == "toy":
