@@ -2578,8 +2578,7 @@ def toy_questions(domain, split):
 
     A Dataset sized like toy_summaries; each review both praises and blames. If there are several
     answers, the first is trained. Who gives any noun is right in 55 % of the film reviews and in 57
-    % of the others. (A noun as the question, with its adjective as the answer, was not learned: an
-    F1 of 41 in domain after 1250 steps on 4000 rows.)
+    % of the others.
     """
     rng = random.Random(f"{domain} questions {split}")
     table = {"question": [], "context": [], "answers": []}
