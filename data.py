@@ -285,11 +285,9 @@ GROUPS = {}
 
 def add_languages(group, languages, task):
     """Adds a row GROUP-LANGUAGE to TASKS, task(language), for each language; GROUP means all."""
-    GROUPS[group] = []
-    for language in languages:
-        name = f"{group}-{language}"
-        TASKS[name] = task(language)
-        GROUPS[group].append(name)
+    rows = {f"{group}-{language}": task(language) for language in languages}
+    TASKS.update(rows)
+    GROUPS[group] = [*rows]
 
 
 add_languages("xnli", XNLI_LANGUAGES, lambda language: Task(
