@@ -2639,9 +2639,10 @@ def describe(task, split, rows, tokenizer):
     if len(rows) > COUNTED:
         counted = rows.shuffle(seed=0).select(range(COUNTED))
     texts = [" ".join(texts) for texts in texts_of(task, counted)]
-    unit = "words"
-    lengths = [len(WORD.findall(text)) for text in texts]
-    if tokenizer is not None:
+    if tokenizer is None:
+        unit = "words"
+        lengths = [len(WORD.findall(text)) for text in texts]
+    else:
         unit = "tokens"
         lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     if len(rows) > COUNTED:
