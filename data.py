@@ -3,7 +3,7 @@
     python data.py sst2      hub id, columns, labels, sizes, examples, quantiles of the lengths
 
     1  kinds and tasks             Kind, Task, TASKS, map_labels
-    2  reading                     load, own_files, read_file, general_text
+    2  reading                     load, load_own_files, read_file, general_text
     3  encoding, by kind           encode, tokenise_texts
     4  batches                     Field, Split, Batches, slices, subset
     5  metrics                     METRICS, rouge; outputs, scores and files of each kind; of tags,
@@ -285,11 +285,9 @@ GROUPS = {}
 
 def add_languages(group, languages, task):
     """Adds a row GROUP-LANGUAGE to TASKS, task(language), for each language; GROUP means all."""
-    GROUPS[group] = []
-    for language in languages:
-        name = f"{group}-{language}"
-        TASKS[name] = task(language)
-        GROUPS[group].append(name)
+    rows = {f"{group}-{language}": task(language) for language in languages}
+    TASKS.update(rows)
+    GROUPS[group] = [*rows]
 
 
 add_languages("xnli", XNLI_LANGUAGES, lambda language: Task(
@@ -427,7 +425,7 @@ def load(args, also_scores=()):
     if args.run:
         return load_to_use(args, also_scores)
     if args.own_files:
-        task, splits = own_files(args)
+        task, splits = load_own_files(args)
     else:
         task = TASKS[args.task]
         splits = {}
@@ -729,7 +727,7 @@ def read_hub(task, split, given):
         raise kind(f"{given}: cannot load {where} from the hub: {why}") from error
 
 
-def own_files(args):
+def load_own_files(args):
     """--train_file and --validation_file as (task, {split: rows})."""
     if not (args.train_file and args.validation_file):
         raise UserError("--train_file and --validation_file: both are needed to train on your own "
@@ -1172,7 +1170,7 @@ def general_text(where, n):
     Headings, empty lines and scraps are left out. Raises UserError if there is no sentence.
     """
     import datasets
-    texts = general_texts(where)
+    texts = read_general(where)
     sentences = []
     for row in np.random.default_rng(0).permutation(len(texts)):
         text = texts[int(row)] or ""                   # a hub's row may be None
@@ -1195,7 +1193,7 @@ def sentences_of(line):
     return [part for part in parts if len(part) >= 10]
 
 
-def general_texts(where):
+def read_general(where):
     """The lines of a text file, or the texts of a table or a hub data set, see `general_text`."""
     import datasets
     if where == "toy":
@@ -2329,16 +2327,13 @@ def answer_words(text, language="en", rule="squad"):
     rule "squad": the English rule in all languages, as for XQuAD and TyDiQA. "mlqa": Unicode's
     punctuation, the language's own articles, and in Chinese each character a word.
     """
-    by_language = rule == "mlqa"
-    letters = []
-    for letter in text.lower():
-        is_punctuation = letter in string.punctuation
-        if by_language and unicodedata.category(letter).startswith("P"):
-            is_punctuation = True
-        if not is_punctuation:
-            letters.append(letter)
-    text = "".join(letters)
-    language = language if by_language else "en"
+    text = text.lower()
+    left_out = set(string.punctuation)
+    if rule == "mlqa":
+        left_out.update(letter for letter in text if unicodedata.category(letter).startswith("P"))
+    else:
+        language = "en"
+    text = "".join(letter for letter in text if letter not in left_out)
     if language in ARTICLES:
         text = re.sub(rf"\b({'|'.join(ARTICLES[language].split())})\b", " ", text)
     if language == "ar":
@@ -2581,8 +2576,7 @@ def toy_questions(domain, split):
 
     A Dataset sized like toy_summaries; each review both praises and blames. If there are several
     answers, the first is trained. Who gives any noun is right in 55 % of the film reviews and in 57
-    % of the others. (A noun as the question, with its adjective as the answer, was not learned: an
-    F1 of 41 in domain after 1250 steps on 4000 rows.)
+    % of the others.
     """
     rng = random.Random(f"{domain} questions {split}")
     table = {"question": [], "context": [], "answers": []}
@@ -2645,9 +2639,10 @@ def describe(task, split, rows, tokenizer):
     if len(rows) > COUNTED:
         counted = rows.shuffle(seed=0).select(range(COUNTED))
     texts = [" ".join(texts) for texts in texts_of(task, counted)]
-    unit = "words"
-    lengths = [len(WORD.findall(text)) for text in texts]
-    if tokenizer is not None:
+    if tokenizer is None:
+        unit = "words"
+        lengths = [len(WORD.findall(text)) for text in texts]
+    else:
         unit = "tokens"
         lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     if len(rows) > COUNTED:

@@ -9910,7 +9910,7 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
     with pytest.raises(UserError, match="--teacher is missing: must be the folder"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach")
     run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "adapter", "--name", "other")
-    assert "must be a text file, or ID:CONFIG:SPLIT" in refusal(data.general_texts, "")
+    assert "must be a text file, or ID:CONFIG:SPLIT" in refusal(data.read_general, "")
     with pytest.raises(UserError, match="its task is other, must be custom"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach", "--teacher",
             tmp_path / "other" / "adapter-0")
