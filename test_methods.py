@@ -7918,6 +7918,7 @@ def test_a_part_of_a_module_learns_at_its_own_rate_by_the_same_schedule():
     for own, rate in ((module[1], 0.0), (None, 0.3)):  # all at --lr, in the usual two groups
         optimizer, _ = common.build_optimizer(module, args, 10, own, rate)
         matrices, vectors = [group["params"] for group in optimizer.param_groups]
+        assert [group["initial_lr"] for group in optimizer.param_groups] == [0.1, 0.1]
         assert matrices[1] is module[1].weight and vectors[1] is module[1].bias
 
 
