@@ -1340,6 +1340,10 @@ def test_general_text_that_is_none_is_refused(name, content, words, tmp_path, mo
     assert refusal(data.general_text, where, 5).startswith(f"--unlabeled {where}: {words}")
 
 
+def test_no_name_of_general_text_is_refused():
+    assert "must be a text file, or ID:CONFIG:SPLIT" in refusal(data.read_general, "")
+
+
 # ----------------------------------------------------------------------------------------- encoding
 
 @pytest.fixture
@@ -9911,7 +9915,6 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
     with pytest.raises(UserError, match="--teacher is missing: must be the folder"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach")
     run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "adapter", "--name", "other")
-    assert "must be a text file, or ID:CONFIG:SPLIT" in refusal(data.read_general, "")
     with pytest.raises(UserError, match="its task is other, must be custom"):
         run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "self-teach", "--teacher",
             tmp_path / "other" / "adapter-0")
