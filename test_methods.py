@@ -5211,6 +5211,72 @@ def test_the_noise_arrives_and_padding_is_inert(name, monkeypatch):
     assert abs(method(labels, **inputs)[0] - method(labels, **wider)[0]) < 1e-4
 
 
+METHODS_OF_A_MODEL = {
+    "r3f": r3f.R3F,
+    "r3f, noised": lambda model: r3f.R3F(model, stop_grad="noised", noise="normal"),
+    "r3f, token": lambda model: r3f.R3F(model, reduction="released"),
+    "r4f": lambda model: r3f.R3F(r3f.spectral_normalize(model)),
+    "rdrop": r3f.RDrop,
+    "smart": r3f.SMART,
+    "freelb": r3f.FreeLB,
+    "tdt": tdt.TDT,
+    "tdt, released": lambda model: tdt.TDT(model, variant="released"),
+    "tdt-hard": lambda model: tdt.TDT(model, hard=True, mask_token_id=3),
+    "cutoff": tdt.TokenCutoff,
+}
+
+
+@pytest.fixture
+def without_values(monkeypatch):
+    """What transformers and torch ask of a device that meta, whose tensors hold no values, lacks."""
+    import transformers.masking_utils
+    monkeypatch.setattr(transformers.masking_utils, "_ignore_bidirectional_mask_sdpa",
+                        lambda *args, **more: False)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **more: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+
+
+def on_meta(labels, inputs):
+    return labels.to("meta"), {name: value.to("meta") for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("name", METHODS_OF_A_MODEL)
+def test_a_step_stays_on_its_device_and_does_not_wait_for_it(name, without_values):
+    """A tensor of the CPU among those of a GPU, or a value that the host asks for, is an error."""
+    method = METHODS_OF_A_MODEL[name](tiny()).to("meta").train()
+    labels, inputs = on_meta(*batch())
+    loss, stats = method(labels, **inputs)
+    loss.backward()
+    assert loss.is_meta and all(value.is_meta for value in stats.values())
+    assert gradients_of(method)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pooling": "mean"}, {"pair": True}, {"tune_plm": True},
+                                      {"by_token": "tag"}, {"by_token": "span"}], ids=str)
+def test_a_step_of_gtuning_stays_on_its_device(settings, without_values):
+    f = gtuning.GTuning(tiny().base_model, 2, **settings).to("meta").train()
+    D = gtuning.Discriminator(32).to("meta")
+    labels, inputs = on_meta(*batch(num_labels=2))
+    x_t = dict(inputs)
+    if f.pair:
+        x_t |= {name + "_2": value for name, value in inputs.items()}
+    if f.by_token:
+        labels = inputs["input_ids"] if f.by_token == "tag" else inputs["input_ids"][:, :2]
+    D.requires_grad_(False)
+    loss, stats = f(labels, D, general=inputs, **x_t)
+    loss.backward()
+    assert loss.is_meta and all(value.is_meta for value in stats.values())
+    assert gradients_of(f) and not gradients_of(D)
+
+    D.requires_grad_(True)
+    with torch.no_grad():
+        vectors = f.eval().features(**inputs)
+    loss, stats = gtuning.discriminator_loss(D, vectors, vectors)
+    loss.backward()
+    assert loss.is_meta and all(value.is_meta for value in stats.values())
+    assert gradients_of(D)
+
+
 def test_noise_that_does_not_arrive_once_is_an_error():
     model, (labels, inputs) = tiny(), batch()
     for method in (r3f.R3F(model), r3f.SMART(model), r3f.FreeLB(model)):
