@@ -72,7 +72,7 @@ Choices, where the paper is silent or the authors' release does otherwise:
     55.2, 2 has 51.6 (MiniLM, 1,000 rows, 160 steps, one seed, 500 held-out rows). On all rows of
     CoLA (756 steps) margin 0 has 19.2 to 28.9, and is ahead in eight of twelve; with 2 four
     settings have 0 to 6.3, again of beta 1, but the best of all, 31.1, has margin 2 too; of its
-    six seeds two learned little or nothing.
+    six seeds two learned little or nothing, of those of the best with margin 0 none.
 11. The paper searches alpha over 0.5, 2, 4 and beta over 0.5, 1, and does not say what it chose.
     In that grid, the settings with margin 0 have these mean scores (accuracy; CoLA: MCC):
                     alpha 0.5       2       4       beta 0.5       1

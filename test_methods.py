@@ -4325,6 +4325,7 @@ README_TABLES = {
         "R3F": [*["cola-full r3f"] * 3, "", "", ""],
         "TDT": [*["cola-full-tdt tdt"] * 3, "mrpc-full tdt", "rte-full tdt", "sst2-full tdt"],
         "TDT, `--gamma 0`, the paper's grid": [*["cola-full-gamma0 tdt"] * 3, "", "", ""],
+        "the same, margin 0 alone": [*["cola-full-margin0 tdt"] * 3, "", "", ""],
     }),
     "TDT, taken apart": {
         "TDT": [cell(f"tdt-parts {WHOLE_TDT}", SST2), None,
@@ -4463,6 +4464,7 @@ TOLD = [
     ("self-teach", "self-teach", SST2, ""),
     ("qqp-freelb", "freelb", QQP, ""),
     ("cola-full-gamma0", "tdt", ("cola", "validation", "accuracy"), ""),
+    ("cola-full-margin0", "tdt", ("cola", "validation", "accuracy"), ""),
     ("hard-parts", "std lr=0.0002", SST2, "std lr=0.0001"),
     ("hard-parts", "tdt-hard lr=0.0002", SST2, "std lr=0.0002"),
     ("stsb", "tdt gamma=0.0", SPEARMAN, "tdt gamma=0.01"),
