@@ -5230,7 +5230,7 @@ METHODS_OF_A_MODEL = {
 
 @pytest.fixture
 def without_values(monkeypatch):
-    """What transformers and torch ask of a device that meta, whose tensors hold no values, lacks."""
+    """A stand-in for what transformers and torch ask of a device, and meta cannot answer."""
     import transformers.masking_utils
     monkeypatch.setattr(transformers.masking_utils, "_ignore_bidirectional_mask_sdpa",
                         lambda *args, **more: False)
