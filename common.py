@@ -2447,8 +2447,8 @@ def best_cell(main, method, args, grid):
     if len(cells) == 1:
         return cells[0]
     if process_rank() == 0:
-        print(f"{args.task}, {method}: {len(cells)} settings to try, with "
-              f"{plural(args.grid_seeds, 'run')} each")
+        seeds = " ".join(map(str, args.seeds[:args.grid_seeds]))
+        print(f"{args.task}, {method}: {len(cells)} settings to try, each with --seeds {seeds}")
     scores = []
     for cell in cells:
         try:

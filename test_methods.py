@@ -3025,7 +3025,7 @@ def test_the_grid_chooses_by_held_out_rows_and_then_runs_all_seeds(searched):
     tie = ", the first of equals" if scores.count(max(scores)) > 1 else ""
     chosen = ",".join(flag.removeprefix("--") for flag in search["chosen"])
     assert f"toy, r3f: chosen of 4: {chosen}{tie}; lr is the greatest that was tried; lam" in told
-    assert "toy, r3f: 4 settings to try, with 1 run each\n" in told
+    assert "toy, r3f: 4 settings to try, each with --seeds 3\n" in told
     assert "toy, r3f: trying lr=1e-3,lam=5\n" in told
     assert f"toy, r3f: lr=1e-3,lam=5 has {scores[1]:.2f} on the held-out rows\n" in told
     assert told.count("models, logs and results are in") == 3      # of each method, and of all
