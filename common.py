@@ -4734,23 +4734,30 @@ def main_report(argv=None):
     left_out = [*dict.fromkeys(left_out)]
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
+
+    # The files first: what reads our output may close it early, as `head` does.
+    written = []
+    if args.keep:
+        runs = [run for table in tables for run in table.runs if os.path.isdir(run.where)]
+        if not runs:
+            raise UserError(f"--keep {args.keep}: there is no run's folder to keep")
+        kept = keep_lines(args.keep, runs, args.by, args.differ)
+        written.append(f"wrote {len(kept)} lines to {args.keep}")
+    files = write_report(args, tables, probes, left_out)
+    written.append(f"wrote {files}")
+
     for table in tables:
         print("\n".join(text_report(table)))
         print()
     if probes:
         print("Probes, in percent:")
         print("\n".join(text_lines(*probe_rows(probes))))
-    if args.keep:
-        runs = [run for table in tables for run in table.runs if os.path.isdir(run.where)]
-        if not runs:
-            raise UserError(f"--keep {args.keep}: there is no run's folder to keep")
-        kept = keep_lines(args.keep, runs, args.by, args.differ)
-        print(f"wrote {len(kept)} lines to {args.keep}")
-    write_report(args, tables, probes, left_out)
+    print("\n".join(written))
     return tables
 
 
 def write_report(args, tables, probes, left_out):
+    """Writes report.tsv and report.html, and returns what was written, in words."""
     folder = args.out or args.places[0]
     if not args.out and os.path.isfile(folder):
         folder = os.path.dirname(folder) or "."
@@ -4767,7 +4774,7 @@ def write_report(args, tables, probes, left_out):
             replace_file(os.path.join(folder, name), text)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from error
-    print(f"wrote {os.path.join(folder, 'report.tsv')} and report.html")
+    return f"{os.path.join(folder, 'report.tsv')} and report.html"
 
 
 # -------------------------------------------------------------------  10  masked language modelling

@@ -4178,6 +4178,19 @@ def test_lines_give_the_same_tables(tmp_path, capsys):
     assert kept.read_text() == before
 
 
+def test_a_reader_that_closes_the_output_of_the_report_loses_no_file(tmp_path, monkeypatch):
+    """As `python common.py runs --keep FILE | head` does."""
+    def closed(*words, **more):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    folder = write_runs(tmp_path / "runs", 2, ["rte"])
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=closed))
+    with pytest.raises(BrokenPipeError):
+        common.main_report([str(folder), "--keep", str(tmp_path / "kept.jsonl")])
+    assert len(read_lines(tmp_path / "kept.jsonl")) == 4
+    assert {"report.tsv", "report.html"} <= {*os.listdir(folder)}
+
+
 def test_the_readmes_pieces_of_code_run(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(HERE)
