@@ -4318,12 +4318,12 @@ README_TABLES = {
         "NoisyTune": ["1000-fp32 std weight_noise=0.2", "mrpc-rivals std weight_noise=0.1",
                       "1000-fp32 std weight_noise=0.2", "1000-fp32 std weight_noise=0.2"],
     }),
-    "1,000 rows, pairs": by_column([QQP, QQP_F1], [6] * 2, {
-        "`std`, its scores": ["qqp-rivals std"] * 2,
-        "R3F": ["qqp-rivals r3f"] * 2,
-        "R-Drop": ["qqp-rivals rdrop"] * 2,
-        "FreeLB": ["qqp-freelb freelb"] * 2,
-        "token cutoff": ["qqp-rivals cutoff"] * 2,
+    "1,000 rows, pairs": by_column([QQP, QQP_F1, MNLI, SICK], [6] * 4, {
+        "`std`, its scores": ["qqp-rivals std", "qqp-rivals std", *["mnli-rivals std"] * 2],
+        "R3F": ["qqp-rivals r3f", "qqp-rivals r3f", *["mnli-rivals r3f"] * 2],
+        "R-Drop": ["qqp-rivals rdrop", "qqp-rivals rdrop", "", ""],
+        "FreeLB": ["qqp-freelb freelb", "qqp-freelb freelb", "", ""],
+        "token cutoff": ["qqp-rivals cutoff", "qqp-rivals cutoff", "", ""],
     }),
     "longer training": {
         "`std`, 320 steps over 160": [
