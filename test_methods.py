@@ -4321,7 +4321,7 @@ README_TABLES = {
     "1,000 rows, pairs": by_column([QQP, QQP_F1, MNLI, SICK], [6] * 4, {
         "`std`, its scores": ["qqp-rivals std", "qqp-rivals std", *["mnli-rivals std"] * 2],
         "R3F": ["qqp-rivals r3f", "qqp-rivals r3f", *["mnli-rivals r3f"] * 2],
-        "R-Drop": ["qqp-rivals rdrop", "qqp-rivals rdrop", "", ""],
+        "R-Drop": ["qqp-rivals rdrop", "qqp-rivals rdrop", *["mnli-rivals rdrop"] * 2],
         "FreeLB": ["qqp-freelb freelb", "qqp-freelb freelb", "", ""],
         "token cutoff": ["qqp-rivals cutoff", "qqp-rivals cutoff", "", ""],
     }),
