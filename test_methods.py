@@ -4487,6 +4487,7 @@ TOLD = [
     ("self-teach", "self-teach", SST2, ""),
     ("cola-full-gamma0", "tdt", ("cola", "validation", "accuracy"), ""),
     ("cola-full-margin0", "tdt", ("cola", "validation", "accuracy"), ""),
+    ("mnli-rivals", "rdrop", ("mnli", "validation_mismatched", "accuracy"), ""),
     ("hard-parts", "std lr=0.0002", SST2, "std lr=0.0001"),
     ("hard-parts", "tdt-hard lr=0.0002", SST2, "std lr=0.0002"),
     ("stsb", "tdt gamma=0.0", SPEARMAN, "tdt gamma=0.01"),
