@@ -701,10 +701,11 @@ class Average(torch.nn.Module):
     @torch.no_grad()
     def updated(self, model):
         """The copy, after th~ := beta th~ + (1 - beta) th if th has changed since the last call."""
-        if not torch.equal(self.newest(model), self.last_seen):
-            self.last_seen.copy_(self.newest(model))
-            for average, weight in zip(self.copy.parameters(), model.parameters()):
-                average.lerp_(weight, 1 - self.beta)
+        has_changed = (self.newest(model) != self.last_seen).any()  # a tensor: no wait for a GPU
+        share = (1 - self.beta) * has_changed
+        for average, weight in zip(self.copy.parameters(), model.parameters()):
+            average.lerp_(weight, share.to(weight.dtype))
+        self.last_seen.copy_(self.newest(model))
         return self.copy
 
 

@@ -5242,7 +5242,7 @@ METHODS_OF_A_MODEL = {
     "r3f, token": lambda model: r3f.R3F(model, reduction="released"),
     "r4f": lambda model: r3f.R3F(r3f.spectral_normalize(model)),
     "rdrop": r3f.RDrop,
-    "smart": r3f.SMART,
+    "smart": lambda model: r3f.SMART(model, bregman=1.0),
     "freelb": r3f.FreeLB,
     "tdt": tdt.TDT,
     "tdt, released": lambda model: tdt.TDT(model, variant="released"),
