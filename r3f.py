@@ -234,7 +234,7 @@ def noise_added(model, noise_for):
     """A context for one pass, in which the encoder reads x + noise_for(x) in place of its word
     embeddings x (B, n, H).
 
-    RuntimeError unless that pass calls the encoder's word embeddings exactly once.
+    RuntimeError unless the encoder calls its word embeddings exactly once in that pass.
     """
     is_xlnet = model.config.model_type == "xlnet"                   # its x is (n, B, H)
     calls = []
@@ -245,11 +245,15 @@ def noise_added(model, noise_for):
             return x + noise_for(x.transpose(0, 1)).transpose(0, 1).to(x.dtype)
         return x + noise_for(x).to(x.dtype)
 
-    handle = word_embeddings(model).register_forward_hook(hook)
+    handles = [word_embeddings(model).register_forward_hook(hook)]
+    if model.config.is_encoder_decoder:                # its decoder may read by the same module
+        encoder = model.base_model.get_encoder()
+        handles.append(encoder.register_forward_hook(lambda *_: handles[0].remove()))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if len(calls) != 1:
         raise RuntimeError(f"the noise did not arrive: {type(model).__name__} called its word "
                            f"embeddings {len(calls)} times in one pass, must be once")
@@ -441,10 +445,12 @@ def logits_of(model, inputs):
         return model(**inputs).logits
     bias = getattr(model, "final_logits_bias", None)                # (1, V)
     head = model.get_output_embeddings()
-    # LoRA may replace the head, accelerate (in transformers' Trainer too) puts autocast around the
-    # model's forward, and hooks want to be called: then the model itself must be.
+    # LoRA may replace the head, and its PeftModel has another base_model; accelerate (in
+    # transformers' Trainer too) puts autocast around the model's forward, and hooks want to be
+    # called: then the model itself must be.
     head_is_plain = type(head) is torch.nn.Linear and head.bias is None
-    is_wrapped = "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks
+    is_wrapped = ("forward" in vars(model) or hasattr(model, "get_base_model")
+                  or model._forward_hooks or model._forward_pre_hooks)
     if bias is None or not head_is_plain or head._forward_hooks or is_wrapped:
         # No cache of keys and values: it is large, and of use only in decoding word by word.
         return model(**inputs, use_cache=False).logits
@@ -616,7 +622,8 @@ class SMART(torch.nn.Module):
        beside a |z| of 3e-5. Here g is divided by the sentence's largest |g|, so that each step
        reaches the bound eps, as is meant. The release divides z + eta g by its largest entry, token
        by token, so that |z| is 1 and not eps. In bf16 the KL's gradient is 0 for a tenth to a third
-       of that BERT's sentences, and their z stays random: SMART needs fp32.
+       of that BERT's sentences, and their z stays random: SMART needs fp32. (In fp16 that gradient
+       is taken before a GradScaler can scale it.)
     b. All passes have the same dropout masks; otherwise the masks, not z, would make the KL.
     c. z is 0 at padding, and is added to the word embeddings. The release adds it to the output of
        the whole embedding layer, which then embeds the sum again (mt-dnn issue 230).
@@ -725,6 +732,8 @@ class FreeLB(torch.nn.Module):
     c. `steps` counts the ascents, as --adv-steps of the release's RoBERTa code does.
     d. The release has values for each GLUE task (FREELB below); they are FreeLB's recipe here. In
        regression CE is the squared error.
+    e. Under fp16 small gradients are lost: they are taken before a GradScaler can scale them. Use
+       bf16 or fp32.
     """
 
     def __init__(self, model, steps=2, adv_lr=0.1, init=0.6, eps=0.0):
@@ -748,7 +757,7 @@ class FreeLB(torch.nn.Module):
         real = real_tokens(inputs)[..., None]                       # (B, n, 1)
         z = empty_noise(self.model, real).uniform_(-1, 1)           # (B, n, H)
         size = real.sum((1, 2), keepdim=True) * z.shape[-1]         # n H          (B, 1, 1)
-        z = z * real * self.init / size.sqrt()                      # z_0
+        z = z * real * self.init / size.clamp(min=1).sqrt()         # z_0; a row may have no token
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         sums = {}                                                   # {weight: sum of its gradients}
         loss = 0

@@ -5723,6 +5723,22 @@ def test_the_noise_of_generation_reaches_the_encoder_alone(name):
     assert method(labels, **inputs)[1]["kl"] < 1e-12
 
 
+@pytest.mark.parametrize("name", GENERATORS)
+def test_noise_reaches_the_encoder_alone_where_the_decoder_reads_by_the_same_module(name):
+    """As after resize_token_embeddings, which sets one module on both sides of BART and T5."""
+    labels, inputs = batch_to_generate(name)
+    for method in (r3f.R3F, r3f.SMART, r3f.FreeLB):
+        losses = []
+        for shares in (False, True):
+            model = tiny_generator(name, dropout=False)
+            if shares:
+                model.set_input_embeddings(model.get_input_embeddings())
+                assert model.get_decoder().get_input_embeddings() is r3f.word_embeddings(model)
+            torch.manual_seed(3)
+            losses.append(method(model, eps=0.3)(labels, **inputs)[0].item())
+        assert losses[0] == losses[1]
+
+
 def test_labels_are_shifted_for_the_decoder_and_its_own_inputs_are_kept():
     model, (labels, inputs) = tiny_generator(dropout=False), batch_to_generate()
     made = r3f.with_decoder_inputs(model, labels, inputs)["decoder_input_ids"]
@@ -10222,7 +10238,8 @@ def test_a_setting_that_is_no_number_is_refused():
 def test_a_row_without_a_real_token_has_a_loss():
     labels, inputs = batch()
     inputs["attention_mask"][0] = 0
-    for method in (tdt.TDT(tiny()), gtuning.GTuning(tiny().bert, 3, pooling="mean")):
+    for method in (tdt.TDT(tiny()), gtuning.GTuning(tiny().bert, 3, pooling="mean"),
+                   r3f.R3F(tiny()), r3f.SMART(tiny()), r3f.FreeLB(tiny())):
         assert method.train()(labels, **inputs)[0].isfinite()
 
 
@@ -10239,6 +10256,24 @@ class Adapted(torch.nn.Module):
 
     def get_input_embeddings(self):
         return self.base_model.get_input_embeddings()
+
+
+def test_an_adapted_generator_is_called_itself():
+    """Its base_model is the model with its head, whose attributes it has too."""
+    class AdaptedGenerator(Adapted):
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.base_model, name)
+
+        def forward(self, **inputs):
+            return self.base_model(**inputs)
+
+    model = tiny_generator(dropout=False).eval()
+    labels, inputs = batch_to_generate()
+    wanted = r3f.R3F(model).eval()(labels, **inputs)[0]
+    assert r3f.R3F(AdaptedGenerator(model)).eval()(labels, **inputs)[0] == wanted
 
 
 def test_tdt_finds_the_embedding_layer_of_an_adapted_model():
