@@ -41,6 +41,7 @@ import time
 import warnings
 import zipfile
 from dataclasses import dataclass, replace
+from urllib.parse import quote
 
 import numpy as np
 
@@ -412,6 +413,9 @@ def check_flags(args):
     if len(args.batching) > 1 and not args.profile:
         raise UserError(f"--batching {shown(args.batching)}: must be one name (several: with "
                         "--profile)")
+    searches_no_more = args.choosing or "searched" in args.by_hand       # see `search`
+    if "grid" in args.by_hand and not args.grid and not searches_no_more:
+        raise UserError("--grid: must be FLAG=VALUE,VALUE, once or more")
     if args.grid and args.profile:
         raise UserError("--profile: cannot go together with --grid")
     if "grid_seeds" in args.by_hand and "grid" not in args.by_hand:
@@ -1520,22 +1524,31 @@ def flags_that_count(args, method_flags):
     return json.loads(json.dumps(values))
 
 
-def digests_of_files(args):
-    """{FLAG_digest: digest} of the user's own files: with other contents it is another run."""
+def digests_of_files(args, counted):
+    """{FLAG_digest: digest} of the user's own files: with other contents it is another run.
+
+    counted: the run's flags, as `flags_that_count` gives them.
+    """
     digests = {}
     paths = {"train_file": args.train_file, "validation_file": args.validation_file}
+    if os.path.isfile(counted.get("unlabeled", "")):   # it may also name a dataset of the hub
+        paths["unlabeled"] = counted["unlabeled"]
     for name, path in data.local_files(args.local_file).items():
         key = "local_file" if name == args.task else f"local_file {name}"
         paths[key] = path
     for flag, path in paths.items():
-        if not path:
-            continue
-        try:
-            with open(path, "rb") as file:
-                digests[f"{flag}_digest"] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-        except OSError as error:
-            raise UserError(f"--{flag} {path}: cannot be read: {error.strerror}") from None
+        if path:
+            digests[f"{flag}_digest"] = digest_of_file(flag, path)
     return digests
+
+
+def digest_of_file(flag, path):
+    """The digest of a file's contents. flag: it was named by --FLAG, for the message."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: cannot be read: {error.strerror}") from None
 
 
 def differing_flags(saved, mine):
@@ -1591,21 +1604,42 @@ def runs_to_make(args, methods, world):
     conflict is refused at once. --overwrite locks them all, then empties them all, before the first
     run: if that is killed, --resume in place of --overwrite goes on.
     """
-    runs = []
-    for seed, method in itertools.product(args.seeds, args.method):
-        run = Run(args, method, seed, world, methods[method]["flags"])
-        if args.overwrite:
-            run.take_folder()
-        else:
-            run.find_results()
-        runs.append(run)
+    runs = [Run(args, method, seed, world, methods[method]["flags"])
+            for seed, method in itertools.product(args.seeds, args.method)]
     if args.overwrite:
+        refuse_to_empty(args, [run.folder for run in runs])
+        for run in runs:
+            run.take_folder()
         for run in runs:
             run.empty_folder()
+    else:
+        for run in runs:
+            run.find_results()
     while runs:
         run = runs.pop(0)                              # frees the memory of those that are over
         run.take()
         yield run
+
+
+def checkpoints_in(folder):
+    """The paths of a run's checkpoints: the last one, and the one before it."""
+    return [os.path.join(folder, name) for name in ("checkpoint.pt", "checkpoint-before.pt")]
+
+
+def refuse_unfinished(args, folder):
+    """UserError if a run has begun in the folder."""
+    if any(map(os.path.exists, [*checkpoints_in(folder), os.path.join(folder, "log.jsonl")])):
+        raise UserError(f"--output_dir {args.output_dir}: {folder} holds an unfinished run: use "
+                        "--resume or --overwrite")
+
+
+def refuse_to_empty(args, folders):
+    """UserError if --overwrite would delete the model that the runs start from."""
+    model = os.path.realpath(args.model)
+    for folder in folders:
+        if model.startswith(os.path.realpath(folder) + os.sep):
+            raise UserError(f"--overwrite: would delete {model_flag(args)}, which is in {folder}; "
+                            "use another --output_dir")
 
 
 class Run:
@@ -1625,8 +1659,9 @@ class Run:
         self.model_folder = f"{self.folder}/model"
         self.results_path = f"{self.folder}/results.json"
         self.log_path = f"{self.folder}/log.jsonl"
-        self.checkpoints = [f"{self.folder}/checkpoint.pt", f"{self.folder}/checkpoint-before.pt"]
-        self.identity = {**flags_that_count(args, method_flags), **digests_of_files(args),
+        self.checkpoints = checkpoints_in(self.folder)
+        counted = flags_that_count(args, method_flags)
+        self.identity = {**counted, **digests_of_files(args, counted),
                          "precision": world.precision}
 
         self.step = 0                                  # steps done
@@ -1688,7 +1723,7 @@ class Run:
             # First results.json: what a kill in between leaves must not look like a finished run.
             for name in sorted(os.listdir(self.folder), key=lambda name: name != "results.json"):
                 path = os.path.join(self.folder, name)
-                if os.path.isdir(path):
+                if os.path.isdir(path) and not os.path.islink(path):
                     shutil.rmtree(path)
                 elif name != ".lock":
                     os.remove(path)
@@ -1704,10 +1739,8 @@ class Run:
             results = read_results(self.folder)
             self.refuse_another(results)
             return results
-        begun = any(map(os.path.exists, [*self.checkpoints, self.log_path]))
-        if begun and not self.args.resume:
-            raise UserError(f"--output_dir {self.args.output_dir}: {self.folder} holds an "
-                            "unfinished run: use --resume or --overwrite")
+        if not self.args.resume:
+            refuse_unfinished(self.args, self.folder)
         return None
 
     def add_search(self):
@@ -2085,12 +2118,14 @@ def parse_json(text):
 
 
 def read_results(folder):
-    """results.json in a run's folder, checked. UserError if it is damaged."""
+    """results.json in a run's folder, checked. UserError if it cannot be read or is damaged."""
     path = os.path.join(folder, "results.json")
     try:
         with open(path, encoding="utf-8") as file:
             results = parse_json(file.read())
         check_keys(results, task=str, method=str, seed=int, args=dict, metrics=dict)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path}: is damaged ({first_line(error)}); --overwrite runs it "
                         "again") from error
@@ -2242,6 +2277,20 @@ def refuse_other_flags(args, runs, free=()):
                             f"of --run {folder}")
 
 
+def refuse_other_rows(args, runs):
+    """UserError unless the user's own validation rows are those that each run was scored on."""
+    own_files = {"validation_file": args.validation_file,
+                 "local_file": data.local_files(args.local_file).get(args.task)}
+    for flag, path in own_files.items():
+        if not path:
+            continue
+        now = digest_of_file(flag, path)
+        for folder, results in runs.items():
+            if results["args"].get(f"{flag}_digest", now) != now:  # an older run may have none
+                raise UserError(f"--run {folder}: was scored on other rows than those in {path}; "
+                                "name what is to be scored by --validation_file")
+
+
 def results_of_finished(folder, methods):
     """results.json of a finished run. UserError if it is not one, or of none of these methods."""
     wanted = f"--run {folder}: must be the folder of a finished run of {', '.join(methods)}"
@@ -2252,8 +2301,6 @@ def results_of_finished(folder, methods):
         raise UserError(f"{wanted}: it holds several, such as {run}")
     try:
         results = read_results(folder)
-    except OSError as error:
-        raise UserError(f"{wanted}: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{wanted}: {error}") from None
     if results["method"] not in methods:
@@ -2283,6 +2330,8 @@ def use_runs(args, runs, setup, world, load, score):
     the results of all runs.
     """
     refuse_other_flags(args, runs)
+    if args.score_validation and "validation_file" not in args.by_hand:
+        refuse_other_rows(args, runs)
     for folder, results in runs.items():
         world.say(f"\n{folder}")
         forward, module = load(folder, results)
@@ -2417,14 +2466,18 @@ def search(main, flags, recipe, methods, args):
     grid = read_grid(args.grid)
     check_grid(args, grid, methods)
     grids = {}                                         # {method: the part of the grid it can use}
+    folders = [run_folder(args, method, seed) for method in args.method for seed in args.seeds]
     for method in args.method:
         counted = flags_that_count(args, methods[method]["flags"])
         grids[method] = {flag: values for flag, values in grid.items() if flag in counted}
         for cell in combinations(grids[method]):       # all are checked before the first one runs
             try:
-                parse(flags(), cell_flags(method, args, cell), recipe)
+                of_cell = parse(flags(), cell_flags(method, args, cell), recipe)
             except UserError as error:
                 raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
+            folders += [run_folder(of_cell, method, seed) for seed in of_cell.seeds]
+    if args.overwrite:
+        forget_results(folders)
 
     results = []
     for method, its_grid in grids.items():
@@ -2439,6 +2492,22 @@ def search(main, flags, recipe, methods, args):
         else:
             print(f"{time.monotonic() - args.started:.0f} s with the search")
     return results
+
+
+def forget_results(folders):
+    """Removes each results.json of a search's runs, for --overwrite.
+
+    If the search is then killed, --resume in place of --overwrite takes none of these runs for one
+    of its own. Each run's folder is emptied when its turn comes.
+    """
+    for folder in folders:
+        path = os.path.join(folder, "results.json")
+        if process_rank() > 0 or not os.path.exists(path):
+            continue
+        try:
+            os.remove(path)
+        except OSError as error:
+            raise UserError(f"--overwrite: cannot remove {path}: {error.strerror}") from None
 
 
 def best_cell(main, method, args, grid):
@@ -2519,9 +2588,14 @@ def check_grid(args, grid, methods):
             raise UserError(f"--grid {flag}: must be a flag with a value; this one is a switch")
     for method, seed in itertools.product(args.method, args.seeds):
         folder = run_folder(args, method, seed)
-        if args.overwrite or not os.path.exists(os.path.join(folder, "results.json")):
+        if args.overwrite:
+            refuse_to_empty(args, [folder])
             continue
-        mine = {**counted[method], **digests_of_files(args)}
+        if not os.path.exists(os.path.join(folder, "results.json")):
+            if not args.resume:
+                refuse_unfinished(args, folder)
+            continue
+        mine = {**counted[method], **digests_of_files(args, counted[method])}
         for name, words in differing_flags(read_results(folder)["args"], mine).items():
             by_model = name in ("max_length", "max_target_length", "precision")
             is_known_later = mine.get(name) is None or by_model
@@ -2547,7 +2621,7 @@ def cell_flags(method, args, cell):
 
     An empty --grid is among these, so that the runs train and do not search.
     """
-    folder = os.path.join(args.output_dir, "grid", name_of(cell))
+    folder = os.path.join(args.output_dir, "grid", quote(name_of(cell), safe="=,+"))
     seeds = map(str, args.seeds[:args.grid_seeds])
     return [*args.argv, "--grid", "--method", method, "--seeds", *seeds, "--choosing",
             "--output_dir", folder, *cell]
@@ -2563,7 +2637,9 @@ def write_search(args, method, grid, scores, chosen):
         tried.append({"flags": cell, "score": score if score > -math.inf else "not finite"})
     search = {"method": method, "held_out_rows": args.dev_samples,
               "seeds": args.seeds[:args.grid_seeds], "tried": tried, "chosen": chosen}
-    save_file(os.path.join(folder, f"search-{method}.json"), json.dumps(search, indent=1))
+    run = os.path.basename(run_folder(args, method, args.seeds[0]))
+    name = run.removesuffix(f"-{args.seeds[0]}")       # METHOD, or METHOD-RECIPE
+    save_file(os.path.join(folder, f"search-{name}.json"), json.dumps(search, indent=1))
     equal = ", the first of equals" if scores.count(max(scores)) > 1 else ""
     words = "".join(f"; {words}" for words in edges_of(grid, chosen))
     print(f"{args.task}, {method}: chosen of {len(scores)}: {name_of(chosen)}{equal}{words}")
@@ -4686,9 +4762,9 @@ def report_flags():
     p.add_argument("--differ", nargs="+", default=[], metavar="FLAG",
                    help="flags that may differ between runs although they are no part of the "
                         "method")
-    p.add_argument("--keep", default="", metavar="FILE",
+    p.add_argument("--keep", metavar="FILE",
                    help="also add a line for each run of the folders to this file of kept lines")
-    p.add_argument("--out", default="", metavar="DIR",
+    p.add_argument("--out", metavar="DIR",
                    help="folder for report.tsv and report.html (the first FOLDER)")
     return p
 
@@ -4702,6 +4778,9 @@ def usual_baseline(runs):
 def main_report(argv=None):
     """Prints the report and writes it. Returns the tables."""
     args = report_flags().parse_args(argv)
+    for flag in ("baseline", "keep", "out"):           # such as a shell's variable that is not set
+        if getattr(args, flag) == "":
+            raise UserError(f"--{flag}: must not be empty")
     left_out = []
     places = [find_files(place) for place in args.places]
     found = read_places(places, args.by, left_out)

@@ -2634,6 +2634,12 @@ def test_results_that_are_damaged_are_told(tiny_folder, tmp_path):
             run("r3f", tiny_folder, tmp_path, "--method", "std")
 
 
+def test_results_that_cannot_be_read_are_told(tiny_folder, tmp_path):
+    os.makedirs(tmp_path / "toy/std-0/results.json")
+    with pytest.raises(UserError, match="results.json: cannot be read: Is a directory"):
+        run("r3f", tiny_folder, tmp_path, "--method", "std")
+
+
 def test_a_finished_run_with_other_flags_is_refused(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     with pytest.raises(UserError, match=r"--lr 0.0005 \(now 0.1\)"):
@@ -2681,11 +2687,32 @@ def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_pat
     results = run("r3f", tiny_folder, tmp_path, *both, "--resume")
     assert [found["args"]["lr"] for found in results] == [0.1, 0.1]
 
+    # What was moved to another disk stays there.
+    shutil.move(tmp_path / "toy/std-0/model", tmp_path / "moved")
+    os.symlink(tmp_path / "moved", tmp_path / "toy/std-0/model")
+    run("r3f", tiny_folder, tmp_path, *both, "--overwrite")
+    assert os.path.exists(tmp_path / "moved/config.json")
+    assert not os.path.islink(tmp_path / "toy/std-0/model")
+
     # A kill while a folder is emptied leaves nothing that looks finished.
     monkeypatch.setattr(shutil, "rmtree", made_again)
     with pytest.raises(AttributeError):
         run("r3f", tiny_folder, tmp_path, *both, "--overwrite")
     assert not os.path.exists(tmp_path / "toy/std-0/results.json")
+
+
+@pytest.mark.parametrize("grid", [[], ["--dev_samples", 40, "--grid", "lr=1e-3,1e-4"]])
+def test_overwrite_never_deletes_the_model_that_it_starts_from(grid, tiny_folder, tmp_path):
+    run("r3f", tiny_folder, tmp_path, "--method", "std")
+    folder = str(tmp_path / "toy/std-0")
+    flags = ["--method", "std", "--seeds", 1, 0, "--max_steps", 2, *grid, "--overwrite"]
+    for start in (["--init_from", folder], ["--model", f"{folder}/model/"]):
+        words = [*start, "--output_dir", tmp_path, *flags]
+        message = refusal(r3f.main, [str(word) for word in words])
+        assert message.startswith("--overwrite: would delete --") and folder in message
+    assert os.path.exists(f"{folder}/results.json")
+    assert os.path.exists(f"{folder}/model/model.safetensors")
+    assert not os.path.exists(tmp_path / "grid")
 
 
 def test_the_report_that_is_named_at_the_end_can_be_made(tiny_folder, tmp_path, capsys):
@@ -2748,9 +2775,23 @@ def test_a_file_whose_rows_have_changed_is_another_run(tiny_folder, tmp_path):
 def test_a_local_file_whose_rows_have_changed_is_another_run(flags, of, name, tmp_path):
     path = write(tmp_path / "rows.jsonl", "some rows")
     args = parse("r3f", *flags, "--local_file", f"{of}={path}")
-    before = common.digests_of_files(args)
+    before = common.digests_of_files(args, {})
     write(path, "some others")
-    assert [*before] == [name] and common.digests_of_files(args) != before
+    assert [*before] == [name] and common.digests_of_files(args, {}) != before
+
+
+def test_general_text_that_has_changed_makes_another_run_of_those_who_read_it(tmp_path):
+    path = write(tmp_path / "general.txt", "some text")
+    args = parse("gtuning", "--unlabeled", path)
+
+    def digests(method):
+        counted = common.flags_that_count(args, gtuning.METHODS[method]["flags"])
+        return common.digests_of_files(args, counted)
+
+    before = digests("gtuning")
+    write(path, "other text")
+    assert [*before] == ["unlabeled_digest"] and digests("gtuning") != before
+    assert digests("adapter") == {}
 
 
 def test_no_process_writes_into_a_folder_before_all_have_looked(tiny_folder, tmp_path, monkeypatch):
@@ -3114,9 +3155,45 @@ def test_a_full_disk_in_a_search_is_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(common, "replace_file", full)
-    args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9, seeds=[0], grid_seeds=1)
+    args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9, seeds=[0], grid_seeds=1,
+                    recipe_name="r3f: Table 5")
     with pytest.raises(common.RunError, match="search-std.json: No space left"):
         common.write_search(args, "std", {"lr": ["1"]}, [0.5], ["--lr=1"])
+
+
+def test_a_search_by_another_recipe_is_told_beside_the_first(tmp_path):
+    """Its runs too lie beside the first one's, as METHOD-RECIPE-SEED."""
+    args = settings(output_dir=str(tmp_path), task="toy", dev_samples=9, seeds=[3], grid_seeds=1)
+    for recipe, name in (("r3f", "search-std.json"), ("tdt", "search-std-tdt.json")):
+        args.recipe_name = f"{recipe}: Table 5"
+        common.write_search(args, "std", {"lr": ["1"]}, [0.5], ["--lr=1"])
+        assert read_json(tmp_path / "toy" / name)["chosen"] == ["--lr=1"]
+        os.makedirs(tmp_path / "toy/std-3", exist_ok=True)
+        write(tmp_path / "toy/std-3/.lock", "r3f")
+
+
+def test_the_runs_of_a_search_over_models_lie_below_its_folder(tmp_path):
+    cells = common.combinations({"model": ["../../../m", "/m", "hfl/m", "."], "lr": ["1e-5"]})
+    args = settings(output_dir=str(tmp_path), seeds=[0], grid_seeds=1, argv=[])
+    folders = set()
+    for cell in cells:
+        words = common.cell_flags("std", args, cell)
+        folders.add(os.path.normpath(words[words.index("--output_dir") + 1]))
+    assert {os.path.dirname(folder) for folder in folders} == {str(tmp_path / "grid")}
+    assert len(folders) == 4 and f"{tmp_path}/grid/model=hfl%2Fm,lr=1e-5" in folders
+
+
+def test_a_search_that_is_made_again_and_killed_takes_no_old_run(tiny_folder, tmp_path,
+                                                                 monkeypatch):
+    """With --resume in place of --overwrite, as the stopped one advises."""
+    flags = ["--method", "std", "--dev_samples", 40, "--max_steps", 3, "--grid", "lr=1e-3,1e-4"]
+    run("r3f", tiny_folder, tmp_path, *flags)
+    begun = folders_begun(monkeypatch)
+    killed_at(monkeypatch, [2])
+    with pytest.raises(KeyError):
+        run("r3f", tiny_folder, tmp_path, *flags, "--overwrite")
+    run("r3f", tiny_folder, tmp_path, *flags, "--resume")
+    assert len(begun) == 1 + 3 and len(set(begun)) == 3
 
 
 def test_a_search_is_found_again_where_the_model_sets_the_length(tmp_path):
@@ -3145,7 +3222,7 @@ def test_a_search_knows_the_files_of_a_run_by_what_is_in_them(tmp_path):
 
     args = checked(train)
     results = results_of("mine", "r3f", 0, 60)
-    results["args"] = {**vars(args), **common.digests_of_files(args)}
+    results["args"] = {**vars(args), **common.digests_of_files(args, {})}
     write_run(tmp_path, results)
     checked(moved)
     write(moved, GOOD + "one more,yes\n")
@@ -3173,6 +3250,10 @@ def test_a_search_of_nothing_is_refused(words, message, tiny_folder, tmp_path):
 def test_a_search_whose_folder_is_taken_is_refused_before_it_begins(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std", "--max_steps", 2)
     with pytest.raises(UserError, match="std-0 holds a run with --dev_samples 0 .now 40."):
+        run("r3f", tiny_folder, tmp_path, "--method", "std", "--dev_samples", 40, "--max_steps", 2,
+            "--grid", "lr=1e-3,1e-4")
+    os.remove(tmp_path / "toy/std-0/results.json")
+    with pytest.raises(UserError, match="std-0 holds an unfinished run: use --resume or"):
         run("r3f", tiny_folder, tmp_path, "--method", "std", "--dev_samples", 40, "--max_steps", 2,
             "--grid", "lr=1e-3,1e-4")
     assert not os.path.exists(tmp_path / "grid")
@@ -3229,6 +3310,7 @@ def test_what_was_tried_is_told_by_every_seed_and_never_forgotten(searched, tiny
 
 
 @pytest.mark.parametrize("flags, line", [
+    (["--grid"], "--grid: must be FLAG=VALUE,VALUE, once or more"),
     (["--grid", "lr"], "--grid lr: must be FLAG=VALUE,VALUE"),
     (["--grid", "speed=1,2"], "--grid speed: no such flag"),
     (["--grid", "lr=1e-3,-1"], "--grid, --lr=-1: --lr: must be a number above 0"),
@@ -3246,6 +3328,28 @@ def test_a_search_that_cannot_be_is_refused_before_anything_runs(flags, line, ti
 
 
 # ------------------------------------------------------------------- 5  a run: finished ones, --run
+
+def test_scores_of_other_rows_never_take_the_place_of_a_runs_own(tiny_folder, tmp_path):
+    """The rows of the same file may have changed, or those of another run be others."""
+    train = write(tmp_path / "a.csv", "text,label\n" + "good,1\nbad,0\n" * 20)
+    scored = write(tmp_path / "b.csv", "text,label\ngood,1\nbad,0\n")
+    other = write(tmp_path / "c.csv", "text,label\ngood,0\nbad,1\nbad,0\n")
+    folders = []
+    for seed, path in enumerate([scored, other]):
+        run("r3f", tiny_folder, tmp_path, "--method", "std", "--seeds", seed, "--name", "mine",
+            "--train_file", train, "--validation_file", path, "--batch_size", 8, "--max_steps", 2)
+        folders.append(str(tmp_path / f"mine/std-{seed}"))
+    results = [read_json(f"{folder}/results.json") for folder in folders]
+    r3f.main(["--run", folders[0]])
+    said = "std-1: was scored on other rows than those in .*b.csv; name what is to be scored by"
+    with pytest.raises(UserError, match=said):
+        r3f.main(["--run", *folders])
+    write(scored, "text,label\ngood,0\nbad,1\n")
+    with pytest.raises(UserError, match="std-0: was scored on other rows than those in .*b.csv"):
+        r3f.main(["--run", folders[0]])
+    assert [read_json(f"{folder}/results.json") for folder in folders] == results
+    r3f.main(["--run", *folders, "--validation_file", str(other)])     # a set of its own
+
 
 @pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "adapter")])
 def test_a_finished_run_scores_further_sets_without_training(script, method, tiny_folder, tmp_path,
@@ -4693,6 +4797,8 @@ def test_places_without_runs_are_refused(tmp_path):
     assert "holds no line of a run" in refused_report(tmp_path / "rows.jsonl")
     (tmp_path / "file").write_text("")
     assert "--out" in refused_report(good, "--out", tmp_path / "file" / "out")
+    for flag in ("--out", "--keep", "--baseline"):
+        assert refused_report(good, flag, "") == f"{flag}: must not be empty"
     assert "--keep" in refused_report(good, "--keep", tmp_path / "rows.jsonl")
 
 
