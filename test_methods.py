@@ -4451,7 +4451,8 @@ README_TABLES = {
                               "sst2-full std"],
         "R3F": [*["cola-full r3f"] * 3, "", "", ""],
         "TDT": [*["cola-full-tdt tdt"] * 3, "mrpc-full tdt", "rte-full tdt", "sst2-full tdt"],
-        "TDT, `--gamma 0`, the paper's grid": [*["cola-full-gamma0 tdt"] * 3, "", "", ""],
+        "TDT, `--gamma 0`, the paper's grid": [*["cola-full-gamma0 tdt"] * 3,
+                                               "mrpc-full-gamma0 tdt", "", ""],
         "the same, margin 0 alone": [*["cola-full-margin0 tdt"] * 3, "", "", ""],
     }),
     "TDT, taken apart": {
