@@ -2203,6 +2203,10 @@ def take_flags(args, results):
     its_model = results["args"].get("model")
     if "model" in by_hand and args.model != its_model:
         raise UserError(f"--model {args.model}: must be {its_model}, as of --run {args.run[0]}")
+    columns = results["args"].get("text_columns")      # of the user's own task, else None
+    if columns and "text_columns" in by_hand and len(args.text_columns) != len(columns):
+        raise UserError(f"--text_columns {shown(args.text_columns)}: must be as many as those of "
+                        f"--run {args.run[0]}, {shown(columns)}")
     if "threads" not in by_hand:
         args.threads = 0                               # the toy recipe's does not hold here
     for name, value in results["args"].items():

@@ -540,11 +540,11 @@ def read_own(args, flag, task):
 
 
 def set_name(args, flag):
-    """The name of a file among the sets: its own, without endings if no set can have that."""
+    """The name of a file among the sets: its own, without its ending if no set can have that."""
     if flag not in args.by_hand:
         return "validation"
     name = os.path.basename(getattr(args, flag))
-    stem = name.partition(".")[0]
+    stem = re.sub(r"\.(csv|tsv|jsonl?)(\.gz)?$", "", name, flags=re.IGNORECASE).replace(".", "-")
     taken = stem in TASKS or stem.startswith(("train", "validation", "test", "held-out"))
     return name.replace(".", "-") if taken or not stem else stem
 
@@ -745,6 +745,9 @@ def load_own_files(args):
             check_column(args.target_column, "--target_column", table, paths[split])
         else:
             check_column(args.label_column, "--label_column", table, paths[split])
+    if args.label_column in columns and not args.target_column:
+        raise UserError(f"--label_column {args.label_column}: must be another column than those of "
+                        f"the texts, {' and '.join(columns)}")
 
     classes = [] if args.target_column else own_classes(args, tables)
     task = own_task(args, columns, classes)
@@ -961,12 +964,17 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 def read_texts(table, task, where):
     """The text columns of a raw table as {column: strings}.
 
-    A list of words, as in CSL, becomes a text.
+    A list of words, as in CSL, becomes a text. But one row of nothing else is a json object that
+    holds whole columns, and is refused.
     """
+    columns = {column: needed_cells(table, column, where) for column in task.columns}
+    if all(len(cells) == 1 and isinstance(cells[0], list) for cells in columns.values()):
+        raise UserError(f"{where}: is one object that holds lists; must be a list of objects, or "
+                        "an object a line")
     found = {}
-    for column in task.columns:
+    for column, cells in columns.items():
         texts = []
-        for row, cell in enumerate(needed_cells(table, column, where), 1):
+        for row, cell in enumerate(cells, 1):
             if is_missing(cell):
                 raise UserError(f"{where}: row {row}: no text in column {column!r}")
             texts.append(text_of(cell, row, column, where))
@@ -1762,6 +1770,9 @@ def pearson(predictions, labels):
 
 
 def spearman(predictions, labels):
+    """Pearson's correlation of the ranks; 0 if one of them does not vary."""
+    if np.isnan(predictions).any():                    # which would have a rank
+        return 0.0
     return pearson(ranks(predictions), ranks(labels))
 
 

@@ -921,12 +921,15 @@ def test_two_files_of_one_name_are_not_one_set(tmp_path):
     ({"text_columns": ["a"]}, "--text_columns a: no such column in good.csv, which has ['text'"),
     ({"text_columns": ["label"]}, "--text_columns label: must have another name"),
     ({"label_column": "y"}, "--label_column y: no such column in good.csv, which has ['text'"),
+    ({"label_column": "text"}, "--label_column text: must be another column than those of the "
+                               "texts, text"),
     ({"validation_file": "more.csv"}, "more.csv: label 'maybe' is not in the training file, which"),
     ({"train_file": "one.csv", "validation_file": "one.csv"}, "one.csv: all labels are 'no'"),
     ({"train_file": "columns.json"}, "columns.json: row 1: label {'0': 'yes', '1': 'no'} must"),
     ({"batch_size": 3}, "--batch_size 3: must be at most the 2 training rows"),
     ({"train_samples": 3}, "--train_samples 3: must be at most the 2 training rows"),
     ({"test_file": "other.csv"}, "--test_file other.csv: no column text, or sentence, or"),
+    ({"test_file": "lists.json"}, "--test_file lists.json: is one object that holds lists; must"),
     ({"predict": ["test"]}, "--predict test: is for tasks of the table"),
 ])
 def test_own_files_that_do_not_go_together_are_refused(given, words, tmp_path, monkeypatch):
@@ -937,6 +940,7 @@ def test_own_files_that_do_not_go_together_are_refused(given, words, tmp_path, m
     write(tmp_path / "one.csv", "text,label\nfine,no\nbad,no\n")
     columns = {"text": {"0": "fine", "1": "bad"}, "label": {"0": "yes", "1": "no"}}
     write(tmp_path / "columns.json", json.dumps(columns))               # as pandas writes a table
+    write(tmp_path / "lists.json", json.dumps({"text": ["fine", "bad"]}))
     arguments = own("good.csv")
     vars(arguments).update(given)
     assert words in refusal(data.load, arguments)
@@ -1669,6 +1673,7 @@ TRUE = np.array([1, 0, 0, 0, 1, 1])
     ("pearson", [0.1, math.nan], [0.7, 0.8], 0.0),
     ("spearman", [1.0, 2.0, 3.0], [1.0, 2.0, 6.0], 1.0),
     ("spearman", [3.0, 1.0, 3.0], [2.0, 1.0, 3.0], 1.5 / math.sqrt(1.5 * 2)),
+    ("spearman", [0.1, 0.2, math.nan], [0.7, 0.8, 0.9], 0.0),
 ])
 def test_metrics_by_hand(name, predictions, labels, value):
     found = data.METRICS[name](np.asarray(predictions), np.asarray(labels))
@@ -3486,7 +3491,18 @@ def test_a_run_on_texts_reads_no_pairs_and_the_reverse(pairs_first, tiny_folder,
     for flag in ("--validation_file", "--test_file"):
         with pytest.raises(UserError, match=words):
             r3f.main(["--run", folder, flag, other])
+        message = refusal(r3f.main, ["--run", folder, flag, other, "--text_columns", *others[0]][:-1])
+        assert message.endswith(f"must be as many as those of --run {folder}, {' '.join(columns)}")
     r3f.main(["--run", folder, "--validation_file", path])
+
+
+@pytest.mark.parametrize("file, name", [
+    ("a.csv", "a"), ("A.JSON", "A"), ("a.2020.jsonl", "a-2020"), ("a.2021.tsv.gz", "a-2021"),
+    ("sst2.csv", "sst2-csv"), ("test.json", "test-json")])
+def test_a_set_is_named_by_its_file(file, name):
+    """A name that a set of a task may have keeps its ending."""
+    args = settings(by_hand=["validation_file"], validation_file=f"rows/{file}")
+    assert data.set_name(args, "validation_file") == name
 
 
 def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, tmp_path):
