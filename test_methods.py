@@ -3491,7 +3491,8 @@ def test_a_run_on_texts_reads_no_pairs_and_the_reverse(pairs_first, tiny_folder,
     for flag in ("--validation_file", "--test_file"):
         with pytest.raises(UserError, match=words):
             r3f.main(["--run", folder, flag, other])
-        message = refusal(r3f.main, ["--run", folder, flag, other, "--text_columns", *others[0]][:-1])
+        named = ["--text_columns", *others[0]][:-1]    # all but the label
+        message = refusal(r3f.main, ["--run", folder, flag, other, *named])
         assert message.endswith(f"must be as many as those of --run {folder}, {' '.join(columns)}")
     r3f.main(["--run", folder, "--validation_file", path])
 
