@@ -3356,6 +3356,16 @@ def test_scores_of_other_rows_never_take_the_place_of_a_runs_own(tiny_folder, tm
     r3f.main(["--run", *folders, "--validation_file", str(other)])     # a set of its own
 
 
+def test_a_local_file_whose_rows_have_changed_is_not_scored_as_before(tmp_path):
+    path = write(tmp_path / "rows.jsonl", "some rows")
+    args = settings(task="cola-ood", local_file=[f"cola-ood={path}"])
+    runs = {"runs/cola-ood/std-0": {"args": common.digests_of_files(args, {})}}
+    common.refuse_other_rows(args, runs)
+    write(path, "some others")
+    with pytest.raises(UserError, match="std-0: was scored on other rows than those in .*rows"):
+        common.refuse_other_rows(args, runs)
+
+
 @pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "adapter")])
 def test_a_finished_run_scores_further_sets_without_training(script, method, tiny_folder, tmp_path,
                                                              capsys):
