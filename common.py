@@ -46,7 +46,7 @@ from urllib.parse import quote
 import numpy as np
 
 import data
-from data import UserError, first_line
+from data import UserError, first_line, refuse
 
 # Run as a program, this file is the report, which needs no torch and starts at once without it.
 if __name__ != "__main__":
@@ -71,11 +71,6 @@ class Stopped(SystemExit):
 
 
 # ----------------------------------------------------------------------------------------  1  flags
-
-def refuse(message):
-    """Replaces argparse's `error`: raises UserError, as for any other wrong input."""
-    raise UserError(message.removeprefix("argument "))
-
 
 def shown(value):
     """How a message shows a flag's value: a list as its words, None and "" as none."""

@@ -46,6 +46,11 @@ class NoSplit(UserError):
     """The data set is there, but has no split of that name."""
 
 
+def refuse(message):
+    """Replaces argparse's `error`: raises UserError, as for any other wrong input."""
+    raise UserError(message.removeprefix("argument "))
+
+
 # ------------------------------------------------------------------------------- 1  kinds and tasks
 
 def nothing(*arguments):
@@ -2685,6 +2690,7 @@ def main(argv=None):
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     parser = argparse.ArgumentParser(description="Says what a task is.", allow_abbrev=False)
+    parser.error = refuse
     parser.add_argument("task", help=f"one of {task_names()}")
     parser.add_argument("--model", help="a tokenizer, to count tokens; else words are counted")
     parser.add_argument("--local_file", nargs="+", default=[], metavar="NAME=FILE",

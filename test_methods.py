@@ -1870,6 +1870,8 @@ def test_a_local_file_is_described_and_a_wrong_one_refused(tmp_path, capsys):
     wrong = ["bustm", "--local_file", "bustm=no.csv"]
     assert refusal(data.main, wrong) == "--local_file no.csv: no such file"
     assert refusal(data.main, ["bustm"]).startswith("--task bustm: has no hub id")
+    assert refusal(data.main, ["toy", "--rows", "3"]) == "unrecognized arguments: --rows 3"
+    assert refusal(data.main, []) == "the following arguments are required: task"
     assert refusal(data.main, ["imbd"]) == "task imbd: no such task; did you mean imdb?"
 
 
