@@ -46,7 +46,7 @@ from urllib.parse import quote
 import numpy as np
 
 import data
-from data import UserError, first_line, refuse
+from data import UserError, first_line, refuse, silence_output
 
 # Run as a program, this file is the report, which needs no torch and starts at once without it.
 if __name__ != "__main__":
@@ -313,7 +313,7 @@ def parse(p, argv, recipe):
     {flag: value}). Besides the flags the result has these attributes: argv, the words; started,
     when they were read; by_hand, the names of the flags that were set; recipe_name and recipe, what
     `recipe` returned; own_files, the first of the user's own files, or ""; of_methods and
-    no_effect, see check_methods.
+    no_effect, see note_method_flags.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -324,7 +324,10 @@ def parse(p, argv, recipe):
     if args.init_from:
         args.model = run_model(args.init_from)
         fixed.add("model")
-    args.recipe_name, args.recipe = recipe(args)
+    args.recipe_name = ""                              # for --run, take_runs gives the name
+    args.recipe = {}
+    if not args.run:
+        args.recipe_name, args.recipe = recipe(args)
     for flag, value in args.recipe.items():
         if flag not in fixed:
             setattr(args, flag, value)
@@ -337,6 +340,8 @@ def parse(p, argv, recipe):
     if args.eval_tasks is None:
         args.eval_tasks = [] if args.own_files else data.TASKS[args.task].further.split()
     check_flags(args)
+    if args.choosing or "searched" in args.by_hand:    # a run that a search makes does not search
+        args.grid = []
     return args
 
 
@@ -401,15 +406,19 @@ def settle_batch(args):
         args.batch_size = None
 
 
-def check_flags(args):
-    for flag in args.by_hand:                          # such as a shell's variable that is not set
+def refuse_empty(args, flags):
+    """UserError if one of the flags is "", such as a shell's variable that is not set."""
+    for flag in flags:
         if getattr(args, flag) == "":
             raise UserError(f"--{flag}: must not be empty")
+
+
+def check_flags(args):
+    refuse_empty(args, args.by_hand)
     if len(args.batching) > 1 and not args.profile:
         raise UserError(f"--batching {shown(args.batching)}: must be one name (several: with "
                         "--profile)")
-    searches_no_more = args.choosing or "searched" in args.by_hand       # see `search`
-    if "grid" in args.by_hand and not args.grid and not searches_no_more:
+    if "grid" in args.by_hand and not args.grid:
         raise UserError("--grid: must be FLAG=VALUE,VALUE, once or more")
     if args.grid and args.profile:
         raise UserError("--profile: cannot go together with --grid")
@@ -423,9 +432,8 @@ def check_flags(args):
         raise UserError(f"--text_columns {shown(columns)}: must be one or two names")
     if len(set(columns)) < len(columns):
         raise UserError(f"--text_columns {shown(columns)}: must be different names")
-    if (args.grid or args.choosing) and not (args.dev_samples or args.run):
-        flag = "--grid" if args.grid else "--choosing"
-        raise UserError(f"{flag}: needs --dev_samples, the training rows to choose by")
+    if args.grid and not (args.dev_samples or args.run):
+        raise UserError("--grid: needs --dev_samples, the training rows to choose by")
     for flag in ("name", "text_columns", "label_column", "target_column"):
         if flag in args.by_hand and not args.own_files:
             why = f"is for your own files; {args.task} has its own"
@@ -441,8 +449,7 @@ def check_methods(args, task, methods, why=""):
     """UserError if a --method cannot train this kind of task. why: the reason, for the message.
 
     methods: the script's METHODS, {name: {"kinds": kinds of task that it can train, "flags": flags
-    of its own}}, each a string of words. Sets args.of_methods, the own flags of the chosen methods,
-    and args.no_effect, the flags set by hand that only other methods have.
+    of its own}}, each a string of words. Also notes which flags are the methods'.
     """
     able = [name for name in methods if task.kind in methods[name]["kinds"].split()]
     for method in args.method:
@@ -451,13 +458,16 @@ def check_methods(args, task, methods, why=""):
             raise UserError(f"--method {method}: must be {others} for {args.task}, whose kind is "
                             f"{task.kind}{why}")
 
-    of_all = []
-    for name, method in methods.items():
-        of_all += method["flags"].split()
-        if name in args.method:
-            args.of_methods += method["flags"].split()
-    args.of_methods = [*dict.fromkeys(args.of_methods)]
-    args.no_effect = sorted(set(args.by_hand) & (set(of_all) - set(args.of_methods)))
+    note_method_flags(args, methods)
+
+
+def note_method_flags(args, methods):
+    """Sets args.of_methods, the own flags of the chosen methods, and args.no_effect, the flags set
+    by hand that only other methods have."""
+    of_chosen = " ".join(methods[name]["flags"] for name in methods if name in args.method).split()
+    of_all = " ".join(method["flags"] for method in methods.values()).split()
+    args.of_methods = [*dict.fromkeys(of_chosen)]
+    args.no_effect = sorted(set(args.by_hand) & (set(of_all) - set(of_chosen)))
 
 
 # ------------------------------------------------------------------------  2  processes and signals
@@ -502,12 +512,6 @@ def cli(main):
         raise
 
 
-def silence_output():
-    """Discards what is still to be written to stdout: else Python reports an error as it exits."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-
-
 def process_rank():
     """This process's number, 0 without torchrun; a World has it too."""
     return int(os.environ.get("RANK", 0))
@@ -534,9 +538,9 @@ class World:
         self.compile = args.compile
         self.evaluating = 0.0                          # seconds spent in `evaluate` so far
         if self.gpu:
-            there = torch.cuda.device_count()
-            if self.local_rank >= there:
-                raise UserError(f"--nproc_per_node: must be at most the {plural(there, 'GPU')} of "
+            gpus = torch.cuda.device_count()
+            if self.local_rank >= gpus:
+                raise UserError(f"--nproc_per_node: must be at most the {plural(gpus, 'GPU')} of "
                                 "this machine")
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
@@ -906,8 +910,8 @@ def encode_rows(args, rows, tokenizer, perturb, options):
 
     train = None                                       # with --run
     if rows.train is not None:
-        of_training = {"perturb": perturb} if perturb else {}
-        train = encode(rows.train, task, **of_training)
+        train_options = {"perturb": perturb} if perturb else {}
+        train = encode(rows.train, task, **train_options)
     validation = {name: (task, encode(part, task)) for name, part in rows.validation.items()}
     further = {name: (its_task, encode(part, its_task))
                for name, (its_task, part) in rows.further.items()}
@@ -1075,16 +1079,21 @@ def load_tokenizer(args, world, task=None):
         raise UserError(f"{model_flag(args)}: its tokenizer has no pad token; must be one that "
                         "has")
 
+    limit = longest_input(config, tokenizer)
+    args.max_length = length_within(args, "max_length", 512, limit)
+    if writes:
+        args.max_target_length = length_within(args, "max_target_length", task.target_length, limit)
+    return tokenizer
+
+
+def longest_input(config, tokenizer):
+    """The most tokens that a model can read, by its config and its tokenizer."""
     limit = getattr(config, "max_position_embeddings", None) or -1
     if limit < 0:                                      # none: XLNet's config says -1
         limit = 10**6
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         limit -= 2                                     # their positions start after the padding's
-    limit = min(limit, tokenizer.model_max_length)
-    args.max_length = length_within(args, "max_length", 512, limit)
-    if writes:
-        args.max_target_length = length_within(args, "max_target_length", task.target_length, limit)
-    return tokenizer
+    return min(limit, tokenizer.model_max_length)
 
 
 def length_within(args, flag, usual, limit):
@@ -1127,7 +1136,8 @@ def load_model(args, setup, seed, world, path=None):
     if draws_head:
         draw_head(model)
     if draws_head or info["mismatched_keys"]:
-        world.say(f"{args.model}: its head is not used; a fresh one of {setup.task.outputs}")
+        world.say(f"{args.model}: its head is not used; a fresh one has "
+                  f"{plural(setup.task.outputs, 'output')}")
     warn_of_lost_weights(args, model, missing, world)
     check_vocabulary(args, model, setup.tokenizer)
     check_ends(args, model, setup)
@@ -1177,7 +1187,10 @@ def warn_of_lost_weights(args, model, missing, world):
 def check_vocabulary(args, model, tokenizer):
     """UserError if the tokenizer has more words than the model has embeddings."""
     words = len(tokenizer)
-    known = model.get_input_embeddings().num_embeddings
+    try:
+        known = model.get_input_embeddings().num_embeddings
+    except NotImplementedError:                        # CANINE has none: it reads all characters
+        return
     if words > known:
         raise UserError(f"{model_flag(args)}: its tokenizer has {words} words, the model "
                         f"embeddings for {known}")
@@ -1604,7 +1617,7 @@ def runs_to_make(args, methods, world):
     if args.overwrite:
         refuse_to_empty(args, [run.folder for run in runs])
         for run in runs:
-            run.take_folder()
+            run.lock_folder()
         for run in runs:
             run.empty_folder()
     else:
@@ -1681,7 +1694,7 @@ class Run:
 
     def take(self):
         """Takes the folder, and sets self.results if the run is finished."""
-        self.take_folder()
+        self.lock_folder()
         self.world.barrier()
         self.results = self.find_results()
         # This also waits until all have looked: only then may rank 0 write there.
@@ -1693,7 +1706,7 @@ class Run:
             self.world.say(f"{self.folder}: finished before; --overwrite runs it again")
             self.add_search()
 
-    def take_folder(self):
+    def lock_folder(self):
         """Makes and locks the folder, on rank 0 and only once. UserError if another run has it."""
         if self.world.rank > 0 or self.lock is not None:
             return
@@ -1884,9 +1897,9 @@ class Run:
             checkpoint_due = self.step % self.args.save_every == 0
         else:
             checkpoint_due = late
-        is_last = self.step == self.total              # saved before anything is evaluated
-        save_now = signalled or checkpoint_due or is_last
-        log_now = self.step % self.args.log_every == 0 or self.step == self.until
+        ends_phase = self.step == self.until           # saved before what may take long
+        save_now = signalled or checkpoint_due or ends_phase
+        log_now = self.step % self.args.log_every == 0 or ends_phase
 
         if log_now or save_now:                        # so that the seconds are of finished work
             self.world.synchronize()
@@ -1906,8 +1919,12 @@ class Run:
         return message
 
     def is_due(self, n):
-        """True after every n-th step but the last one: that is evaluated after the loop anyway."""
-        return n > 0 and (self.step + 1) % n == 0 and self.step + 1 < self.total
+        """True after every n-th step, and after a phase's last one. n 0: never.
+
+        Not after the run's last step: what it made is evaluated after the loop anyway.
+        """
+        step = self.step + 1
+        return n > 0 and step < self.total and (step % n == 0 or step == self.until)
 
     def log(self, loss, stats, **numbers):
         """Keeps a step's terms for the next line of the log.
@@ -2173,7 +2190,7 @@ def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
     task = args.task if "task" in args.by_hand else results["task"]
     refuse_unlike_runs(runs, task, alike)
 
-    take_flags(args, results)
+    adopt_flags(args, results)
     args.method = [*dict.fromkeys(other["method"] for other in runs.values())]
     args.seeds = [*dict.fromkeys(other["seed"] for other in runs.values())]
     args.recipe_name = f"that of {folder}"
@@ -2189,7 +2206,7 @@ def take_runs(args, methods, labels_of=labels_of_config, alike=ALIKE):
     return runs
 
 
-def take_flags(args, results):
+def adopt_flags(args, results):
     """Sets args to the flags of a finished run, except those set by hand.
 
     Flags that only matter in training, and sets that are not asked for now, are reset.
@@ -2202,14 +2219,11 @@ def take_flags(args, results):
     if columns and "text_columns" in by_hand and len(args.text_columns) != len(columns):
         raise UserError(f"--text_columns {shown(args.text_columns)}: must be as many as those of "
                         f"--run {args.run[0]}, {shown(columns)}")
-    if "threads" not in by_hand:
-        args.threads = 0                               # the toy recipe's does not hold here
     for name, value in results["args"].items():
         if name not in by_hand:
             setattr(args, name, value)
     args.task = results["task"]
-    take_local_file(args, results)
-    args.recipe = {}
+    keep_local_file(args, results)
     args.init_from = ""
     args.post_train = None
     args.choosing = False
@@ -2222,7 +2236,7 @@ def take_flags(args, results):
     args.score_validation = not further or "validation_file" in by_hand
 
 
-def take_local_file(args, results):
+def keep_local_file(args, results):
     """Keeps the run's --local_file of its own task. UserError if another one is set by hand."""
     if "local_file" not in args.by_hand:
         return
@@ -2267,7 +2281,8 @@ def refuse_other_flags(args, runs, free=()):
     free: further flags that may differ.
     """
     may_be_new = {"eval_tasks", "validation_file", "text_columns", "label_column", "precision",
-                  "model", "local_file", *free}        # take_flags has looked at these two
+                  "model", "local_file",               # adopt_flags has looked at these two
+                  *free}
     for (folder, results), name in itertools.product(runs.items(), args.by_hand):
         saved = results["args"].get(name)
         is_of_run = name in results["args"] and name not in may_be_new
@@ -2449,18 +2464,19 @@ def write_json(path, value, world):
 # --------------------------------------------------------------------  5  a run: the search, --grid
 
 def search(main, flags, recipe, methods, args):
-    """--grid: tries all combinations for each method, then trains the best one with all seeds.
+    """--grid: tries all settings for each method, then trains the best one with all seeds.
 
-    Each combination is run with the first --grid_seeds of the seeds, and scores only the held-out
-    rows; the best mean of the main metric decides. A combination whose loss is not finite is the
-    worst. These runs lie in OUTPUT_DIR/grid; a finished one is not run again. What was tried is
-    told in OUTPUT_DIR/TASK/search-METHOD.json. Returns the results of all seeds.
+    A setting is a combination of the grid's values: a list of words --FLAG=VALUE. Each is run with
+    the first --grid_seeds of the seeds, and scores only the held-out rows; the best mean of the
+    main metric decides. One whose loss is not finite is the worst. These runs lie in
+    OUTPUT_DIR/grid; a finished one is not run again. What was tried is told in
+    OUTPUT_DIR/TASK/search-METHOD.json. Returns the results of all seeds.
 
-    main: the script's, which has called this function. It is called again for each combination, and
-    once for the best one, with flags after those given, which override them: an empty --grid, so
-    that it trains; for a combination also --choosing, so that `prepare` leaves only the held-out
-    rows to score. A method that has none of the grid's flags has one combination, the empty one,
-    and is trained at once.
+    main: the script's, which has called this function. It is called again for each setting, and
+    once for the best one, with flags after those given, which override them. With --choosing, for a
+    setting, `prepare` leaves only the held-out rows to score; --searched tells what the best one
+    was chosen of. A method that has none of the grid's flags has one setting, the empty one, and is
+    trained at once.
     """
     grid = read_grid(args.grid)
     check_grid(args, grid, methods)
@@ -2469,27 +2485,25 @@ def search(main, flags, recipe, methods, args):
     for method in args.method:
         counted = flags_that_count(args, methods[method]["flags"])
         grids[method] = {flag: values for flag, values in grid.items() if flag in counted}
-        for cell in combinations(grids[method]):       # all are checked before the first one runs
+        for setting in settings_of(grids[method]):     # all are checked before the first one runs
             try:
-                of_cell = parse(flags(), cell_flags(method, args, cell), recipe)
+                its_args = parse(flags(), flags_of_setting(method, args, setting), recipe)
             except UserError as error:
-                raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
-            folders += [run_folder(of_cell, method, seed) for seed in of_cell.seeds]
+                raise UserError(f"--grid, {' '.join(setting)}: {error}") from None
+            folders += [run_folder(its_args, method, seed) for seed in its_args.seeds]
     if args.overwrite:
         forget_results(folders)
 
     results = []
     for method, its_grid in grids.items():
-        chosen = best_cell(main, method, args, its_grid)
+        chosen = best_setting(main, method, args, its_grid)
         searched = [f"{flag}={','.join(values)}" for flag, values in its_grid.items()]
-        # Of two --grid the last holds, here the empty one: this call trains, it does not search.
-        final = ["--grid", "--method", method, "--searched", *searched, *chosen]
+        final = ["--method", method, "--searched", *searched, *chosen]
         results += main([*args.argv, *final])
-    if process_rank() == 0:
-        if len(grids) > 1:                             # for one method main has printed it
-            print_table(print, results, args)
-        else:
-            print(f"{time.monotonic() - args.started:.0f} s with the search")
+    if len(grids) > 1:                                 # for one method main has printed it
+        print_table(say_once, results, args)
+    else:
+        say_once(f"{time.monotonic() - args.started:.0f} s with the search")
     return results
 
 
@@ -2509,42 +2523,45 @@ def forget_results(folders):
             raise UserError(f"--overwrite: cannot remove {path}: {error.strerror}") from None
 
 
-def best_cell(main, method, args, grid):
-    """The combination with the best score, found by runs of each. A single one needs no run."""
-    cells = combinations(grid)
-    if len(cells) == 1:
-        return cells[0]
-    if process_rank() == 0:
-        seeds = " ".join(map(str, args.seeds[:args.grid_seeds]))
-        print(f"{args.task}, {method}: {len(cells)} settings to try, each with --seeds {seeds}")
+def best_setting(main, method, args, grid):
+    """The setting with the best score, found by runs of each. A single one needs no run."""
+    settings = settings_of(grid)
+    if len(settings) == 1:
+        return settings[0]
+    seeds = " ".join(map(str, args.seeds[:args.grid_seeds]))
+    say_once(f"{args.task}, {method}: {len(settings)} settings to try, each with --seeds {seeds}")
     scores = []
-    for cell in cells:
+    for setting in settings:
         try:
-            score = score_of_cell(main, cell_flags(method, args, cell))
+            score = score_of_setting(main, flags_of_setting(method, args, setting))
         except UserError as error:                     # one that shows only with the task's data
-            raise UserError(f"--grid, {' '.join(cell)}: {error}") from None
+            raise UserError(f"--grid, {' '.join(setting)}: {error}") from None
         scores.append(score)
-        if process_rank() == 0:
-            told = f"{100 * score:.2f} on the held-out rows"
-            if args.grid_seeds > 1:
-                told += f", the mean of {args.grid_seeds} seeds"
-            if score == -math.inf:
-                told = "no finite loss"
-            print(f"{args.task}, {method}: {name_of(cell)} has {told}")
+        told = f"{100 * score:.2f} on the held-out rows"
+        if args.grid_seeds > 1:
+            told += f", the mean of {args.grid_seeds} seeds"
+        if score == -math.inf:
+            told = "no finite loss"
+        say_once(f"{args.task}, {method}: {name_of_setting(setting)} has {told}")
     if max(scores) == -math.inf:
         raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
-    chosen = cells[int(np.argmax(scores))]
+    chosen = settings[int(np.argmax(scores))]
     write_search(args, method, grid, scores, chosen)
     return chosen
 
 
-def score_of_cell(main, argv):
-    """The mean main metric of a combination's runs; -inf if a loss is not finite."""
+def say_once(line):
+    """Prints a line on rank 0. (A search has no World to say it.)"""
+    if process_rank() == 0:
+        print(line)
+
+
+def score_of_setting(main, argv):
+    """The mean main metric of a setting's runs; -inf if a loss is not finite."""
     try:
         results = main(argv)
     except NotFinite as error:
-        if process_rank() == 0:
-            print(error)
+        say_once(error)
         return -math.inf
     scores = []
     for result in results:
@@ -2603,27 +2620,24 @@ def check_grid(args, grid, methods):
                                 f"{words}; use --overwrite, or another folder")
 
 
-def combinations(grid):
-    """All combinations of a grid's values, called cells: each a list of words --FLAG=VALUE."""
-    cells = []
+def settings_of(grid):
+    """All combinations of a grid's values: each a list of words --FLAG=VALUE."""
+    settings = []
     for values in itertools.product(*grid.values()):
-        cells.append([f"--{flag}={value}" for flag, value in zip(grid, values)])
-    return cells
+        settings.append([f"--{flag}={value}" for flag, value in zip(grid, values)])
+    return settings
 
 
-def name_of(cell):
-    return ",".join(flag.removeprefix("--") for flag in cell)
+def name_of_setting(setting):
+    return ",".join(word.removeprefix("--") for word in setting)
 
 
-def cell_flags(method, args, cell):
-    """The command line of a combination's runs: the words given, then those that override them.
-
-    An empty --grid is among these, so that the runs train and do not search.
-    """
-    folder = os.path.join(args.output_dir, "grid", quote(name_of(cell), safe="=,+"))
+def flags_of_setting(method, args, setting):
+    """The command line of a setting's runs: the words given, then those that override them."""
+    folder = os.path.join(args.output_dir, "grid", quote(name_of_setting(setting), safe="=,+"))
     seeds = map(str, args.seeds[:args.grid_seeds])
-    return [*args.argv, "--grid", "--method", method, "--seeds", *seeds, "--choosing",
-            "--output_dir", folder, *cell]
+    return [*args.argv, "--method", method, "--seeds", *seeds, "--choosing", "--output_dir", folder,
+            *setting]
 
 
 def write_search(args, method, grid, scores, chosen):
@@ -2632,8 +2646,8 @@ def write_search(args, method, grid, scores, chosen):
     folder = os.path.join(args.output_dir, args.task)
     os.makedirs(folder, exist_ok=True)
     tried = []
-    for cell, score in zip(combinations(grid), scores):
-        tried.append({"flags": cell, "score": score if score > -math.inf else "not finite"})
+    for setting, score in zip(settings_of(grid), scores):
+        tried.append({"flags": setting, "score": score if score > -math.inf else "not finite"})
     search = {"method": method, "held_out_rows": args.dev_samples,
               "seeds": args.seeds[:args.grid_seeds], "tried": tried, "chosen": chosen}
     run = os.path.basename(run_folder(args, method, args.seeds[0]))
@@ -2641,11 +2655,12 @@ def write_search(args, method, grid, scores, chosen):
     save_file(os.path.join(folder, f"search-{name}.json"), json.dumps(search, indent=1))
     equal = ", the first of equals" if scores.count(max(scores)) > 1 else ""
     words = "".join(f"; {words}" for words in edges_of(grid, chosen))
-    print(f"{args.task}, {method}: chosen of {len(scores)}: {name_of(chosen)}{equal}{words}")
+    name = name_of_setting(chosen)
+    print(f"{args.task}, {method}: chosen of {len(scores)}: {name}{equal}{words}")
 
 
 def edges_of(grid, chosen):
-    """Says which numbers of the chosen combination are the least or the greatest tried: [words]."""
+    """Says which numbers of the chosen setting are the least or the greatest tried: [words]."""
     found = []
     for (flag, values), word in zip(grid.items(), chosen):
         if len(values) == 1 or not all(map(data.is_float, values)):
@@ -2696,10 +2711,9 @@ class CachedSplit(data.Split):
         starts = np.zeros(len(order), np.int64)
         starts[order] = np.cumsum(sizes[order]) - sizes[order]
 
-        dtype = torch.bfloat16 if world.bf16 else torch.float32
-        path = os.path.join(folder, states_key(sentences, f"{model_digest} {world.precision}"))
+        dtype = states_type(world)
+        path, bytes_needed = states_file(sentences, width, folder, model_digest, world)
         total = int(sizes.sum())
-        bytes_needed = total * width * dtype.itemsize
         try:
             with world.in_turns():
                 reserve_states(path, bytes_needed, len(parts), len(order), total, world)
@@ -2710,9 +2724,9 @@ class CachedSplit(data.Split):
             raise UserError(
                 f"--cache_dir {folder}: the feature cache ({bytes_needed / 1e6:.1f} MB) cannot be "
                 f"written: {why}; use another folder, or --no_cache") from error
-        self = cls(split, sentences, starts, states.view(total, width))
-        self.fill(path, parts, marks, encode, world)
-        return self
+        cached = cls(split, sentences, starts, states.view(total, width))
+        cached.fill(path, parts, marks, encode, world)
+        return cached
 
     def fill(self, path, parts, marks, encode, world):
         """Encodes the parts that are not marked, on each machine by all its processes."""
@@ -2777,6 +2791,41 @@ def states_key(sentences, model):
     return key.hexdigest()
 
 
+def states_type(world):
+    return torch.bfloat16 if world.bf16 else torch.float32
+
+
+def states_file(sentences, width, folder, model_digest, world):
+    """(path, bytes) of the file with the states of these sentences."""
+    path = os.path.join(folder, states_key(sentences, f"{model_digest} {world.precision}"))
+    return path, int(sentences.lengths.sum()) * width * states_type(world).itemsize
+
+
+def is_reserved(path, size):
+    return os.path.exists(f"{path}.done") and os.path.getsize(path) == size
+
+
+def check_room(splits, width, folder, model_digest, world):
+    """Says how much disk the states of all these Splits will take, but for those that are there.
+
+    UserError if there is not as much. Other arguments: as of `CachedSplit.build`.
+    """
+    with world.in_turns():                             # before another process takes its part
+        sizes = {}                                     # {path: bytes}
+        for split in splits:
+            path, size = states_file(split.sentences(), width, folder, model_digest, world)
+            if not is_reserved(path, size):
+                sizes[path] = size
+        needed_bytes = sum(sizes.values())
+        if len(sizes) > 1:
+            world.say(f"feature cache: {len(sizes)} files, {needed_bytes / 1e6:.1f} MB in all")
+        free = shutil.disk_usage(folder).free
+        if needed_bytes > 0.98 * free:
+            raise UserError(f"--cache_dir {folder}: {free / 1e6:.1f} MB are free, the feature "
+                            f"cache needs {needed_bytes / 1e6:.1f}; use another folder, or "
+                            "--no_cache")
+
+
 def reserve_states(path, size, parts, sentences, tokens, world):
     """Makes the file of the states, of `size` bytes, and that of the marks, unless they are there.
 
@@ -2784,19 +2833,14 @@ def reserve_states(path, size, parts, sentences, tokens, world):
     """
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    done = f"{path}.done"
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        if os.path.exists(done) and os.path.getsize(path) == size:
+        if is_reserved(path, size):
             return
-        free = shutil.disk_usage(folder).free
         world.say(f"feature cache: {sentences} sentences, {tokens} tokens, {size / 1e6:.1f} MB in "
                   f"{path}")
-        if size > 0.98 * free:
-            raise UserError(f"--cache_dir {folder}: {free / 1e6:.1f} MB are free, the feature "
-                            f"cache needs {size / 1e6:.1f}; use another folder, or --no_cache")
         os.posix_fallocate(file.fileno(), 0, size)
-        replace_file(done, lambda file: file.write(bytes(parts)))
+        replace_file(f"{path}.done", lambda file: file.write(bytes(parts)))
 
 
 def digest_weights(module):
@@ -2933,16 +2977,18 @@ def profile_methods(args, world, setup, build):
     def make(method, order):
         module = build(method, args.seeds[0])
         batches = build_batches(setup, args, args.seeds[0], world, order)
-        optimizer, schedule = build_optimizer(module, args, 10**6)
+        optimizer, schedule = build_optimizer(module, args, 10**6)       # more than are timed
         ddp = world.ddp(module)
 
         def step(batch):
             backward(ddp, batch, world)
+            # same: update
             if args.grad_clip:
                 torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            # end same
 
         return batches, step
 
@@ -3444,7 +3490,7 @@ def summarise_differences(differences):
 MAY_DIFFER_BETWEEN_METHODS = {"micro_batch_size"}
 
 # Common flags that change the method itself: a run with one is a method of its own in the report.
-METHOD_FLAGS = ["weight_noise", "post_train"]
+PART_OF_METHOD = ["weight_noise", "post_train"]
 
 
 def result_line(results):
@@ -3512,7 +3558,7 @@ class Finished:
     where: str                     # its folder, or FILE:LINE of a kept line
     line: dict                     # see result_line
     flags: dict                    # all flags, defaults too
-    method: str                    # with flags of METHOD_FLAGS and --by that are not a default
+    method: str                    # with flags of PART_OF_METHOD and --by that are not a default
     curves: dict                   # {(set, metric): {step: value}} of its log; {} for a kept line
 
     @property
@@ -3545,7 +3591,7 @@ def finished_run(where, line, by, curves):
     defaults = default_flags()
     flags = {**defaults, **line["flags"]}
     words = [line["method"]]
-    for name in dict.fromkeys([*METHOD_FLAGS, *by, *line.get("by", [])]):
+    for name in dict.fromkeys([*PART_OF_METHOD, *by, *line.get("by", [])]):
         if flags.get(name) != defaults.get(name):
             words.append(f"{name}={flags[name]}")
     return Finished(where, line, flags, " ".join(words), curves)
@@ -3786,11 +3832,11 @@ def refuse_incomparable(runs, by, differ):
 
     The runs of a method must agree in all flags. The methods must agree in the flags that all
     scripts have, except those that were searched over the same values. Free to differ are
-    NOT_THE_RUN, eval_tasks, METHOD_FLAGS, those in `by` and `differ`, and those that kept lines
+    NOT_THE_RUN, eval_tasks, PART_OF_METHOD, those in `by` and `differ`, and those that kept lines
     were kept with (see `keep_lines`). A flag that only one of two runs has is not compared: the
     other run is older than the flag.
     """
-    free = NOT_THE_RUN.union(["eval_tasks"], METHOD_FLAGS, by, differ)
+    free = NOT_THE_RUN.union(["eval_tasks"], PART_OF_METHOD, by, differ)
     for run in runs:
         free.update(run.line.get("by", []), run.line.get("differ", []))
     first = {}                                         # {method: a run}
@@ -3890,7 +3936,7 @@ def build_table(title, runs, baseline, draws):
         again = seen.setdefault((run.task, run.method, run.seed), run)
         if again.line != run.line:
             raise UserError(f"{run.task} {run.method}, seed {run.seed}: is in {again.where} and, "
-                            f"otherwise, in {run.where}; report them apart")
+                            f"with other contents, in {run.where}; report them apart")
         for name, metrics in run.line["metrics"].items():
             for metric, value in metrics.items():
                 by_method = scores.setdefault((run.task, name, metric), {})
@@ -4052,8 +4098,9 @@ def remark_on_intervals(table):
                 for difference in by_method.values())
     caution = ""
     if seeds < 5:
-        caution = f" With no more than {plural(seeds, 'seed')} those hardly vary in these."
-    return f"{over_seeds}, but in those over seeds and rows.{caution}"
+        caution = (f" A bootstrap over only {plural(seeds, 'seed')} hardly shows how much seeds "
+                   "differ.")
+    return f"{over_seeds}; it is in those over seeds and rows.{caution}"
 
 
 def remarks_on_few_seeds(table):
@@ -4079,8 +4126,8 @@ def remarks_on_many_tests(table):
     tests = sum(difference.n >= needed() for difference in all_differences)
     if tests <= 1:
         return []
-    return [f"Each p over seeds stands for itself: of {tests} comparisons up to {tests / 20:.1f} "
-            "would be below .05 on average if no method made any difference."]
+    return ["No p over seeds allows for the number of tests: if no method made any difference, up "
+            f"to {tests / 20:.1f} of these {tests} would be below .05 on average."]
 
 
 def remarks_on_unlike_seeds(table):
@@ -4757,7 +4804,7 @@ def report_flags():
                         "draws (10000)")
     p.add_argument("--by", nargs="+", default=[], metavar="FLAG",
                    help="flags that count as part of the method: each value has a column, as have "
-                        f"those of {' and '.join(METHOD_FLAGS)}")
+                        f"those of {' and '.join(PART_OF_METHOD)}")
     p.add_argument("--differ", nargs="+", default=[], metavar="FLAG",
                    help="flags that may differ between runs although they are no part of the "
                         "method")
@@ -4777,9 +4824,7 @@ def usual_baseline(runs):
 def main_report(argv=None):
     """Prints the report and writes it. Returns the tables."""
     args = report_flags().parse_args(argv)
-    for flag in ("baseline", "keep", "out"):           # such as a shell's variable that is not set
-        if getattr(args, flag) == "":
-            raise UserError(f"--{flag}: must not be empty")
+    refuse_empty(args, ["baseline", "keep", "out"])
     left_out = []
     places = [find_files(place) for place in args.places]
     found = read_places(places, args.by, left_out)
@@ -5035,7 +5080,7 @@ def post_trained(start, args, setup, seed, world):
 
     chosen = training_rows(setup, args, seed)
     rows = chosen.rows
-    if "note_row" in chosen.fields:                    # split rows: `rows` still holds all of them
+    if "note_row" in chosen.fields:                    # texts in parts keep all rows in `rows`
         rows = rows.select(chosen.whole_rows)
     split = data.encode(rows, setup.task, tokenizer, args.max_length)
     split.fields.pop("labels", None)

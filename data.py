@@ -51,6 +51,12 @@ def refuse(message):
     raise UserError(message.removeprefix("argument "))
 
 
+def silence_output():
+    """Discards what is still to be written to stdout: else Python reports an error as it exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+
+
 # ------------------------------------------------------------------------------- 1  kinds and tasks
 
 def nothing(*arguments):
@@ -645,6 +651,9 @@ def check_comparable(task, trained, name):
     if task.kind != trained.kind:
         raise UserError(f"--eval_tasks {name}: is of the kind {task.kind}, "
                         f"the trained task {trained.kind}")
+    if len(task.columns) != len(trained.columns):
+        raise UserError(f"--eval_tasks {name}: its rows have {len(task.columns)} texts, those of "
+                        f"the trained task {len(trained.columns)}")
     try:
         KINDS[task.kind].comparable(task, trained)
     except UserError as error:
@@ -777,8 +786,8 @@ def check_column(name, flag, table, path):
     if name not in table:
         raise UserError(f"{flag} {name}: no such column in {path}, which has {[*table]}")
     if name == "label" and flag == "--text_columns":
-        raise UserError("--text_columns label: must have another name; label is what the answers "
-                        "are called from here on")
+        raise UserError("--text_columns label: must have another name; a column of that name is "
+                        "read as the labels")
 
 
 def own_task(args, columns, classes):
@@ -873,9 +882,9 @@ def read_file(path, flag):
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             if kind in ("json", "jsonl"):
-                table = parse_json(file.read())
+                table = columns_of_json(file.read())
             else:
-                table = parse_csv(file, "," if kind == "csv" else "\t")
+                table = columns_of_csv(file, "," if kind == "csv" else "\t")
     except UserError as error:
         raise UserError(f"{flag} {path}: {error}") from None
     except UnicodeDecodeError as error:
@@ -887,7 +896,7 @@ def read_file(path, flag):
     return table
 
 
-def parse_csv(file, delimiter):
+def columns_of_csv(file, delimiter):
     """{column: cells} of a csv or tsv with a header. Blank lines are skipped.
 
     A column without a name, as pandas writes its row numbers, is named by its place.
@@ -922,7 +931,7 @@ def parse_csv(file, delimiter):
     return table
 
 
-def parse_json(text):
+def columns_of_json(text):
     """{column: cells} of a list of objects, or of an object a line, whatever the file's ending.
 
     A cell that is not there is None.
@@ -1535,7 +1544,10 @@ class Split:
 
 
 def padded_size(batches, lengths):
-    """Tokens in batches, padding included: rows times the longest of each side."""
+    """The size of batches with their padding: rows times the longest of each side.
+
+    batches: lists of rows. lengths: [of one side, of the other], in any unit.
+    """
     total = 0
     for rows in batches:
         longest = sum(length[rows].max() for length in lengths)
@@ -1654,7 +1666,7 @@ class Batches:
             return [rows]
         short_count = count // 2                       # batches that the short half becomes
         long_count = count - short_count
-        orders = [rows]                                # too many batches to sort together
+        orders = [rows]                                # as they are, also if there are too many
         if lengths and count <= self.CHUNK_OF_TWO:
             orders = [rows[np.argsort(length[rows], kind="stable")] for length in lengths]
 
@@ -1668,7 +1680,7 @@ class Batches:
             end = max(end, short_count * least)
             end = min(end, len(rows) - long_count * least)
             halves.append((order[:end], order[end:]))
-        short, long = min(halves, key=functools.partial(padded_size, lengths=lengths))
+        short, long = min(halves, key=lambda pair: padded_size(pair, lengths))
         return [*self.halve(short, short_count, lengths, sizes, least),
                 *self.halve(long, long_count, lengths, sizes, least)]
 
@@ -2730,7 +2742,7 @@ if __name__ == "__main__":
     try:
         main()
     except BrokenPipeError:                            # the reader of our output has gone: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_output()
         sys.exit(1)
     except (UserError, OSError, ValueError) as error:
         # OSError and ValueError: there is no such --model.

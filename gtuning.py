@@ -28,13 +28,9 @@ Choices, where the paper is silent (its authors released no code):
     Appendix A. h is 3 pre-norm transformer layers over g's token states. Its first weights are
     small, so that h begins near the identity.
  2. f(x) is the first token's vector, or the mean over the real tokens (--pooling mean). It passes a
-    LayerNorm, so that it grows little to please D, and is scaled to length 4 whatever the width
-    H. (4 is the start: the LayerNorm has weights that learn, and on a toy f the length was 6 after
-    400 rounds.) The length matters because D has slope 1: the longer the vectors, the larger D's
-    scores, in L_G and in L_D, where the penalty then weighs less beside them. At a LayerNorm's own
-    length sqrt(H), 20 for H = 384, L_G overruled L_T: with MiniLM on 2,000 rows of SST-2 (one seed)
-    phase 3 took the accuracy from 76.7 to between 51 and 60 at length 20, and to 78.9 at length 4.
-    The output layer reads the vectors at length sqrt(H).
+    LayerNorm, so that it grows little to please D, and is scaled to length 4 whatever the width H
+    (why: choice 11). 4 is the start: the LayerNorm has weights that learn, and on a toy f the
+    length was 6 after 400 rounds. The output layer reads the vectors at length sqrt(H).
  3. D is 3 pre-norm transformer layers over f(x) as a sequence of one token, then a linear layer.
     One token attends only to itself, which needs no query and no key: their weights never learn. D
     has no dropout, and no BatchNorm, with which one example's penalty would depend on the others.
@@ -48,8 +44,9 @@ Choices, where the paper is silent (its authors released no code):
  7. M is as many single sentences as B has, drawn once from Wikitext-103 (the paper's sentence on
     this breaks off). If there are fewer, they are used again.
  8. The state that counts is the one with the best main metric on the validation set, of all phases,
-    evaluated once an epoch; for the plain adapter too. N, given by --epochs or --max_steps, is the
-    number of steps on f, so both methods take equally many; gtuning's steps on D come on top.
+    evaluated once an epoch, and at the end of phase 1 too; for the plain adapter likewise once an
+    epoch. N, given by --epochs or --max_steps, is the number of steps on f, so both methods take
+    equally many; gtuning's steps on D come on top.
  9. If the numbers of x_t and x_u differ, each mean in Eq. 3 is over its own samples. z needs pairs:
     it takes the first of both, as many as the smaller number.
 10. Tags: the output layer reads each token's state, at length sqrt(H) as it reads f(x). D reads the
@@ -59,10 +56,11 @@ Choices, where the paper is silent (its authors released no code):
     whatever --pair_mode. A sample of M is then several sentences in a row, about as long as such a
     text, or D would learn lengths.
 11. The length of f(x) sets the scale of beta, because L_G grows in proportion to it (D has slope
-    1). --feature_length 0 leaves the LayerNorm's own length sqrt(H), which may be the scale of the
-    paper's beta (the paper names no LayerNorm there). A --beta of 0.5 at the default length 4 is
-    what 0.10 would be at sqrt(H) for H = 384, and 0.0625 for H = 1024. --pooling mean takes the
-    mean before the LayerNorm, so the length is the same.
+    1). So does L_D, in which the penalty then weighs less. At a LayerNorm's own length sqrt(H), 20
+    for H = 384, L_G overruled L_T (README, G-Tuning). --feature_length 0 leaves that length, which
+    may be the scale of the paper's beta (the paper names no LayerNorm there). A --beta of 0.5 at
+    the default length 4 is what 0.10 would be at sqrt(H) for H = 384, and 0.0625 for H = 1024.
+    --pooling mean takes the mean before the LayerNorm, so the length is the same.
 12. For f the paper names Adam and a list of rates, 5e-6 to 5e-4, and no schedule. Here the rate is
     1e-4, or with --tune all 1e-5, at which RoBERTa's own recipes tune it. --schedule decay has one
     warm-up and one linear decay to 0 over the N steps on f, so that phase 3 begins at about half
@@ -81,9 +79,6 @@ Choices, where the paper is silent (its authors released no code):
     over the tokens, whatever --pooling; --retrieve_layer N takes the mean of g's block N instead.
 16. Figure 2 (--embed) is t-SNE as in the paper. t-SNE keeps no distances, so beside the maps stands
     a table of numbers that are computed on the vectors themselves, also for f before training.
-17. What the cache of g's states can save: a round with T = 5 on SST-2 (MiniLM, 32 rows) takes 397
-    GFLOP without it, and 139 with it, those of h and D; so at most 2.85 times less (2.5 in measured
-    time). g has 6 layers there; with 24 of the same width it would be 8 times.
 
 The third loop of Algorithm 1 in a project of your own, to follow N/2 steps on f alone and N/2 on D.
 batches yields tokenized x_t, labels y_t and tokenized general text x_u; d_batches, an iterator,
@@ -174,12 +169,13 @@ class Layer(torch.nn.Module):
             x = x[rows, token][:, None]                                  # (B, 1, H)
             asking = normed[rows, token][:, None]                        # (B, 1, H)
         if normed.shape[1] > 1:                        # a single token attends to itself alone
-            q = self.split_heads(self.query(asking))                     # m = n, or 1 with `token`
-            k = self.split_heads(self.key(normed))
-            v = self.split_heads(attended)
+            # m: n, or 1 with `token`
+            q = self.split_heads(self.query(asking))                     # (B, heads, m, H / heads)
+            k = self.split_heads(self.key(normed))                       # (B, heads, n, H / heads)
+            v = self.split_heads(attended)                               # (B, heads, n, H / heads)
             attended = F.scaled_dot_product_attention(q, k, v, mask)     # (B, heads, m, H / heads)
             attended = attended.transpose(1, 2).flatten(2)               # (B, m, H)
-        x = x + self.dropout(self.out(attended))
+        x = x + self.dropout(self.out(attended))                         # (B, m, H)
         return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)))))
 
     def split_heads(self, x):
@@ -213,7 +209,8 @@ class GTuning(torch.nn.Module):
     g learns too; else its weights are frozen in place. by_token: "" is one label a row, "tag" one a
     token, "span" a first and a last token (choice 10). length: of f(x) before training; 0: sqrt(H)
     (choice 11). Inputs are those of the plm; the `states` (B, n, H) that it made of input_ids
-    (B, n) can take their place. Source: sections 2.2 and 3.1.
+    (B, n) can take their place. With tune_plm, DistributedDataParallel around f wants
+    find_unused_parameters=True, as g's pooler is not used. Source: sections 2.2 and 3.1.
     """
 
     def __init__(self, plm, num_labels, layers=3, pooling="cls", pair=False, tune_plm=False,
@@ -237,6 +234,7 @@ class GTuning(torch.nn.Module):
         self.pooling = "mean" if by_token else pooling                   # choice 10
         self.pair = pair
         self.tune_plm = tune_plm
+        self.saves_plm = tune_plm
         self.by_token = by_token
         self.length = length
 
@@ -294,7 +292,7 @@ class GTuning(torch.nn.Module):
             hidden = self.adapter[-1](hidden, mask)                      # (B, n, H)
         if pooling == "mean":
             hidden = masked_mean(hidden, attention_mask)                 # (B, H)
-        return self.norm(hidden) / self.scale                            # f(x)          (B, H)
+        return self.norm(hidden) / self.scale          # f(x): (B, H), "tokens": (B, n, H)
 
     def logits(self, **inputs):
         """The logits (B, C), or by token (B, n, C); for spans, padding has -inf."""
@@ -354,12 +352,11 @@ class GTuning(torch.nn.Module):
         return torch.nn.ModuleList([self.adapter, self.norm, self.output])
 
     def save_pretrained(self, folder):
-        """Saves what learned, and a frozen plm's name or a tuned plm's weights.
+        """Saves what learned, and the plm: its weights if `saves_plm`, else its name.
 
-        If a frozen plm has other weights than those under its name, the caller must save it, and
-        hand it to from_pretrained.
+        A frozen plm whose name stands for other weights than its own wants saves_plm = True.
         """
-        if self.tune_plm:
+        if self.saves_plm:
             self.plm.save_pretrained(folder)
         os.makedirs(folder, exist_ok=True)
         names = ["num_labels", "layers", "pooling", "pair", "tune_plm", "by_token",
@@ -375,12 +372,13 @@ class GTuning(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, plm=None):
-        """A saved GTuning, in eval mode. plm: the encoder, if it should not be loaded by the saved
-        name (or path)."""
+        """A saved GTuning, in eval mode. plm: the encoder, if it should not be loaded from the
+        folder or, if it was not saved there, by its name (or path)."""
         saved = read_saved(folder)
         if plm is None:
             from transformers import AutoModel
-            name = folder if saved["settings"]["tune_plm"] else saved["plm"]
+            has_plm = os.path.exists(os.path.join(folder, "config.json"))
+            name = folder if has_plm else saved["plm"]
             if not name:
                 raise ValueError(f"{folder}: its plm had no name to be loaded by: pass it as plm")
             plm = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
@@ -427,14 +425,14 @@ def gradient_norm(D, f_t, f_u, epsilon=None):
     f_t = at_least_fp32(f_t[:pairs].detach())                            # (pairs, H)
     f_u = at_least_fp32(f_u[:pairs].detach())                            # (pairs, H)
     e = torch.randn_like(f_t[:, :1]) if epsilon is None else epsilon.to(f_t.dtype)
-    z = e * f_u + (1 - e) * f_t                                          # Eq. 4
+    z = e * f_u + (1 - e) * f_t                                          # Eq. 4     (pairs, H)
     z.requires_grad_()
 
     # D may have attention, whose fast kernels lack the second derivative that is needed here. The
     # root has no derivative at 0, hence the 1e-12.
     math_kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.autocast(z.device.type, enabled=False), math_kernel:
-        gradient, = torch.autograd.grad(D(z).sum(), z, create_graph=True)
+        gradient, = torch.autograd.grad(D(z).sum(), z, create_graph=True)     # (pairs, H)
     return (gradient.square().sum(1) + 1e-12).sqrt()                     # (pairs,)
 
 
@@ -454,8 +452,8 @@ def discriminator_loss(D, f_t, f_u, gp_weight=10.0, epsilon=None):
     """
     with torch.autocast(f_t.device.type, enabled=False):
         scores = D(at_least_fp32(torch.cat([f_t, f_u]).detach()))        # (n_t + n_u,)
-    real, general = scores.split([len(f_t), len(f_u)])                   # (n_t,), (n_u,)
-    wasserstein = real.mean() - general.mean()
+    D_t, D_u = scores.split([len(f_t), len(f_u)])                        # (n_t,), (n_u,)
+    wasserstein = D_t.mean() - D_u.mean()                                # E[D(f(x_t)) - D(f(x_u))]
     norm = gradient_norm(D, f_t, f_u, epsilon)                           # (pairs,)
     penalty = norm.sub(1).square().mean()                                # E(||grad D(z)||_2 - 1)^2
     loss = -wasserstein + gp_weight * penalty                            # Eq. 3
@@ -522,6 +520,7 @@ class Texts:
         import common
         import data
         self.world = world
+        self.retrieve_layer = args.retrieve_layer
         self.folder = args.cache_dir
         if args.no_cache or args.tune == "all":
             self.folder = None
@@ -531,10 +530,15 @@ class Texts:
         rows = len(common.training_rows(setup, args, args.seeds[0]))
         columns = len(setup.task.columns)
         self.M = None
-        if "gtuning" in args.method and is_pair(setup):
-            self.M = draw_general(args, setup, 2 * rows, 1, world)
-        elif "gtuning" in args.method:                 # question and context are one passage
-            self.M = draw_general(args, setup, rows, 1 if setup.kind.by_token else columns, world)
+        if "gtuning" in args.method:
+            wanted = rows
+            together = columns
+            if setup.kind.by_token:                    # question and context are one passage
+                together = 1
+            if is_pair(setup):                         # each sentence is a row of M
+                wanted = 2 * rows
+                together = 1
+            self.M = draw_general(args, setup, wanted, together, world)
         self.taught = None
         self.teacher_logits = None
         if "self-teach" in args.method:
@@ -543,6 +547,22 @@ class Texts:
         # Of the last g alone: with --post_train each seed has its own.
         self.digest_of = functools.lru_cache(maxsize=1)(common.digest_weights)
         self.cached = {}
+
+    def check_room(self, f, rows, setup):
+        """Says how much disk a run's states will take; UserError if there is not as much.
+
+        rows: the Split to train on.
+        """
+        import common
+        if self.folder is None:
+            return
+        splits = [rows, self.M, self.taught]
+        for task, split in [*setup.choose_by.values(), *setup.scored.values()]:
+            if task.kind == setup.task.kind or self.retrieve_layer is None:
+                splits.append(split)
+        splits = [split for split in splits if split is not None]
+        common.check_room(splits, f.config.hidden_size, self.folder, self.digest_of(f.plm),
+                          self.world)
 
     def with_states(self, f, split):
         """The split with g's states, which are made or found only once; if there is no folder, the
@@ -596,7 +616,10 @@ def draw_general(args, setup, wanted, columns, world):
 
 
 def long_texts(args, setup, sentences, wanted):
-    """General text in pieces about as long as the rows of B, as are these of its sentences."""
+    """General text, joined into pieces about as long as the rows of B.
+
+    sentences: some of it, which tell its mean length.
+    """
     import data
     ids = setup.tokenizer(sentences[:1000])["input_ids"]
     length = sum(map(len, ids)) / len(ids)
@@ -640,7 +663,6 @@ def load_teacher(args, setup):
     It must have the same task, model and labels, and if it is a GTuning, the same --pair_mode.
     """
     import common
-    import data
     import transformers
     path = os.path.join(args.teacher, "results.json")
     folder = os.path.join(args.teacher, "model")
@@ -661,7 +683,7 @@ def load_teacher(args, setup):
                 folder, dtype=torch.float32, trust_remote_code=False).eval()
     except Exception as error:
         raise common.UserError(f"--teacher {args.teacher}: cannot be loaded: "
-                               f"{data.first_line(error)}") from error
+                               f"{common.first_line(error)}") from error
     if isinstance(teacher, GTuning) and teacher.pair != is_pair(setup):
         raise common.UserError(f"--teacher {args.teacher}: was trained with another --pair_mode")
     labels = [*teacher.config.id2label.values()]
@@ -705,9 +727,10 @@ class DiscriminatorLoss(torch.nn.Module):
 class Algorithm1:
     """f, D and all else that a run changes, with a method for each kind of step of Algorithm 1.
 
-    N: the number of steps on f. x_t, x_u: batches of B and of M, for the steps on f. d_x_t, d_x_u:
-    batches of their single sentences (a pair has two), for the steps on D. gtuning has all of
-    these, self-teach x_t and x_u, adapter x_t alone. parts: what a checkpoint holds.
+    N: the number of steps on f. batches_t, batches_u: those of B and of M for the steps on f.
+    d_batches_t, d_batches_u: of their single sentences (a pair has two), for the steps on D.
+    gtuning has all four, self-teach the first two, adapter batches_t alone. parts: what a
+    checkpoint holds.
     """
 
     def __init__(self, args, method, seed, N, setup, texts, world):
@@ -716,21 +739,23 @@ class Algorithm1:
         self.seed = seed
         self.world = world
         self.f = build_f(args, setup, seed, world)                       # lines 1 and 2
-        rows = texts.with_states(self.f, common.training_rows(setup, args, seed))
-        self.x_t = self.batches(0, rows, args.batch_size, args.batching[0])
+        rows = common.training_rows(setup, args, seed)
+        texts.check_room(self.f, rows, setup)
+        rows = texts.with_states(self.f, rows)
+        self.batches_t = self.make_batches(0, rows, args.batch_size, args.batching[0])
         schedule = "constant_with_warmup" if args.schedule == "constant" else "linear"
         self.optimizer, self.schedule = common.build_optimizer(self.f, args, N, schedule=schedule)
         loss = SelfTeach(self.f, args.teach_weight) if method == "self-teach" else self.f
         self.ddp = world.ddp(loss, unused=args.tune == "all")
         self.teacher_logits = None
         self.parts = {"f": self.f.trained, "optimizer": self.optimizer,
-                      "schedule": self.schedule, "x_t": self.x_t}
+                      "schedule": self.schedule, "x_t": self.batches_t}
         if method == "gtuning":
             general = texts.with_states(self.f, texts.M)
             sentences = args.batch_size * (2 if is_pair(setup) else 1)
-            self.d_x_u = self.batches(1, general, sentences, "random")
-            self.d_x_t = self.batches(2, rows.sentences(), sentences, "random")
-            self.x_u = self.batches(3, general, args.batch_size, args.batching[0])
+            self.d_batches_u = self.make_batches(1, general, sentences, "random")
+            self.d_batches_t = self.make_batches(2, rows.sentences(), sentences, "random")
+            self.batches_u = self.make_batches(3, general, args.batch_size, args.batching[0])
             self.D = Discriminator(self.f.config.hidden_size, args.layers).to(world.device)
             self.d_loss = world.ddp(DiscriminatorLoss(self.D, args.gp_weight))
             self.d_optimizer = torch.optim.Adam(
@@ -739,9 +764,9 @@ class Algorithm1:
         if method == "self-teach":
             self.teacher_logits = texts.teacher_logits
             taught = texts.with_states(self.f, texts.taught)
-            self.x_u = self.batches(3, taught, args.batch_size, args.batching[0])
+            self.batches_u = self.make_batches(3, taught, args.batch_size, args.batching[0])
 
-    def batches(self, stream, split, size, order):
+    def make_batches(self, stream, split, size, order):
         """A data.Batches of this process. stream: each use has its own stream of random numbers."""
         import data
         return data.Batches(split, size, self.seed + (stream << 32), self.world.rank,
@@ -754,7 +779,7 @@ class Algorithm1:
         x_t: the micro-batches of this step. Returns (loss, stats).
         """
         if self.teacher_logits is not None:
-            x_t = self.with_teacher(x_t, self.x_u[step])
+            x_t = self.with_teacher(x_t, self.batches_u[step])
         return self.update_f(x_t)
 
     def with_teacher(self, x_t, x_u):
@@ -768,7 +793,7 @@ class Algorithm1:
     def update_f(self, batch, **joint):
         """A step on f: by Eq. 2, or with D, alpha and beta by Eq. 6. Returns (loss, stats)."""
         import common
-        module = self.f                                # the block below has these four names
+        module = self.f                                # these names the block below has in all
         optimizer = self.optimizer
         schedule = self.schedule
         args = self.args
@@ -783,14 +808,8 @@ class Algorithm1:
         # end same
         return loss, stats
 
-    def vectors_of_both(self):
-        """f(x) of all sentences of B, and of M, while f stands still: (sentences, H) each."""
-        f_B = self.all_vectors(self.d_x_t, "f(x) of B")
-        f_M = self.all_vectors(self.d_x_u, "f(x) of M")
-        return f_B, f_M
-
     def all_vectors(self, batches, name):
-        """f(x) of all sentences of B or of M: (sentences, H).
+        """f(x) of all sentences of B or of M, while f stands still: (sentences, H).
 
         Each process computes its share of them.
         """
@@ -800,9 +819,9 @@ class Algorithm1:
         rows = np.arange(len(batches.split))[world.rank::world.size]
         with common.Progress(world, name, len(rows)) as progress:
             found = vectors(self.f, batches.split, rows, world, progress)
-        of_all = torch.zeros(len(batches.split), found.shape[1], device=world.device)
-        of_all[rows] = found
-        return world.add_up(of_all)
+        whole = torch.zeros(len(batches.split), found.shape[1], device=world.device)
+        whole[rows] = found
+        return world.add_up(whole)
 
     def rows_of_step(self, batches, k):
         """Lines 8 and 15: the rows of step k on D that this process takes, of B or of M."""
@@ -823,7 +842,7 @@ class Algorithm1:
         """
         source = torch.Generator().manual_seed((self.seed << 32) + k)
         draw = torch.randn if self.args.epsilon == "normal" else torch.rand
-        e = draw(self.d_x_u.batch_size, 1, generator=source)
+        e = draw(self.d_batches_u.batch_size, 1, generator=source)
         return e[self.world.rank::self.world.size].to(self.world.device)
 
     def joint_round(self, r, k, x_t):
@@ -831,7 +850,7 @@ class Algorithm1:
 
         Returns (the loss of f, the stats of f and the means of D's).
         """
-        both = self.with_general(x_t, self.x_u[r])                       # line 12
+        both = self.with_general(x_t, self.batches_u[r])                       # line 12
         self.D.requires_grad_(False)                   # choice 5
         loss, stats = self.update_f(
             both, D=self.D, alpha=self.args.alpha, beta=self.args.beta)  # line 13
@@ -839,8 +858,8 @@ class Algorithm1:
 
         # f stands still during the T steps on D, so f(x) is computed for all T at once.
         steps = range(k, k + self.args.T)
-        f_t = self.vectors_of_steps(self.d_x_t, steps)                       # line 15, T times
-        f_u = self.vectors_of_steps(self.d_x_u, steps)
+        f_t = self.vectors_of_steps(self.d_batches_t, steps)                   # line 15, T times
+        f_u = self.vectors_of_steps(self.d_batches_u, steps)
         d_steps = []
         for i, step in enumerate(steps):                                 # line 14
             l_d, terms = self.discriminator_step(step, f_t[i], f_u[i])   # line 16
@@ -869,16 +888,18 @@ class Algorithm1:
         return vectors(self.f, batches.split, rows, self.world).chunk(len(steps))
 
 
-def keep_state(run, args, f, look):
+def keep_state(run, args, f, evaluate, setup, end_1):
     """Gives f the state that counts: the best one, or this last one (choice 13).
 
-    look() returns the scores of this last one.
+    end_1: the step at which phase 1 ends.
     """
     if args.keep == "last":
         run.best = None
         return
-    run.keep_best(look(), f.trained)
+    run.keep_best(evaluate(f, setup.choose_by), f.trained)
     f.trained.load_state_dict(run.best_weights)
+    if run.method == "gtuning" and run.best["step"] <= end_1:
+        run.world.say(f"{run.name}: the best state is of phase 1, before D")
 
 
 def build_f(args, setup, seed, world):
@@ -890,10 +911,13 @@ def build_f(args, setup, seed, world):
         raise common.UserError(f"--retrieve_layer {args.retrieve_layer}: must be at most "
                                f"{plm.config.num_hidden_layers}, the blocks of {args.model}")
     try:
-        return GTuning(plm, setup.task.outputs, args.layers, args.pooling, is_pair(setup),
-                       args.tune == "all", by_token, args.feature_length)
+        f = GTuning(plm, setup.task.outputs, args.layers, args.pooling, is_pair(setup),
+                    args.tune == "all", by_token, args.feature_length)
     except (ValueError, AttributeError, TypeError) as error:             # not such an encoder
         raise common.UserError(f"--model {args.model}: {error}") from error
+    if args.post_train:                                # then g has weights of its own
+        f.saves_plm = True
+    return f
 
 
 # -----------------------------------------------------------------------  scores, and finished runs
@@ -944,8 +968,8 @@ def args_of_start(args, folder, results):
     args = copy.copy(args)
     args.model = results["model"]
     args.weight_noise = results["args"]["weight_noise"]
-    if args.run and results["args"]["post_train"]:     # then g is its own, with a path of its own
-        args.model = read_saved(os.path.join(folder, "model"))["plm"]
+    if args.run and results["args"]["post_train"]:     # then g is its own, and lies there
+        args.model = os.path.join(folder, "model")
     return args
 
 
@@ -955,7 +979,6 @@ def load_f(folder, results, args, setup, world):
     Its g is the run's --model, wherever that lies now, unless the run made a g of its own.
     """
     import common
-    import data
     plm = None
     if results["args"]["tune"] == "adapter" and not results["args"]["post_train"]:
         start = args_of_start(args, folder, results)
@@ -964,20 +987,19 @@ def load_f(folder, results, args, setup, world):
     try:
         return GTuning.from_pretrained(path, plm).to(world.device)
     except Exception as error:
-        raise common.UserError(f"{path}: cannot be loaded: {data.first_line(error)}") from error
+        raise common.UserError(f"{path}: cannot be loaded: {common.first_line(error)}") from error
 
 
 def labels_of(folder):
     """The labels of a finished run, in the order of their numbers."""
     import common
-    import data
     path = os.path.join(folder, "model")
     try:
         labels = read_saved(path)["id2label"]
         return [labels[number] for number in sorted(labels)]
     except Exception as error:
         raise common.UserError(f"--run {folder}: cannot read its labels in {path}/gtuning.pt: "
-                               f"{data.first_line(error)}") from None
+                               f"{common.first_line(error)}") from None
 
 
 def use_finished(args, runs, setup, world):
@@ -1181,16 +1203,16 @@ def words_of_figure_2(projection, perplexity, sizes):
 
 # --------------------------------------------------------------------------------  flags and recipe
 
-ADAPTER = "layers pooling pair_mode tune feature_length schedule keep retrieve_layer"
-OF_D = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
+ADAPTER_FLAGS = "layers pooling pair_mode tune feature_length schedule keep retrieve_layer"
+D_FLAGS = "alpha beta gp_weight epsilon T d_lr d_betas unlabeled"
 # For each method: the kinds of task that it can train, and those of its flags that change what it
 # learns. Runs are told apart by these flags, and --grid can search them. If one were missing here,
 # a run with another value of it would be taken for the run before.
 METHODS = {
-    "adapter": {"kinds": "classify regress tag span", "flags": ADAPTER},
-    "gtuning": {"kinds": "classify regress tag span", "flags": f"{ADAPTER} {OF_D}"},
+    "adapter": {"kinds": "classify regress tag span", "flags": ADAPTER_FLAGS},
+    "gtuning": {"kinds": "classify regress tag span", "flags": f"{ADAPTER_FLAGS} {D_FLAGS}"},
     "self-teach": {"kinds": "classify regress",
-                   "flags": f"{ADAPTER} unlabeled teacher teach_weight"},
+                   "flags": f"{ADAPTER_FLAGS} unlabeled teacher teach_weight"},
 }
 
 
@@ -1310,7 +1332,7 @@ def profile(args, setup, texts, world):
     def make(method, its_texts):
         N = 10**6                                      # more than are timed
         algorithm = Algorithm1(args, method, args.seeds[0], N, setup, its_texts, world)
-        return algorithm.x_t, step_on_f(algorithm, method)
+        return algorithm.batches_t, step_on_f(algorithm, method)
 
     encoded = copy.copy(texts)
     encoded.folder = None                              # every batch is encoded again
@@ -1337,8 +1359,22 @@ def step_on_f(algorithm, method):
     return step
 
 
+def settle_embed(args):
+    """Sets what follows from --embed: not in a trial of --grid, which keeps no model."""
+    if args.choosing:
+        args.embed = False
+    if args.embed:
+        args.score_validation = True                   # its first set is the text in domain
+
+
+def check(args, task):
+    """UserError if a method is not for this kind of task."""
+    import common
+    common.check_methods(args, task, METHODS)
+
+
 def check_flags(args):
-    """UserError if flags do not go together. Sets the flags that follow from --embed."""
+    """UserError if flags do not go together."""
     import common
     if args.embed and args.profile:
         raise common.UserError("--embed: cannot go together with --profile, which trains nothing")
@@ -1348,10 +1384,6 @@ def check_flags(args):
         given = " ".join(args.batching)
         raise common.UserError(f"--batching {given}: must be one name here; r3f.py compares "
                                "several")
-    if args.choosing:
-        args.embed = False                             # such a run has no model
-    if args.embed:
-        args.score_validation = True                   # its first set is the text in domain
     if args.embed and not args.eval_tasks:
         raise common.UserError("--embed: needs --eval_tasks; the first of them is the text out of "
                                "domain")
@@ -1369,11 +1401,10 @@ def main(argv=None):
     args = common.parse(flags(), argv, recipe)
     alike = [*common.ALIKE, "pair_mode", "retrieve_layer"]
     runs = common.take_runs(args, METHODS, labels_of, alike)
+    settle_embed(args)
     check_flags(args)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, args)
-
-    check = functools.partial(common.check_methods, methods=METHODS)
     with common.processes(args) as world:
         setup = common.prepare(args, world, check, also_scores=["retrieve"],
                                separate=args.pair_mode == "separate")
@@ -1396,11 +1427,11 @@ def main(argv=None):
                 f = algorithm.f
                 end_1, end_2, end_3 = phase_ends(run.method, N)
                 run.begin(end_3, **algorithm.parts)
-                eval_every = args.eval_every or algorithm.x_t.per_epoch
+                eval_every = args.eval_every or algorithm.batches_t.per_epoch
 
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B; Optimize f by the Eq. 2"
                 phase_1 = "phase 1 of 3, f" if run.method == "gtuning" else ""
-                for step, x_t in run.steps(end_1, algorithm.x_t, phase=phase_1):
+                for step, x_t in run.steps(end_1, algorithm.batches_t, phase=phase_1):
                     loss, stats = algorithm.task_step(x_t, step)
                     run.log(loss, stats, lr=algorithm.lr, phase=1)
                     if run.is_due(eval_every):
@@ -1409,29 +1440,29 @@ def main(argv=None):
                 # "for _ to N/2 do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
                 if run.step < end_2:
                     with run.timed():
-                        f_B, f_M = algorithm.vectors_of_both()
+                        f_B = algorithm.all_vectors(algorithm.d_batches_t, "f(x) of B")
+                        f_M = algorithm.all_vectors(algorithm.d_batches_u, "f(x) of M")
                 for step, _ in run.steps(end_2, phase="phase 2 of 3, D"):
                     k = step - end_1
-                    f_t = f_B[algorithm.rows_of_step(algorithm.d_x_t, k)]
-                    f_u = f_M[algorithm.rows_of_step(algorithm.d_x_u, k)]
+                    f_t = f_B[algorithm.rows_of_step(algorithm.d_batches_t, k)]
+                    f_u = f_M[algorithm.rows_of_step(algorithm.d_batches_u, k)]
                     loss, stats = algorithm.discriminator_step(k, f_t, f_u)
                     run.log(loss, stats, lr=args.d_lr, phase=2)
                 f_B = f_M = None                       # large
 
                 # "for _ to N/2 do: Sample {x_t, y_t} ~ B, {x_u} ~ M; Optimize f by the Eq. 6;
                 #  for _ to T do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
-                for step, x_t in run.steps(end_3, algorithm.x_t, phase="phase 3 of 3, f and D"):
+                phase_3 = "phase 3 of 3, f and D"
+                for step, x_t in run.steps(end_3, algorithm.batches_t, phase=phase_3):
                     r = step - end_2
                     loss, stats = algorithm.joint_round(r, k=end_2 - end_1 + r * args.T, x_t=x_t)
                     run.log(loss, stats, lr=algorithm.lr, phase=3)
                     if run.is_due(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
 
-                keep_state(run, args, f, lambda: evaluate(f, setup.choose_by))
+                keep_state(run, args, f, evaluate, setup, end_1)
                 metrics = evaluate(f, setup.scored, run.folder)
                 run.finish(metrics, setup.tokenizer, f.save_pretrained)
-                if run.best and run.best["step"] <= end_1 < end_3:       # adapter: end_1 is end_3
-                    world.say(f"{run.name}: the best state is of phase 1, before D")
             if setup.unscored or args.embed:
                 f = load_f(run.folder, run.results, args, setup, world)
                 common.write_unscored(run.folder, f.logits, f, setup, world)

@@ -114,7 +114,7 @@ class R3F(torch.nn.Module):
     """The loss of Eq. 3 around a Hugging Face model.
 
     lam: weight of the KL; 0 is plain fine-tuning. eps: scale of z. noise: "uniform" or "normal".
-    (lam 1 and uniform are ours, of the values that the paper searches.)
+    (The paper searches lam and the kind of noise; these defaults are ours.)
     stop_grad: "none" or "noised" (choice 3). share_dropout: choice 2. label_smoothing: e (choice
     8). reduction: for labels by position, "token", "sentence" or "released" (choice 7).
     In eval mode there is no noise: one pass gives the plain loss. Call .train() before training:
@@ -153,8 +153,8 @@ class R3F(torch.nn.Module):
 
         Labels (B, m) belong to the logits at the same positions; for a causal language model the
         caller must shift them. The loss of a micro-batch is to be multiplied by its share of the
-        batch's real labels. kl_factor: then, if R is a mean over rows, its share of the rows over
-        that share. 2 of 8 rows with 30 of 60 labels have (1/4) / (1/2).
+        batch's real labels. If R is a mean over rows, it wants the share of the rows instead:
+        kl_factor is that share over the first, (1/4) / (1/2) for 2 of 8 rows with 30 of 60 labels.
         """
         refuse_two_modes(self)
         inputs = with_decoder_inputs(self.model, labels, inputs)
@@ -164,8 +164,7 @@ class R3F(torch.nn.Module):
         both = self.both_logits(inputs)
         if labels.dim() == 2:
             loss, ce, kl = loss_by_position(
-                both, labels, self.lam * kl_factor, self.label_smoothing, self.reduction)
-            kl = kl_factor * kl
+                both, labels, self.lam, self.label_smoothing, self.reduction, kl_factor)
         else:
             logits, noised = torch.cat(both).chunk(2)               # g.f(x), g.f(x + z): (B, C)
             ce = task_loss(logits, labels, self.label_smoothing)
@@ -246,7 +245,7 @@ def noise_added(model, noise_for):
         return x + noise_for(x).to(x.dtype)
 
     handles = [word_embeddings(model).register_forward_hook(hook)]
-    if model.config.is_encoder_decoder:                # its decoder may read by the same module
+    if model.config.is_encoder_decoder:                # its decoder may use the same module
         encoder = model.base_model.get_encoder()
         handles.append(encoder.register_forward_hook(lambda *_: handles[0].remove()))
     try:
@@ -272,6 +271,7 @@ def has_dropout(model):
     """Whether the model has dropout, so that two passes in train mode differ."""
     rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     settings = model.config.to_dict()
+    # Attention often has its dropout by the config alone, without a module.
     rates += [p for name, p in settings.items() if "drop" in name and isinstance(p, float)]
     return max(rates, default=0) > 0
 
@@ -338,11 +338,12 @@ def plain_state_dict(model):
 
 # ------------------------------------------------------------------------------  labels by position
 
-def loss_by_position(both, labels, lam, label_smoothing, reduction):
+def loss_by_position(both, labels, lam, label_smoothing, reduction, kl_factor=1.0):
     """Eq. 3 for labels by position. Returns the scalars (loss, ce, kl).
 
     both: the logits without and with noise, as `R3F.both_logits` returns them: [(2B, m, V)] or
     [(B, m, V), (B, m, V)]. labels (B, m), -100 where there is none. reduction: see `R3F`.
+    kl_factor: see `R3F.forward`.
 
     The gradients are written over the logits, so nothing may read the logits after this call. The
     reason: over a whole vocabulary, softmax and its gradient would be the largest tensors of a
@@ -355,6 +356,7 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
     vocabulary = both[0].shape[-1]
     labels = labels.flatten()                                       # (B m,)
     in_ce, in_kl = position_weights(labels, rows, reduction)        # (B m,) each
+    in_kl = kl_factor * in_kl
 
     # The memory of the logits, where their gradients are to go; and views of it: the half that
     # belongs to x, and the half that belongs to x + z.
@@ -363,7 +365,7 @@ def loss_by_position(both, labels, lam, label_smoothing, reduction):
     for memory in gradients:
         for half in memory.split(rows):
             half = half.view(-1, vocabulary)                        # (B m, V)
-            half[in_kl == 0] = 0                                    # padding has no gradient
+            half[in_kl == 0] = 0                                    # no gradient there
             halves.append(half)
 
     ce = torch.zeros((), device=labels.device)
@@ -445,9 +447,9 @@ def logits_of(model, inputs):
         return model(**inputs).logits
     bias = getattr(model, "final_logits_bias", None)                # (1, V)
     head = model.get_output_embeddings()
-    # LoRA may replace the head, and its PeftModel has another base_model; accelerate (in
-    # transformers' Trainer too) puts autocast around the model's forward, and hooks want to be
-    # called: then the model itself must be.
+    # LoRA may replace the head, and its PeftModel has another base_model. accelerate (in
+    # transformers' Trainer too) puts autocast around the model's forward, and hooks run only if the
+    # model itself is called. In these cases it is.
     head_is_plain = type(head) is torch.nn.Linear and head.bias is None
     is_wrapped = ("forward" in vars(model) or hasattr(model, "get_base_model")
                   or model._forward_hooks or model._forward_pre_hooks)
@@ -536,8 +538,9 @@ def refuse_rounding(model, eps):
     weight = word_embeddings(model).weight
     least = torch.finfo(weight.dtype).eps * weight.detach().abs().float().mean()
     if 0 < eps < least:
+        enough = 1.06 * least                          # the two digits below may round it down
         raise ValueError(f"eps {eps} is lost in word embeddings of {weight.dtype}: it must be at "
-                         f"least {1.06 * least:.2g}, or the model loaded with "
+                         f"least {enough:.2g}, or the model loaded with "
                          "dtype=torch.float32 (and autocast used)")
 
 
@@ -669,7 +672,7 @@ class SMART(torch.nn.Module):
         z = self.ascended(z, real, logits.detach(), labels, inputs)
         if self.bregman > 0:
             with random_state_restored(inputs), torch.no_grad():
-                of_average = logits_of(self.average.updated(self.model), inputs)      # p(x; th~)
+                averaged = logits_of(self.average.updated(self.model), inputs)        # p(x; th~)
         with noise_added(self.model, lambda x: z):
             noised = logits_of(self.model, inputs)                  # p(x + z)     (B, C)
 
@@ -677,7 +680,7 @@ class SMART(torch.nn.Module):
         kl = mean_symmetric_kl(logits, noised, labels)
         loss = ce + self.lam * kl
         if self.bregman > 0:
-            loss = loss + self.bregman * mean_symmetric_kl(logits, of_average, labels)
+            loss = loss + self.bregman * mean_symmetric_kl(logits, averaged, labels)
         return loss, {"ce": ce.detach(), "kl": kl.detach()}
 
     def ascended(self, z, real, logits, labels, inputs):
@@ -767,12 +770,12 @@ class FreeLB(torch.nn.Module):
             with same_masks, noise_added(self.model, lambda x: z):
                 ce = task_loss(logits_of(self.model, inputs), labels) / (self.steps + 1)
             loss = loss + ce.detach()
-            of_z, *of_weights = torch.autograd.grad(ce, [z, *weights], allow_unused=True)
-            for weight, gradient in zip(weights, of_weights):
+            in_z, *in_weights = torch.autograd.grad(ce, [z, *weights], allow_unused=True)
+            for weight, gradient in zip(weights, in_weights):
                 if gradient is not None:
                     sums[weight] = sums.get(weight, 0) + gradient
             if k < self.steps:
-                z = self.ascended(z.detach(), of_z * real)
+                z = self.ascended(z.detach(), in_z * real)
         loss = KnownGradient.apply(loss, list(sums.values()), *sums)
         return loss, {"ce": loss.detach(), "kl": torch.zeros((), device=labels.device)}
 
@@ -895,7 +898,6 @@ def probed_encoders(folders):
 def load_encoder(name, world):
     """The encoder that --model calls by this name, without its decoder if there is one."""
     import common
-    import data
     from transformers import AutoModel
     path = common.find_model(name, world)
     try:
@@ -903,23 +905,23 @@ def load_encoder(name, world):
         model = model.to(world.device)
     except Exception as error:
         raise common.UserError(f"--probe: {path} cannot be loaded: "
-                               f"{data.first_line(error)}") from error
+                               f"{common.first_line(error)}") from error
     if model.config.is_encoder_decoder:
         return model.get_encoder()
     return model
 
 
-def probe_encoder(model, task, rows, args, bar, world):
+def probe_encoder(path, task, rows, args, bar, world):
     """Yields (seed, number of training rows, main metric) of a probe of the encoder for each seed.
 
-    rows: data.Rows of the task. bar: the name of the progress bars.
+    path: the encoder's --model. rows: data.Rows of the task. bar: the name of the progress bars.
     """
     import common
     import data
     args = copy.copy(args)                             # its own model and max_length
-    args.model = model
+    args.model = path
     tokenizer = common.load_tokenizer(args, world)
-    encoder = load_encoder(model, world)
+    encoder = load_encoder(path, world)
 
     def with_states(split):
         return first_token_states(encoder, split, world, bar), split
@@ -952,9 +954,9 @@ def probe_task(name, encoders, args, world):
     task = data.TASKS[name]
     args.eval_tasks = []
     rows = data.load(args)
-    for encoder, (model, links) in encoders.items():
+    for encoder, (path, links) in encoders.items():
         bar = f"{name}: {encoder}"
-        for seed, count, score in probe_encoder(model, task, rows, args, bar, world):
+        for seed, count, score in probe_encoder(path, task, rows, args, bar, world):
             by_seed = f", seed {seed}" if len(args.seeds) > 1 else ""
             world.say(f"{name:<10} {100 * score:6.2f}  {encoder}{by_seed}")
             line = {"run": encoder, "task": name, "recipe": recipe_of_layer(args), "seed": seed,
@@ -966,18 +968,19 @@ def probe_task(name, encoders, args, world):
 
 
 # The flags that all probes read, and those that are read only if the layer is trained in steps.
-OF_PROBES = ("probe probe_tasks probe_recipe seeds output_dir train_samples max_length local_file "
-             "precision threads detect_anomaly").split()
-OF_STEPS = "lr epochs max_steps batch_size warmup weight_decay betas adam_eps".split()
+PROBE_FLAGS = ("probe probe_tasks probe_recipe seeds output_dir train_samples max_length "
+               "local_file precision threads detect_anomaly").split()
+PROBE_STEP_FLAGS = "lr epochs max_steps batch_size warmup weight_decay betas adam_eps".split()
 
 
 def check_probe(args):
     """UserError if --probe comes with flags that it does not read, or its tasks have no classes."""
     import common
     import data
-    if not args.probe or not args.probe_tasks:
-        raise common.UserError("--probe: goes together with --probe_tasks, the tasks of the linear "
-                               "layers")
+    if not args.probe:
+        raise common.UserError("--probe_tasks: needs --probe, the runs to be probed")
+    if not args.probe_tasks:
+        raise common.UserError("--probe: needs --probe_tasks, the tasks of the linear layers")
     for name in args.probe_tasks:
         data.check_task(name, "--probe_tasks")
         task = data.TASKS[name]
@@ -985,9 +988,9 @@ def check_probe(args):
             raise common.UserError(f"--probe_tasks {name}: its kind is {task.kind}, must be "
                                    "classify")
     for name in args.by_hand:
-        if name not in [*OF_PROBES, *OF_STEPS]:
+        if name not in [*PROBE_FLAGS, *PROBE_STEP_FLAGS]:
             raise common.UserError(f"--{name}: cannot go together with --probe")
-        if name in OF_STEPS and args.probe_recipe == "converged":
+        if name in PROBE_STEP_FLAGS and args.probe_recipe == "converged":
             raise common.UserError(f"--{name}: cannot go together with --probe_recipe converged, "
                                    "whose layer has no steps")
 
@@ -1029,14 +1032,14 @@ def probe(args):
 
 # --------------------------------------------------------------------------------  flags and recipe
 
-NOISE = "lam eps noise stop_grad share_dropout"
+R3F_FLAGS = "lam eps noise stop_grad share_dropout"
 # For each method: the kinds of task that it can train, and those of its flags that change what it
 # learns. Runs are told apart by these flags, and --grid can search them. If one were missing here,
 # a run with another value of it would be taken for the run before.
 METHODS = {
     "std": {"kinds": "classify regress tag generate", "flags": "label_smoothing"},
-    "r3f": {"kinds": "classify tag generate", "flags": f"{NOISE} label_smoothing reduction"},
-    "r4f": {"kinds": "classify", "flags": f"{NOISE} label_smoothing"},
+    "r3f": {"kinds": "classify tag generate", "flags": f"{R3F_FLAGS} label_smoothing reduction"},
+    "r4f": {"kinds": "classify", "flags": f"{R3F_FLAGS} label_smoothing"},
     "rdrop": {"kinds": "classify", "flags": "alpha"},
     "smart": {"kinds": "classify",
               "flags": "lam eps smart_sigma smart_eta smart_steps bregman"},
@@ -1206,7 +1209,7 @@ def build_method(method, model, args):
         lam = 0.0 if method == "std" else args.lam
         return R3F(model, lam, args.eps, args.noise, args.stop_grad, args.share_dropout,
                    args.label_smoothing, args.reduction)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise common.UserError(f"--method {method}, --model {args.model}: {error}") from error
 
 

@@ -64,32 +64,14 @@ Choices, where the paper is silent or the authors' release does otherwise:
     and 75 by the ranking of an untrained layer. A layer that starts at zero, with --c_lr 0.001, has
     65.5: a worse ranking.
 10. The paper tries margins 0 and 2. --margin is 0 by default; the class has 2. With 2, a model can
-    also satisfy L_R by predicting one class for every e-. In the paper's whole grid (gamma 0;
-    README, How the tables were made) margin 0 scores 84.4 to 86.2 on SST-2 and 69.0 to 74.2 on
-    MRPC. Margin 2 scores 84.2 to 86.4 and 70.2 to 72.4, except for two of its twelve settings on
-    SST-2 (44.2 and 55.8) and four on MRPC (33.6 to 68.4), all with beta 1. On CoLA margin 0 is
-    ahead in nine of twelve. On RTE, with gamma 0.01 and the alpha that was chosen, margin 0 has
-    55.2, 2 has 51.6 (MiniLM, 1,000 rows, 160 steps, one seed, 500 held-out rows). On all rows of
-    CoLA (756 steps) margin 0 has 19.2 to 28.9, and is ahead in eight of twelve; with 2 four
-    settings have 0 to 6.3, again of beta 1, but the best of all, 31.1, has margin 2 too; of its
-    six seeds two learned little or nothing, of those of the best with margin 0 none. On all rows
-    of MRPC (297 steps, one rate) margin 0 has 78.2 to 80.0, and margin 2 has 67.4 to 77.0: it is
-    behind in all six settings.
+    also satisfy L_R by predicting one class for every e-: with beta 1 some settings then learned
+    little or nothing (44.2 and 55.8 on SST-2, where the others have 84 to 86), with margin 0 none
+    (README, How the tables were made). The best setting on all rows of CoLA has margin 2, but two
+    of its six seeds learned little or nothing.
 11. The paper searches alpha over 0.5, 2, 4 and beta over 0.5, 1, and does not say what it chose.
-    In that grid, the settings with margin 0 have these mean scores (accuracy; CoLA: MCC):
-                    alpha 0.5       2       4       beta 0.5       1
-        SST-2            84.9    85.6    85.2           85.2    85.2
-        CoLA             12.0    11.7     9.9           12.3    10.1
-        CoLA, all rows   26.6    24.2    20.3           24.0    23.4
-        MRPC             73.2    69.9    71.2           71.2    71.6
-        MRPC, all rows   79.8    78.9    78.3           79.0    79.0
-    The best of all settings (24; on all rows of MRPC 12) has alpha 2 on SST-2 and CoLA, 0.5 on
-    MRPC and on all its rows, and 4 on all rows of CoLA. With gamma 0.01, alpha 2 was chosen for
-    SST-2, CoLA, MRPC and STS-B, and 0.5 for RTE, for CoLA in 320 steps and for all rows of CoLA,
-    MRPC and RTE. With gamma 0.01 beta was tried too: 1 is ahead of 0.5 on MRPC (72.8, 71.6) and on
-    RTE (55.2, 53.6). So by default alpha is 2, chosen most often for little data, and beta is 1; on
-    the toy task both are 0.5. Try --alpha 0.5 too, and 0: on the validation set of SST-2 it is L_C
-    that costs accuracy (README, Results).
+    Our searches (the same place) have no clear winner. --alpha is 2, chosen most often with 1,000
+    rows, and --beta 1; on the toy task both are 0.5. Try --alpha 0.5 too, and 0: on the validation
+    set of SST-2 it is L_C that costs accuracy (README, Results).
 12. Figures 5 and 6 (--perturb, --drop) replace a share of each row's words, rounded to whole words;
     a word here is a token that is not special. Figure 5 draws the words at random, and replaces
     them by [MASK] or, in curves of their own, by words of the same row; the paper does both at
@@ -164,6 +146,12 @@ def task_loss(logits, labels):
     return F.cross_entropy(logits.float(), labels)
 
 
+def plain_loss(model, labels, inputs):
+    """(loss, stats) of one plain pass."""
+    ce = task_loss(model(**inputs).logits, labels)
+    return ce, {"ce": ce.detach()}
+
+
 # same: refuse
 def refuse_other(name, value, allowed):
     if value not in allowed:
@@ -226,6 +214,19 @@ def embedding_layer(model):
     return getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
 
 
+def embedding_width(model):
+    """H of e. ValueError if e cannot be perturbed."""
+    layer = embedding_layer(model)
+    if hasattr(model.config, "attention_window"):      # Longformer
+        raise ValueError(f"{type(model).__name__} cannot be perturbed: it pads its inputs itself")
+    with torch.no_grad():
+        e = layer(torch.zeros(1, 1, dtype=torch.long, device=model.device))      # (1, 1, H)
+    if not torch.is_tensor(e):                         # I-BERT, with its scale
+        raise ValueError(f"{type(model).__name__} cannot be perturbed: the output of its embedding "
+                         "layer is no tensor")
+    return e.shape[-1]
+
+
 @contextlib.contextmanager
 def changed_embeddings(model, change, shape):
     """A context for one pass, in which change(e) takes the place of the embedding layer's output e.
@@ -233,22 +234,23 @@ def changed_embeddings(model, change, shape):
     shape: (B, n) of e. RuntimeError unless the layer is called once, for this shape.
     """
     is_xlnet = model.config.model_type == "xlnet"                        # its e is (n, B, H)
+    wanted = [tuple(shape)]
     seen = []
 
     def hook(module, args, x):
-        seen.append((x.shape[1], x.shape[0]) if is_xlnet else tuple(x.shape[:2]))
-        if seen != [tuple(shape)]:
-            return None
-        if is_xlnet:
-            return change(x.transpose(0, 1)).transpose(0, 1)
-        return change(x)
+        e = x.transpose(0, 1) if is_xlnet else x                         # (B, n, H)
+        seen.append(tuple(e.shape[:2]))
+        if seen != wanted:
+            return None                                # refused below, once the pass is over
+        changed = change(e)
+        return changed.transpose(0, 1) if is_xlnet else changed
 
     handle = embedding_layer(model).register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
-    if seen != [tuple(shape)]:
+    if seen != wanted:
         raise RuntimeError(f"the perturbation did not arrive: {type(model).__name__} called its "
                            f"embedding layer for {seen} tokens, not once for {tuple(shape)}")
 
@@ -265,7 +267,8 @@ class TDT(torch.nn.Module):
     eval mode, without dropout. Give confidence_layer a higher learning rate than the model (choice
     9); gamma 0 and margin 0 are safer than the defaults 0.01 and 2 (choices 3 and 10).
     To predict, use `model` itself; model.save_pretrained saves all that this needs. The confidence
-    layer is in this module's state_dict alone.
+    layer is in this module's state_dict alone. If alpha and beta are 0 it is not used, and
+    DistributedDataParallel wants find_unused_parameters=True.
     Source: Eq. 1-9; the defaults but gamma's from the grid of section 3.2.
     """
 
@@ -291,8 +294,7 @@ class TDT(torch.nn.Module):
         self.mask_token_id = mask_token_id
         self.variant = variant
 
-        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        width = embedding_layer(model)(token).shape[-1]
+        width = embedding_width(model)
         self.confidence_layer = torch.nn.Linear(width, 1, device=model.device)
         torch.nn.init.normal_(self.confidence_layer.weight, std=0.02)
         torch.nn.init.zeros_(self.confidence_layer.bias)                 # all c_i begin near 0.5
@@ -308,13 +310,12 @@ class TDT(torch.nn.Module):
         """
         refuse_two_modes(self)
         if not self.training or self.alpha == self.beta == 0:
-            ce = task_loss(self.model(**inputs).logits, labels)
-            return ce, {"ce": ce.detach()}
+            return plain_loss(self.model, labels, inputs)
 
         refuse_special_tokens_mask(inputs)
         views = 3 if self.beta else 2
-        logits, c, p, can_change = self.passes(views, perturbable, **inputs)
-        ce = task_loss(logits[0], labels)
+        logits, c, soft_c, can_change = self.passes(views, perturbable, **inputs)
+        ce = task_loss(logits[0], labels)                                # logits: (B, C) each
         ce_pos = task_loss(logits[1], labels)
         is_paper = self.variant == "paper"
         l_c = ce_pos
@@ -327,8 +328,8 @@ class TDT(torch.nn.Module):
         loss = ce + self.alpha * l_c + self.beta * l_r                   # Eq. 7
 
         weights = can_change / can_change.sum().clamp(min=1)             # (B, n), sum to 1
-        mean = (weights * p).sum()
-        std = (weights * (p - mean).square()).sum().sqrt()
+        mean = (weights * soft_c).sum()
+        std = (weights * (soft_c - mean).square()).sum().sqrt()
         stats = {"ce": ce, "ce_pos": ce_pos, "l_c": l_c, "l_r": l_r, "confidence": mean,
                  "confidence_std": std}
         return loss, {name: value.detach() for name, value in stats.items()}
@@ -355,7 +356,7 @@ class TDT(torch.nn.Module):
         """The logits of the first `views` of H, H+ and H-, from one stacked pass.
 
         given (B, n): another model's c, to use in place of this one's. Returns the logits of each
-        view, (B, C); c, 0 at padding, (B, n); the probabilities p = sigmoid(z), (B, n); and the
+        view, (B, C); c, 0 at padding, (B, n); soft_c, from which TDT-hard draws c, (B, n); and the
         tokens that may be perturbed, (B, n).
         """
         real = real_tokens(inputs)                                       # (B, n)
@@ -368,32 +369,35 @@ class TDT(torch.nn.Module):
             masked = ids.masked_fill(real, self.mask_token_id)
             stacked["input_ids"] = torch.cat([ids, masked, ids][:views])
         c = None
-        p = None
+        soft_c = None
 
         def perturb(x):                                                  # (views B, n, H)
-            nonlocal c, p
+            nonlocal c, soft_c
             e, second = x.chunk(views)[:2]                               # second: of TDT-hard
-            c, p = self.draw_confidence(e, can_change, given)
+            c, soft_c = self.draw_confidence(e, can_change, given)
             filler = second if self.hard else self.mu_0_of(e, real)
             e_pos, e_neg = self.perturbed(e, filler, c, can_change)
             return torch.cat([e, e_pos, e_neg][:views]).to(x.dtype)
 
         with changed_embeddings(self.model, perturb, stacked["input_ids"].shape):
             logits = self.model(**stacked).logits.chunk(views)
-        return logits, c * real, p, can_change
+        return logits, c * real, soft_c, can_change
 
     def draw_confidence(self, e, can_change, given=None):
-        """c, 1 for tokens not to be perturbed, and p = sigmoid(z): (B, n, H) -> (B, n), (B, n)."""
-        z = self.logits_of_c(e)                                                # (B, n)
-        p = z.sigmoid()                                                  # Eq. 2
+        """c and soft_c = sigmoid(z), from which TDT-hard draws it: (B, n, H) -> (B, n), (B, n).
+
+        c is 1 for tokens that are not to be perturbed.
+        """
+        z = self.logits_of_c(e)                                          # (B, n)
+        soft_c = z.sigmoid()                                             # Eq. 2
         if given is not None:
             c = given
         elif self.hard:
             keep_or_drop = torch.stack([z, torch.zeros_like(z)], -1)     # (B, n, 2)
             c = F.gumbel_softmax(keep_or_drop, self.tau, hard=True)[..., 0]    # Eq. 8, 9
         else:
-            c = p
-        return c.masked_fill(~can_change, 1.0), p
+            c = soft_c
+        return c.masked_fill(~can_change, 1.0), soft_c
 
     def perturbed(self, e, filler, c, can_change):
         """e+ and e-: e (B, n, H), c (B, n) -> (B, n, H), (B, n, H).
@@ -462,7 +466,7 @@ class TokenCutoff(torch.nn.Module):
         refuse_negative(a=a, b=b)
         if model.config.num_labels == 1:
             raise ValueError("token cutoff needs classes: JS of a regression is undefined")
-        embedding_layer(model)                         # raises if no token can be cut
+        embedding_width(model)                         # raises if no token can be cut
         self.model = model
         self.rate = rate
         self.a = a
@@ -476,18 +480,17 @@ class TokenCutoff(torch.nn.Module):
         """
         refuse_two_modes(self)
         if not self.training or self.a == self.b == 0:
-            ce = task_loss(self.model(**inputs).logits, labels)
-            return ce, {"ce": ce.detach()}
+            return plain_loss(self.model, labels, inputs)
 
         refuse_special_tokens_mask(inputs)
         real = real_tokens(inputs)                                       # (B, n)
-        falls = self.draw(real, perturbable)
+        is_cut = self.draw(real, perturbable)
         twice = stack(inputs, 2)
-        twice["attention_mask"] = torch.cat([real, real & ~falls]).long()
+        twice["attention_mask"] = torch.cat([real, real & ~is_cut]).long()
 
         def cut(e):                                                      # (2B, n, H)
             whole, part = e.chunk(2)
-            return torch.cat([whole, part.masked_fill(falls[..., None], 0.0)])
+            return torch.cat([whole, part.masked_fill(is_cut[..., None], 0.0)])
 
         with changed_embeddings(self.model, cut, twice["input_ids"].shape):
             logits, logits_cut = self.model(**twice).logits.chunk(2)     # (B, C) each
@@ -500,18 +503,19 @@ class TokenCutoff(torch.nn.Module):
     def draw(self, real, perturbable=None):
         """The tokens to cut, drawn without replacement: (B, n), bool."""
         if perturbable is None:
-            can_fall = real & (real.cumsum(1) > 1)
+            can_be_cut = real & (real.cumsum(1) > 1)
         else:
-            can_fall = real & perturbable.bool()
-        order = torch.rand(real.shape, device=real.device).masked_fill(~can_fall, 2.0)
+            can_be_cut = real & perturbable.bool()
+        # The tokens with the lowest random numbers are cut.
+        order = torch.rand(real.shape, device=real.device).masked_fill(~can_be_cut, 2.0)
         rank = order.argsort(1).argsort(1)                               # (B, n), from 0
-        count = (self.rate * can_fall.sum(1, keepdim=True)).round()      # (B, 1)
-        return can_fall & (rank < count)
+        count = (self.rate * can_be_cut.sum(1, keepdim=True)).round()    # (B, 1)
+        return can_be_cut & (rank < count)
 
 
 # -------------------------------------------------------------------------  analyses: what is asked
 
-def check_analyses(args, runs):
+def settle_analyses(args, runs):
     """UserError if the flags of the analyses do not go together. runs: {folder: results} of --run.
 
     Sets args.figures, whether any of Figures 3 to 6 is asked for, which show the evaluation set;
@@ -526,10 +530,10 @@ def check_analyses(args, runs):
     if "draws" in args.by_hand and not args.perturb:
         raise common.UserError("--draws: needs --perturb")
     if args.profile and args.analyses:
-        raise common.UserError("--profile: must go without analyses; it trains nothing")
+        raise common.UserError("--profile: cannot go together with analyses; it trains nothing")
     if args.grid and args.analyses:
-        raise common.UserError("--grid: must go without analyses; afterwards --run FOLDER makes "
-                               "them")
+        raise common.UserError("--grid: cannot go together with analyses; afterwards "
+                               "--run FOLDER makes them")
     if args.figures:
         args.score_validation = True                   # the figures are about these rows
 
@@ -538,8 +542,8 @@ def check_analyses(args, runs):
         for methods in methods_of_seeds:
             if not set(methods) & set(WITH_CONFIDENCES):
                 raise common.UserError(
-                    "--explain, --confidences, --tsne, --drop: need a run of tdt or tdt-hard of "
-                    f"each seed, {' and '.join(sorted(methods))} has none of those")
+                    "--explain, --confidences, --tsne, --drop: need a run of tdt or tdt-hard for "
+                    f"each seed; one has only {' and '.join(sorted(methods))}")
 
 
 def texts_to_explain(given, path):
@@ -550,15 +554,15 @@ def texts_to_explain(given, path):
     if path:
         try:
             with open(path, encoding="utf-8-sig") as file:
-                of_file = file.read().split("\n")
+                file_lines = file.read().split("\n")
         except OSError as error:
             raise common.UserError(f"--explain_file {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise common.UserError(f"--explain_file {path}: must be text in UTF-8: "
                                    f"{error}") from None
-        if not any(line.strip() for line in of_file):
+        if not any(line.strip() for line in file_lines):
             raise common.UserError(f"--explain_file {path}: holds no text")
-        for number, line in enumerate(of_file, 1):
+        for number, line in enumerate(file_lines, 1):
             if line.strip():
                 lines.append((f"--explain_file {path}: line {number}", line))
 
@@ -632,6 +636,9 @@ def evaluation_of(args, setup, world):
         is_word &= marked.fields["perturbable"].values == 1
     if not is_word.any():
         raise common.UserError(f"{name}: holds no words, which the figures are about")
+    if args.tsne and len(split.rows) < 4:              # t-SNE of fewer shows nothing
+        raise common.UserError(f"--tsne {args.tsne}: {name} must have at least 4 rows; it has "
+                               f"{len(split.rows)}")
     return Evaluation(setup, world, name, split, is_word)
 
 
@@ -644,7 +651,6 @@ def load_run(folder, method, world, mask_token_id=None, like=None, confidences="
     has them as they were before training.
     """
     import common
-    import data
     import transformers
     path = os.path.join(folder, "model")
     try:
@@ -662,7 +668,7 @@ def load_run(folder, method, world, mask_token_id=None, like=None, confidences="
             module.confidence_layer.load_state_dict(state)
     except Exception as error:
         raise common.UserError(f"{folder}: its model cannot be loaded: "
-                               f"{data.first_line(error)}") from error
+                               f"{common.first_line(error)}") from error
     return module.to(world.device).eval()
 
 
@@ -1104,7 +1110,7 @@ def clouds_of(module, split, cls_token, world, name, given=None):
     c_of_batches = []
     last_states = []                                   # of the current pass
 
-    def keep(module, args, outputs):
+    def keep(base, args, outputs):
         last_states.append(outputs[0])                                   # (3B, n, H)
 
     module.eval()
@@ -1167,13 +1173,9 @@ def cloud_numbers(clouds, labels, metric):
 
 def split_to_map(args, keep_special, evaluation):
     """A Split of N rows of the evaluation set (--tsne N), with the tokens that may be perturbed."""
-    import common
     import data
     setup = evaluation.setup
     rows = evaluation.split.rows
-    if len(rows) < 4:                                  # t-SNE of fewer shows nothing
-        raise common.UserError(f"--tsne {args.tsne}: {evaluation.name} must have at least 4 rows; "
-                               f"it has {len(rows)}")
     if args.tsne < len(rows):
         rows = rows.select(data.subset(evaluation.split, args.tsne, 0))
     perturb = perturb_only(args.task, keep_special)
@@ -1261,10 +1263,10 @@ CLOUDS_STYLE = """:root { --original: #db2777; --positive: #7c3aed; --negative: 
 MARKS = {"original": "circle", "positive": "triangle", "negative": "square"}
 
 
-def clouds_body(maps, numbers, labels, names, chosen_by, perplexity):
+def clouds_body(maps, numbers, labels, names, folder, perplexity):
     """The html of Figure 3. maps {method: (3, rows, 2)}; numbers {method: {what: value}}.
 
-    labels (rows,), names of the classes; chosen_by: the run whose confidences c are used.
+    labels (rows,), names of the classes; folder: the run whose confidences c are used.
     """
     import common
     from html import escape
@@ -1279,7 +1281,7 @@ def clouds_body(maps, numbers, labels, names, chosen_by, perplexity):
 
     drawn = {}
     for method, points in maps.items():
-        whose = "" if method in WITH_CONFIDENCES else f", its H+ and H- with the c of {chosen_by}"
+        whose = "" if method in WITH_CONFIDENCES else f", its H+ and H- with the c of {folder}"
         clouds = dict(zip(MARKS, points))
         drawn[method + whose] = common.map_svg(clouds, MARKS, filled)
     words = (
@@ -1336,11 +1338,12 @@ def use_finished(args, runs, world):
         tokenizer = common.load_tokenizer(args, world)
     check_tokenizer(args, tokenizer)
     check_texts(args)
+    evaluation = evaluation_of(args, setup, world) if args.figures else None
     results = [*runs.values()]
     if to_score:
         results = common.use_models(args, runs, setup, world)
     if args.analyses:
-        analyse(args, by_seed(runs), setup, tokenizer, world)
+        analyse(args, by_seed(runs), evaluation, tokenizer, world)
     return results
 
 
@@ -1356,12 +1359,12 @@ def load_runs(folders, chosen_by, tokenizer, world):
     return modules
 
 
-def analyse(args, folders_by_seed, setup, tokenizer, world):
+def analyse(args, folders_by_seed, evaluation, tokenizer, world):
     """The analyses of section 4: tables on screen, and files in the folders of the runs.
 
-    folders_by_seed {seed: {method: folder}}: of finished runs.
+    folders_by_seed {seed: {method: folder}}: of finished runs. evaluation: an Evaluation, or None
+    if no figure is asked for.
     """
-    evaluation = evaluation_of(args, setup, world) if args.figures else None
     mapped = []                                        # of each seed, the numbers of Figure 3
     dropped = []                                       # of each seed, the curves of Figure 6
     perturbed = []                                     # of each seed, the curves of Figure 5
@@ -1428,14 +1431,14 @@ def show_all_seeds(args, task_folder, mapped, dropped, perturbed, evaluation):
 
 # --------------------------------------------------------------------------------  flags and recipe
 
-OWN = "alpha beta gamma margin variant keep_special c_lr"
+TDT_FLAGS = "alpha beta gamma margin variant keep_special c_lr"
 # For each method: the kinds of task that it can train, and those of its flags that change what it
 # learns. Runs are told apart by these flags, and --grid can search them. If one were missing here,
 # a run with another value of it would be taken for the run before.
 METHODS = {
     "std": {"kinds": "classify regress", "flags": ""},
-    "tdt": {"kinds": "classify regress", "flags": f"{OWN} mu0"},
-    "tdt-hard": {"kinds": "classify regress", "flags": f"{OWN} tau"},
+    "tdt": {"kinds": "classify regress", "flags": f"{TDT_FLAGS} mu0"},
+    "tdt-hard": {"kinds": "classify regress", "flags": f"{TDT_FLAGS} tau"},
     "cutoff": {"kinds": "classify", "flags": "cutoff_rate cutoff_a cutoff_b"},
 }
 
@@ -1598,7 +1601,7 @@ def build_method(method, model, args, mask_token_id):
             return TokenCutoff(model, args.cutoff_rate, args.cutoff_a, args.cutoff_b)
         return TDT(model, args.alpha, args.beta, args.gamma, args.margin, args.mu0,
                    method == "tdt-hard", args.tau, args.variant, mask_token_id)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise common.UserError(f"--method {method}, --model {args.model}: {error}") from error
 
 
@@ -1648,7 +1651,7 @@ def main(argv=None):
     import common
     args = common.parse(flags(), argv, recipe)
     runs = common.take_runs(args, METHODS)
-    check_analyses(args, runs)
+    settle_analyses(args, runs)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, args)
     perturb = perturb_only(args.task, args.keep_special)
@@ -1660,6 +1663,7 @@ def main(argv=None):
                                perturb=perturb or "cutoff" in args.method)       # see setup_for
         check_tokenizer(args, setup.tokenizer)
         check_texts(args)
+        evaluation = evaluation_of(args, setup, world) if args.figures else None
 
         def build(method, seed):
             model = common.load_model(args, setup, seed, world)
@@ -1713,7 +1717,7 @@ def main(argv=None):
             folders_by_seed.setdefault(run.seed, {})[run.method] = run.folder
             results.append(run.results)
         if args.analyses:
-            analyse(args, folders_by_seed, setup, setup.tokenizer, world)
+            analyse(args, folders_by_seed, evaluation, setup.tokenizer, world)
         common.print_table(world.say, results, args)
         return results
 

@@ -1064,7 +1064,7 @@ def test_a_local_file_that_is_all_splits_gets_a_warning(tmp_path):
 def test_a_further_local_file_joins_that_of_the_runs_own_task():
     results = {"task": "bustm", "args": {"local_file": ["bustm=a.csv", "rte=c.csv"]}}
     given = settings(run=["r"], by_hand=["local_file"], local_file=["hans=b.csv"])
-    common.take_local_file(given, results)
+    common.keep_local_file(given, results)
     assert given.local_file == ["hans=b.csv", "bustm=a.csv"]
 
 
@@ -1110,6 +1110,8 @@ def test_the_toy_task_is_loaded_whole(all_toy_rows):
     ({"eval_tasks": ["imbd"]}, "--eval_tasks imbd: no such task; did you mean imdb?"),
     ({"eval_tasks": ["sick-r"]}, "--eval_tasks sick-r: is of the kind regress, the trained task"),
     ({"eval_tasks": ["cola"]}, "--eval_tasks cola: labels cannot be mapped: 'negative' of"),
+    ({"eval_tasks": ["mrpc"]},
+     "--eval_tasks mrpc: its rows have 2 texts, those of the trained task 1"),
 ])
 def test_flags_that_ask_for_what_is_not_there_are_refused(given, words):
     assert refusal(data.load, settings(**given)).startswith(words)
@@ -1917,10 +1919,11 @@ def blocks(name):
 
 
 def test_the_marked_blocks_are_the_same_in_all_scripts():
-    of_scripts = {name: blocks(name) for name in SCRIPTS}
+    of_scripts = {name: blocks(name) for name in [*SCRIPTS, "common"]}
     for (a, of_a), (b, of_b) in itertools.combinations(of_scripts.items(), 2):
         for label in of_a.keys() & of_b.keys():
             assert of_a[label] == of_b[label], f"{label} in {a} and {b}"
+    assert "update" in of_scripts.pop("common")        # --profile times what the scripts do
     for found in of_scripts.values():
         assert {"start", "update", "end"} <= set(found)
     assert {"stack", "refuse"} <= set(of_scripts["r3f"]) & set(of_scripts["tdt"])
@@ -2308,7 +2311,7 @@ def test_a_head_for_other_labels_is_not_used(labels, kept, tiny_folder, tmp_path
     model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
     assert (model.classifier.weight == 7).all().item() == kept
     told = capsys.readouterr().out
-    assert (f"{tmp_path}: its head is not used; a fresh one of 2" in told) != kept
+    assert (f"{tmp_path}: its head is not used; a fresh one has 2 outputs" in told) != kept
     assert [*model.config.id2label.values()] == data.TASKS["toy"].label_names
 
 
@@ -2331,7 +2334,7 @@ def test_what_modernbert_was_pre_trained_with_before_the_classes_stays(tmp_path,
     tuned.save_pretrained(tmp_path)                    # a head for other classes, all of it
     model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
     assert model.head.dense.weight.abs().max() < 1
-    assert f"{tmp_path}: its head is not used; a fresh one of 2" in capsys.readouterr().out
+    assert f"{tmp_path}: its head is not used; a fresh one has 2 outputs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("make, settings", [
@@ -3180,11 +3183,11 @@ def test_a_search_by_another_recipe_is_told_beside_the_first(tmp_path):
 
 
 def test_the_runs_of_a_search_over_models_lie_below_its_folder(tmp_path):
-    cells = common.combinations({"model": ["../../../m", "/m", "hfl/m", "."], "lr": ["1e-5"]})
+    cells = common.settings_of({"model": ["../../../m", "/m", "hfl/m", "."], "lr": ["1e-5"]})
     args = settings(output_dir=str(tmp_path), seeds=[0], grid_seeds=1, argv=[])
     folders = set()
     for cell in cells:
-        words = common.cell_flags("std", args, cell)
+        words = common.flags_of_setting("std", args, cell)
         folders.add(os.path.normpath(words[words.index("--output_dir") + 1]))
     assert {os.path.dirname(folder) for folder in folders} == {str(tmp_path / "grid")}
     assert len(folders) == 4 and f"{tmp_path}/grid/model=hfl%2Fm,lr=1e-5" in folders
@@ -3271,7 +3274,7 @@ def test_a_wider_search_that_chooses_otherwise_keeps_what_it_has_tried(tiny_fold
     flags = ["--method", "std", "--dev_samples", 40, "--max_steps", 2, "--grid"]
     scores = {"1e-3": 0.5, "1e-4": 0.7}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "score_of_cell", lambda main, argv: scores[argv[-1][5:]])
+        patch.setattr(common, "score_of_setting", lambda main, argv: scores[argv[-1][5:]])
         run("r3f", tiny_folder, tmp_path, *flags, "lr=1e-3")
         with pytest.raises(UserError, match="--lr 0.001 .now 0.0001.; remove that folder, and "):
             run("r3f", tiny_folder, tmp_path, *flags, "lr=1e-3,1e-4")
@@ -4267,7 +4270,7 @@ def test_without_the_baseline_scores_are_told_alone(tmp_path, capsys):
 
 
 def test_flags_that_are_a_method_make_columns(tmp_path):
-    """A flag of METHOD_FLAGS, or of --by, makes a column of its own."""
+    """A flag of PART_OF_METHOD, or of --by, makes a column of its own."""
     folder = write_runs(tmp_path / "runs", tasks=["rte"])
     for seed in range(2):
         results = results_of("rte", "std", seed, 70, weight_noise=0.15)
@@ -4659,7 +4662,7 @@ def test_lines_know_the_flags_that_they_were_kept_with(tmp_path):
     assert after.methods == before.methods == ["more lam=0.5", "more lam=1.0"]
     assert after.scores == before.scores
 
-    # Nor do lines that are added take anything from runs with a flag of METHOD_FLAGS.
+    # Nor do lines that are added take anything from runs with a flag of PART_OF_METHOD.
     for seed in range(2):
         write_run(tmp_path / "plain", results_of("cola", "std", seed, 60))
         write_run(tmp_path / "noisy", results_of("cola", "std", seed, 61, weight_noise=0.15))
@@ -7291,6 +7294,36 @@ def test_a_decoder_that_reads_the_words_again_is_refused():
             wrapped(wide_tiny("bart"))
 
 
+@pytest.mark.parametrize("name, why", [
+    ("Longformer", "it pads its inputs itself"),
+    ("IBert", "the output of its embedding layer is no tensor"),
+])
+def test_tdt_refuses_a_model_whose_embeddings_it_cannot_change(name, why):
+    settings = {"attention_window": 4} if name == "Longformer" else {}
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, **settings)
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    for wrapped in (tdt.TDT, tdt.TokenCutoff):
+        with pytest.raises(ValueError, match=f"{name}.* cannot be perturbed: {why}"):
+            wrapped(model)
+
+
+def test_a_model_without_word_embeddings_is_for_plain_fine_tuning_alone():
+    """CANINE reads characters, by their hashes."""
+    config = transformers.CanineConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        num_hash_buckets=32, num_hash_functions=2)
+    model = transformers.CanineForSequenceClassification(config)
+    common.check_vocabulary(argparse.Namespace(model="canine"), model, range(2**20))
+    assert r3f.build_method("std", model, parse("r3f")).model is model
+    for script, method in ((r3f, "r3f"), (tdt, "tdt")):
+        args = parse(script.__name__, "--method", method, "--model", "canine")
+        more = (None,) if script is tdt else ()
+        with pytest.raises(UserError, match=f"--method {method}, --model canine: .*embeddings"):
+            script.build_method(method, model, args, *more)
+
+
 def test_a_perturbation_that_does_not_arrive_is_an_error(monkeypatch):
     model = wide_tiny()
     labels, inputs = batch()
@@ -7488,7 +7521,7 @@ def test_words_that_always_stay_are_none_of_the_figures(tiny_folder):
     split = data.encode(rows, task, tokenizer, 64)
     setup = argparse.Namespace(task=task, tokenizer=tokenizer, validation={"dev": (task, split)})
     world = argparse.Namespace(in_turns=contextlib.nullcontext)
-    args = argparse.Namespace(task="csl", max_length=64)
+    args = argparse.Namespace(task="csl", max_length=64, tsne=None)
     evaluation = tdt.evaluation_of(args, setup, world)
     words = tokenizer.convert_ids_to_tokens(evaluation.ids[evaluation.is_word])
     assert words == ["good", "plot", "bad"]
@@ -7516,7 +7549,7 @@ def test_plain_fine_tuning_of_the_toy_task_is_that_of_r3f():
     name, values = tdt.recipe(toy)
     other_name, others = r3f.recipe(toy)
     assert name == other_name == "toy" and values["threads"] == 1
-    own = {"method", *tdt.OWN.split()}
+    own = {"method", *tdt.TDT_FLAGS.split()}
     assert {flag: value for flag, value in values.items() if flag not in own} == {
         flag: value for flag, value in others.items() if flag != "method"}
 
@@ -7971,14 +8004,14 @@ def test_a_finished_run_brings_its_own_flags(copied):
     """Not those of the toy recipe, whose task is the default."""
     args = parse("tdt", "--run", str(copied), "--drop")
     runs = common.take_runs(args, tdt.METHODS)
-    tdt.check_analyses(args, runs)
+    tdt.settle_analyses(args, runs)
     results = read_json(copied / "results.json")
     assert tdt.by_seed(runs) == {0: {"tdt": str(copied)}} and args.figures and not args.texts
     assert args.task == "custom" and args.own_labels == ["a", "b"]
     assert args.model == str(copied / "model")
     assert args.max_length == results["args"]["max_length"] and args.threads == 0
     args = parse("tdt", "--run", str(copied), "--drop", "--threads", "2", "--max_length", "9")
-    tdt.check_analyses(args, common.take_runs(args, tdt.METHODS))
+    tdt.settle_analyses(args, common.take_runs(args, tdt.METHODS))
     assert args.threads == 2 and args.max_length == 9
 
 
@@ -8063,13 +8096,14 @@ BAD = [
     (["--run", "TDT", "TOY", "--drop"], "--run TOY: is a run of toy; must be of custom"),
     (["--run", "TDT", "AGAIN", "--drop"],
      "--run AGAIN: is a run of tdt with seed 0, as TDT is; must be another one"),
-    (["--run", "STD", "--drop"], "need a run of tdt or tdt-hard of each seed"),
+    (["--run", "STD", "--drop"], "need a run of tdt or tdt-hard for each seed"),
     (["--run", "TDT", "--drop", "--dev_samples", "9", "--grid", "lr=1,2"],
      "--grid: cannot go together with --run"),
-    (["--drop", "--dev_samples", "9", "--grid", "lr=1,2"], "--grid: must go without analyses"),
+    (["--drop", "--dev_samples", "9", "--grid", "lr=1,2"],
+     "--grid: cannot go together with analyses"),
     (["--run", "TDT", "--validation_file", "nowhere.csv", "--explain", "great cast"],
      "--validation_file nowhere.csv: no such file"),
-    (["--profile", "1", "--perturb"], "--profile: must go without analyses"),
+    (["--profile", "1", "--perturb"], "--profile: cannot go together with analyses"),
     (["--run", "TDT", "--explain", "a ||| b"],
      "--explain, --explain_file: 'a ||| b' must be one text, as a row of custom is"),
     (["--explain", " "], "--explain: must have a text"),
@@ -8081,7 +8115,7 @@ BAD = [
     (["--explain_file", "NOTEXT"], "--explain_file NOTEXT: holds no text"),
     (["--explain_file", "LATIN"], "--explain_file LATIN: must be text in UTF-8"),
     (["--method", "std", "--drop"], "need a run of tdt or tdt-hard"),
-    (["--method", "std", "cutoff", "--explain", "x"], "cutoff and std has none of those"),
+    (["--method", "std", "cutoff", "--explain", "x"], "one has only cutoff and std"),
     (["--alpha", "-1"], "--alpha: must be"),
     (["--mu0", "max"], "--mu0: invalid choice"),
     (["--tau", "0"], "--tau: must be a number above 0"),
@@ -8113,7 +8147,7 @@ def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path)
 def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain():
     tokenizer = types.SimpleNamespace(is_fast=False, mask_token_id=4)
     args = parse("tdt", "--method", "tdt", "--explain", "great cast")
-    tdt.check_analyses(args, {})
+    tdt.settle_analyses(args, {})
     with pytest.raises(UserError, match="fast tokenizer"):
         tdt.check_tokenizer(args, tokenizer)
 
@@ -8289,6 +8323,13 @@ def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_fold
     with pytest.raises(UserError, match="holds a run with --post_train 30.0"):
         tdt.main(argv)
     assert plain["args"]["post_train"] is None
+
+
+def test_a_frozen_encoder_of_post_training_lies_in_the_runs_folder(toy_folder, cache):
+    result, = gtuning.main([*flags_on(toy_folder), "--post_train", "1", "--method", "adapter"])
+    shutil.rmtree(os.path.join(cache, "post-trained"))
+    again, = gtuning.main(["--run", str(toy_folder / "runs/custom/adapter-0")])
+    assert again["metrics"] == result["metrics"]
 
 
 def test_post_training_of_split_rows_reads_those_that_are_trained_on(toy_folder, monkeypatch):
@@ -8505,7 +8546,12 @@ def test_the_map_of_figure_3_is_made_after_training_and_of_finished_runs(toy_fol
 
 
 def test_a_map_that_cannot_be_made_is_refused_in_one_line(toy_folder):
+    """Before anything is trained."""
     argv = flags_on(toy_folder)
+    few = write(toy_folder / "few.csv", "text,label\ngood,a\nbad,b\ngood film,a\n")
+    with pytest.raises(UserError, match="--tsne 300: validation must have at least 4 rows"):
+        tdt.main([*argv, "--tsne", "--validation_file", few])
+    assert not os.path.exists(toy_folder / "runs")
     with pytest.raises(UserError, match="--tsne, --drop: need a run of tdt or tdt-hard"):
         tdt.main([*argv, "--method", "std", "--tsne"])
     with pytest.raises(UserError, match="--tsne: must be a whole number from 4"):
@@ -8889,10 +8935,10 @@ class Literal:
         def order(stream, split, size, how):
             return data.Batches(split, size, self.seed + (stream << 32), batching=how)
 
-        self.x_t = order(0, self.task, rows_a_step, "length")
+        self.batches_t = order(0, self.task, rows_a_step, "length")
         self.of_M = order(1, self.M, self.d_size, "random")
         self.of_B = order(2, self.B, self.d_size, "random")
-        self.x_u = order(3, self.M, rows_a_step, "length")
+        self.batches_u = order(3, self.M, rows_a_step, "length")
 
     def one_by_one(self, split, rows):
         vectors = []
@@ -8903,7 +8949,7 @@ class Literal:
         return torch.cat(vectors)
 
     def l_t(self, step):
-        inputs = self.task.collate(self.x_t.rows(step))
+        inputs = self.task.collate(self.batches_t.rows(step))
         return self.f(inputs.pop("labels"), **inputs)[0]
 
     def optimize_f(self, loss):
@@ -8929,7 +8975,7 @@ class Literal:
         for k in range(N // 2):
             self.optimize_D(k)                                           # Eq. 3
         for r in range(N // 2):
-            l_g = -self.D(self.one_by_one(self.M, self.x_u.rows(r))).mean()
+            l_g = -self.D(self.one_by_one(self.M, self.batches_u.rows(r))).mean()
             self.optimize_f(self.l_t(N // 2 + r) + 0.5 * l_g)            # Eq. 6
             for t in range(self.T):
                 self.optimize_D(N // 2 + r * self.T + t)                 # Eq. 3
@@ -9006,6 +9052,37 @@ def test_n_is_the_number_of_steps_on_f_and_an_odd_one_gives_a_round_more(tiny_fo
     assert [line["phase"] for line in log] == [1, 1, 2, 2, 3, 3, 3] and result["steps"] == 7
     # An epoch is four batches of f; D takes none of them.
     assert [4 * line["epoch"] for line in log] == [1, 2, 2, 2, 3, 4, 5]
+
+
+def test_the_state_before_the_discriminator_can_be_the_best(tiny_folder, small, tmp_path, capsys,
+                                                            monkeypatch):
+    """It is scored, however seldom the others are."""
+    tune(tiny_folder, tmp_path, *small, "--method", "adapter", "gtuning")
+    looks = []
+    for run in ("adapter-0", "gtuning-0"):
+        looks.append([line["step"] for line in log_of(tmp_path / f"custom/{run}", "metrics")])
+    assert looks == [[8], [4, 12]]
+
+    capsys.readouterr()
+    accuracies = [0.9, 0.4, 0.9]                       # of phase 1, of the last state, of the best
+    monkeypatch.setattr(gtuning, "evaluate_sets",
+                        lambda *args: {"reviews": {"accuracy": accuracies.pop(0)}})
+    result, = tune(tiny_folder, tmp_path / "b", *small)
+    assert result["best"]["step"] == 4
+    assert "custom gtuning-0: the best state is of phase 1, before D" in capsys.readouterr().out
+
+
+def test_a_kill_between_the_phases_loses_none_of_them(tiny_folder, small, tmp_path, capsys,
+                                                      monkeypatch):
+    def killed(*args):
+        raise KeyError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gtuning.Algorithm1, "all_vectors", killed)
+        with pytest.raises(KeyError):
+            tune(tiny_folder, tmp_path, *small)
+    tune(tiny_folder, tmp_path, *small, "--resume")
+    assert "resumes at step 4 of 12" in capsys.readouterr().out
 
 
 def test_the_bar_says_the_phase_and_counts_its_steps(tiny_folder, small, tmp_path, monkeypatch):
@@ -9125,6 +9202,24 @@ def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small
     with pytest.raises(UserError, match="--cache_dir .* 0.0 MB are free, the feature cache "
                                         "needs [0-9.]+; .*--no_cache"):
         tune(still_folder, tmp_path, *small, "--cache_dir", tmp_path / "states")
+
+
+def test_room_is_wanted_for_all_sets_before_the_first_is_encoded(still_folder, small, tmp_path,
+                                                                 capsys, monkeypatch):
+    states = tmp_path / "states"
+    tune(still_folder, tmp_path / "a", *small, "--cache_dir", states, "--method", "adapter")
+    told = capsys.readouterr().out
+    assert "in all" not in told                        # training and validation rows are the same
+    size, = [path.stat().st_size for path in states.iterdir() if path.suffix != ".done"]
+
+    # There is room for M, but not for the rows of food reviews too.
+    free = argparse.Namespace(free=2 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(gtuning.GTuning, "encode", lambda *a, **k: pytest.fail("it encodes"))
+    with pytest.raises(UserError, match="free, the feature cache needs "):
+        tune(still_folder, tmp_path / "b", *small, "--cache_dir", states, "--eval_tasks",
+             "toy-food")
+    assert "feature cache: 2 files, " in capsys.readouterr().out
 
 
 def test_a_run_waits_for_another_that_reserves_the_same_states(tmp_path):
@@ -9675,7 +9770,7 @@ def gradient_of_a_step(step, folder, flags, micro):
             assert not gradients_of(algorithm.D)       # while f learns, D does not
 
         algorithm.optimizer.register_step_pre_hook(keep)
-        x_t = algorithm.x_t[0]
+        x_t = algorithm.batches_t[0]
         if step == "task_step":
             _, stats = algorithm.task_step(x_t, 0)
         else:
@@ -11126,10 +11221,10 @@ def test_a_chain_of_runs_is_told_link_by_link(std_run, tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--probe", "."], "--probe: goes together with --probe_tasks"),
+    (["--probe", "."], "--probe: needs --probe_tasks"),
     (["--probe", "nowhere", "--probe_tasks", "toy"], "--probe nowhere: must be the folder"),
     (["--probe", ".", "--probe_tasks", "sst-2"], "--probe_tasks sst-2"),
-    (["--probe_tasks", "toy"], "--probe: goes together with --probe_tasks"),
+    (["--probe_tasks", "toy"], "--probe_tasks: needs --probe"),
 ])
 def test_probes_of_nothing_are_refused(words, message, tmp_path):
     assert message in refusal(probe, tmp_path, *words)
