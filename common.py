@@ -966,7 +966,7 @@ def hold_out(args, setup):
 
 
 def tell_settings(args, setup, world, per_epoch):
-    """Prints what a run is, in a few lines. results.json has all flags.
+    """Prints what a run is, in a few lines. results.json has all flags that shape it.
 
     per_epoch: how many steps an epoch has; None where nothing is trained.
     """
