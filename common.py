@@ -1404,14 +1404,14 @@ def evaluate(forward, module, sets, setup, world, folder=None):
     world.synchronize()                                # unfinished training must not count here
     started = time.monotonic()
     scores = {}
-    scored = {}
+    arrays = {}                                        # for scored.npz
     for name, (task, split) in sets.items():
         kept = predict(forward, module, split, setup, world, f"evaluating {name}")
         scores[name] = setup.kind.score(task, setup.task, kept, split)
         if folder:
-            scored.update(keep_predicted(folder, name, task, kept, split, setup, world))
-    if scored:
-        write_scored(folder, scored, world)
+            arrays.update(keep_predicted(folder, name, task, kept, split, setup, world))
+    if arrays:
+        write_scored(folder, arrays, world)
     scores.update(averages(scores))
     world.evaluating += time.monotonic() - started
     return scores
@@ -1438,17 +1438,18 @@ def keep_predicted(folder, name, task, kept, split, setup, world):
             f"{name}:labels": split.labels}
 
 
-def write_scored(folder, scored, world):
+def write_scored(folder, arrays, world):
     """Writes scored.npz for the report's --rows: SET:predictions and SET:labels, (n,), of each set.
 
-    Sets that the file already has are kept, as results.json keeps their scores.
+    arrays {key: array}. Sets that the file already has are kept, as results.json keeps their
+    scores.
     """
     if world.rank > 0:
         return
     path = os.path.join(folder, "scored.npz")
     with locked(folder):
-        there = read_scored(path)
-        save_file(path, lambda file: np.savez(file, **{**there, **scored}))
+        before = read_scored(path)
+        save_file(path, lambda file: np.savez(file, **{**before, **arrays}))
 
 
 def read_scored(path):
@@ -1677,9 +1678,9 @@ class Run:
         self.parts = {}                                # {name: part}: all that training changes
         self.batches = None                            # those of the phase under way
         self.per_epoch = 1                             # how many of them an epoch has
-        self.first = 0                                 # the steps at which that phase begins
-        self.until = 0                                 # and ends
-        self.shift = 0                                 # steps of the phases before that took none
+        self.phase_start = 0                           # the steps at which that phase begins
+        self.phase_end = 0                             # and ends
+        self.without_batch = 0                         # steps of the phases before that took none
         self.seconds = 0.0                             # of training, without evaluation
         self.started = None                            # when the step under way began
         self.saved = 0.0                               # when the last checkpoint was written
@@ -1846,17 +1847,17 @@ class Run:
         left off; None: its steps take none. phase: its name in the progress bar.
         """
         if self.batches is None:                       # the phase before took none
-            self.shift += self.until - self.first
-        self.first = self.until
-        self.until = until
+            self.without_batch += self.phase_end - self.phase_start
+        self.phase_start = self.phase_end
+        self.phase_end = until
         self.batches = batches
         if batches is not None:
             self.per_epoch = batches.per_epoch
         if self.step >= until:
             return
         name = f"{self.name} {phase}".strip()
-        done = self.step - self.first
-        with Progress(self.world, name, until - self.first, done) as progress:
+        done = self.step - self.phase_start
+        with Progress(self.world, name, until - self.phase_start, done) as progress:
             while self.step < until:
                 self.started = self.world.training_clock()
                 signals["in_step"] = True
@@ -1865,7 +1866,7 @@ class Run:
 
                 batch = None
                 if batches is not None:
-                    batch = batches[self.step - self.shift]
+                    batch = batches[self.step - self.without_batch]
                 yield self.step, batch
 
                 self.step += 1
@@ -1897,7 +1898,7 @@ class Run:
             checkpoint_due = self.step % self.args.save_every == 0
         else:
             checkpoint_due = late
-        ends_phase = self.step == self.until           # saved before what may take long
+        ends_phase = self.step == self.phase_end       # saved before what may take long
         save_now = signalled or checkpoint_due or ends_phase
         log_now = self.step % self.args.log_every == 0 or ends_phase
 
@@ -1924,7 +1925,7 @@ class Run:
         Not after the run's last step: what it made is evaluated after the loop anyway.
         """
         step = self.step + 1
-        return n > 0 and step < self.total and (step % n == 0 or step == self.until)
+        return n > 0 and step < self.total and (step % n == 0 or step == self.phase_end)
 
     def log(self, loss, stats, **numbers):
         """Keeps a step's terms for the next line of the log.
@@ -1967,8 +1968,9 @@ class Run:
 
     def write_line(self, step, terms):
         """Writes a line of log.jsonl. Its epoch counts batches: a phase without any adds none."""
-        at = self.first if self.batches is None else step
-        line = {"step": step, "epoch": round((at - self.shift) / self.per_epoch, 4), **terms}
+        at = self.phase_start if self.batches is None else step
+        epoch = (at - self.without_batch) / self.per_epoch
+        line = {"step": step, "epoch": round(epoch, 4), **terms}
         if self.world.rank == 0:
             with self.writing(self.log_path):
                 print(json.dumps(line), file=self.log_file, flush=True)
@@ -1995,7 +1997,7 @@ class Run:
         values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
         rows = ""
         if self.batches is not None:
-            numbers = self.batches.rows(step - self.shift)
+            numbers = self.batches.rows(step - self.without_batch)
             rows = f"; rows of the batch, of those trained on: {' '.join(map(str, numbers))}"
         raise NotFinite(f"{self.folder}: step {step + 1}: not finite: {values}{rows}; see "
                         f"--detect_anomaly; {self.last_checkpoint()}")
@@ -4936,6 +4938,64 @@ def toy_model(world):
     return save_made(model, tokenizer, folder)
 
 
+def toy_writer(world):
+    """Folder of a BART of 2 + 2 layers, pre-trained once to restore masked words.
+
+    It learns on the toy corpus, which covers both domains.
+    """
+    from transformers import BartConfig, BartForConditionalGeneration
+    words = [*data.toy_vocabulary(), "\n"]
+    folder = toy_folder("toy-bart", words, TOY_BART, TOY_BART_TRAINING)
+    if holds_model(folder):
+        return folder
+
+    world.say("pre-training the toy model that writes, once (about 30 s) ...")
+    torch.manual_seed(0)
+    tokenizer = toy_tokenizer(words)
+    pad, _, begin, end = range(4)
+    config = BartConfig(
+        vocab_size=len(words), pad_token_id=pad, bos_token_id=begin, eos_token_id=end,
+        decoder_start_token_id=end, forced_eos_token_id=end, **TOY_BART)
+    model = BartForConditionalGeneration(config).to(world.device).eval() # eval: no dropout here
+    steps = TOY_BART_TRAINING["steps"]
+    learn_to_restore(model, toy_batches(tokenizer, steps, world), steps)
+    return save_made(model, tokenizer, folder)
+
+
+def toy_tokenizer(words):
+    """A tokenizer with a token for each word; a line end is one too. The first five are special."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    pad, unknown, begin, end, mask = words[:5]
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unknown))
+    plain.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(" ", "removed"),
+        pre_tokenizers.Split("\n", "isolated")])
+    plain.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}", pair=f"{begin} $A {end} $B {end}",
+        special_tokens=[(begin, 2), (end, 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, model_max_length=64, pad_token=pad, unk_token=unknown,
+        cls_token=begin, sep_token=end, bos_token=begin, eos_token=end, mask_token=mask)
+
+
+def learn_to_restore(model, batches, steps):
+    """Trains a toy BART as a denoiser: -E log P(x | m(x)), where m masks a third of the words.
+
+    batches: the inputs of each step. Ids: padding is 0, [MASK] is 4, special tokens are 0 to 4, and
+    words come after them.
+    """
+    optimizer, schedule = one_cycle(model, steps, TOY_BART_TRAINING["lr"])
+    for inputs in batches:
+        x = inputs["input_ids"]                                          # (64, n)
+        m_x, _ = hide_words(x, TOY_BART_TRAINING["share"], torch.arange(5), 4)
+        labels = x.masked_fill(x == 0, -100)
+        model(**{**inputs, "input_ids": m_x}, labels=labels).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
 def toy_folder(name, words, *settings):
     """The folder of a toy model that is made of the toy corpus with these words and settings."""
     text = "\n".join([*words, *data.toy_corpus()])
@@ -5129,64 +5189,6 @@ def post_train(model, split, epochs, tokenizer, world):
     tenth = max(1, len(losses) // 10)
     world.say(f"post-training: {steps} steps, loss {losses[:tenth].mean():.2f}, at the end "
               f"{losses[-tenth:].mean():.2f}")
-
-
-def toy_writer(world):
-    """Folder of a BART of 2 + 2 layers, pre-trained once to restore masked words.
-
-    It learns on the toy corpus, which covers both domains.
-    """
-    from transformers import BartConfig, BartForConditionalGeneration
-    words = [*data.toy_vocabulary(), "\n"]
-    folder = toy_folder("toy-bart", words, TOY_BART, TOY_BART_TRAINING)
-    if holds_model(folder):
-        return folder
-
-    world.say("pre-training the toy model that writes, once (about 30 s) ...")
-    torch.manual_seed(0)
-    tokenizer = toy_tokenizer(words)
-    pad, _, begin, end = range(4)
-    config = BartConfig(
-        vocab_size=len(words), pad_token_id=pad, bos_token_id=begin, eos_token_id=end,
-        decoder_start_token_id=end, forced_eos_token_id=end, **TOY_BART)
-    model = BartForConditionalGeneration(config).to(world.device).eval() # eval: no dropout here
-    steps = TOY_BART_TRAINING["steps"]
-    learn_to_restore(model, toy_batches(tokenizer, steps, world), steps)
-    return save_made(model, tokenizer, folder)
-
-
-def toy_tokenizer(words):
-    """A tokenizer with a token for each word; a line end is one too. The first five are special."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-    pad, unknown, begin, end, mask = words[:5]
-    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unknown))
-    plain.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(" ", "removed"),
-        pre_tokenizers.Split("\n", "isolated")])
-    plain.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A {end}", pair=f"{begin} $A {end} $B {end}",
-        special_tokens=[(begin, 2), (end, 3)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain, model_max_length=64, pad_token=pad, unk_token=unknown,
-        cls_token=begin, sep_token=end, bos_token=begin, eos_token=end, mask_token=mask)
-
-
-def learn_to_restore(model, batches, steps):
-    """Trains a toy BART as a denoiser: -E log P(x | m(x)), where m masks a third of the words.
-
-    batches: the inputs of each step. Ids: padding is 0, [MASK] is 4, special tokens are 0 to 4, and
-    words come after them.
-    """
-    optimizer, schedule = one_cycle(model, steps, TOY_BART_TRAINING["lr"])
-    for inputs in batches:
-        x = inputs["input_ids"]                                          # (64, n)
-        m_x, _ = hide_words(x, TOY_BART_TRAINING["share"], torch.arange(5), 4)
-        labels = x.masked_fill(x == 0, -100)
-        model(**{**inputs, "input_ids": m_x}, labels=labels).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
 
 
 if __name__ == "__main__":
