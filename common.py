@@ -2323,6 +2323,8 @@ def results_of_finished(folder, methods):
         raise UserError(f"{wanted}: its method is {results['method']}")
     if not os.path.isdir(os.path.join(folder, "model")):
         raise UserError(f"{wanted}: it has no model")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--run {folder}: cannot write there, where what is found is kept")
     return results
 
 

@@ -8137,6 +8137,13 @@ def test_wrong_input_gets_one_line(argv, line, folders, monkeypatch):
     assert line in refusal(tdt.main, argv)
 
 
+def test_a_run_that_cannot_be_written_to_is_refused_before_anything_is_done(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "TDT")
+    message = refusal(tdt.main, ["--run", "TDT", "--drop"])
+    assert message == "--run TDT: cannot write there, where what is found is kept"
+
+
 @pytest.mark.parametrize("more", [["--method", "tdt-hard"], ["--drop"], ["--perturb"]], ids=str)
 def test_a_tokenizer_without_mask_is_refused_where_one_is_needed(more, tmp_path):
     save_toy_bert(tmp_path / "model", mask_token=None)
