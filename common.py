@@ -313,7 +313,8 @@ def parse(p, argv, recipe):
     {flag: value}). Besides the flags the result has these attributes: argv, the words; started,
     when they were read; by_hand, the names of the flags that were set; recipe_name and recipe, what
     `recipe` returned; own_files, the first of the user's own files, or ""; of_methods and
-    no_effect, see note_method_flags.
+    no_effect, see note_method_flags; sources {flag with its value: folder}, what a script reads
+    besides --model, which --overwrite must not delete.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -333,6 +334,7 @@ def parse(p, argv, recipe):
             setattr(args, flag, value)
     args.of_methods = []
     args.no_effect = []
+    args.sources = {}
     args.seeds = [*dict.fromkeys(args.seeds)]
     args.method = [*dict.fromkeys(args.method)]
     settle_duration(args)
@@ -1643,12 +1645,13 @@ def refuse_unfinished(args, folder):
 
 
 def refuse_to_empty(args, folders):
-    """UserError if --overwrite would delete the model that the runs start from."""
-    model = os.path.realpath(args.model)
-    for folder in folders:
-        if model.startswith(os.path.realpath(folder) + os.sep):
-            raise UserError(f"--overwrite: would delete {model_flag(args)}, which is in {folder}; "
-                            "use another --output_dir")
+    """UserError if --overwrite would delete what the runs start from."""
+    for flag, path in {model_flag(args): args.model, **args.sources}.items():
+        for folder in folders:
+            inside = os.path.join(os.path.realpath(path), "")
+            if inside.startswith(os.path.join(os.path.realpath(folder), "")):
+                raise UserError(f"--overwrite: would delete {flag}, which is in {folder}; use "
+                                "another --output_dir")
 
 
 class Run:
@@ -2054,15 +2057,16 @@ class Run:
                             "starts afresh")
         return None
 
-    def finish(self, metrics, tokenizer, write_model):
+    def finish(self, metrics, tokenizer, write_model, **more):
         """Writes model/ and results.json, and removes the checkpoints.
 
         write_model(folder) writes the model. results.json comes after it, because it marks the run
-        as finished. Every process returns only when these files are there.
+        as finished. more: further entries of results.json. Every process returns only when these
+        files are there.
         """
         if self.best is None:
             self.log_scores(metrics, self.step)
-        self.results = self.collect_results(metrics)
+        self.results = {**self.collect_results(metrics), **more}
         if self.world.rank == 0:
             folder = self.model_folder
             with self.writing(folder):
@@ -2340,14 +2344,14 @@ def labels_of_all(runs, labels_of):
     return wanted
 
 
-def use_runs(args, runs, setup, world, load, score):
+def use_runs(args, runs, setup, world, load, score, free=()):
     """--run: scores and predicts with finished runs, and prints a table of all their scores.
 
     load(folder, results) -> (forward, module). score(forward, module, sets, folder) -> the scores,
-    which are added to those in the run's results.json. Predictions are written beside it. Returns
-    the results of all runs.
+    which are added to those in the run's results.json. free: see `refuse_other_flags`. Predictions
+    are written beside it. Returns the results of all runs.
     """
-    refuse_other_flags(args, runs)
+    refuse_other_flags(args, runs, free)
     if args.score_validation and "validation_file" not in args.by_hand:
         refuse_other_rows(args, runs)
     for folder, results in runs.items():
@@ -2806,7 +2810,8 @@ def states_file(sentences, width, folder, model_digest, world):
 
 
 def is_reserved(path, size):
-    return os.path.exists(f"{path}.done") and os.path.getsize(path) == size
+    is_there = os.path.exists(path) and os.path.exists(f"{path}.done")
+    return is_there and os.path.getsize(path) == size
 
 
 def check_room(splits, width, folder, model_digest, world):

@@ -684,8 +684,11 @@ def load_teacher(args, setup):
     except Exception as error:
         raise common.UserError(f"--teacher {args.teacher}: cannot be loaded: "
                                f"{common.first_line(error)}") from error
-    if isinstance(teacher, GTuning) and teacher.pair != is_pair(setup):
-        raise common.UserError(f"--teacher {args.teacher}: was trained with another --pair_mode")
+    if isinstance(teacher, GTuning):
+        check_plm(teacher, f"--teacher {args.teacher}", results)
+        if teacher.pair != is_pair(setup):
+            raise common.UserError(f"--teacher {args.teacher}: was trained with another "
+                                   "--pair_mode")
     labels = [*teacher.config.id2label.values()]
     wanted = setup.task.label_names
     if wanted and labels != wanted:
@@ -907,9 +910,7 @@ def build_f(args, setup, seed, world):
     import common
     plm = common.load_model(args, setup, seed, world).base_model
     by_token = setup.task.kind if setup.kind.by_token else ""
-    if args.retrieve_layer and args.retrieve_layer > plm.config.num_hidden_layers:
-        raise common.UserError(f"--retrieve_layer {args.retrieve_layer}: must be at most "
-                               f"{plm.config.num_hidden_layers}, the blocks of {args.model}")
+    check_layer(args, plm)
     try:
         f = GTuning(plm, setup.task.outputs, args.layers, args.pooling, is_pair(setup),
                     args.tune == "all", by_token, args.feature_length)
@@ -918,6 +919,14 @@ def build_f(args, setup, seed, world):
     if args.post_train:                                # then g has weights of its own
         f.saves_plm = True
     return f
+
+
+def check_layer(args, plm):
+    """UserError if g has no block --retrieve_layer."""
+    import common
+    if args.retrieve_layer and args.retrieve_layer > plm.config.num_hidden_layers:
+        raise common.UserError(f"--retrieve_layer {args.retrieve_layer}: must be at most "
+                               f"{plm.config.num_hidden_layers}, the blocks of {args.model}")
 
 
 # -----------------------------------------------------------------------  scores, and finished runs
@@ -943,6 +952,8 @@ def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
         if task.kind == setup.task.kind:
             by_logits[name] = task, split
         else:                                          # retrieval, which also_scores lets in
+            if args.run and "retrieve_layer" in args.by_hand:            # beside the run's own
+                name = f"{name}/block-{args.retrieve_layer}"
             to_retrieve[name] = task, split
     if texts is not None:
         by_logits = texts.sets_with_states(f, by_logits)
@@ -985,9 +996,24 @@ def load_f(folder, results, args, setup, world):
         plm = common.load_model(start, setup, results["seed"], world).base_model
     path = os.path.join(folder, "model")
     try:
-        return GTuning.from_pretrained(path, plm).to(world.device)
+        f = GTuning.from_pretrained(path, plm).to(world.device)
     except Exception as error:
         raise common.UserError(f"{path}: cannot be loaded: {common.first_line(error)}") from error
+    check_plm(f, f"--run {folder}", results)
+    check_layer(args, f.plm)
+    return f
+
+
+def check_plm(f, flag, results):
+    """UserError if g, which a finished run names but does not hold, is another one by now.
+
+    flag: what names the run, with its value.
+    """
+    import common
+    digest = common.digest_weights(f.plm)
+    if results.get("plm_digest", digest) != digest:
+        raise common.UserError(f"{flag}: was trained with other weights of {results['model']} than "
+                               "those that are there now")
 
 
 def labels_of(folder):
@@ -1019,7 +1045,7 @@ def use_finished(args, runs, setup, world):
     def score(forward, f, sets, folder):
         return evaluate_sets(args, f, sets, setup, None, world, folder)
 
-    results = common.use_runs(args, runs, setup, world, load, score)
+    results = common.use_runs(args, runs, setup, world, load, score, free=["retrieve_layer"])
     if args.embed:
         write_figure_2(args, setup, clouds, world)
     return results
@@ -1359,10 +1385,10 @@ def step_on_f(algorithm, method):
     return step
 
 
-def settle_embed(args):
-    """Sets what follows from --embed: not in a trial of --grid, which keeps no model."""
-    if args.choosing:
-        args.embed = False
+def settle_flags(args):
+    """Sets what follows from --embed and --teacher."""
+    if args.teacher:
+        args.sources = {f"--teacher {args.teacher}": args.teacher}
     if args.embed:
         args.score_validation = True                   # its first set is the text in domain
 
@@ -1378,6 +1404,9 @@ def check_flags(args):
     import common
     if args.embed and args.profile:
         raise common.UserError("--embed: cannot go together with --profile, which trains nothing")
+    if args.embed and args.grid:
+        raise common.UserError("--embed: cannot go together with --grid; afterwards --run FOLDER "
+                               "--embed makes the map")
     if "projection" in args.by_hand and not args.embed:
         raise common.UserError("--projection: needs --embed")
     if len(args.batching) > 1:
@@ -1401,7 +1430,7 @@ def main(argv=None):
     args = common.parse(flags(), argv, recipe)
     alike = [*common.ALIKE, "pair_mode", "retrieve_layer"]
     runs = common.take_runs(args, METHODS, labels_of, alike)
-    settle_embed(args)
+    settle_flags(args)
     check_flags(args)
     if args.grid:
         return common.search(main, flags, recipe, METHODS, args)
@@ -1462,7 +1491,8 @@ def main(argv=None):
 
                 keep_state(run, args, f, evaluate, setup, end_1)
                 metrics = evaluate(f, setup.scored, run.folder)
-                run.finish(metrics, setup.tokenizer, f.save_pretrained)
+                run.finish(metrics, setup.tokenizer, f.save_pretrained,
+                           plm_digest=common.digest_weights(f.plm))
             if setup.unscored or args.embed:
                 f = load_f(run.folder, run.results, args, setup, world)
                 common.write_unscored(run.folder, f.logits, f, setup, world)

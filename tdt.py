@@ -537,8 +537,16 @@ def settle_analyses(args, runs):
     if args.figures:
         args.score_validation = True                   # the figures are about these rows
 
+    methods_of_seeds = by_seed(runs).values() or [args.method]
+    if args.drop:
+        ranking = set()                                # the methods that would rank the words
+        for methods in methods_of_seeds:
+            confident = [method for method in methods if method in WITH_CONFIDENCES]
+            ranking.update(confident[:1])
+        if len(ranking) > 1:
+            raise common.UserError("--drop: one method must rank the words of all seeds, got "
+                                   f"{' and '.join(sorted(ranking))}")
     if args.drop or args.confidences or args.tsne or args.texts:
-        methods_of_seeds = by_seed(runs).values() or [args.method]
         for methods in methods_of_seeds:
             if not set(methods) & set(WITH_CONFIDENCES):
                 raise common.UserError(
@@ -1339,6 +1347,8 @@ def use_finished(args, runs, world):
     check_tokenizer(args, tokenizer)
     check_texts(args)
     evaluation = evaluation_of(args, setup, world) if args.figures else None
+    if args.figures and "validation_file" not in args.by_hand:
+        common.refuse_other_rows(args, runs)
     results = [*runs.values()]
     if to_score:
         results = common.use_models(args, runs, setup, world)
@@ -1394,12 +1404,13 @@ def analyse(args, folders_by_seed, evaluation, tokenizer, world):
     if args.figures:
         first_folder, *_ = next(iter(folders_by_seed.values())).values()
         task_folder = os.path.dirname(os.path.abspath(first_folder))
-        show_all_seeds(args, task_folder, mapped, dropped, perturbed, evaluation)
+        show_all_seeds(args, task_folder, chosen_by, mapped, dropped, perturbed, evaluation)
 
 
-def show_all_seeds(args, task_folder, mapped, dropped, perturbed, evaluation):
+def show_all_seeds(args, task_folder, chosen_by, mapped, dropped, perturbed, evaluation):
     """Figures 3, 6 and 5 over all seeds: tables, and pages of curves in the folder of the task.
 
+    chosen_by: the method whose confidences rank the words of Figure 6.
     mapped, dropped, perturbed: what each seed gave; empty where the figure is not asked for.
     """
     import common
@@ -1414,7 +1425,7 @@ def show_all_seeds(args, task_folder, mapped, dropped, perturbed, evaluation):
     when = f"{task_and_set}: {metric} in percent when that share of the words"
     if dropped:
         curves = curves_of_all_seeds(dropped)
-        title = f"{when} is [MASK], those of highest or lowest confidence"
+        title = f"{when} is [MASK], those of highest or lowest confidence by {chosen_by}"
         print_curves(curves, title, world)
         print_control(curves, world)
         heading = f"Scores on {args.task} without the words of highest or lowest confidence"

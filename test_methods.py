@@ -3361,6 +3361,18 @@ def test_scores_of_other_rows_never_take_the_place_of_a_runs_own(tiny_folder, tm
     r3f.main(["--run", *folders, "--validation_file", str(other)])     # a set of its own
 
 
+def test_figures_are_never_of_other_rows_than_the_runs_own(tiny_folder, tmp_path):
+    path = write(tmp_path / "a.csv", "text,label\n" + "good film,1\nbad plot,0\n" * 20)
+    run("tdt", tiny_folder, tmp_path, "--method", "tdt", "--name", "mine", "--train_file", path,
+        "--validation_file", path, "--batch_size", 8, "--max_steps", 2)
+    folder = str(tmp_path / "mine/tdt-0")
+    write(path, "text,label\n" + "good film,0\nbad plot,1\n" * 20)
+    with pytest.raises(UserError, match="tdt-0: was scored on other rows than those in .*a.csv"):
+        tdt.main(["--run", folder, "--drop"])
+    tdt.main(["--run", folder, "--drop", "--validation_file", str(path)])
+    assert os.path.exists(f"{folder}/drop-a.json") and not os.path.exists(f"{folder}/drop.json")
+
+
 def test_a_local_file_whose_rows_have_changed_is_not_scored_as_before(tmp_path):
     path = write(tmp_path / "rows.jsonl", "some rows")
     args = settings(task="cola-ood", local_file=[f"cola-ood={path}"])
@@ -8074,6 +8086,9 @@ def folders(tdt_runs, tmp_path_factory):
     (here / "TOY/results.json").write_text(json.dumps({**results, "task": "toy"}))
     shutil.copytree(run, here / "STD")
     (here / "STD/results.json").write_text(json.dumps({**results, "method": "std"}))
+    shutil.copytree(run, here / "HARD")
+    hard = {**results, "method": "tdt-hard", "seed": 1}
+    (here / "HARD/results.json").write_text(json.dumps(hard))
     for name, missing in (("NOSTART", "confidence-start.pt"), ("NOWEIGHTS", "model.safetensors")):
         shutil.copytree(run, here / name)
         os.remove(here / name / "model" / missing)
@@ -8097,6 +8112,8 @@ BAD = [
     (["--run", "TDT", "TOY", "--drop"], "--run TOY: is a run of toy; must be of custom"),
     (["--run", "TDT", "AGAIN", "--drop"],
      "--run AGAIN: is a run of tdt with seed 0, as TDT is; must be another one"),
+    (["--run", "TDT", "HARD", "--drop"],
+     "--drop: one method must rank the words of all seeds, got tdt and tdt-hard"),
     (["--run", "STD", "--drop"], "need a run of tdt or tdt-hard for each seed"),
     (["--run", "TDT", "--drop", "--dev_samples", "9", "--grid", "lr=1,2"],
      "--grid: cannot go together with --run"),
@@ -9202,6 +9219,18 @@ def test_each_g_has_states_of_its_own(still_folder, small, tmp_path):
             torch.testing.assert_close(states[real], f.encode(**inputs)[real], atol=1e-5, rtol=0)
 
 
+def test_states_that_were_deleted_are_made_again(still_folder, small, tmp_path):
+    """Without the small file that says which of them are written, as a cleaner may leave it."""
+    states = tmp_path / "states"
+    flags = [*small, "--cache_dir", states, "--method", "adapter", "--output_dir"]
+    first, = tune(still_folder, tmp_path, *flags, tmp_path / "a")
+    for path in states.iterdir():
+        if path.suffix != ".done":
+            path.unlink()
+    again, = tune(still_folder, tmp_path, *flags, tmp_path / "b")
+    assert again["metrics"] == first["metrics"]
+
+
 def test_too_small_a_disk_is_told_before_anything_is_encoded(still_folder, small, tmp_path,
                                                              monkeypatch):
     full = argparse.Namespace(free=1000)
@@ -9520,6 +9549,7 @@ WRONG = """
 --cache_dir file/x          | --cache_dir: cannot make the folder file/x: Not a directory; use
 --train_file good.csv --validation_file good.csv --embed | --embed: needs --eval_tasks
 --embed --eval_tasks toy-food --profile 1 | --embed: cannot go together with --profile
+--embed --eval_tasks toy-food --dev_samples 9 --grid T=1,2 | --embed: cannot go together with --grid
 --train_file good.csv --validation_file good.csv --projection pca | --projection: needs --embed
 """
 
@@ -10098,6 +10128,22 @@ def test_a_block_of_g_gives_its_mean(tagger):
     torch.testing.assert_close(gtuning.mean_vectors(f, None, **inputs), mean.features(**inputs))
 
 
+def test_a_finished_run_retrieves_by_another_block_too(tagged, sentences, tagger, tmp_path):
+    """Its scores stand beside those of f."""
+    ner_file = tagged[tagged.index("--local_file") + 1]
+    local = ["--local_file", f"ner={ner_file}", f"tatoeba-deu={sentences}"]
+    if "=" in ner_file:
+        local[1] = ner_file
+    run_on_tags(gtuning, tagger, tmp_path, "--task", "ner", *local, "--eval_tasks", "tatoeba-deu",
+                "--method", "adapter", "--max_steps", 2)
+    again = ["--run", str(tmp_path / "ner/adapter-0"), "--eval_tasks", "tatoeba-deu", *local,
+             "--retrieve_layer"]
+    result, = gtuning.main([*again, "1"])
+    assert {"tatoeba-deu", "tatoeba-deu/block-1"} <= set(result["metrics"])
+    with pytest.raises(UserError, match="--retrieve_layer 3: must be at most 2, the blocks of"):
+        gtuning.main([*again, "3"])
+
+
 def test_retrieval_is_gtunings_and_trains_nothing(sentences, tagged, tagger, tmp_path):
     ner_file = tagged[tagged.index("--local_file") + 1]
     flags = ["--task", "ner", "--local_file", ner_file, f"tatoeba-deu={sentences}", "--eval_tasks",
@@ -10283,6 +10329,36 @@ def test_a_teacher_that_does_not_fit_is_refused(tagged, labelled, tagger, tmp_pa
     with pytest.raises(UserError, match="its labels are no yes, must be no zz"):
         run_on_tags(gtuning, tagger, tmp_path, *flags, "--method", "self-teach", "--teacher",
                     tmp_path / "b/custom/adapter-0")
+
+
+def test_a_frozen_g_that_has_changed_since_is_refused(labelled, tagger, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tagger, model)
+    run_on_tags(gtuning, str(model), tmp_path, *labelled, "--method", "adapter")
+    folder = str(tmp_path / "custom/adapter-0")
+    results = read_json(f"{folder}/results.json")
+    gtuning.main(["--run", folder])
+
+    other = transformers.AutoModelForMaskedLM.from_pretrained(model)
+    torch.nn.init.normal_(other.bert.encoder.layer[0].output.dense.weight)
+    other.save_pretrained(model)
+    changed = "was trained with other weights of .*model than those that are there now"
+    with pytest.raises(UserError, match=f"--run .*adapter-0: {changed}"):
+        gtuning.main(["--run", folder])
+    with pytest.raises(UserError, match=f"--teacher .*adapter-0: {changed}"):
+        run_on_tags(gtuning, str(model), tmp_path, *labelled, "--method", "self-teach",
+                    "--teacher", folder)
+    assert read_json(f"{folder}/results.json")["metrics"] == results["metrics"]
+
+
+def test_overwrite_does_not_delete_the_teacher(labelled, tagger, tmp_path):
+    run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "adapter")
+    folder = tmp_path / "custom/adapter-0"
+    flags = [*labelled, "--method", "adapter", "self-teach", "--teacher", folder, "--overwrite"]
+    for more in ([], ["--dev_samples", 8, "--batch_size", 4, "--grid", "teach_weight=1,3"]):
+        with pytest.raises(UserError, match="--overwrite: would delete --teacher .*adapter-0"):
+            run_on_tags(gtuning, tagger, tmp_path, *flags, *more)
+        assert os.path.exists(folder / "results.json")
 
 
 def test_each_of_several_runs_is_scored_with_its_own_g(tagged, tagger, tmp_path):
