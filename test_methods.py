@@ -4433,6 +4433,7 @@ README_TABLES = {
             SST2, "640", "640-again", "freelb epochs=10.0", "std epochs=33.0"),
         "R-Drop, SST-2": twice(SST2, "1000-fp32", "rdrop-again", "rdrop"),
         "R-Drop, MRPC, 96 steps": twice(MRPC, "rivals", "rdrop-mrpc", "rdrop"),
+        "R-Drop, MNLI": twice(MNLI, "mnli-rivals", "mnli-again", "rdrop"),
         "R3F, MRPC": twice(MRPC, "mrpc", "r3f-mrpc", "r3f"),
         "TDT, CoLA, 320 steps": twice(COLA, "320", "320-again", "tdt"),
         "the same, out of domain": twice(OUT_OF_DOMAIN, "320", "320-again", "tdt"),
