@@ -935,6 +935,14 @@ def warn_of_texts(args, setup, world):
             if count:
                 world.say(f"warning: {name}: in {count} of {len(split.rows)} rows the {task.label} "
                           "has no word for ROUGE, which knows a-z and 0-9 alone")
+            has_lines = any("\n" in text for text in split.column("label"))
+            if has_lines and not keeps_line_ends(setup.tokenizer):
+                world.say(f"warning: {name}: the tokenizer drops line ends, so the model writes "
+                          "none, and rougeLsum takes what it writes for one line")
+
+
+def keeps_line_ends(tokenizer):
+    return "\n" in tokenizer.decode(tokenizer("a\nb")["input_ids"])
 
 
 def with_main_metric(task, name):
@@ -3815,7 +3823,7 @@ def keep_lines(path, runs, by, differ):
     if left_out:
         raise UserError(f"--keep {left_out[0]}")
     for of_task in by_task([*there, *runs]).values():
-        refuse_incomparable(of_task, by, differ)
+        refuse_incomparable(of_task, by, differ, usual_baseline(of_task))
     lines = {(run.task, run.method, run.seed): run for run in [*there, *runs]}
     runs = in_order(lines.values())
     text = ""
@@ -3836,11 +3844,12 @@ def keep_lines(path, runs, by, differ):
 
 # -------------------------------------------------------------  9  the report: what may be compared
 
-def refuse_incomparable(runs, by, differ):
+def refuse_incomparable(runs, by, differ, baseline=""):
     """UserError if two runs, all of one task, differ in flags that are not the method's own.
 
-    The runs of a method must agree in all flags. The methods must agree in the flags that all
-    scripts have, except those that were searched over the same values. Free to differ are
+    The runs of a method must agree in all flags. Each method must agree with the baseline (without
+    one, with each other) in the flags that all scripts have, except those that were searched over
+    the same values. Free to differ are
     NOT_THE_RUN, eval_tasks, PART_OF_METHOD, those in `by` and `differ`, and those that kept lines
     were kept with (see `keep_lines`). A flag that only one of two runs has is not compared: the
     other run is older than the flag.
@@ -3854,15 +3863,24 @@ def refuse_incomparable(runs, by, differ):
         names = set(run.flags) & set(other.flags) - free
         refuse_flags(run, other, names, f"the runs of {run.method} on {run.task}")
 
-    other = runs[0]
-    for run in first.values():
+    if baseline in first:
+        pairs = [(run, first[baseline]) for run in first.values()]
+    else:
+        pairs = itertools.combinations(first.values(), 2)
+    for run, other in pairs:
         mine = run.line.get("searched", {})
         theirs = other.line.get("searched", {})
-        searched = {name for name in mine if mine[name] == theirs.get(name)}
+        searched = {name for name in mine.keys() & theirs.keys()
+                    if different_values(mine[name]) == different_values(theirs[name])}
         in_both = set(run.flags) & set(other.flags)
         digests = {name for name in in_both if name.endswith("_digest")}
         names = (set(default_flags()) | digests) - free - searched - MAY_DIFFER_BETWEEN_METHODS
         refuse_flags(run, other, names, f"the methods on {run.task}")
+
+
+def different_values(words):
+    """The values of a flag that these words stand for: 1e-4 and 0.0001 are one."""
+    return {float(word) if data.is_float(str(word)) else word for word in words}
 
 
 def by_task(runs):
@@ -3873,12 +3891,12 @@ def by_task(runs):
     return found
 
 
-def comparable_runs(runs, by, differ, refused):
+def comparable_runs(runs, by, differ, refused, baseline):
     """The runs of tasks whose runs may be compared. `refused` gets the reasons against others."""
     found = []
     for of_task in by_task(runs).values():
         try:
-            refuse_incomparable(of_task, by, differ)
+            refuse_incomparable(of_task, by, differ, baseline)
             found += of_task
         except UserError as error:
             refused.append(str(error))
@@ -4848,9 +4866,9 @@ def main_report(argv=None):
     tables = []
     refused = []
     for title, runs in found:
-        runs = comparable_runs(runs, args.by, args.differ, refused)
+        baseline = args.baseline or usual_baseline(runs)
+        runs = comparable_runs(runs, args.by, args.differ, refused, baseline)
         if runs:
-            baseline = args.baseline or usual_baseline(runs)
             tables.append(build_table(title, runs, baseline, args.rows))
     if refused and not tables:
         raise UserError(refused[0])

@@ -1000,7 +1000,6 @@ def load_f(folder, results, args, setup, world):
     except Exception as error:
         raise common.UserError(f"{path}: cannot be loaded: {common.first_line(error)}") from error
     check_plm(f, f"--run {folder}", results)
-    check_layer(args, f.plm)
     return f
 
 
@@ -1038,6 +1037,7 @@ def use_finished(args, runs, setup, world):
 
     def load(folder, results):
         f = load_f(folder, results, args, setup, world)
+        check_layer(args, f.plm)
         if args.embed:
             clouds[folder] = embed(folder, f, setup, world)
         return f.logits, f
@@ -1389,6 +1389,8 @@ def settle_flags(args):
     """Sets what follows from --embed and --teacher."""
     if args.teacher:
         args.sources = {f"--teacher {args.teacher}": args.teacher}
+    if args.choosing:                                  # such a run keeps no model
+        args.embed = False
     if args.embed:
         args.score_validation = True                   # its first set is the text in domain
 

@@ -130,7 +130,7 @@ class R3F(torch.nn.Module):
         refuse_negative(lam=lam, eps=eps)
         if not 0 <= label_smoothing <= 0.5:
             raise ValueError(f"label_smoothing must be from 0 to 0.5, got {label_smoothing}")
-        if label_smoothing > 0 and model.config.num_labels == 1:
+        if label_smoothing > 0 and is_regression(model):
             raise ValueError("label_smoothing needs classes: a regression has no other labels")
         if lam > 0:
             refuse_regression(model, "R3F")
@@ -221,9 +221,10 @@ class R3F(torch.nn.Module):
 def word_embeddings(model):
     """The encoder's word embeddings, a module.
 
-    An encoder-decoder model as a whole has such a module too, but its encoder need not use that.
+    An encoder-decoder model as a whole has such a module too, but its encoder need not use that;
+    nor does T5's, with tags.
     """
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or model.config.model_type in ("t5", "mt5", "umt5"):
         return model.base_model.get_encoder().get_input_embeddings()
     return model.get_input_embeddings()
 
@@ -240,9 +241,12 @@ def noise_added(model, noise_for):
 
     def hook(module, args, x):
         calls.append(module)
-        if is_xlnet:
-            return x + noise_for(x.transpose(0, 1)).transpose(0, 1).to(x.dtype)
-        return x + noise_for(x).to(x.dtype)
+        words = x.transpose(0, 1) if is_xlnet else x                # (B, n, H)
+        z = noise_for(words).to(x.dtype)
+        added = words.shape[1] - z.shape[1]            # padding that Longformer itself adds
+        if added:
+            z = F.pad(z, (0, 0, 0, added))
+        return x + (z.transpose(0, 1) if is_xlnet else z)
 
     handles = [word_embeddings(model).register_forward_hook(hook)]
     if model.config.is_encoder_decoder:                # its decoder may use the same module
@@ -544,8 +548,13 @@ def refuse_rounding(model, eps):
                          "dtype=torch.float32 (and autocast used)")
 
 
+def is_regression(model):
+    """Whether the model has one output. The labels of a model that predicts words mean nothing."""
+    return model.config.num_labels == 1 and model.get_output_embeddings() is None
+
+
 def refuse_regression(model, method):
-    if model.config.num_labels == 1:
+    if is_regression(model):
         raise ValueError(f"{method} needs classes: the KL of a regression model is undefined "
                          "(paper, footnote 1)")
 
@@ -871,6 +880,7 @@ def read_links(folder):
     oldest first."""
     import common
     links = []
+    seen = []
     at = folder
     while at:
         files = [os.path.join(at, name) for name in ("results.json", "model/config.json")]
@@ -879,7 +889,11 @@ def read_links(folder):
             raise common.UserError(f"--probe {folder}: must be the folder of a finished run with "
                                    f"model/config.json in it{why}")
         links.insert(0, common.read_results(at))
+        seen.append(os.path.realpath(at))
         at = links[0]["args"].get("init_from")
+        if at and os.path.realpath(at) in seen:
+            raise common.UserError(f"--probe {folder}: its chain of --init_from comes back to "
+                                   f"{at}, which has been trained again since")
     return links
 
 
@@ -954,6 +968,8 @@ def probe_task(name, encoders, args, world):
     task = data.TASKS[name]
     args.eval_tasks = []
     rows = data.load(args)
+    for warning in rows.warnings:
+        world.say(f"warning: {warning}")
     for encoder, (path, links) in encoders.items():
         bar = f"{name}: {encoder}"
         for seed, count, score in probe_encoder(path, task, rows, args, bar, world):
@@ -987,6 +1003,10 @@ def check_probe(args):
         if not task.label_names or data.KINDS[task.kind].by_token:
             raise common.UserError(f"--probe_tasks {name}: its kind is {task.kind}, must be "
                                    "classify")
+    several = "seeds" in args.by_hand and len(args.seeds) > 1
+    if several and args.probe_recipe == "converged" and not args.train_samples:
+        raise common.UserError("--seeds: must be one with --probe_recipe converged, whose layer "
+                               "starts at zero (or --train_samples, which are drawn by the seed)")
     for name in args.by_hand:
         if name not in [*PROBE_FLAGS, *PROBE_STEP_FLAGS]:
             raise common.UserError(f"--{name}: cannot go together with --probe")
@@ -1013,6 +1033,7 @@ def probe(args):
     with common.processes(args_of[args.probe_tasks[0]]) as world:
         if world.size > 1:
             raise common.UserError("--probe: must run in one process")
+        common.signals["way_on"] = f"; {path} keeps the lines so far"
         encoders = probed_encoders(args.probe)
         try:
             os.makedirs(args.output_dir, exist_ok=True)

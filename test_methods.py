@@ -4480,17 +4480,18 @@ README_TABLES = {
             cell("steps std epochs=10.0", SST2),
             cell("mrpc-steps std epochs=10.0", MRPC, baseline="std epochs=5.0"),
             cell("steps std epochs=10.0", COLA),
-            cell("qqp-steps std epochs=10.0", QQP, baseline="std epochs=5.0")],
+            cell("qqp-steps std epochs=10.0", QQP, baseline="std epochs=5.0"),
+            cell("mnli-steps std epochs=10.0", MNLI, baseline="std epochs=5.0")],
         "`std`, 640 steps over 320": [
             cell("640 std epochs=20.0", SST2, baseline="std epochs=10.0"), None,
-            cell("cola-steps std epochs=20.0", COLA, baseline="std epochs=10.0"), None],
+            cell("cola-steps std epochs=20.0", COLA, baseline="std epochs=10.0"), None, None],
         "`std`, 1,056 steps over 320": [
-            cell("640 std epochs=33.0", SST2, baseline="std epochs=10.0"), *[None] * 3],
+            cell("640 std epochs=33.0", SST2, baseline="std epochs=10.0"), *[None] * 4],
         "the same, seeds 8 to 15": [
-            cell("640-again std epochs=33.0", SST2, baseline="std epochs=10.0"), *[None] * 3],
+            cell("640-again std epochs=33.0", SST2, baseline="std epochs=10.0"), *[None] * 4],
         "FreeLB, 320 steps, over `std`, 640": [
-            cell("640 freelb epochs=10.0", SST2), *[None] * 3],
-        "TDT over `std`, 320 steps": [cell("320 tdt", SST2), *[None] * 3],
+            cell("640 freelb epochs=10.0", SST2), *[None] * 4],
+        "TDT over `std`, 320 steps": [cell("320 tdt", SST2), *[None] * 4],
     },
     "all rows": by_column([COLA, IN_DOMAIN, OUT_OF_DOMAIN, MRPC, RTE, SST2], [6, 6, 6, 6, 5, 5], {
         "`std`, its scores": [*["cola-full std"] * 3, "mrpc-full std", "rte-full std",
@@ -4802,6 +4803,18 @@ def test_what_all_searched_may_differ(tmp_path, capsys):
     results = {**results_of("rte", "most", 0, 60, lr=3), "searched": {"lr": [1, 2, 3]}}
     write_run(folder, results)
     assert "--lr is not the same for the methods on rte" in refused_report(folder)
+
+
+def test_each_method_is_compared_with_the_baseline_and_not_with_the_first_name(tmp_path):
+    """std was not searched: r3f, at another rate, must not hide behind freelb, at std's."""
+    folder = tmp_path / "runs"
+    for method, lr, searched in (("std", 1e-4, {}), ("r3f", 2e-4, {"lr": ["1e-4", "2e-4"]}),
+                                 ("freelb", 1e-4, {"lr": ["2e-4", "0.0001"]})):
+        write_run(folder, {**results_of("rte", method, 0, 60, lr=lr), "searched": searched})
+    assert "--lr is not the same for the methods on rte: 0.0001" in refused_report(folder)
+    shutil.rmtree(folder / "rte/std-0")
+    tables = common.main_report([str(folder)])         # the other two searched the same values
+    assert tables[0].methods == ["freelb", "r3f"]
 
 
 def test_a_state_that_was_chosen_on_the_scored_set_is_told(tmp_path, capsys):
@@ -5473,6 +5486,36 @@ def test_noise_that_does_not_arrive_once_is_an_error():
     with pytest.raises(RuntimeError, match="did not arrive.* 2 times"):
         r3f.R3F(model)(labels, **inputs)
     assert not words._forward_hooks
+
+
+def test_noise_meets_a_model_that_pads_its_inputs_itself():
+    config = transformers.LongformerConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, attention_window=4, max_position_embeddings=64)
+    model = transformers.LongformerForSequenceClassification(config).train()
+    ids = torch.randint(5, 60, (2, 7))
+    for method in (r3f.R3F(model, eps=0.1), r3f.SMART(model), r3f.FreeLB(model)):
+        loss, _ = method(torch.tensor([0, 1]), input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert loss.isfinite()
+
+
+def test_noise_arrives_in_t5_with_tags():
+    """It reads by its encoder's embeddings, though it says that it has no decoder."""
+    config = transformers.T5Config(
+        vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, num_labels=3)
+    model = transformers.T5ForTokenClassification(config)
+    ids = torch.randint(5, 60, (2, 7))
+    _, stats = r3f.R3F(model, eps=1.0, share_dropout=True).train()(
+        torch.randint(0, 3, (2, 7)), input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert stats["kl"] > 1e-4
+
+
+def test_a_language_model_is_no_regression_whatever_its_labels():
+    config = transformers.GPT2Config(
+        vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=1)
+    model = transformers.GPT2LMHeadModel(config)
+    for method in (r3f.R3F(model, label_smoothing=0.1), r3f.RDrop(model), r3f.SMART(model)):
+        assert method.model is model
 
 
 def test_r3f_refuses_what_has_no_meaning():
@@ -7321,6 +7364,19 @@ def test_tdt_refuses_a_model_whose_embeddings_it_cannot_change(name, why):
     for wrapped in (tdt.TDT, tdt.TokenCutoff):
         with pytest.raises(ValueError, match=f"{name}.* cannot be perturbed: {why}"):
             wrapped(model)
+
+
+def test_line_ends_that_a_tokenizer_drops_are_warned_of(capsys):
+    rows = datasets.Dataset.from_dict({"document": ["a"], "label": ["a plot\na cast"]})
+    task = data.TASKS["toy-sum"]
+    for tokenizer, said in ((common.toy_tokenizer([*data.toy_vocabulary(), "\n"]), False),
+                            (bert_tokenizer(WORDS, model_max_length=64), True)):
+        split = types.SimpleNamespace(rows=rows, column=lambda name: rows[name])
+        sets = {"validation": (task, split)}
+        setup = types.SimpleNamespace(tokenizer=tokenizer, sets={}, scored=sets)
+        world = types.SimpleNamespace(rank=0, say=print)
+        common.warn_of_texts(types.SimpleNamespace(choosing=False), setup, world)
+        assert ("drops line ends" in capsys.readouterr().out) == said
 
 
 def test_a_model_without_word_embeddings_is_for_plain_fine_tuning_alone():
@@ -11274,7 +11330,7 @@ def test_probes_of_unlike_settings_have_unlike_recipes():
 
 @pytest.mark.parametrize("seeds", [[0], [0, 1]])
 def test_probes_of_several_seeds_say_which(seeds, monkeypatch, capsys):
-    monkeypatch.setattr(data, "load", lambda args: None)
+    monkeypatch.setattr(data, "load", lambda args: types.SimpleNamespace(warnings=[]))
     monkeypatch.setattr(r3f, "probe_encoder", lambda *given: [(seed, 10, 0.5) for seed in seeds])
     args = argparse.Namespace(probe_recipe="converged", by_hand=[], seeds=seeds)
     world = types.SimpleNamespace(say=print)
@@ -11305,11 +11361,23 @@ def test_a_chain_of_runs_is_told_link_by_link(std_run, tmp_path):
     assert message.startswith(f"--output_dir {tmp_path}/file: cannot write")
 
 
+def test_a_chain_of_runs_that_comes_back_to_itself_is_refused(std_run, tmp_path):
+    for name, before in (("a", "b"), ("b", "a")):
+        shutil.copytree(std_run, tmp_path / name)
+        results = read_json(tmp_path / name / "results.json")
+        results["args"]["init_from"] = str(tmp_path / before)
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    message = refusal(probe, tmp_path, "--probe", tmp_path / "a", "--probe_tasks", "toy")
+    assert f"its chain of --init_from comes back to {tmp_path}/a" in message
+
+
 @pytest.mark.parametrize("words, message", [
     (["--probe", "."], "--probe: needs --probe_tasks"),
     (["--probe", "nowhere", "--probe_tasks", "toy"], "--probe nowhere: must be the folder"),
     (["--probe", ".", "--probe_tasks", "sst-2"], "--probe_tasks sst-2"),
     (["--probe_tasks", "toy"], "--probe_tasks: needs --probe"),
+    (["--probe", ".", "--probe_tasks", "toy", "--probe_recipe", "converged", "--seeds", 0, 1],
+     "--seeds: must be one with --probe_recipe converged"),
 ])
 def test_probes_of_nothing_are_refused(words, message, tmp_path):
     assert message in refusal(probe, tmp_path, *words)
