@@ -2291,6 +2291,23 @@ def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
+@pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "adapter")])
+def test_weights_are_fp32_whatever_the_checkpoint_holds(script, method, tiny_folder, small,
+                                                        tmp_path):
+    folder = tmp_path / "bf16"
+    shutil.copytree(tiny_folder, folder)
+    half = transformers.AutoModelForMaskedLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    half.save_pretrained(folder)
+    result, = run(script, folder, tmp_path, "--method", method, *small[:4], "--max_steps", 1,
+                  *(small[4:] if script == "gtuning" else []))
+    saved = tmp_path / f"custom/{method}-0/model"
+    if script == "gtuning":
+        weights_of_run = learned(saved.parent)
+    else:
+        weights_of_run = weights_of(saved)
+    assert {weight.dtype for weight in weights_of_run.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("labels, kept", [
     (["negative", "positive"], True),
     (["NEGATIVE", "POSITIVE"], True),
@@ -3696,6 +3713,93 @@ def test_what_a_finished_run_cannot_do_is_one_line(flags, line, finished_toy):
 
 # ---------------------------------------------------------------------- 7  tables, pages, --profile
 
+# Flags of a script that change nothing of what its runs learn.
+NOT_OF_A_METHOD = {
+    "r3f": "help probe probe_recipe probe_tasks",
+    "tdt": "help confidences draws drop explain explain_file perturb rates tsne",
+    "gtuning": "help cache_dir embed no_cache projection",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_that_changes_what_a_method_learns_is_named_by_it(name):
+    """Else a run with another value of it would be taken for the run before."""
+    script = SCRIPTS[name]
+    own = {action.dest for action in script.flags()._actions} - set(common.default_flags())
+    of_methods = " ".join(method["flags"] for method in script.METHODS.values())
+    assert own == {*of_methods.split(), *NOT_OF_A_METHOD[name].split()}
+
+
+# {script method: {flag: (its value, the attribute that has it)}}, no two values alike.
+FLAGS_OF_METHODS = {
+    "r3f r3f": {"lam": (0.3, "lam"), "eps": (0.02, "eps"), "noise": ("normal", "noise"),
+                "stop_grad": ("noised", "stop_grad"), "share_dropout": (True, "share_dropout"),
+                "label_smoothing": (0.1, "label_smoothing"),
+                "reduction": ("sentence", "reduction")},
+    "r3f r4f": {"lam": (0.3, "lam"), "eps": (0.02, "eps"), "noise": ("normal", "noise")},
+    "r3f rdrop": {"alpha": (0.7, "alpha")},
+    "r3f smart": {"lam": (0.3, "lam"), "eps": (0.02, "eps"), "smart_sigma": (0.04, "sigma"),
+                  "smart_eta": (0.05, "eta"), "smart_steps": (3, "steps"),
+                  "bregman": (0.6, "bregman")},
+    "r3f freelb": {"adv_steps": (4, "steps"), "adv_lr": (0.3, "adv_lr"), "adv_init": (0.5, "init"),
+                   "adv_eps": (0.9, "eps")},
+    "tdt tdt": {"alpha": (0.3, "alpha"), "beta": (0.4, "beta"), "gamma": (0.6, "gamma"),
+                "margin": (0.7, "margin"), "mu0": ("zero", "mu0"),
+                "variant": ("released", "variant")},
+    "tdt tdt-hard": {"alpha": (0.3, "alpha"), "beta": (0.4, "beta"), "tau": (0.8, "tau")},
+    "tdt cutoff": {"cutoff_rate": (0.3, "rate"), "cutoff_a": (0.4, "a"), "cutoff_b": (0.6, "b")},
+}
+
+
+@pytest.mark.parametrize("name", FLAGS_OF_METHODS)
+def test_the_flags_of_a_method_reach_it(name):
+    script, method = name.split()
+    argv = ["--method", method]
+    for flag, (value, _) in FLAGS_OF_METHODS[name].items():
+        argv += [f"--{flag}"] if value is True else [f"--{flag}", value]
+    more = [4] if script == "tdt" else []              # the id of [MASK]
+    module = SCRIPTS[script].build_method(method, tiny(), parse(script, *argv), *more)
+    for value, attribute in FLAGS_OF_METHODS[name].values():
+        assert getattr(module, attribute) == value, attribute
+
+
+def test_the_flags_of_gtuning_reach_f_and_d(tiny_folder, small):
+    args = parse("gtuning", "--model", tiny_folder, "--precision", "fp32", "--batch_size", 16,
+                 "--method", "gtuning", "--layers", 2, "--pooling", "mean", "--tune", "all",
+                 "--feature_length", 3, "--gp_weight", 7, "--d_lr", 0.3, "--d_betas", 0.4, 0.6,
+                 "--epsilon", "uniform", *small)
+    with common.processes(args) as world:
+        setup = common.prepare(args, world)
+        texts = gtuning.Texts(args, setup, world)
+        algorithm = gtuning.Algorithm1(args, "gtuning", 0, 8, setup, texts, world)
+    f = algorithm.f
+    assert (f.layers, f.pooling, f.tune_plm, f.length) == (2, "mean", True, 3)
+    assert algorithm.d_loss.gp_weight == 7 and len(algorithm.D.layers) == 3        # and a LayerNorm
+    of_d = algorithm.d_optimizer.param_groups[0]
+    assert of_d["lr"] == 0.3 and tuple(of_d["betas"]) == (0.4, 0.6)
+    e = algorithm.draw_epsilon(0)
+    assert 0 <= e.min() and e.max() <= 1
+
+
+def test_each_step_seed_and_rank_has_random_numbers_of_its_own(tmp_path):
+    def draws(folder, seed, rank):
+        world = types.SimpleNamespace(rank=rank, training_clock=time.monotonic)
+        args = types.SimpleNamespace(task="toy", output_dir=str(tmp_path / folder))
+        steps = common.Run.__new__(common.Run)
+        steps.__dict__.update(
+            world=world, args=args, seed=seed, name="run", step=0, total=3, batches=None,
+            phase_start=0, phase_end=0, without_batch=0, per_epoch=1)
+        steps.end_step = lambda: ""
+        return [torch.rand(1).item() for _ in steps.steps(3)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "Progress", lambda *args: contextlib.nullcontext(
+            types.SimpleNamespace(update=lambda **more: None)))
+        found = [draws("a", seed, rank) for seed in (0, 1) for rank in (0, 1)]
+        assert draws("b", 0, 0) == found[0]
+    assert len({number for numbers in found for number in numbers}) == 12
+
+
 def test_the_table_has_straight_columns(tmp_path):
     args = argparse.Namespace(task="rte", choosing=False, run=[], seeds=[0], eval_tasks=[],
                               method=["adapter", "self-teach"], output_dir=str(tmp_path),
@@ -3707,6 +3811,8 @@ def test_the_table_has_straight_columns(tmp_path):
     common.print_table(said.append, results, args)
     rows = [line for line in said if "accuracy" in line or line.startswith("set")]
     assert len(rows) == 5 and len({len(row) for row in rows}) == 1, rows
+    scores = {row.split()[2]: row.split()[3] for row in rows[1:]}
+    assert scores == {"adapter": "50.00", "self-teach": "100.00"}
 
 
 @pytest.mark.parametrize("script", ["r3f", "tdt"])
@@ -5516,6 +5622,51 @@ def test_a_language_model_is_no_regression_whatever_its_labels():
     model = transformers.GPT2LMHeadModel(config)
     for method in (r3f.R3F(model, label_smoothing=0.1), r3f.RDrop(model), r3f.SMART(model)):
         assert method.model is model
+
+
+def self_teach_of(model):
+    f = gtuning.GTuning(model.base_model, 3, tune_plm=True)
+    return gtuning.SelfTeach(f, 20.0)
+
+
+# Each term is weighted so that its gradient could not be missed.
+LOSSES = {
+    "R-Drop": lambda model: r3f.RDrop(model, alpha=4.0),
+    "TDT": lambda model: tdt.TDT(model, alpha=2.0, beta=2.0, gamma=0.5),
+    "TDT, released": lambda model: tdt.TDT(model, alpha=2.0, beta=2.0, variant="released"),
+    "token cutoff": lambda model: tdt.TokenCutoff(model, 0.3, a=2.0, b=4.0),
+    "Self-Teach": self_teach_of,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_all_of_a_loss_has_its_gradient(name):
+    """By a difference of the loss along the gradient of each weight."""
+    model = wide_tiny(dropout=name == "R-Drop")        # R-Drop compares two samples of dropout
+    module = LOSSES[name](model).train()
+    labels, inputs = batch()
+    if name == "Self-Teach":
+        _, general = batch(n=7)
+        inputs = {**inputs, "general": general, "teacher": 3 * torch.randn(4, 3)}
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+
+    def loss():
+        torch.manual_seed(3)
+        return module(labels, **inputs)[0]
+
+    gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+    with torch.no_grad():
+        directions = [gradient if gradient is None else gradient / gradient.norm().clamp(min=1e-6)
+                      for gradient in gradients]
+        ends = []
+        for step in (2e-3, -4e-3):
+            for weight, direction in zip(weights, directions):
+                if direction is not None:
+                    weight.add_(step * direction)
+            ends.append(loss().item())
+    slope = sum((gradient * direction).sum().item()
+                for gradient, direction in zip(gradients, directions) if gradient is not None)
+    assert (ends[0] - ends[1]) / 4e-3 == pytest.approx(slope, rel=0.05)
 
 
 def test_r3f_refuses_what_has_no_meaning():
