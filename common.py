@@ -3822,6 +3822,11 @@ def keep_lines(path, runs, by, differ):
     there = read_kept(path, by, left_out) if os.path.exists(path) else []
     if left_out:
         raise UserError(f"--keep {left_out[0]}")
+    # What was a method of its own in the file stays one, so that no run stands in it twice.
+    for run in there:
+        by = [*dict.fromkeys([*run.line.get("by", []), *by])]
+    runs = [finished_run(run.where, run.line, by, run.curves) for run in runs]
+    there = [finished_run(run.where, run.line, by, run.curves) for run in there]
     for of_task in by_task([*there, *runs]).values():
         refuse_incomparable(of_task, by, differ, usual_baseline(of_task))
     lines = {(run.task, run.method, run.seed): run for run in [*there, *runs]}
@@ -3861,7 +3866,8 @@ def refuse_incomparable(runs, by, differ, baseline=""):
     for run in runs:
         other = first.setdefault(run.method, run)
         names = set(run.flags) & set(other.flags) - free
-        refuse_flags(run, other, names, f"the runs of {run.method} on {run.task}")
+        refuse_flags(run, other, names, f"the runs of {run.method} on {run.task}",
+                     "make each value a method of its own by --by")
 
     if baseline in first:
         pairs = [(run, first[baseline]) for run in first.values()]
@@ -3875,7 +3881,7 @@ def refuse_incomparable(runs, by, differ, baseline=""):
         in_both = set(run.flags) & set(other.flags)
         digests = {name for name in in_both if name.endswith("_digest")}
         names = (set(default_flags()) | digests) - free - searched - MAY_DIFFER_BETWEEN_METHODS
-        refuse_flags(run, other, names, f"the methods on {run.task}")
+        refuse_flags(run, other, names, f"the methods on {run.task}", "allow it by --differ")
 
 
 def different_values(words):
@@ -3903,7 +3909,7 @@ def comparable_runs(runs, by, differ, refused, baseline):
     return found
 
 
-def refuse_flags(run, other, names, whose):
+def refuse_flags(run, other, names, whose, way_out):
     unlike = [name for name in sorted(names) if run.flags.get(name) != other.flags.get(name)]
     if not unlike:
         return
@@ -3913,8 +3919,8 @@ def refuse_flags(run, other, names, whose):
         others = f" (nor --{', --'.join(unlike[1:])})"
     raise UserError(
         f"--{name} is not the same for {whose}: {shown(other.flags.get(name))} in {other.where}, "
-        f"{shown(run.flags.get(name))} in {run.where}{others}; report them apart, or allow it by "
-        f"--differ {' '.join(unlike)}")
+        f"{shown(run.flags.get(name))} in {run.where}{others}; report them apart, or "
+        f"{way_out} {' '.join(unlike)}")
 
 
 # ----------------------------------------------------------------------  9  the report: the numbers

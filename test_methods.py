@@ -49,6 +49,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import types
@@ -3781,7 +3782,7 @@ def test_the_flags_of_gtuning_reach_f_and_d(tiny_folder, small):
     assert 0 <= e.min() and e.max() <= 1
 
 
-def test_each_step_seed_and_rank_has_random_numbers_of_its_own(tmp_path):
+def test_each_step_seed_and_rank_has_random_numbers_of_its_own(tmp_path, monkeypatch):
     def draws(folder, seed, rank):
         world = types.SimpleNamespace(rank=rank, training_clock=time.monotonic)
         args = types.SimpleNamespace(task="toy", output_dir=str(tmp_path / folder))
@@ -3789,14 +3790,13 @@ def test_each_step_seed_and_rank_has_random_numbers_of_its_own(tmp_path):
         steps.__dict__.update(
             world=world, args=args, seed=seed, name="run", step=0, total=3, batches=None,
             phase_start=0, phase_end=0, without_batch=0, per_epoch=1)
-        steps.end_step = lambda: ""
         return [torch.rand(1).item() for _ in steps.steps(3)]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "Progress", lambda *args: contextlib.nullcontext(
-            types.SimpleNamespace(update=lambda **more: None)))
-        found = [draws("a", seed, rank) for seed in (0, 1) for rank in (0, 1)]
-        assert draws("b", 0, 0) == found[0]
+    bar = types.SimpleNamespace(update=lambda **more: None)
+    monkeypatch.setattr(common, "Progress", lambda *args: contextlib.nullcontext(bar))
+    monkeypatch.setattr(common.Run, "end_step", lambda run: "")
+    found = [draws("a", seed, rank) for seed in (0, 1) for rank in (0, 1)]
+    assert draws("b", 0, 0) == found[0]
     assert len({number for numbers in found for number in numbers}) == 12
 
 
@@ -4688,18 +4688,19 @@ def in_the_readme(difference):
     return f"{mean} ({difference.low:+.2f} to {difference.high:+.2f})"
 
 
-def kept_table(name, folder, baseline=""):
-    """The report of a file of kept lines; what it writes goes into the folder."""
-    path = folder / f"{name}.jsonl"
-    shutil.copy(os.path.join(HERE, ".results", path.name), path)
+@functools.cache
+def kept_table(name, baseline=""):
+    """The report of a file of kept lines."""
     flags = ["--baseline", baseline] if baseline else REPORT_FLAGS.get(name, [])
-    table, = common.main_report([str(path), *flags])
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(HERE, ".results", f"{name}.jsonl")
+        table, = common.main_report([path, "--out", folder, *flags])
     return table
 
 
-def in_kept_lines(wanted, folder):
+def in_kept_lines(wanted):
     """What a Cell says: scores of the baseline, else a difference to it."""
-    table = kept_table(wanted.file, folder, wanted.baseline)
+    table = kept_table(wanted.file, wanted.baseline)
     if wanted.column == table.baseline:
         scores = [*table.scores[wanted.key][wanted.column].values()]
         return f"{np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f}"
@@ -4711,7 +4712,7 @@ def in_kept_lines(wanted, folder):
 
 
 @pytest.mark.parametrize("first", README_TABLES)
-def test_the_readmes_tables_are_what_the_kept_lines_say(first, tmp_path):
+def test_the_readmes_tables_are_what_the_kept_lines_say(first):
     """Every difference and its interval; bold is what is shown."""
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
     assert text.count(f"| {first} |") == 1
@@ -4724,17 +4725,17 @@ def test_the_readmes_tables_are_what_the_kept_lines_say(first, tmp_path):
     for name, cells in README_TABLES[first].items():
         for found, wanted in zip(there[name], cells):
             if wanted:
-                assert found == in_kept_lines(wanted, tmp_path)
+                assert found == in_kept_lines(wanted)
 
 
-def test_no_method_of_kept_lines_is_left_out_of_the_readmes_tables(tmp_path):
+def test_no_method_of_kept_lines_is_left_out_of_the_readmes_tables():
     used = {}
     for row in itertools.chain.from_iterable(map(dict.values, README_TABLES.values())):
         for wanted in filter(None, row):
             used.setdefault(wanted.file, set()).update([wanted.column, wanted.baseline])
     del used["rivals"]                                 # a sentence tells the others, of three seeds
     for file, columns in used.items():
-        table = kept_table(file, tmp_path)
+        table = kept_table(file)
         not_used = set(table.methods) - columns - REPEATED.get(file, set())
         assert not_used <= {table.baseline}
 
@@ -4742,6 +4743,8 @@ def test_no_method_of_kept_lines_is_left_out_of_the_readmes_tables(tmp_path):
 # Differences that the README tells in a sentence.
 TOLD = [
     ("1000-bf16", "freelb", ("sst2", "imdb", "accuracy"), ""),
+    ("1000-bf16", "smart", ("cola", "validation", "accuracy"), ""),
+    ("1000-bf16", "tdt-hard", ("cola", "out_of_domain", "accuracy"), ""),
     ("self-teach", "self-teach", SST2, ""),
     ("cola-full-gamma0", "tdt", ("cola", "validation", "accuracy"), ""),
     ("cola-full-margin0", "tdt", ("cola", "validation", "accuracy"), ""),
@@ -4754,8 +4757,8 @@ TOLD = [
 
 
 @pytest.mark.parametrize("name, column, key, baseline", TOLD)
-def test_what_the_readme_tells_is_what_the_kept_lines_say(name, column, key, baseline, tmp_path):
-    found = kept_table(name, tmp_path, baseline).differences[key][column]
+def test_what_the_readme_tells_is_what_the_kept_lines_say(name, column, key, baseline):
+    found = kept_table(name, baseline).differences[key][column]
     text = " ".join(open(os.path.join(HERE, "README.md"), encoding="utf-8").read().split())
     assert f".results/{name}.jsonl" in text
     assert f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}" in text
@@ -4766,6 +4769,17 @@ def test_all_kept_lines_of_the_repository_are_tables(tmp_path):
     folder = shutil.copytree(os.path.join(HERE, ".results"), tmp_path / "results")
     files = sorted(path.stem for path in folder.glob("*.jsonl"))
     assert sorted(table.title for table in common.main_report([str(folder)])) == files
+
+
+def test_a_run_stands_in_a_file_of_kept_lines_only_once(tmp_path):
+    """Also if --by is not given again."""
+    folder = tmp_path / "runs"
+    for seed in range(2):
+        write_run(folder, results_of("rte", "std", seed, 60, lr=2e-4))
+    kept = str(tmp_path / "kept.jsonl")
+    for flags in (["--by", "lr"], [], ["--by", "lr"]):
+        common.main_report([str(folder), "--keep", kept, *flags])
+        assert [line["seed"] for line in read_lines(kept)] == [0, 1]
 
 
 def test_lines_know_the_flags_that_they_were_kept_with(tmp_path):
