@@ -4154,7 +4154,9 @@ def remarks_on_few_seeds(table):
 
 def remarks_on_many_tests(table):
     """How many of the tests over seeds would find a difference if there were none."""
-    all_differences = [difference for by_method in table.differences.values()
+    has_chosen = chose_by_held_out_rows(table)
+    all_differences = [difference for key, by_method in table.differences.items()
+                       if not (has_chosen and key[1] == "held-out")
                        for difference in by_method.values()]
     tests = sum(difference.n >= needed() for difference in all_differences)
     if tests <= 1:
@@ -4219,6 +4221,12 @@ def remarks_on_states(table):
             f"are too high, for {whose}." for whose, tasks in tasks_of.items()]
 
 
+def chose_by_held_out_rows(table):
+    """Whether flags or states of the runs were chosen by the held-out rows."""
+    return any(run.line.get("searched") or run.line.get("best") for run in table.runs
+               if run.flags.get("dev_samples"))
+
+
 def remarks_on_choice(table):
     """How the flags and states that are scored were chosen."""
     said = []
@@ -4230,8 +4238,7 @@ def remarks_on_choice(table):
     if searched:
         counts = ", ".join(f"{method} {searched.get(method, 'none')}" for method in table.methods)
         said.append(f"Settings that were tried for each method before: {counts}.")
-    if any(run.line.get("searched") or run.line.get("best") for run in table.runs
-           if run.flags.get("dev_samples")):
+    if chose_by_held_out_rows(table):
         said.append("Flags or states were chosen by the held-out rows: scores of these are too "
                     "high, and differences on them show nothing.")
     return said
@@ -4294,10 +4301,14 @@ def score_rows(table):
 def difference_rows(table):
     """One row for each task, set, metric and method."""
     rows = []
+    has_chosen = chose_by_held_out_rows(table)
     for key, differences in table.differences.items():
         for method, difference in differences.items():
+            shows = difference.verdict()
+            if has_chosen and key[1] == "held-out":
+                shows = "chosen by these"
             rows.append([*key, method, *difference_cells(difference), short_p(difference.p),
-                         difference.verdict(), *spread_cells(difference)])
+                         shows, *spread_cells(difference)])
     header = ["task", "set", "metric", "method", "mean", "95 % interval", "p", "shows", "won-lost",
               "std", "seeds"]
     return header, rows, 4

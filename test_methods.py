@@ -4953,6 +4953,19 @@ def test_a_state_that_was_chosen_on_the_scored_set_is_told(tmp_path, capsys):
     assert "its scores are too high, for std alone." in " ".join(out.split())
 
 
+def test_rows_that_chose_show_nothing(tmp_path, capsys):
+    """Nor do their tests count among those that are told."""
+    for seed in range(8):
+        for method, score in (("std", 60 + seed), ("more", 70 + seed)):
+            results = results_of("rte", method, seed, score, {"held-out": score}, dev_samples=9)
+            write_run(tmp_path, {**results, "searched": {"lr": ["1", "2"]}})
+    out, _ = printed(capsys, tmp_path)
+    rows = [line for line in out.split("\n") if "+10.00 to +10.00" in line]
+    assert len(rows) == 3                              # accuracy and F1, and the held-out rows
+    assert " better " in rows[0] and " better " in rows[1] and " chosen by these " in rows[2]
+    assert "of these 2 would be below .05" in " ".join(out.split())    # accuracy and F1
+
+
 def test_a_run_that_is_there_twice_counts_once_if_its_scores_agree(tmp_path):
     folder = write_runs(tmp_path / "a", 2, ["rte"])
     write_run(tmp_path / "b", results_of("rte", "std", 0, STD[0], {"sick": STD[0] - 9}))
