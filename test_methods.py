@@ -2309,6 +2309,23 @@ def test_weights_are_fp32_whatever_the_checkpoint_holds(script, method, tiny_fol
     assert {weight.dtype for weight in weights_of_run.values()} == {torch.float32}
 
 
+def test_weight_noise_is_uniform_by_each_weights_own_spread():
+    """NoisyTune: W + U(-L/2, L/2) std(W), drawn by the seed."""
+    plain = {name: weight.clone() for name, weight in tiny().named_parameters()}
+    found = []
+    for seed in (0, 0, 1):
+        model = tiny()
+        common.add_weight_noise(model, 0.4, seed)
+        found.append({name: weight - plain[name] for name, weight in model.named_parameters()})
+    for name, noise in found[0].items():
+        assert noise.abs().max() <= 0.2 * plain[name].std() + 1e-6
+        assert torch.equal(noise, found[1][name])
+    name = "bert.embeddings.word_embeddings.weight"
+    assert found[0][name].mean().abs() < 0.02 * plain[name].std()
+    assert found[0][name].min() < -0.19 * plain[name].std()
+    assert not torch.equal(found[0][name], found[2][name])
+
+
 @pytest.mark.parametrize("labels, kept", [
     (["negative", "positive"], True),
     (["NEGATIVE", "POSITIVE"], True),
