@@ -366,8 +366,8 @@ class GTuning(torch.nn.Module):
         for name, value in self.state_dict().items():
             if not name.startswith("plm."):
                 h[name] = value
-        saved = {"plm": self.config._name_or_path, "id2label": self.config.id2label,
-                 "settings": settings, "h": h}
+        saved = {"plm": self.config._name_or_path, "saves_plm": self.saves_plm,
+                 "id2label": self.config.id2label, "settings": settings, "h": h}
         torch.save(saved, os.path.join(folder, "gtuning.pt"))
 
     @classmethod
@@ -375,16 +375,17 @@ class GTuning(torch.nn.Module):
         """A saved GTuning, in eval mode. plm: the encoder, if it should not be loaded from the
         folder or, if it was not saved there, by its name (or path)."""
         saved = read_saved(folder)
+        saves_plm = saved.get("saves_plm", saved["settings"]["tune_plm"])
         if plm is None:
             from transformers import AutoModel
-            has_plm = os.path.exists(os.path.join(folder, "config.json"))
-            name = folder if has_plm else saved["plm"]
+            name = folder if saves_plm else saved["plm"]
             if not name:
                 raise ValueError(f"{folder}: its plm had no name to be loaded by: pass it as plm")
             plm = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
         plm.config.id2label = saved["id2label"]
         f = cls(plm, **saved["settings"])
         f.load_state_dict({**f.state_dict(), **saved["h"]})
+        f.saves_plm = saves_plm
         return f.eval()
 
 
@@ -853,7 +854,7 @@ class Algorithm1:
 
         Returns (the loss of f, the stats of f and the means of D's).
         """
-        both = self.with_general(x_t, self.batches_u[r])                       # line 12
+        both = self.with_general(x_t, self.batches_u[r])                 # line 12
         self.D.requires_grad_(False)                   # choice 5
         loss, stats = self.update_f(
             both, D=self.D, alpha=self.args.alpha, beta=self.args.beta)  # line 13
@@ -861,7 +862,7 @@ class Algorithm1:
 
         # f stands still during the T steps on D, so f(x) is computed for all T at once.
         steps = range(k, k + self.args.T)
-        f_t = self.vectors_of_steps(self.d_batches_t, steps)                   # line 15, T times
+        f_t = self.vectors_of_steps(self.d_batches_t, steps)             # line 15, T times
         f_u = self.vectors_of_steps(self.d_batches_u, steps)
         d_steps = []
         for i, step in enumerate(steps):                                 # line 14
