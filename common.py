@@ -665,7 +665,20 @@ class World:
     def __str__(self):
         if self.gpu:
             return f"{self.size} x {torch.cuda.get_device_name()}"
-        return f"{self.size} x CPU with {plural(torch.get_num_threads(), 'thread')}"
+        return f"{self.size} x {cpu_name()} with {plural(torch.get_num_threads(), 'thread')}"
+
+
+def cpu_name():
+    """What Linux calls this machine's CPU, as in "CPU (AMD EPYC 7B13)"; else only "CPU"."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if name.strip() == "model name" and value.strip():
+                    return f"CPU ({value.strip()})"
+    except OSError:                                    # another system, or a closed one
+        pass
+    return "CPU"
 
 
 def compile_layers(module):
@@ -3854,34 +3867,54 @@ def refuse_incomparable(runs, by, differ, baseline=""):
 
     The runs of a method must agree in all flags. Each method must agree with the baseline (without
     one, with each other) in the flags that all scripts have, except those that were searched over
-    the same values. Free to differ are
-    NOT_THE_RUN, eval_tasks, PART_OF_METHOD, those in `by` and `differ`, and those that kept lines
-    were kept with (see `keep_lines`). A flag that only one of two runs has is not compared: the
-    other run is older than the flag.
+    the same values. Free to differ are NOT_THE_RUN, eval_tasks, PART_OF_METHOD, those in `by` and
+    `differ`, and those that kept lines were kept with (see `keep_lines`). A run that lacks a flag
+    is older than it, and may stand beside any value.
     """
     free = NOT_THE_RUN.union(["eval_tasks"], PART_OF_METHOD, by, differ)
     for run in runs:
         free.update(run.line.get("by", []), run.line.get("differ", []))
-    first = {}                                         # {method: a run}
+    task = runs[0].task
+    first = {}                                         # {method: its first run}
+    having = {}                                        # {method: {flag: its first run that has it}}
     for run in runs:
-        other = first.setdefault(run.method, run)
-        names = set(run.flags) & set(other.flags) - free
-        refuse_flags(run, other, names, f"the runs of {run.method} on {run.task}",
+        first.setdefault(run.method, run)
+        of_method = having.setdefault(run.method, {})
+        for name in run.flags:
+            of_method.setdefault(name, run)
+        refuse_flags(dict.fromkeys(run.flags, run), of_method, set(run.flags) - free,
+                     f"the runs of {run.method} on {task}",
                      "make each value a method of its own by --by")
 
     if baseline in first:
-        pairs = [(run, first[baseline]) for run in first.values()]
+        pairs = [(method, baseline) for method in first]
     else:
-        pairs = itertools.combinations(first.values(), 2)
-    for run, other in pairs:
-        mine = run.line.get("searched", {})
-        theirs = other.line.get("searched", {})
-        searched = {name for name in mine.keys() & theirs.keys()
-                    if different_values(mine[name]) == different_values(theirs[name])}
-        in_both = set(run.flags) & set(other.flags)
-        digests = {name for name in in_both if name.endswith("_digest")}
-        names = (set(default_flags()) | digests) - free - searched - MAY_DIFFER_BETWEEN_METHODS
-        refuse_flags(run, other, names, f"the methods on {run.task}", "allow it by --differ")
+        pairs = itertools.combinations(first, 2)
+    of_all_scripts = set(default_flags()) - free - MAY_DIFFER_BETWEEN_METHODS
+    for method, other in pairs:
+        in_both = having[method].keys() & having[other].keys()
+        digests = {name for name in in_both if name.endswith("_digest")} - free
+        names = (of_all_scripts | digests) - searched_alike(first[method], first[other])
+        refuse_flags(having[method], having[other], names, f"the methods on {task}",
+                     "allow it by --differ")
+
+
+def searched_alike(run, other):
+    """The flags that were searched over the same values for both runs."""
+    mine = run.line.get("searched", {})
+    theirs = other.line.get("searched", {})
+    return {name for name in mine.keys() & theirs.keys()
+            if different_values(mine[name]) == different_values(theirs[name])}
+
+
+def refuse_doubles(runs):
+    """UserError if two runs, all of one task, have the same method and seed, but other contents."""
+    seen = {}
+    for run in runs:
+        again = seen.setdefault((run.method, run.seed), run)
+        if again.line != run.line:
+            raise UserError(f"{run.task} {run.method}, seed {run.seed}: is in {again.where} and, "
+                            f"with other contents, in {run.where}; report them apart")
 
 
 def different_values(words):
@@ -3903,23 +3936,28 @@ def comparable_runs(runs, by, differ, refused, baseline):
     for of_task in by_task(runs).values():
         try:
             refuse_incomparable(of_task, by, differ, baseline)
+            refuse_doubles(of_task)
             found += of_task
         except UserError as error:
             refused.append(str(error))
     return found
 
 
-def refuse_flags(run, other, names, whose, way_out):
-    unlike = [name for name in sorted(names) if run.flags.get(name) != other.flags.get(name)]
+def refuse_flags(mine, theirs, names, whose, way_out):
+    """UserError if flags of these names differ. mine, theirs {flag: a run that has it}."""
+    unlike = [name for name in sorted(names)
+              if mine[name].flags[name] != theirs[name].flags[name]]
     if not unlike:
         return
     name = unlike[0]
+    run = mine[name]
+    other = theirs[name]
     others = ""
     if len(unlike) > 1:
         others = f" (nor --{', --'.join(unlike[1:])})"
     raise UserError(
-        f"--{name} is not the same for {whose}: {shown(other.flags.get(name))} in {other.where}, "
-        f"{shown(run.flags.get(name))} in {run.where}{others}; report them apart, or "
+        f"--{name} is not the same for {whose}: {shown(other.flags[name])} in {other.where}, "
+        f"{shown(run.flags[name])} in {run.where}{others}; report them apart, or "
         f"{way_out} {' '.join(unlike)}")
 
 
@@ -3958,18 +3996,16 @@ class Table:
         return [*dict.fromkeys(run.task for run in self.runs)]
 
 
-def build_table(title, runs, baseline, draws):
-    """A Table. UserError if two runs have the same task, method and seed, but other contents.
+def build_table(title, runs, baseline, draws, left_out):
+    """A Table.
 
-    runs: in the order of `in_order`. draws: of the bootstrap over rows; None: no bootstrap.
+    runs: in the order of `in_order`; one that was found twice counts once. draws: of the bootstrap
+    over rows; None: no bootstrap. left_out gets a line on each run that the bootstrap cannot take.
     """
-    seen = {}
+    once = {}
     scores = {}
     for run in runs:
-        again = seen.setdefault((run.task, run.method, run.seed), run)
-        if again.line != run.line:
-            raise UserError(f"{run.task} {run.method}, seed {run.seed}: is in {again.where} and, "
-                            f"with other contents, in {run.where}; report them apart")
+        once.setdefault((run.task, run.method, run.seed), run)
         for name, metrics in run.line["metrics"].items():
             for metric, value in metrics.items():
                 by_method = scores.setdefault((run.task, name, metric), {})
@@ -3986,10 +4022,10 @@ def build_table(title, runs, baseline, draws):
             paired = paired_differences(by_method, method, baseline)
             if len(paired):
                 differences[key][method] = summarise_differences(paired)
-    runs = [*seen.values()]
+    runs = [*once.values()]
     return Table(title, runs, baseline, methods, scores, differences,
                  compare_over_tasks(differences),
-                 compare_over_rows(runs, differences, baseline, draws))
+                 compare_over_rows(runs, differences, baseline, draws, left_out))
 
 
 def paired_differences(by_method, method, baseline):
@@ -4027,31 +4063,36 @@ def compare_over_tasks(differences):
     return found
 
 
-def read_predictions(runs):
+def read_predictions(runs, baseline, left_out):
     """({(task, set): {method: {seed: predictions}}}, {(task, set): labels}), arrays (rows,).
 
-    They are read from each run's scored.npz. A set leaves out a run that was scored on other rows.
+    They are read from each run's scored.npz. The rows of a set are those of the baseline's first
+    run; left_out gets a line on each run that was scored on others.
     """
     predictions = {}
     labels = {}
-    for run in runs:
-        scored = read_scored(os.path.join(run.where, "scored.npz"))
+    for run in sorted(runs, key=lambda run: run.method != baseline):     # the baseline's first
+        path = os.path.join(run.where, "scored.npz")
+        scored = read_scored(path)
         for name in run.line["metrics"]:
             if f"{name}:labels" not in scored:
                 continue
             key = run.task, name
             labels.setdefault(key, scored[f"{name}:labels"])
-            if np.array_equal(labels[key], scored[f"{name}:labels"]):
-                of_method = predictions.setdefault(key, {}).setdefault(run.method, {})
-                of_method[run.seed] = scored[f"{name}:predictions"]
+            if not np.array_equal(labels[key], scored[f"{name}:labels"]):
+                left_out.append(f"{path}: {name} is not of the same rows as in other runs, so it "
+                                "is in no interval over rows")
+                continue
+            of_method = predictions.setdefault(key, {}).setdefault(run.method, {})
+            of_method[run.seed] = scored[f"{name}:predictions"]
     return predictions, labels
 
 
-def compare_over_rows(runs, differences, baseline, draws):
+def compare_over_rows(runs, differences, baseline, draws, left_out):
     """{(task, set, its first metric): {method: DifferenceOverRows}}. Empty without draws."""
     if not draws:
         return {}
-    predictions, labels = read_predictions(runs)
+    predictions, labels = read_predictions(runs, baseline, left_out)
     found = {}
     for place, key in first_keys(differences, 2).items():
         by_method = predictions.get(place, {})
@@ -4113,9 +4154,13 @@ def remarks_on_one_prediction(table):
         name = next(iter(run.line["metrics"]))
         if name in run.line.get("predicted_alike", []):
             alike[run.task, name, run.method] += 1
-    return [f"Of {plural(len(table.runs_of(task, method)), 'run')} of {method} on {task} {count} "
-            f"predict the same for all rows of {name}."
-            for (task, name, method), count in alike.items()]
+    said = []
+    for (task, name, method), count in alike.items():
+        verb = "predicts" if count == 1 else "predict"
+        runs = plural(len(table.runs_of(task, method)), "run")
+        said.append(f"{count} of {runs} of {method} on {task} {verb} the same for all rows of "
+                    f"{name}.")
+    return said
 
 
 def remark_on_intervals(table):
@@ -4230,18 +4275,30 @@ def chose_by_held_out_rows(table):
 def remarks_on_choice(table):
     """How the flags and states that are scored were chosen."""
     said = []
-    searched = {}
-    for run in table.runs:
-        if run.line.get("searched"):
-            tried = math.prod(map(len, run.line["searched"].values()))
-            searched[run.method] = max(tried, searched.get(run.method, 0))
-    if searched:
-        counts = ", ".join(f"{method} {searched.get(method, 'none')}" for method in table.methods)
-        said.append(f"Settings that were tried for each method before: {counts}.")
+    tasks_of = {}                                      # {counts, in words: their tasks}
+    for task in table.tasks:
+        tasks_of.setdefault(settings_tried(table, task), []).append(task)
+    for counts, tasks in tasks_of.items():
+        if counts:
+            where = "" if len(tasks_of) == 1 else f" ({', '.join(tasks)})"
+            said.append(f"Settings that were tried for each method before{where}: {counts}.")
     if chose_by_held_out_rows(table):
         said.append("Flags or states were chosen by the held-out rows: scores of these are too "
                     "high, and differences on them show nothing.")
     return said
+
+
+def settings_tried(table, task):
+    """How many settings the searches on a task tried, in words; "" if there were none."""
+    counts = {}
+    for method in table.methods:
+        for run in table.runs_of(task, method):
+            searched = run.line.get("searched", {})
+            tried = math.prod(map(len, searched.values())) if searched else 0
+            counts[method] = max(tried, counts.get(method, 0))
+    if not any(counts.values()):
+        return ""
+    return ", ".join(f"{method} {tried or 'none'}" for method, tried in counts.items())
 
 
 def remarks_on_machines(table):
@@ -4435,7 +4492,7 @@ def text_report(table):
 TSV_HEADER = [
     "table", "task", "set", "metric", "method", "seeds", "mean", "std", "median", "max", "pairs",
     "difference", "difference_std", "low", "high", "wins", "losses", "p", "p_holm",
-    "low_over_rows", "high_over_rows", "cost"]
+    "pairs_over_rows", "low_over_rows", "high_over_rows", "cost"]
 
 
 def tsv_report(tables):
@@ -4450,6 +4507,7 @@ def tsv_report(tables):
                     line.update(difference_numbers(table.differences[key][method]))
                 if method in table.over_rows.get(key, {}):
                     over_rows = table.over_rows[key][method]
+                    line["pairs_over_rows"] = f"{over_rows.seeds}"
                     line["low_over_rows"] = f"{over_rows.low:.4f}"
                     line["high_over_rows"] = f"{over_rows.high:.4f}"
                 costs = relative_costs(table, key[0], method)
@@ -4586,15 +4644,14 @@ def curve_svg(curves, colours, label):
 
 
 def dots_svg(groups, colours, label):
-    """A row of dots for each method, a tick at their median. groups {method: values}."""
-    left = min(240, 24 + 7.3 * max(map(len, groups)))
+    """A row of dots below each method's name, a tick at their median. groups {method: values}."""
     width = 480
-    row = 26
-    bottom = row * len(groups) + 6
+    row = 44
+    bottom = row * len(groups) + 4
     low, high = span([value for values in groups.values() for value in values])
 
     def place(value):
-        return np.interp(value, [low, high], [left, width - 14])
+        return np.interp(value, [low, high], [14, width - 14])
 
     shapes = []
     for value in round_numbers(low, high):
@@ -4602,8 +4659,8 @@ def dots_svg(groups, colours, label):
         shapes.append(line_at(x, 4, x, bottom, "grid"))
         shapes.append(text_at(x, bottom + 16, f"{value:g}"))
     for number, (method, values) in enumerate(groups.items()):
-        y = row * number + row / 2 + 4
-        shapes.append(text_at(8, y + 4, method, "start", "name"))
+        shapes.append(text_at(8, row * number + 15, method, "start", "name"))
+        y = row * number + 31
         for i, value in enumerate(sorted(values)):
             shift = (i % 3 - 1) * 4                    # equal values stay apart
             shapes.append(f'<circle cx="{place(value):.1f}" cy="{y + shift:.1f}" r="4" '
@@ -4886,7 +4943,7 @@ def main_report(argv=None):
         baseline = args.baseline or usual_baseline(runs)
         runs = comparable_runs(runs, args.by, args.differ, refused, baseline)
         if runs:
-            tables.append(build_table(title, runs, baseline, args.rows))
+            tables.append(build_table(title, runs, baseline, args.rows, left_out))
     if refused and not tables:
         raise UserError(refused[0])
     left_out += refused

@@ -984,8 +984,8 @@ def probe_task(name, encoders, args, world):
 
 
 # The flags that all probes read, and those that are read only if the layer is trained in steps.
-PROBE_FLAGS = ("probe probe_tasks probe_recipe seeds output_dir train_samples max_length "
-               "local_file precision threads detect_anomaly").split()
+PROBE_FLAGS = ("probe probe_tasks probe_recipe seeds output_dir train_samples max_length precision "
+               "threads detect_anomaly").split()
 PROBE_STEP_FLAGS = "lr epochs max_steps batch_size warmup weight_decay betas adam_eps".split()
 
 
@@ -1003,6 +1003,9 @@ def check_probe(args):
         if not task.label_names or data.KINDS[task.kind].by_token:
             raise common.UserError(f"--probe_tasks {name}: its kind is {task.kind}, must be "
                                    "classify")
+        if not task.path:
+            raise common.UserError(f"--probe_tasks {name}: comes as one file, so it has no rows "
+                                   "for a layer to learn from")
     several = "seeds" in args.by_hand and len(args.seeds) > 1
     if several and args.probe_recipe == "converged" and not args.train_samples:
         raise common.UserError("--seeds: must be one with --probe_recipe converged, whose layer "

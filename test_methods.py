@@ -2496,7 +2496,7 @@ def test_a_model_that_sees_one_class_alone_gets_a_warning(tiny_folder, tmp_path,
     assert "custom/std-0: all 32 rows of validation are predicted as '" in capsys.readouterr().out
     common.main_report([str(tmp_path / "custom")])
     told = " ".join(capsys.readouterr().out.split())
-    remark = "Of 1 run of std on custom 1 predict the same for all rows of validation."
+    remark = "1 of 1 run of std on custom predicts the same for all rows of validation."
     assert remark in told
     kept = str(tmp_path / "kept.jsonl")
     common.main_report([str(tmp_path / "custom"), "--keep", kept])
@@ -4172,7 +4172,7 @@ def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
             common.write_scored(folder / f"rte/{method}-{seed}", {
                 "validation:predictions": predictions, "validation:labels": labels}, world)
     out, _ = printed(capsys, folder, "--rows", 500)
-    assert "predict the same" not in out
+    assert "the same for all rows" not in out
     found = re.search(r"over seeds and rows.*?more +\S+ +\+(\S+) to \+(\S+) +3 +100\n", out, re.S)
     low, high = map(float, found.groups())
     half = 196 * math.sqrt(0.2 * 0.8 / 100)
@@ -4190,8 +4190,18 @@ def test_an_interval_over_rows_is_of_what_the_runs_predicted(tmp_path, capsys):
         assert sorted(scored) == ["validation:labels", "validation:predictions", "x:labels",
                                   "x:predictions"]
     os.remove(folder / "rte/std-1/scored.npz")
-    out, _ = printed(capsys, folder, "--rows", 100)
+    out, said = printed(capsys, folder, "--rows", 100)
     assert re.search(r"over seeds and rows.*?more +\+20.00 .* 1 +100\n", out, re.S)  # of one seed
+    assert said == (f"left out: {folder}/rte/more-2/scored.npz: validation is not of the same rows "
+                    "as in other runs, so it is in no interval over rows\n")
+    line = next(csv.DictReader(open(folder / "report.tsv"), delimiter="\t"))
+    assert (line["method"], line["pairs_over_rows"]) == ("std", "")
+    # The baseline's rows are those that count, whatever run comes first by name.
+    for name in ("std-0", "std-2"):
+        common.write_scored(folder / "rte" / name, {"validation:labels": 1 - labels}, world)
+    out, said = printed(capsys, folder, "--rows", 100)
+    assert "more-0/scored.npz: validation" in said and "std-0" not in said
+    assert re.search(r"over seeds and rows.*?more .* 1 +100\n", out, re.S)
     for damaged in (b"PK", b""):
         (folder / "rte/std-1/scored.npz").write_bytes(damaged)
         assert "scored.npz: is damaged" in refused_report(folder, "--rows")
@@ -4904,6 +4914,13 @@ def test_unlike_flags_are_refused(tmp_path, capsys):
     runs = common.read_places([common.find_files(str(tmp_path / "mixed"))], [], [])[0][1]
     assert "--lr is not the same" in refusal(common.keep_lines, str(kept), runs, [], [])
 
+    # A flag that the first run is too old to have is compared with the next run that has it.
+    old = write_runs(tmp_path / "old", 1, ["rte"])
+    for seed, lam in ((1, 1.0), (2, 5.0)):
+        write_run(old, results_of("rte", "std", seed, 60, lam=lam))
+    said = refused_report(old)
+    assert said.startswith(f"--lam is not the same for the runs of std on rte: 1.0 in {old}/rte/std-1")
+
     # Of several tables those that there are.
     line = json.loads(lines[0])
     unlike = [{**line, "seed": seed, "flags": {**line["flags"], "lr": seed}} for seed in (1, 2)]
@@ -4933,6 +4950,11 @@ def test_what_all_searched_may_differ(tmp_path, capsys):
         write_run(folder, results)
     out, _ = printed(capsys, folder)
     assert "Settings that were tried for each method before: std 2, more 6." in out
+    write_run(folder, {**results_of("mrpc", "std", 0, 60), "searched": {"lr": [1, 2, 3]}})
+    write_run(folder, results_of("mrpc", "more", 0, 60))
+    out, _ = printed(capsys, folder, "--differ", "lr")
+    assert "before (rte): std 2, more 6." in out and "before (mrpc): std 3, more none." in out
+    shutil.rmtree(folder / "mrpc")
     write_run(folder, results_of("rte", "none", 0, 60, lr=1))
     out, _ = printed(capsys, folder, "--differ", "lr")
     assert "before: std 2, more 6, none none." in out
@@ -4991,6 +5013,9 @@ def test_a_run_that_is_there_twice_counts_once_if_its_scores_agree(tmp_path):
     write_run(tmp_path / "c", results_of("rte", "std", 0, 59))
     said = refused_report(folder, tmp_path / "c")
     assert "rte std, seed 0: is in" in said and "report them apart" in said
+    write_run(tmp_path / "c", results_of("mrpc", "std", 0, 59))
+    table, = common.main_report([str(folder), str(tmp_path / "c")])      # the other task is told
+    assert table.tasks == ["mrpc"]
 
 
 def test_places_without_runs_are_refused(tmp_path):
@@ -5077,6 +5102,23 @@ def test_the_report_follows_links_and_counts_a_run_once(tmp_path, capsys):
     found, _ = printed(capsys, tmp_path / "linked", "--out", tmp_path / "out")
     assert found == whole.replace("runs: 4", "linked: 4")
     assert len(common.find_files(str(tmp_path / "linked")).finished) == 4
+
+
+@pytest.mark.parametrize("told, name", [
+    ("processor\t: 0\nmodel name\t: Fast 1: 2 GHz\n\nprocessor\t: 1\nmodel name\t: x\n",
+     "CPU (Fast 1: 2 GHz)"),
+    ("processor\t: 0\nFeatures\t: fp asimd\n", "CPU")])
+def test_a_cpu_is_named_so_that_two_are_told_apart(told, name, monkeypatch):
+    monkeypatch.setattr(common, "open", lambda *_, **__: io.StringIO(told), raising=False)
+    assert common.cpu_name() == name
+    threads = common.plural(torch.get_num_threads(), "thread")
+    assert str(common.World(parse("r3f"))) == f"1 x {name} with {threads}"
+    monkeypatch.setattr(common, "open", missing_file)  # other systems have no such file
+    assert common.cpu_name() == "CPU"
+
+
+def missing_file(path, **_):
+    raise FileNotFoundError(path)
 
 
 def test_seconds_of_two_machines_are_not_compared(tmp_path, capsys):
@@ -5251,6 +5293,8 @@ def test_dots_svg_has_a_dot_for_each_value():
     places = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)
     assert len(set(places)) == 4                       # equal ones do not hide each other
     assert common.dots_svg({"one": [0.0]}, {"one": "c0"}, "x")
+    lowest_name = max(float(y) for y in re.findall(r'y="([\d.]+)"[^>]*class="name"', drawn))
+    assert min(float(y) for _, y in places[3:]) > lowest_name + 5        # no name lies on its dots
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (59.3, 64.1), (-0.02, 0.031), (3, 120000),
@@ -11581,7 +11625,7 @@ def test_probes_of_nothing_are_refused(words, message, tmp_path):
 @pytest.mark.parametrize("words", [
     ["--batch_tokens", 500], ["--run", "a"], ["--dev_samples", 9, "--grid", "lr=1,2"],
     ["--dev_samples", 9], ["--profile", 3], ["--predict", "test"], ["--method", "r4f"],
-    ["--main_metric", "accuracy"], ["--grad_clip", 1]])
+    ["--main_metric", "accuracy"], ["--grad_clip", 1], ["--local_file", "toy=toy.csv"]])
 def test_what_a_probe_cannot_do_is_refused(words, std_run, tmp_path):
     flag = words[0]
     words = [str(std_run) if word == "a" else word for word in words]
@@ -11628,6 +11672,9 @@ def test_a_probe_is_as_long_as_it_is_told(std_run, tmp_path, monkeypatch):
     assert lengths == [(None, 20935)] * 2 + [(2.0, None)] * 2
 
 
-def test_a_probe_learns_classes_alone(std_run, tmp_path):
-    message = refusal(probe, tmp_path, "--probe", std_run, "--probe_tasks", "stsb")
-    assert message == "--probe_tasks stsb: its kind is regress, must be classify"
+@pytest.mark.parametrize("name, why", [
+    ("stsb", "its kind is regress, must be classify"),
+    ("bustm", "comes as one file, so it has no rows for a layer to learn from")])
+def test_a_probe_learns_classes_that_have_training_rows(name, why, std_run, tmp_path):
+    message = refusal(probe, tmp_path, "--probe", std_run, "--probe_tasks", name)
+    assert message == f"--probe_tasks {name}: {why}"
