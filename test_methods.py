@@ -4918,8 +4918,8 @@ def test_unlike_flags_are_refused(tmp_path, capsys):
     old = write_runs(tmp_path / "old", 1, ["rte"])
     for seed, lam in ((1, 1.0), (2, 5.0)):
         write_run(old, results_of("rte", "std", seed, 60, lam=lam))
-    said = refused_report(old)
-    assert said.startswith(f"--lam is not the same for the runs of std on rte: 1.0 in {old}/rte/std-1")
+    assert refused_report(old).startswith(
+        f"--lam is not the same for the runs of std on rte: 1.0 in {old}/rte/std-1")
 
     # Of several tables those that there are.
     line = json.loads(lines[0])
