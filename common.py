@@ -735,22 +735,31 @@ class Progress:
             self.bar.close()
 
 
-# A signal during a step stops the run after this step and saves it. One outside a step, or a second
-# one, ends the run at once. caught: its number, or 0. at: when the first one came. way_on: how a
-# stopped run goes on, in words.
-signals = {"caught": 0, "at": 0.0, "in_step": False, "way_on": ""}
+@dataclass
+class Signals:
+    """SIGTERM and SIGINT. One during a step stops the run after this step and saves it.
+
+    One outside a step, or a second one, ends the run at once.
+    """
+    caught: int = 0                # the last one's number, or 0
+    first_at: float = 0.0          # when the first one came
+    in_step: bool = False          # whether a step is under way
+    way_on: str = ""               # how a stopped run goes on, in words
+
+
+signals = Signals()                # of this process
 
 
 def on_signal(number, frame):
     # Slurm signals both this process and torchrun, which passes its signal on: two signals within
     # two seconds are one.
     now = time.monotonic()
-    is_first = not signals["caught"]
+    is_first = not signals.caught
     if is_first:
-        signals["at"] = now
-    signals["caught"] = number
-    if not signals["in_step"] or now - signals["at"] > 2:
-        raise Stopped(number, f"stopped by a signal{signals['way_on']}")
+        signals.first_at = now
+    signals.caught = number
+    if not signals.in_step or now - signals.first_at > 2:
+        raise Stopped(number, f"stopped by a signal{signals.way_on}")
     if is_first and process_rank() == 0:               # a handler may not print
         os.write(2, b"a signal: stops after this step, and what is evaluated in it\n")
 
@@ -758,11 +767,11 @@ def on_signal(number, frame):
 @contextlib.contextmanager
 def handled_signals(args):
     """In the block, SIGTERM and SIGINT save and stop the run. Restores the old handlers."""
-    signals["way_on"] = "; the same command with --resume goes on"
+    signals.way_on = "; the same command with --resume goes on"
     if args.overwrite:
-        signals["way_on"] = "; the same command with --resume in place of --overwrite goes on"
+        signals.way_on = "; the same command with --resume in place of --overwrite goes on"
     if args.run or args.profile:                       # nothing is trained
-        signals["way_on"] = ""
+        signals.way_on = ""
     before = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, on_signal)
@@ -771,7 +780,8 @@ def handled_signals(args):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        signals.update(caught=0, in_step=False)
+        signals.caught = 0
+        signals.in_step = False
 
 
 def quiet_libraries():
@@ -1884,7 +1894,7 @@ class Run:
         with Progress(self.world, name, until - self.phase_start, done) as progress:
             while self.step < until:
                 self.started = self.world.training_clock()
-                signals["in_step"] = True
+                signals.in_step = True
                 seed = np.random.SeedSequence([self.seed, self.step, self.world.rank])
                 torch.manual_seed(int(seed.generate_state(1)[0]))
 
@@ -1895,9 +1905,9 @@ class Run:
 
                 self.step += 1
                 progress.update(message=self.end_step())
-                signals["in_step"] = False
-                if signals["caught"] and self.step == self.total:        # it came during end_step
-                    raise Stopped(signals["caught"], f"stopped by a signal{signals['way_on']}")
+                signals.in_step = False
+                if signals.caught and self.step == self.total:        # it came during end_step
+                    raise Stopped(signals.caught, f"stopped by a signal{signals.way_on}")
 
     @contextlib.contextmanager
     def timed(self):
@@ -1917,7 +1927,7 @@ class Run:
         """Logs and saves what is due, and stops if a signal came. Returns words on the loss."""
         late = self.world.rank == 0 and time.monotonic() - self.saved > 300
         # All processes must decide alike: a sum is above 0 if it holds for any of them.
-        signalled, late = self.world.total(np.array([signals["caught"], late])) > 0
+        signalled, late = self.world.total(np.array([signals.caught, late])) > 0
         if self.args.save_every:
             checkpoint_due = self.step % self.args.save_every == 0
         else:
@@ -1938,9 +1948,9 @@ class Run:
             self.save()
         if signalled:
             self.world.barrier()                       # the first to leave ends all: wait for save
-            number = signals["caught"] or signal.SIGTERM
+            number = signals.caught or signal.SIGTERM
             raise Stopped(number, f"stopped at step {self.step} of {self.total}, saved in "
-                                  f"{self.folder}{signals['way_on']}")
+                                  f"{self.folder}{signals.way_on}")
         return message
 
     def is_due(self, n):

@@ -1036,7 +1036,7 @@ def probe(args):
     with common.processes(args_of[args.probe_tasks[0]]) as world:
         if world.size > 1:
             raise common.UserError("--probe: must run in one process")
-        common.signals["way_on"] = f"; {path} keeps the lines so far"
+        common.signals.way_on = f"; {path} keeps the lines so far"
         encoders = probed_encoders(args.probe)
         try:
             os.makedirs(args.output_dir, exist_ok=True)

@@ -2116,7 +2116,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capfd):
     """As where Slurm signals a process, and its torchrun hands the same on."""
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(common, "signals", {"caught": 0, "at": 0.0, "in_step": True, "way_on": ""})
+    monkeypatch.setattr(common, "signals", common.Signals(in_step=True))
     common.on_signal(signal.SIGTERM, None)
     now = 100.1
     common.on_signal(signal.SIGTERM, None)
@@ -2159,7 +2159,7 @@ def test_signal_handlers_are_restored_when_a_run_ends(tiny_folder, tmp_path):
     run("r3f", tiny_folder, tmp_path, "--method", "std")
     after = [signal.signal(number, handler) for number, handler in zip(numbers, before)]
     assert after == [signal.SIG_DFL, signal.SIG_DFL]
-    assert not common.signals["caught"] and not common.signals["in_step"]
+    assert not common.signals.caught and not common.signals.in_step
 
 
 def test_fp32_is_fp32_and_tf32_a_choice_of_its_own():
