@@ -2519,19 +2519,14 @@ def search(main, flags, recipe, methods, args):
     """
     grid = read_grid(args.grid)
     check_grid(args, grid, methods)
+    check_final_folders(args, grid, methods)
     grids = {}                                         # {method: the part of the grid it can use}
-    folders = [run_folder(args, method, seed) for method in args.method for seed in args.seeds]
     for method in args.method:
         counted = flags_that_count(args, methods[method]["flags"])
         grids[method] = {flag: values for flag, values in grid.items() if flag in counted}
-        for setting in settings_of(grids[method]):     # all are checked before the first one runs
-            try:
-                its_args = parse(flags(), flags_of_setting(method, args, setting), recipe)
-            except UserError as error:
-                raise UserError(f"--grid, {' '.join(setting)}: {error}") from None
-            folders += [run_folder(its_args, method, seed) for seed in its_args.seeds]
+    of_settings = parse_settings(args, grids, flags, recipe)
     if args.overwrite:
-        forget_results(folders)
+        forget_results([args, *of_settings])
 
     results = []
     for method, its_grid in grids.items():
@@ -2546,20 +2541,38 @@ def search(main, flags, recipe, methods, args):
     return results
 
 
-def forget_results(folders):
-    """Removes each results.json of a search's runs, for --overwrite.
+def parse_settings(args, grids, flags, recipe):
+    """The flags of each setting's runs, before the first one runs. UserError if one is wrong.
+
+    grids {method: its grid}. flags, recipe: the script's.
+    """
+    found = []
+    for method, grid in grids.items():
+        for setting in settings_of(grid):
+            try:
+                found.append(parse(flags(), flags_of_setting(method, args, setting), recipe))
+            except UserError as error:
+                raise UserError(f"--grid, {' '.join(setting)}: {error}") from None
+    return found
+
+
+def forget_results(all_args):
+    """Removes each results.json of a search's runs, for --overwrite. all_args: their flags.
 
     If the search is then killed, --resume in place of --overwrite takes none of these runs for one
     of its own. Each run's folder is emptied when its turn comes.
     """
-    for folder in folders:
-        path = os.path.join(folder, "results.json")
-        if process_rank() > 0 or not os.path.exists(path):
-            continue
-        try:
-            os.remove(path)
-        except OSError as error:
-            raise UserError(f"--overwrite: cannot remove {path}: {error.strerror}") from None
+    if process_rank() > 0:
+        return
+    for args in all_args:
+        for method, seed in itertools.product(args.method, args.seeds):
+            path = os.path.join(run_folder(args, method, seed), "results.json")
+            if not os.path.exists(path):
+                continue
+            try:
+                os.remove(path)
+            except OSError as error:
+                raise UserError(f"--overwrite: cannot remove {path}: {error.strerror}") from None
 
 
 def best_setting(main, method, args, grid):
@@ -2629,34 +2642,51 @@ def read_grid(words):
 
 
 def check_grid(args, grid, methods):
-    """UserError if a flag cannot be searched, or if the folder of a final run holds another run."""
-    counted = {method: flags_that_count(args, methods[method]["flags"]) for method in args.method}
+    """UserError if a flag of the grid cannot be searched over."""
+    counted = set()
+    for method in args.method:
+        counted |= flags_that_count(args, methods[method]["flags"]).keys()
     for flag in grid:
         if flag not in vars(args):
             raise UserError(f"--grid {flag}: no such flag")
-        if flag in NOT_SEARCHED or not any(flag in flags for flags in counted.values()):
+        if flag in NOT_SEARCHED or flag not in counted:
             raise UserError(f"--grid {flag}: {' and '.join(args.method)} cannot be searched over "
                             "it; must be a flag of the method, the model or the training")
         if flag in args.by_hand:
             raise UserError(f"--grid {flag}: cannot go together with --{flag}")
         if isinstance(getattr(args, flag), bool):
             raise UserError(f"--grid {flag}: must be a flag with a value; this one is a switch")
+
+
+def check_final_folders(args, grid, methods):
+    """UserError if a final run's folder holds another run or, without --resume, an unfinished one.
+
+    A run looks for itself, in Run.take; here it is known before the search has begun.
+    """
     for method, seed in itertools.product(args.method, args.seeds):
         folder = run_folder(args, method, seed)
         if args.overwrite:
             refuse_to_empty(args, [folder])
-            continue
-        if not os.path.exists(os.path.join(folder, "results.json")):
-            if not args.resume:
-                refuse_unfinished(args, folder)
-            continue
-        mine = {**counted[method], **digests_of_files(args, counted[method])}
-        for name, words in differing_flags(read_results(folder)["args"], mine).items():
-            by_model = name in ("max_length", "max_target_length", "precision")
-            is_known_later = mine.get(name) is None or by_model
-            if name not in grid and (name in args.by_hand or not is_known_later):
-                raise UserError(f"--output_dir {args.output_dir}: {folder} holds a run with "
-                                f"{words}; use --overwrite, or another folder")
+        elif os.path.exists(os.path.join(folder, "results.json")):
+            counted = flags_that_count(args, methods[method]["flags"])
+            refuse_another_choice(args, grid, folder, counted)
+        elif not args.resume:
+            refuse_unfinished(args, folder)
+
+
+def refuse_another_choice(args, grid, folder, counted):
+    """UserError if the finished run in a folder cannot be one that this search comes to.
+
+    counted: the flags of this search's run, as `flags_that_count` gives them.
+    """
+    mine = {**counted, **digests_of_files(args, counted)}
+    for name, words in differing_flags(read_results(folder)["args"], mine).items():
+        # Unless set by hand, these get their values only with the task, the model or the machine.
+        by_model = name in ("max_length", "max_target_length", "precision")
+        is_open = (mine.get(name) is None or by_model) and name not in args.by_hand
+        if name not in grid and not is_open:
+            raise UserError(f"--output_dir {args.output_dir}: {folder} holds a run with "
+                            f"{words}; use --overwrite, or another folder")
 
 
 def settings_of(grid):

@@ -3249,10 +3249,10 @@ def test_a_search_is_found_again_where_the_model_sets_the_length(tmp_path):
     results["args"] = {**vars(args), "max_length": 64}
     write_run(tmp_path, results)
     grid = {"lr": ["1e-5", "2e-5"]}
-    common.check_grid(args, grid, gtuning.METHODS)
+    common.check_final_folders(args, grid, gtuning.METHODS)
     args.by_hand = [*args.by_hand, "max_length"]
     with pytest.raises(UserError, match="holds a run with --max_length 64"):
-        common.check_grid(args, grid, gtuning.METHODS)
+        common.check_final_folders(args, grid, gtuning.METHODS)
 
 
 def test_a_search_knows_the_files_of_a_run_by_what_is_in_them(tmp_path):
@@ -3262,7 +3262,7 @@ def test_a_search_knows_the_files_of_a_run_by_what_is_in_them(tmp_path):
     def checked(path):
         args = parse("r3f", "--train_file", path, "--validation_file", train, "--model", "toy",
                      "--name", "mine", "--seeds", 0, "--output_dir", tmp_path)
-        common.check_grid(args, {"lr": ["1e-5", "2e-5"]}, r3f.METHODS)
+        common.check_final_folders(args, {"lr": ["1e-5", "2e-5"]}, r3f.METHODS)
         return args
 
     args = checked(train)
