@@ -2541,87 +2541,6 @@ def search(main, flags, recipe, methods, args):
     return results
 
 
-def parse_settings(args, grids, flags, recipe):
-    """The flags of each setting's runs, before the first one runs. UserError if one is wrong.
-
-    grids {method: its grid}. flags, recipe: the script's.
-    """
-    found = []
-    for method, grid in grids.items():
-        for setting in settings_of(grid):
-            try:
-                found.append(parse(flags(), flags_of_setting(method, args, setting), recipe))
-            except UserError as error:
-                raise UserError(f"--grid, {' '.join(setting)}: {error}") from None
-    return found
-
-
-def forget_results(all_args):
-    """Removes each results.json of a search's runs, for --overwrite. all_args: their flags.
-
-    If the search is then killed, --resume in place of --overwrite takes none of these runs for one
-    of its own. Each run's folder is emptied when its turn comes.
-    """
-    if process_rank() > 0:
-        return
-    for args in all_args:
-        for method, seed in itertools.product(args.method, args.seeds):
-            path = os.path.join(run_folder(args, method, seed), "results.json")
-            if not os.path.exists(path):
-                continue
-            try:
-                os.remove(path)
-            except OSError as error:
-                raise UserError(f"--overwrite: cannot remove {path}: {error.strerror}") from None
-
-
-def best_setting(main, method, args, grid):
-    """The setting with the best score, found by runs of each. A single one needs no run."""
-    settings = settings_of(grid)
-    if len(settings) == 1:
-        return settings[0]
-    seeds = " ".join(map(str, args.seeds[:args.grid_seeds]))
-    say_once(f"{args.task}, {method}: {len(settings)} settings to try, each with --seeds {seeds}")
-    scores = []
-    for setting in settings:
-        try:
-            score = score_of_setting(main, flags_of_setting(method, args, setting))
-        except UserError as error:                     # one that shows only with the task's data
-            raise UserError(f"--grid, {' '.join(setting)}: {error}") from None
-        scores.append(score)
-        told = f"{100 * score:.2f} on the held-out rows"
-        if args.grid_seeds > 1:
-            told += f", the mean of {args.grid_seeds} seeds"
-        if score == -math.inf:
-            told = "no finite loss"
-        say_once(f"{args.task}, {method}: {name_of_setting(setting)} has {told}")
-    if max(scores) == -math.inf:
-        raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
-    chosen = settings[int(np.argmax(scores))]
-    write_search(args, method, grid, scores, chosen)
-    return chosen
-
-
-def say_once(line):
-    """Prints a line on rank 0. (A search has no World to say it.)"""
-    if process_rank() == 0:
-        print(line)
-
-
-def score_of_setting(main, argv):
-    """The mean main metric of a setting's runs; -inf if a loss is not finite."""
-    try:
-        results = main(argv)
-    except NotFinite as error:
-        say_once(error)
-        return -math.inf
-    scores = []
-    for result in results:
-        _, _, value = first_score(result["metrics"])
-        scores.append(value)
-    return sum(scores) / len(scores)
-
-
 def read_grid(words):
     """["lr=1e-5,5e-5", ...] as {flag: [values]}. UserError if a word has another form."""
     grid = {}
@@ -2709,6 +2628,81 @@ def flags_of_setting(method, args, setting):
             *setting]
 
 
+def parse_settings(args, grids, flags, recipe):
+    """The flags of each setting's runs, before the first one runs. UserError if one is wrong.
+
+    grids {method: its grid}. flags, recipe: the script's.
+    """
+    found = []
+    for method, grid in grids.items():
+        for setting in settings_of(grid):
+            try:
+                found.append(parse(flags(), flags_of_setting(method, args, setting), recipe))
+            except UserError as error:
+                raise UserError(f"--grid, {' '.join(setting)}: {error}") from None
+    return found
+
+
+def forget_results(all_args):
+    """Removes each results.json of a search's runs, for --overwrite. all_args: their flags.
+
+    If the search is then killed, --resume in place of --overwrite takes none of these runs for one
+    of its own. Each run's folder is emptied when its turn comes.
+    """
+    if process_rank() > 0:
+        return
+    for args in all_args:
+        for method, seed in itertools.product(args.method, args.seeds):
+            path = os.path.join(run_folder(args, method, seed), "results.json")
+            if not os.path.exists(path):
+                continue
+            try:
+                os.remove(path)
+            except OSError as error:
+                raise UserError(f"--overwrite: cannot remove {path}: {error.strerror}") from None
+
+
+def best_setting(main, method, args, grid):
+    """The setting with the best score, found by runs of each. A single one needs no run."""
+    settings = settings_of(grid)
+    if len(settings) == 1:
+        return settings[0]
+    seeds = " ".join(map(str, args.seeds[:args.grid_seeds]))
+    say_once(f"{args.task}, {method}: {len(settings)} settings to try, each with --seeds {seeds}")
+    scores = []
+    for setting in settings:
+        try:
+            score = score_of_setting(main, flags_of_setting(method, args, setting))
+        except UserError as error:                     # one that shows only with the task's data
+            raise UserError(f"--grid, {' '.join(setting)}: {error}") from None
+        scores.append(score)
+        told = f"{100 * score:.2f} on the held-out rows"
+        if args.grid_seeds > 1:
+            told += f", the mean of {args.grid_seeds} seeds"
+        if score == -math.inf:
+            told = "no finite loss"
+        say_once(f"{args.task}, {method}: {name_of_setting(setting)} has {told}")
+    if max(scores) == -math.inf:
+        raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
+    chosen = settings[int(np.argmax(scores))]
+    write_search(args, method, grid, scores, chosen)
+    return chosen
+
+
+def score_of_setting(main, argv):
+    """The mean main metric of a setting's runs; -inf if a loss is not finite."""
+    try:
+        results = main(argv)
+    except NotFinite as error:
+        say_once(error)
+        return -math.inf
+    scores = []
+    for result in results:
+        _, _, value = first_score(result["metrics"])
+        scores.append(value)
+    return sum(scores) / len(scores)
+
+
 def write_search(args, method, grid, scores, chosen):
     if process_rank() > 0:
         return
@@ -2741,6 +2735,12 @@ def edges_of(grid, chosen):
         if best == max(numbers):
             found.append(f"{flag} is the greatest that was tried")
     return found
+
+
+def say_once(line):
+    """Prints a line on rank 0. (A search has no World to say it.)"""
+    if process_rank() == 0:
+        print(line)
 
 
 # -------------------------------------------------------------------  6  states of a frozen encoder
