@@ -84,25 +84,6 @@ def plural(number, word):
     return f"{number} {word}" + "s" * (number != 1)
 
 
-# {a flag's name in other fine-tuning scripts: its name here}, to suggest the right one.
-NAMES_ELSEWHERE = {
-    "learning_rate": "lr", "num_train_epochs": "epochs", "seed": "seeds", "task_name": "task",
-    "model_name_or_path": "model", "per_device_train_batch_size": "batch_size",
-    "max_seq_length": "max_length", "warmup_ratio": "warmup", "warmup_steps": "warmup",
-    "do_predict": "predict"}
-
-
-def refuse_unknown(word, p):
-    """UserError for a word of the command line that is no flag of the parser. It suggests one."""
-    if not word.startswith("-"):
-        raise UserError(f"{word}: belongs to no flag; --help lists all")
-    name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-    known = [action.dest for action in p._actions]
-    near = difflib.get_close_matches(NAMES_ELSEWHERE.get(name, name), known, 1)
-    hint = f"; did you mean --{near[0]}?" if near else "; --help lists all"
-    raise UserError(f"{word}: no such flag{hint}")
-
-
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: a finite int or float from `low` (or above it) to `high`."""
     whole = " whole" if kind is int else ""
@@ -362,6 +343,25 @@ def read_flags(p, argv):
                             f"{args.own_files}")
         args.task = args.name
     return args
+
+
+# {a flag's name in other fine-tuning scripts: its name here}, to suggest the right one.
+NAMES_ELSEWHERE = {
+    "learning_rate": "lr", "num_train_epochs": "epochs", "seed": "seeds", "task_name": "task",
+    "model_name_or_path": "model", "per_device_train_batch_size": "batch_size",
+    "max_seq_length": "max_length", "warmup_ratio": "warmup", "warmup_steps": "warmup",
+    "do_predict": "predict"}
+
+
+def refuse_unknown(word, p):
+    """UserError for a word of the command line that is no flag of the parser. It suggests one."""
+    if not word.startswith("-"):
+        raise UserError(f"{word}: belongs to no flag; --help lists all")
+    name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+    known = [action.dest for action in p._actions]
+    near = difflib.get_close_matches(NAMES_ELSEWHERE.get(name, name), known, 1)
+    hint = f"; did you mean --{near[0]}?" if near else "; --help lists all"
+    raise UserError(f"{word}: no such flag{hint}")
 
 
 def run_model(folder):
