@@ -81,7 +81,7 @@ def shown(value):
 
 def plural(number, word):
     """The number with its word, as in "1 run" and "2 runs"."""
-    return f"{number} {word}" + "s" * (number != 1)
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def number(kind, low, high=math.inf, above=False):
