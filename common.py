@@ -291,11 +291,18 @@ def parse(p, argv, recipe):
     """The flags of a run: the defaults, over them the task's recipe, over both what is set by hand.
 
     argv: the words of the command line; None: those of this process. recipe(args) -> (its name,
-    {flag: value}). Besides the flags the result has these attributes: argv, the words; started,
-    when they were read; by_hand, the names of the flags that were set; recipe_name and recipe, what
-    `recipe` returned; own_files, the first of the user's own files, or ""; of_methods and
-    no_effect, see note_method_flags; sources {flag with its value: folder}, what a script reads
-    besides --model, which --overwrite must not delete.
+    {flag: value}). Besides the flags the result has these attributes:
+
+        argv                     the words
+        started                  when they were read
+        by_hand                  the names of the flags that were set
+        recipe_name, recipe      what `recipe` returned
+        own_files                the first of the user's own files, or ""
+        of_methods, no_effect    see note_method_flags
+        sources                  {flag with its value: folder}: what a script reads besides --model,
+                                 which --overwrite must not delete
+
+    With --run, take_runs adds own_labels and score_validation.
     """
     if argv is None:
         argv = sys.argv[1:]
