@@ -1439,7 +1439,7 @@ def evaluate(forward, module, sets, setup, world, folder=None):
     """{set: {metric: value}} for sets {name: (task, split)}, and averages over languages.
 
     The first metric of the first set is the main one. folder: of the run, if this is its final
-    state; predictions are then kept there, see `keep_predicted` and `write_scored`.
+    state; what it predicts is then kept there.
     """
     world.synchronize()                                # unfinished training must not count here
     started = time.monotonic()
@@ -1448,8 +1448,14 @@ def evaluate(forward, module, sets, setup, world, folder=None):
     for name, (task, split) in sets.items():
         kept = predict(forward, module, split, setup, world, f"evaluating {name}")
         scores[name] = setup.kind.score(task, setup.task, kept, split)
-        if folder:
-            arrays.update(keep_predicted(folder, name, task, kept, split, setup, world))
+        if not folder:
+            continue
+        if setup.kind.decodes:
+            write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
+        if setup.kind.predictions:
+            arrays[f"{name}:predictions"] = setup.kind.predictions(task, setup.task, kept)
+            arrays[f"{name}:labels"] = split.labels
+        warn_of_one_prediction(folder, name, kept, setup, world)
     if arrays:
         write_scored(folder, arrays, world)
     scores.update(averages(scores))
@@ -1457,25 +1463,16 @@ def evaluate(forward, module, sets, setup, world, folder=None):
     return scores
 
 
-def keep_predicted(folder, name, task, kept, split, setup, world):
-    """Writes the texts that a decoder wrote for a set. Returns the set's part of scored.npz.
-
-    Warns of a model that predicts the same for every row.
-    """
-    if setup.kind.decodes:
-        write_predictions(folder, name.replace("/", "-"), kept, split, setup, world)
-    if setup.kind.in_words:
-        texts = {setup.kind.in_words(setup.task, output) for output in kept}
-        if len(texts) == 1 and len(kept) > 1:
-            text = " ".join(texts.pop().split())
-            if len(text) > 60:
-                text = text[:56] + " ..."
-            world.say(f"warning: {folder}: all {len(kept)} rows of {name} are predicted as "
-                      f"{text!r}")
-    if not setup.kind.predictions:
-        return {}
-    return {f"{name}:predictions": setup.kind.predictions(task, setup.task, kept),
-            f"{name}:labels": split.labels}
+def warn_of_one_prediction(folder, name, kept, setup, world):
+    """Warns if a run predicts the same for all rows of a set. kept: see `predict`."""
+    if not setup.kind.in_words:
+        return
+    texts = {setup.kind.in_words(setup.task, output) for output in kept}
+    if len(texts) == 1 and len(kept) > 1:
+        text = " ".join(texts.pop().split())
+        if len(text) > 60:
+            text = text[:56] + " ..."
+        world.say(f"warning: {folder}: all {len(kept)} rows of {name} are predicted as {text!r}")
 
 
 def write_scored(folder, arrays, world):

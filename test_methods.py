@@ -2517,10 +2517,10 @@ def test_which_sets_are_predicted_alike(tmp_path):
 
 def test_a_long_text_that_all_rows_are_predicted_as_is_cut(capsys):
     setup = types.SimpleNamespace(kind=types.SimpleNamespace(
-        decodes=False, predictions=None, in_words=lambda task, output: output), task=None)
+        in_words=lambda task, output: output), task=None)
     world = types.SimpleNamespace(say=print)
     for text in ("so it goes " * 99, "今" * 99):
-        common.keep_predicted("run", "test", None, [text] * 3, None, setup, world)
+        common.warn_of_one_prediction("run", "test", [text] * 3, setup, world)
         told = capsys.readouterr().out
         assert f"all 3 rows of test are predicted as '{text[:9]}" in told
         assert told.endswith(" ...'\n") and len(told) < 130
