@@ -2973,6 +2973,62 @@ def report_command(args):
     return f"python common.py {shlex.join(words)}"
 
 
+# A table of strings is (header, rows, keys). keys: how many of the first columns name a row.
+
+def text_lines(header, rows, keys, width=110):
+    """A table of strings as lines of text.
+
+    Each line begins with the last of the columns that name a row. What the ones before it hold,
+    such as task, set and metric, is a heading above the rows that share it. Columns that do not fit
+    into the width make a second table below the first.
+    """
+    above = keys - 1
+    sizes = [max(map(len, cells)) for cells in zip(header, *rows)]
+    pieces = [[]]
+    used = 2 + sizes[above]
+    for column in range(keys, len(header)):
+        used += 2 + sizes[column]
+        if used > width and pieces[-1]:
+            pieces.append([])
+            used = 2 + sizes[above] + 2 + sizes[column]
+        pieces[-1].append(column)
+
+    lines = []
+    for piece in pieces:
+        before = header[:above]
+        for row in [header, *rows]:
+            if row[:above] != before:
+                before = row[:above]
+                lines.append(", ".join(before))
+            cells = [row[column].rjust(sizes[column]) for column in piece]
+            lines.append("  ".join(["", row[above].ljust(sizes[above]), *cells]).rstrip())
+        lines.append("")
+    return lines
+
+
+def html_table(header, rows, keys, drawings=None):
+    """A table of strings as html, in a box that scrolls, with headings as in text_lines.
+
+    drawings: html of an additional second cell for each row.
+    """
+    above = keys - 1
+    names = [f"<th>{html.escape(cell)}</th>" for cell in header[above:]]
+    if drawings:
+        names.insert(1, "<th></th>")
+    lines = [f'<div class="wide"><table><thead><tr>{"".join(names)}</tr></thead><tbody>']
+    before = []
+    for i, row in enumerate(rows):
+        if row[:above] != before:
+            before = row[:above]
+            title = html.escape(", ".join(before))
+            lines.append(f'<tr><th class="key" colspan="{len(names)}">{title}</th></tr>')
+        cells = [f"<td>{html.escape(cell)}</td>" for cell in row[above:]]
+        if drawings:
+            cells.insert(1, f"<td>{drawings[i]}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([*lines, "</tbody></table></div>"])
+
+
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -3018,6 +3074,27 @@ def svg(width, height, shapes, label):
     """A drawing. shapes: svg elements. label: what it is, for those who do not see it."""
     return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
             f'{"".join(shapes)}</svg>')
+
+
+def text_at(x, y, text, anchor="middle", name="tick"):
+    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{name}">'
+            f'{html.escape(text)}</text>')
+
+
+def line_at(x1, y1, x2, y2, name):
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{name}"/>'
+
+
+def figure(picture, caption, colours=None):
+    """The html of a drawing. colours {name: its css classes}: for a legend."""
+    words = html.escape(caption)
+    if colours:
+        names = ""
+        for name, classes in colours.items():
+            sample = svg(28, 8, [line_at(0, 4, 28, 4, f"line {classes}")], name)
+            names += f'<span class="key">{sample}{html.escape(name)}</span>'
+        words = f"<div>{names}</div>{words}"
+    return f"<figure>{picture}<figcaption>{words}</figcaption></figure>"
 
 
 def count_flops(call):
@@ -3390,7 +3467,7 @@ def legend_of(name, shape, words):
 
 
 def number_rows(numbers):
-    """A table of strings, as in section 9, of numbers {column: {row: value}}."""
+    """A table of strings of numbers {column: {row: value}}."""
     rows = []
     for row in next(iter(numbers.values())):
         rows.append([row, *[f"{found[row]:.3f}" for found in numbers.values()]])
@@ -4353,8 +4430,6 @@ def remarks_on_machines(table):
 
 
 # ----------------------------------------------------------------  9  the report: tables of strings
-#
-# A table of strings is (header, rows, keys). keys: how many of the first columns name a row.
 
 def sizes_of(table):
     return ", ".join([plural(len(table.runs), "run"), plural(len(table.tasks), "task"),
@@ -4473,37 +4548,6 @@ def probe_rows(probes):
     return ["probe", "encoder", "probes", "mean", "std (n-1)", "median", "max"], rows, 2
 
 
-def text_lines(header, rows, keys, width=110):
-    """A table of strings as lines of text.
-
-    Each line begins with the last of the columns that name a row. What the ones before it hold,
-    such as task, set and metric, is a heading above the rows that share it. Columns that do not fit
-    into the width make a second table below the first.
-    """
-    above = keys - 1
-    sizes = [max(map(len, cells)) for cells in zip(header, *rows)]
-    pieces = [[]]
-    used = 2 + sizes[above]
-    for column in range(keys, len(header)):
-        used += 2 + sizes[column]
-        if used > width and pieces[-1]:
-            pieces.append([])
-            used = 2 + sizes[above] + 2 + sizes[column]
-        pieces[-1].append(column)
-
-    lines = []
-    for piece in pieces:
-        before = header[:above]
-        for row in [header, *rows]:
-            if row[:above] != before:
-                before = row[:above]
-                lines.append(", ".join(before))
-            cells = [row[column].rjust(sizes[column]) for column in piece]
-            lines.append("  ".join(["", row[above].ljust(sizes[above]), *cells]).rstrip())
-        lines.append("")
-    return lines
-
-
 def report_rows(table):
     """{heading: a table of strings}, of those parts of the report that have a row.
 
@@ -4618,15 +4662,6 @@ def colour_of(table, method):
     return f"c{place % 8}{dashed}"
 
 
-def text_at(x, y, text, anchor="middle", name="tick"):
-    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{name}">'
-            f'{html.escape(text)}</text>')
-
-
-def line_at(x1, y1, x2, y2, name):
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{name}"/>'
-
-
 def round_numbers(low, high):
     """Three to eight round numbers from low to high, for an axis."""
     if low == high:
@@ -4728,29 +4763,6 @@ def interval_svg(difference, reach, colours):
     return svg(160, 16, shapes, "the interval")
 
 
-def html_table(header, rows, keys, drawings=None):
-    """A table of strings as html, in a box that scrolls, with headings as in text_lines.
-
-    drawings: html of an additional second cell for each row.
-    """
-    above = keys - 1
-    names = [f"<th>{html.escape(cell)}</th>" for cell in header[above:]]
-    if drawings:
-        names.insert(1, "<th></th>")
-    lines = [f'<div class="wide"><table><thead><tr>{"".join(names)}</tr></thead><tbody>']
-    before = []
-    for i, row in enumerate(rows):
-        if row[:above] != before:
-            before = row[:above]
-            title = html.escape(", ".join(before))
-            lines.append(f'<tr><th class="key" colspan="{len(names)}">{title}</th></tr>')
-        cells = [f"<td>{html.escape(cell)}</td>" for cell in row[above:]]
-        if drawings:
-            cells.insert(1, f"<td>{drawings[i]}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return "\n".join([*lines, "</tbody></table></div>"])
-
-
 def draw_intervals(table):
     """The drawings beside the differences, all on the same scale."""
     found = []
@@ -4760,18 +4772,6 @@ def draw_intervals(table):
     reach = np.nanmax(ends) or 1                       # a difference of one seed has no interval
     return [interval_svg(difference, reach, colour_of(table, method))
             for method, difference in found]
-
-
-def figure(picture, caption, colours=None):
-    """The html of a drawing. colours {name: its css classes}: for a legend."""
-    words = html.escape(caption)
-    if colours:
-        names = ""
-        for name, classes in colours.items():
-            sample = svg(28, 8, [line_at(0, 4, 28, 4, f"line {classes}")], name)
-            names += f'<span class="key">{sample}{html.escape(name)}</span>'
-        words = f"<div>{names}</div>{words}"
-    return f"<figure>{picture}<figcaption>{words}</figcaption></figure>"
 
 
 def curve_figures(table):
