@@ -3983,6 +3983,27 @@ def keep_lines(path, runs, by, differ):
 
 # -------------------------------------------------------------  9  the report: what may be compared
 
+def comparable_runs(runs, by, differ, refused, baseline):
+    """The runs of tasks whose runs may be compared. `refused` gets the reasons against others."""
+    found = []
+    for of_task in by_task(runs).values():
+        try:
+            refuse_incomparable(of_task, by, differ, baseline)
+            refuse_doubles(of_task)
+            found += of_task
+        except UserError as error:
+            refused.append(str(error))
+    return found
+
+
+def by_task(runs):
+    """{task: its runs}."""
+    found = {}
+    for run in runs:
+        found.setdefault(run.task, []).append(run)
+    return found
+
+
 def refuse_incomparable(runs, by, differ, baseline=""):
     """UserError if two runs, all of one task, differ in flags that are not the method's own.
 
@@ -4020,50 +4041,6 @@ def refuse_incomparable(runs, by, differ, baseline=""):
                      "allow it by --differ")
 
 
-def searched_alike(run, other):
-    """The flags that were searched over the same values for both runs."""
-    mine = run.line.get("searched", {})
-    theirs = other.line.get("searched", {})
-    return {name for name in mine.keys() & theirs.keys()
-            if different_values(mine[name]) == different_values(theirs[name])}
-
-
-def refuse_doubles(runs):
-    """UserError if two runs, all of one task, have the same method and seed, but other contents."""
-    seen = {}
-    for run in runs:
-        again = seen.setdefault((run.method, run.seed), run)
-        if again.line != run.line:
-            raise UserError(f"{run.task} {run.method}, seed {run.seed}: is in {again.where} and, "
-                            f"with other contents, in {run.where}; report them apart")
-
-
-def different_values(words):
-    """The values of a flag that these words stand for: 1e-4 and 0.0001 are one."""
-    return {float(word) if data.is_float(str(word)) else word for word in words}
-
-
-def by_task(runs):
-    """{task: its runs}."""
-    found = {}
-    for run in runs:
-        found.setdefault(run.task, []).append(run)
-    return found
-
-
-def comparable_runs(runs, by, differ, refused, baseline):
-    """The runs of tasks whose runs may be compared. `refused` gets the reasons against others."""
-    found = []
-    for of_task in by_task(runs).values():
-        try:
-            refuse_incomparable(of_task, by, differ, baseline)
-            refuse_doubles(of_task)
-            found += of_task
-        except UserError as error:
-            refused.append(str(error))
-    return found
-
-
 def refuse_flags(mine, theirs, names, whose, way_out):
     """UserError if flags of these names differ. mine, theirs {flag: a run that has it}."""
     unlike = [name for name in sorted(names)
@@ -4080,6 +4057,29 @@ def refuse_flags(mine, theirs, names, whose, way_out):
         f"--{name} is not the same for {whose}: {shown(other.flags[name])} in {other.where}, "
         f"{shown(run.flags[name])} in {run.where}{others}; report them apart, or "
         f"{way_out} {' '.join(unlike)}")
+
+
+def searched_alike(run, other):
+    """The flags that were searched over the same values for both runs."""
+    mine = run.line.get("searched", {})
+    theirs = other.line.get("searched", {})
+    return {name for name in mine.keys() & theirs.keys()
+            if different_values(mine[name]) == different_values(theirs[name])}
+
+
+def different_values(words):
+    """The values of a flag that these words stand for: 1e-4 and 0.0001 are one."""
+    return {float(word) if data.is_float(str(word)) else word for word in words}
+
+
+def refuse_doubles(runs):
+    """UserError if two runs, all of one task, have the same method and seed, but other contents."""
+    seen = {}
+    for run in runs:
+        again = seen.setdefault((run.method, run.seed), run)
+        if again.line != run.line:
+            raise UserError(f"{run.task} {run.method}, seed {run.seed}: is in {again.where} and, "
+                            f"with other contents, in {run.where}; report them apart")
 
 
 # ----------------------------------------------------------------------  9  the report: the numbers
@@ -4825,6 +4825,12 @@ def seconds_figures(table):
     return figures
 
 
+def dots_figure(table, groups, what):
+    colours = {method: colour_of(table, method) for method in groups}
+    caption = f"{what}: each dot a seed, the line their median."
+    return figure(dots_svg(groups, colours, what), caption)
+
+
 def probe_figures(probes):
     """The figures of each probed task.
 
@@ -4897,12 +4903,6 @@ def html_probes(probes):
              html_table(*probe_rows(probes)),
              f'<div class="figures">{"".join(probe_figures(probes))}</div>']
     return "\n".join(parts)
-
-
-def dots_figure(table, groups, what):
-    colours = {method: colour_of(table, method) for method in groups}
-    caption = f"{what}: each dot a seed, the line their median."
-    return figure(dots_svg(groups, colours, what), caption)
 
 
 def html_list(sentences):
