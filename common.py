@@ -4017,32 +4017,44 @@ def refuse_incomparable(runs, by, differ, baseline=""):
     for run in runs:
         free.update(run.line.get("by", []), run.line.get("differ", []))
     task = runs[0].task
-    first = {}                                         # {method: its first run}
-    having = {}                                        # {method: {flag: its first run that has it}}
+    runs_of = {}                                       # {method: its runs}
     for run in runs:
-        first.setdefault(run.method, run)
-        of_method = having.setdefault(run.method, {})
-        for name in run.flags:
-            of_method.setdefault(name, run)
-        refuse_flags(dict.fromkeys(run.flags, run), of_method, set(run.flags) - free,
-                     f"the runs of {run.method} on {task}",
-                     "make each value a method of its own by --by")
+        runs_of.setdefault(run.method, []).append(run)
+    having = {method: first_having(of_method) for method, of_method in runs_of.items()}
+    for method, of_method in runs_of.items():
+        for run in of_method:
+            refuse_flags(first_having([run]), having[method], set(run.flags) - free,
+                         f"the runs of {method} on {task}",
+                         "make each value a method of its own by --by")
 
-    if baseline in first:
-        pairs = [(method, baseline) for method in first]
+    if baseline in runs_of:
+        pairs = [(method, baseline) for method in runs_of]
     else:
-        pairs = itertools.combinations(first, 2)
+        pairs = itertools.combinations(runs_of, 2)
     of_all_scripts = set(default_flags()) - free - MAY_DIFFER_BETWEEN_METHODS
     for method, other in pairs:
         in_both = having[method].keys() & having[other].keys()
         digests = {name for name in in_both if name.endswith("_digest")} - free
-        names = (of_all_scripts | digests) - searched_alike(first[method], first[other])
+        names = of_all_scripts | digests
+        names -= searched_alike(runs_of[method][0], runs_of[other][0])
         refuse_flags(having[method], having[other], names, f"the methods on {task}",
                      "allow it by --differ")
 
 
+def first_having(runs):
+    """{flag: the first of these runs that has it}."""
+    found = {}
+    for run in runs:
+        for name in run.flags:
+            found.setdefault(name, run)
+    return found
+
+
 def refuse_flags(mine, theirs, names, whose, way_out):
-    """UserError if flags of these names differ. mine, theirs {flag: a run that has it}."""
+    """UserError if flags of these names differ. mine, theirs {flag: a run that has it}.
+
+    whose: the runs that are compared, way_out: what to do, both for the message.
+    """
     unlike = [name for name in sorted(names)
               if mine[name].flags[name] != theirs[name].flags[name]]
     if not unlike:
