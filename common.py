@@ -4178,12 +4178,15 @@ def compare_over_tasks(differences):
     Each value is a mean over seeds: of a task's main metric, or of a further set's first one. p is
     corrected for the number of methods.
     """
-    main_keys = [*first_keys(differences, 1).values()]
-    further = [key for key in first_keys(differences, 2).values()
-               if key not in main_keys and key[1].partition("/")[0] in data.TASKS]
+    of_tasks = main_keys(differences)
+    of_further_sets = []
+    for key in first_keys(differences):
+        _, name, _ = key
+        if key not in of_tasks and name.partition("/")[0] in data.TASKS:
+            of_further_sets.append(key)
 
     found = {}
-    for group, keys in (("tasks", main_keys), ("further sets", further)):
+    for group, keys in (("tasks", of_tasks), ("further sets", of_further_sets)):
         means = {}
         for key in keys:
             for method, difference in differences[key].items():
@@ -4227,14 +4230,15 @@ def compare_over_rows(runs, differences, baseline, draws, left_out):
         return {}
     predictions, labels = read_predictions(runs, baseline, left_out)
     found = {}
-    for place, key in first_keys(differences, 2).items():
-        by_method = predictions.get(place, {})
+    for key in first_keys(differences):
+        task, name, metric = key
+        by_method = predictions.get((task, name), {})
         base = by_method.get(baseline, {})
         for method in differences[key]:
             mine = by_method.get(method, {})
             if set(mine) & set(base):
                 found.setdefault(key, {})[method] = difference_over_rows(
-                    data.METRICS[key[2]], labels[place], mine, base, draws)
+                    data.METRICS[metric], labels[task, name], mine, base, draws)
     return found
 
 
@@ -4248,15 +4252,22 @@ def difference_over_rows(metric, labels, mine, base, draws):
         len(seeds), len(labels), 100 * np.mean(gains), 100 * low, 100 * high)
 
 
-def first_keys(keys, length):
-    """{the first `length` parts of a key (task, set, metric): the first key that begins so}.
-
-    With length 1 the keys are those of each task's main metric, with 2 of each set's first one.
-    """
+def main_keys(keys):
+    """Of keys (task, set, metric) the first of each task: that of its main metric."""
     first = {}
     for key in keys:
-        first.setdefault(key[:length], key)
-    return first
+        task, _, _ = key
+        first.setdefault(task, key)
+    return [*first.values()]
+
+
+def first_keys(keys):
+    """Of keys (task, set, metric) the first of each set of a task: that of its first metric."""
+    first = {}
+    for key in keys:
+        task, name, _ = key
+        first.setdefault((task, name), key)
+    return [*first.values()]
 
 
 def relative_costs(table, task, method):
@@ -4813,7 +4824,7 @@ def curve_figures(table):
 def score_figures(table):
     """A figure for each task: the spread of its main metric over seeds."""
     figures = []
-    for key in first_keys(table.scores, 1).values():
+    for key in main_keys(table.scores):
         by_method = table.scores[key]
         groups = {method: [*by_method[method].values()]
                   for method in table.methods if method in by_method}
