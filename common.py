@@ -948,7 +948,8 @@ def encode_rows(args, rows, tokenizer, perturb, options):
     further = {name: (its_task, encode(part, its_task))
                for name, (its_task, part) in rows.further.items()}
     unscored = {name: encode(part, task) for name, part in rows.unscored.items()}
-    return Setup(task, tokenizer, train, validation, further, unscored, {}, args.eval_samples)
+    return Setup(task, tokenizer, train, validation, further, unscored, held_out={},
+                 sample=args.eval_samples)
 
 
 def warn_of_texts(args, setup, world):
@@ -1279,9 +1280,9 @@ def training_rows(setup, args, seed):
 
 def build_batches(setup, args, seed, world, batching=None):
     return data.Batches(
-        training_rows(setup, args, seed), args.batch_size, seed, world.rank, world.size,
-        args.micro_batch_size, batching or args.batching[0], args.max_length,
-        args.batch_tokens, args.max_target_length)
+        training_rows(setup, args, seed), args.batch_size, seed, rank=world.rank,
+        processes=world.size, micro=args.micro_batch_size, batching=batching or args.batching[0],
+        width=args.max_length, tokens=args.batch_tokens, target_width=args.max_target_length)
 
 
 def count_steps(args, per_epoch):
@@ -3630,8 +3631,8 @@ def summarise_differences(differences):
         std = float(differences.std(ddof=1))
     p = wilcoxon(differences)
     return Difference(
-        len(differences), float(differences.mean()), std, low, high, p,
-        int((differences > 0).sum()), int((differences < 0).sum()), corrected_p=p)
+        n=len(differences), mean=float(differences.mean()), std=std, low=low, high=high, p=p,
+        wins=int((differences > 0).sum()), losses=int((differences < 0).sum()), corrected_p=p)
 
 
 # ------------------------------------------------------------  9  the report: reading finished runs
@@ -4157,8 +4158,8 @@ def build_table(title, runs, baseline, draws, left_out):
                 differences[key][method] = summarise_differences(paired)
     runs = [*once.values()]
     return Table(title, runs, baseline, methods, scores, differences,
-                 compare_over_tasks(differences),
-                 compare_over_rows(runs, differences, baseline, draws, left_out))
+                 over_tasks=compare_over_tasks(differences),
+                 over_rows=compare_over_rows(runs, differences, baseline, draws, left_out))
 
 
 def paired_differences(by_method, method, baseline):
@@ -4249,7 +4250,8 @@ def difference_over_rows(metric, labels, mine, base, draws):
     low, high = paired_bootstrap(
         metric, labels, [mine[seed] for seed in seeds], [base[seed] for seed in seeds], draws)
     return DifferenceOverRows(
-        len(seeds), len(labels), 100 * np.mean(gains), 100 * low, 100 * high)
+        seeds=len(seeds), rows=len(labels), mean=100 * np.mean(gains), low=100 * low,
+        high=100 * high)
 
 
 def main_keys(keys):
