@@ -3766,10 +3766,12 @@ def find_files(place):
     """The FoundFiles of a place. UserError if it is not there."""
     if not os.path.exists(place):
         raise UserError(f"{place}: must be a folder, or a file of kept lines")
-    found = FoundFiles(place, [], [], [], [])
+    found = FoundFiles(place, finished=[], unfinished=[], kept=[], probes=[])
     if os.path.isfile(place):
-        of_its_kind = found.probes if os.path.basename(place) == PROBES else found.kept
-        of_its_kind.append(place)
+        if os.path.basename(place) == PROBES:
+            found.probes.append(place)
+        else:
+            found.kept.append(place)
         return found
     seen = set()                                       # a link may lead back
     for here, inner, names in os.walk(place, followlinks=True):
@@ -3874,7 +3876,7 @@ def read_places(places, by, left_out):
     a place has neither a finished run nor probes.
     """
     folders = []
-    groups = {}                                        # {where the lines are: runs}
+    groups = {}                    # {a file of kept lines: its runs}; under "" those of all folders
     for files in places:
         left_out_before = len(left_out)
         runs = []
@@ -3900,9 +3902,12 @@ def read_places(places, by, left_out):
 
     named = []
     for path, runs in groups.items():
-        title = os.path.splitext(os.path.basename(path))[0] or ", ".join(dict.fromkeys(folders))
-        if runs:
-            named.append((title, in_order(runs)))
+        if not runs:
+            continue
+        title = os.path.splitext(os.path.basename(path))[0]
+        if path == "":
+            title = ", ".join(dict.fromkeys(folders))
+        named.append((title, in_order(runs)))
     return named
 
 
