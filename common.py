@@ -545,7 +545,7 @@ class World:
                             "processes")
         self.gpu = torch.cuda.is_available()
         self.compile = args.compile
-        self.evaluating = 0.0                          # seconds spent in `evaluate` so far
+        self.evaluation_seconds = 0.0                  # spent in `evaluate` so far
         if self.gpu:
             gpus = torch.cuda.device_count()
             if self.local_rank >= gpus:
@@ -647,7 +647,7 @@ class World:
 
     def training_clock(self):
         """Seconds by a clock that stands still while `evaluate` runs."""
-        return time.monotonic() - self.evaluating
+        return time.monotonic() - self.evaluation_seconds
 
     def synchronize(self):
         """Waits until the GPU has done what it was given."""
@@ -712,8 +712,8 @@ class Progress:
         self.total = total
         self.done = done
         self.started = time.monotonic()
-        self.spoke = self.started
-        self.before = done
+        self.done_at_start = done
+        self.last_line_at = self.started
         self.bar = None
         if world.rank == 0 and sys.stderr.isatty():
             layout = ("{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} "
@@ -727,9 +727,9 @@ class Progress:
             if message:
                 self.bar.set_postfix_str(message, refresh=False)
             self.bar.update(n)
-        elif time.monotonic() - self.spoke > self.SECONDS:
-            self.spoke = time.monotonic()
-            rate = (self.done - self.before) / (self.spoke - self.started)
+        elif time.monotonic() - self.last_line_at > self.SECONDS:
+            self.last_line_at = time.monotonic()
+            rate = (self.done - self.done_at_start) / (self.last_line_at - self.started)
             left = (self.total - self.done) / rate
             words = f", {message}" if message else ""
             self.world.say(f"{self.name}: {self.done} of {self.total}{words}, {left:.0f} s left")
@@ -1460,7 +1460,7 @@ def evaluate(forward, module, sets, setup, world, folder=None):
     if arrays:
         write_scored(folder, arrays, world)
     scores.update(averages(scores))
-    world.evaluating += time.monotonic() - started
+    world.evaluation_seconds += time.monotonic() - started
     return scores
 
 
@@ -1719,17 +1719,18 @@ class Run:
         self.per_epoch = 1                             # how many of them an epoch has
         self.phase_start = 0                           # the steps at which that phase begins
         self.phase_end = 0                             # and ends
-        self.without_batch = 0                         # steps of the phases before that took none
+        self.steps_without_batch = 0                   # steps of the phases before that took none
         self.seconds = 0.0                             # of training, without evaluation
-        self.started = None                            # when the step under way began
-        self.saved = 0.0                               # when the last checkpoint was written
+        self.step_began = None                         # by training_clock; None between steps
+        self.saved_at = 0.0                            # when the last checkpoint was written
         self.best = None                               # {"step", "seconds", "value", "metrics"}
         self.best_weights = None
         self.lock = None                               # the folder's lock file, on rank 0
         self.log_file = None                           # on rank 0
         self.pending = {}                              # {step not in the log yet: its terms}
         self.numbers = {}                              # those of the last such step
-        self.flushed = 0, 0.0                          # step, seconds at the log's last line
+        self.logged_step = 0                           # the step of the log's last line
+        self.logged_seconds = 0.0                      # the seconds at it
         self.results = None                            # once the run is finished
 
     def take(self):
@@ -1861,8 +1862,9 @@ class Run:
                             f"some would go on at step {min(steps)}, others at {max(steps)}")
         if self.world.rank == 0:
             self.open_log(state["log_bytes"] if state else 0)
-        self.saved = time.monotonic()
-        self.flushed = self.step, self.seconds
+        self.saved_at = time.monotonic()
+        self.logged_step = self.step
+        self.logged_seconds = self.seconds
         self.world.reset_peak_memory()
 
     def open_log(self, size):
@@ -1886,7 +1888,7 @@ class Run:
         left off; None: its steps take none. phase: its name in the progress bar.
         """
         if self.batches is None:                       # the phase before took none
-            self.without_batch += self.phase_end - self.phase_start
+            self.steps_without_batch += self.phase_end - self.phase_start
         self.phase_start = self.phase_end
         self.phase_end = until
         self.batches = batches
@@ -1898,20 +1900,21 @@ class Run:
         done = self.step - self.phase_start
         with Progress(self.world, name, until - self.phase_start, done) as progress:
             while self.step < until:
-                self.started = self.world.training_clock()
+                self.step_began = self.world.training_clock()
                 signals.in_step = True
                 seed = np.random.SeedSequence([self.seed, self.step, self.world.rank])
                 torch.manual_seed(int(seed.generate_state(1)[0]))
 
                 batch = None
                 if batches is not None:
-                    batch = batches[self.step - self.without_batch]
+                    batch = batches[self.step - self.steps_without_batch]
                 yield self.step, batch
 
                 self.step += 1
                 progress.update(message=self.end_step())
                 signals.in_step = False
-                if signals.caught and self.step == self.total:        # it came during end_step
+                if signals.caught and self.step == self.total:
+                    # It came during end_step, and there is no further step to see it.
                     raise Stopped(signals.caught, f"stopped by a signal{signals.way_on}")
 
     @contextlib.contextmanager
@@ -1924,13 +1927,13 @@ class Run:
 
     def seconds_so_far(self):
         """Seconds of training, with those of the step that is under way, without evaluation."""
-        if self.started is None:
+        if self.step_began is None:
             return self.seconds
-        return self.seconds + self.world.training_clock() - self.started
+        return self.seconds + self.world.training_clock() - self.step_began
 
     def end_step(self):
         """Logs and saves what is due, and stops if a signal came. Returns words on the loss."""
-        late = self.world.rank == 0 and time.monotonic() - self.saved > 300
+        late = self.world.rank == 0 and time.monotonic() - self.saved_at > 300
         # All processes must decide alike: a sum is above 0 if it holds for any of them.
         signalled, late = self.world.total(np.array([signals.caught, late])) > 0
         if self.args.save_every:
@@ -1944,7 +1947,7 @@ class Run:
         if log_now or save_now:                        # so that the seconds are of finished work
             self.world.synchronize()
         self.seconds = self.seconds_so_far()
-        self.started = None
+        self.step_began = None
 
         message = ""
         if self.pending and (log_now or save_now):     # raises before a state with nan is saved
@@ -1992,10 +1995,11 @@ class Run:
             if not np.isfinite(row).all():
                 self.fail_at(step, dict(zip(names, row)))
 
-        step_before, seconds_before = self.flushed
-        seconds = max(1e-9, self.seconds - seconds_before)
-        rate = self.rows_a_step() * (self.step - step_before) / seconds
-        self.flushed = self.step, self.seconds
+        steps = self.step - self.logged_step
+        seconds = max(1e-9, self.seconds - self.logged_seconds)
+        rate = self.rows_a_step() * steps / seconds
+        self.logged_step = self.step
+        self.logged_seconds = self.seconds
         means = dict(zip(names, values.mean(0).tolist()))
         line = {**means, **self.numbers, "examples_per_second": round(rate, 1)}
         self.write_line(self.step, line)
@@ -2008,7 +2012,7 @@ class Run:
     def write_line(self, step, terms):
         """Writes a line of log.jsonl. Its epoch counts batches: a phase without any adds none."""
         at = self.phase_start if self.batches is None else step
-        epoch = (at - self.without_batch) / self.per_epoch
+        epoch = (at - self.steps_without_batch) / self.per_epoch
         line = {"step": step, "epoch": round(epoch, 4), **terms}
         if self.world.rank == 0:
             with self.writing(self.log_path):
@@ -2036,7 +2040,7 @@ class Run:
         values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
         rows = ""
         if self.batches is not None:
-            numbers = self.batches.rows(step - self.without_batch)
+            numbers = self.batches.rows(step - self.steps_without_batch)
             rows = f"; rows of the batch, of those trained on: {' '.join(map(str, numbers))}"
         raise NotFinite(f"{self.folder}: step {step + 1}: not finite: {values}{rows}; see "
                         f"--detect_anomaly; {self.last_checkpoint()}")
@@ -2057,7 +2061,7 @@ class Run:
 
     def save(self):
         """Saves a checkpoint, on rank 0 alone, as all processes have the same weights."""
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
         if self.world.rank > 0:
             return
         state = {

@@ -582,7 +582,7 @@ class Texts:
         """`with_states` of sets {name: (task, split)} to score. Its time counts as evaluation."""
         started = time.monotonic()
         found = {name: (task, self.with_states(f, split)) for name, (task, split) in sets.items()}
-        self.world.evaluating += time.monotonic() - started
+        self.world.evaluation_seconds += time.monotonic() - started
         return found
 
 

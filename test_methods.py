@@ -3806,7 +3806,7 @@ def test_each_step_seed_and_rank_has_random_numbers_of_its_own(tmp_path, monkeyp
         steps = common.Run.__new__(common.Run)
         steps.__dict__.update(
             world=world, args=args, seed=seed, name="run", step=0, total=3, batches=None,
-            phase_start=0, phase_end=0, without_batch=0, per_epoch=1)
+            phase_start=0, phase_end=0, steps_without_batch=0, per_epoch=1)
         return [torch.rand(1).item() for _ in steps.steps(3)]
 
     bar = types.SimpleNamespace(update=lambda **more: None)
