@@ -2685,16 +2685,21 @@ def best_setting(main, method, args, grid):
         except UserError as error:                     # one that shows only with the task's data
             raise UserError(f"--grid, {' '.join(setting)}: {error}") from None
         scores.append(score)
-        told = f"{100 * score:.2f} on the held-out rows"
-        if args.grid_seeds > 1:
-            told += f", the mean of {args.grid_seeds} seeds"
         if score == -math.inf:
             told = "no finite loss"
+        else:
+            told = f"{100 * score:.2f} on the held-out rows"
+            if args.grid_seeds > 1:
+                told += f", the mean of {args.grid_seeds} seeds"
         say_once(f"{args.task}, {method}: {name_of_setting(setting)} has {told}")
     if max(scores) == -math.inf:
         raise RunError(f"--grid {' '.join(args.grid)}: no loss of {method} is finite")
     chosen = settings[int(np.argmax(scores))]
     write_search(args, method, grid, scores, chosen)
+    remark = ", the first of equals" if scores.count(max(scores)) > 1 else ""
+    for edge in edges_of(grid, chosen):
+        remark += f"; {edge}"
+    say_once(f"{args.task}, {method}: chosen of {len(scores)}: {name_of_setting(chosen)}{remark}")
     return chosen
 
 
@@ -2713,6 +2718,7 @@ def score_of_setting(main, argv):
 
 
 def write_search(args, method, grid, scores, chosen):
+    """Writes search-METHOD.json: what was tried, and what was chosen."""
     if process_rank() > 0:
         return
     folder = os.path.join(args.output_dir, args.task)
@@ -2725,10 +2731,6 @@ def write_search(args, method, grid, scores, chosen):
     run = os.path.basename(run_folder(args, method, args.seeds[0]))
     name = run.removesuffix(f"-{args.seeds[0]}")       # METHOD, or METHOD-RECIPE
     save_file(os.path.join(folder, f"search-{name}.json"), json.dumps(search, indent=1))
-    equal = ", the first of equals" if scores.count(max(scores)) > 1 else ""
-    words = "".join(f"; {words}" for words in edges_of(grid, chosen))
-    name = name_of_setting(chosen)
-    print(f"{args.task}, {method}: chosen of {len(scores)}: {name}{equal}{words}")
 
 
 def edges_of(grid, chosen):
