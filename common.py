@@ -3183,7 +3183,9 @@ def profile_steps(args, world, rows):
                 flops += count_flops(lambda: step(batch))
         rows_of_all = sum(len(batches.rows(i)) for i in chosen)
         counted[name] = {"flops": flops / args.profile, "memory": world.peak_memory() - of_others,
-                         "rows": rows_of_all / args.profile, **batches.state_dict()}
+                         "rows": rows_of_all / args.profile,
+                         "tokens": batches.real * world.size / args.profile,
+                         "real": batches.real / batches.computed}
 
     seconds = np.zeros((3, args.profile, len(rows)))
     for turn in range(3):
@@ -3204,14 +3206,22 @@ def time_call(world, call):
     return time.perf_counter() - started
 
 
-def print_profile(args, world, counted, seconds):
-    """Prints the table of --profile. counted {name: its counts}; seconds (rows,), of a step."""
-    n = 8192 if world.gpu else 1536
+def matmul_rate(n, world):
+    """FLOP/s of this machine's matrix product of (n, n), the fastest of eight."""
     dtype = torch.bfloat16 if world.bf16 else torch.float32
     matrix = torch.randn(n, n, device=world.device, dtype=dtype)
     fastest = min(time_call(world, lambda: matrix @ matrix) for _ in range(8))
-    peak = 2 * n**3 / fastest                          # FLOP/s
+    return 2 * n**3 / fastest
 
+
+def print_profile(args, world, counted, seconds):
+    """Prints the table of --profile.
+
+    counted {name: a step's flops, rows and tokens, the share of real ones in what is computed, and
+    memory in MB}; seconds (rows,): of a step.
+    """
+    n = 8192 if world.gpu else 1536
+    peak = matmul_rate(n, world)
     batch = args.batch_size or f"of {args.batch_tokens} tokens"
     world.say(f"\n{args.task}, {args.model}, batch {batch}, {args.profile} steps, "
               f"{world}, {world.precision}; matrix product of {n}: {peak / 1e9:.0f} GFLOP/s")
@@ -3219,12 +3229,11 @@ def print_profile(args, world, counted, seconds):
     world.say(f"{'':<22} {'ms/step':>8} {'examples/s':>10} {'tokens/s':>9} {'real':>6} "
               f"{'GFLOP/s':>8} {'of peak':>8}{memory} {'cost':>6}")
     for (name, counts), t in zip(counted.items(), seconds):
-        real = counts["real"] / counts["computed"]
-        tokens = counts["real"] * world.size / args.profile
         rate = counts["flops"] / t
         memory = f" {counts['memory']:6.0f}" if world.gpu else ""
-        world.say(f"{name:<22} {1e3 * t:8.1f} {counts['rows'] / t:10.1f} {tokens / t:9.0f} "
-                  f"{real:6.1%} {rate / 1e9:8.1f} {rate / peak:8.1%}{memory} {t / seconds[0]:6.2f}")
+        world.say(f"{name:<22} {1e3 * t:8.1f} {counts['rows'] / t:10.1f} "
+                  f"{counts['tokens'] / t:9.0f} {counts['real']:6.1%} {rate / 1e9:8.1f} "
+                  f"{rate / peak:8.1%}{memory} {t / seconds[0]:6.2f}")
 
 
 # ------------------------------------------------------------------------------  8  maps of vectors
