@@ -2859,9 +2859,10 @@ class CachedSplit(data.Split):
         return batch
 
 
-def states_key(sentences, model):
-    """A file name for the sentences' states. model: the encoder's digest and precision."""
-    key = hashlib.blake2b(f"{model} {sentences.left}".encode(), digest_size=12)
+def states_key(sentences, model_digest, precision):
+    """The name of the file with these sentences' states."""
+    key = hashlib.blake2b(digest_size=12)
+    key.update(f"{model_digest} {precision} {sentences.left}".encode())
     for name in sorted(sentences.fields):
         values, offsets, _ = sentences.fields[name]
         is_input = name != "labels" and not name.startswith("note_")
@@ -2877,7 +2878,7 @@ def states_type(world):
 
 def states_file(sentences, width, folder, model_digest, world):
     """(path, bytes) of the file with the states of these sentences."""
-    path = os.path.join(folder, states_key(sentences, f"{model_digest} {world.precision}"))
+    path = os.path.join(folder, states_key(sentences, model_digest, world.precision))
     return path, int(sentences.lengths.sum()) * width * states_type(world).itemsize
 
 
@@ -2907,7 +2908,7 @@ def check_room(splits, width, folder, model_digest, world):
                             "--no_cache")
 
 
-def reserve_states(path, size, parts, sentences, tokens, world):
+def reserve_states(path, size, part_count, sentence_count, token_count, world):
     """Makes the file of the states, of `size` bytes, and that of the marks, unless they are there.
 
     Another run that wants the same files waits until both are made, and does not empty them.
@@ -2918,10 +2919,10 @@ def reserve_states(path, size, parts, sentences, tokens, world):
         fcntl.flock(file, fcntl.LOCK_EX)
         if is_reserved(path, size):
             return
-        world.say(f"feature cache: {sentences} sentences, {tokens} tokens, {size / 1e6:.1f} MB in "
-                  f"{path}")
+        world.say(f"feature cache: {sentence_count} sentences, {token_count} tokens, "
+                  f"{size / 1e6:.1f} MB in {path}")
         os.posix_fallocate(file.fileno(), 0, size)
-        replace_file(f"{path}.done", lambda file: file.write(bytes(parts)))
+        replace_file(f"{path}.done", lambda file: file.write(bytes(part_count)))
 
 
 def digest_weights(module):
