@@ -5120,10 +5120,10 @@ def toy_model(world):
     steps = TOY_BERT_TRAINING["steps"]
     optimizer, schedule = one_cycle(
         model, steps, TOY_BERT_TRAINING["lr"], TOY_BERT_TRAINING["betas"])
-    hide = functools.partial(
-        hide_words, share=TOY_BERT_TRAINING["share"], special=torch.arange(5), mask=4)
+    mask = functools.partial(
+        mask_tokens, share=TOY_BERT_TRAINING["share"], special=torch.arange(5), mask_id=4)
     batches = toy_batches(tokenizer, steps, world)
-    learn_masked_words(model, batches, hide, optimizer, schedule)
+    train_masked_lm(model, batches, mask, optimizer, schedule)
     return save_made(model, tokenizer, folder)
 
 
@@ -5147,7 +5147,7 @@ def toy_writer(world):
         decoder_start_token_id=end, forced_eos_token_id=end, **TOY_BART)
     model = BartForConditionalGeneration(config).to(world.device).eval() # eval: no dropout here
     steps = TOY_BART_TRAINING["steps"]
-    learn_to_restore(model, toy_batches(tokenizer, steps, world), steps)
+    train_denoiser(model, toy_batches(tokenizer, steps, world), steps)
     return save_made(model, tokenizer, folder)
 
 
@@ -5168,7 +5168,7 @@ def toy_tokenizer(words):
         cls_token=begin, sep_token=end, bos_token=begin, eos_token=end, mask_token=mask)
 
 
-def learn_to_restore(model, batches, steps):
+def train_denoiser(model, batches, steps):
     """Trains a toy BART as a denoiser: -E log P(x | m(x)), where m masks a third of the words.
 
     batches: the inputs of each step. Ids: padding is 0, [MASK] is 4, special tokens are 0 to 4, and
@@ -5177,7 +5177,7 @@ def learn_to_restore(model, batches, steps):
     optimizer, schedule = one_cycle(model, steps, TOY_BART_TRAINING["lr"])
     for inputs in batches:
         x = inputs["input_ids"]                                          # (64, n)
-        m_x, _ = hide_words(x, TOY_BART_TRAINING["share"], torch.arange(5), 4)
+        m_x, _ = mask_tokens(x, TOY_BART_TRAINING["share"], special=torch.arange(5), mask_id=4)
         labels = x.masked_fill(x == 0, -100)
         model(**{**inputs, "input_ids": m_x}, labels=labels).loss.backward()
         optimizer.step()
@@ -5243,16 +5243,16 @@ def one_cycle(model, steps, lr, betas=(0.9, 0.999)):
     return optimizer, schedule
 
 
-def hide_words(x, share, special, mask, vocabulary_size=0):
-    """Hides some words of x (B, n): (m(x), the places that are to be predicted), both (B, n).
+def mask_tokens(x, share, special, mask_id, vocabulary_size=0):
+    """Masks some words of x (B, n): (m(x), the places that are to be predicted), both (B, n).
 
     Each word is drawn with probability `share`; `special` tokens never are. All that are drawn
-    become the token `mask`. But if a vocabulary_size is given, only 80% of them do, while 10%
+    become the token `mask_id`. But if a vocabulary_size is given, only 80% of them do, while 10%
     become a random token and 10% stay, as in BERT.
     """
     drawn = torch.rand(x.shape, device=x.device) < share
     drawn &= ~torch.isin(x, special.to(x.device))
-    m_x = torch.where(drawn, mask, x)
+    m_x = torch.where(drawn, mask_id, x)
     if vocabulary_size:
         fate = torch.rand(x.shape, device=x.device)
         random_token = torch.randint(vocabulary_size, x.shape, device=x.device)
@@ -5277,15 +5277,15 @@ def logits_at(places, model, inputs):
         handle.remove()
 
 
-def learn_masked_words(model, batches, hide, optimizer, schedule, autocast=contextlib.nullcontext):
-    """Masked language modelling: -E log P(x | m(x)), of the words that m hides. Returns the losses.
+def train_masked_lm(model, batches, mask, optimizer, schedule, autocast=contextlib.nullcontext):
+    """Masked language modelling: -E log P(x | m(x)), of the words that m masks. Returns the losses.
 
-    batches: the inputs of each step. hide(x): see `hide_words`.
+    batches: the inputs of each step. mask(x): see `mask_tokens`.
     """
     losses = []
     for inputs in batches:
         x = inputs["input_ids"]                                          # (B, n)
-        m_x, places = hide(x)
+        m_x, places = mask(x)
         if not places.any():                           # possible with a few short rows
             continue
         with autocast():
@@ -5307,7 +5307,7 @@ def post_trained(start, args, setup, seed, world):
 
     Gururangan et al., Don't Stop Pretraining, ACL 2020. The text is that of the rows that are
     trained on, both sentences of a pair in one. 15% of the words are drawn, anew each time, and
-    hidden as in BERT (80/10/10). Batches have 32 rows. AdamW learns at 5e-5 after a warm-up of 6%,
+    masked as in BERT (80/10/10). Batches have 32 rows. AdamW learns at 5e-5 after a warm-up of 6%,
     with linear decay. The papers that we follow give none of these. A result for the same model,
     text and settings is found again by any script or run. One process makes it, and the others
     wait: for a large text, start the run with one process first. start: where --model lies.
@@ -5354,11 +5354,11 @@ def post_train(model, split, epochs, tokenizer, world):
     warmup = int(POST_TRAINING["warmup"] * steps)
     schedule = get_scheduler("linear", optimizer, warmup, steps)
 
-    # An unknown word may be hidden like others, though [UNK] is a special token.
+    # An unknown word may be masked like others, though [UNK] is a special token.
     special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
-    hide = functools.partial(
-        hide_words, share=POST_TRAINING["share"], special=torch.tensor(special),
-        mask=tokenizer.mask_token_id, vocabulary_size=len(tokenizer))
+    mask = functools.partial(
+        mask_tokens, share=POST_TRAINING["share"], special=torch.tensor(special),
+        mask_id=tokenizer.mask_token_id, vocabulary_size=len(tokenizer))
 
     def inputs_of_steps():
         with Progress(world, "post-training", steps) as progress:
@@ -5368,8 +5368,8 @@ def post_train(model, split, epochs, tokenizer, world):
                 progress.update()
 
     torch.manual_seed(0)
-    losses = learn_masked_words(
-        model.train(), inputs_of_steps(), hide, optimizer, schedule, world.autocast)
+    losses = train_masked_lm(
+        model.train(), inputs_of_steps(), mask, optimizer, schedule, world.autocast)
     if not losses:
         raise UserError("--post_train: the training rows have no words to hide")
     losses = torch.stack(losses)

@@ -7230,7 +7230,7 @@ def test_denoising_restores_a_third_of_the_words():
     ids[:50, 8:] = 0
     model = Restorer()
     batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
-    common.learn_to_restore(model, [batch] * 4, steps=4)
+    common.train_denoiser(model, [batch] * 4, steps=4)
     for inputs in model.seen:
         damaged, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
         assert ((labels == -100) == (mask == 0)).all()
@@ -7243,8 +7243,8 @@ def test_denoising_restores_a_third_of_the_words():
 @beside
 def test_the_toy_task_runs_with_its_own_model(tmp_path, cache, monkeypatch):
     """Its pre-training is cut short here."""
-    real = common.learn_to_restore
-    monkeypatch.setattr(common, "learn_to_restore", lambda model, batches, steps: real(
+    real = common.train_denoiser
+    monkeypatch.setattr(common, "train_denoiser", lambda model, batches, steps: real(
         model, itertools.islice(batches, 3), steps))
     results = summarise("toy-sum", tmp_path, "--task", "toy-sum", "--max_steps", 2, "--eval_tasks",
                   "toy-sum-food", "--local_file", f"toy-sum-food={food_file(tmp_path)}",
@@ -8581,7 +8581,7 @@ def test_of_the_words_that_are_hidden_80_percent_are_masked_and_10_changed():
     torch.manual_seed(0)
     x = torch.randint(0, 50, (400, 100))
     special = torch.tensor([0, 7])
-    m_x, places = common.hide_words(x, 0.15, special, mask=99, vocabulary_size=50)
+    m_x, places = common.mask_tokens(x, 0.15, special, mask_id=99, vocabulary_size=50)
     assert not places[(x == 0) | (x == 7)].any()
     allowed = (x != 0) & (x != 7)
     assert places[allowed].float().mean() == pytest.approx(0.15, abs=0.01)
@@ -8591,7 +8591,7 @@ def test_of_the_words_that_are_hidden_80_percent_are_masked_and_10_changed():
     assert masked == pytest.approx(0.8, abs=0.02)
     assert stays == pytest.approx(0.1 + 0.1 / 50, abs=0.015)
 
-    m_x, places = common.hide_words(x, 0.25, special, mask=99)
+    m_x, places = common.mask_tokens(x, 0.25, special, mask_id=99)
     assert (m_x[places] == 99).all() and torch.equal(m_x[~places], x[~places])
 
 
