@@ -5124,7 +5124,7 @@ def toy_model(world):
         mask_tokens, share=TOY_BERT_TRAINING["share"], special=torch.arange(5), mask_id=4)
     batches = toy_batches(tokenizer, steps, world)
     train_masked_lm(model, batches, mask, optimizer, schedule)
-    return save_made(model, tokenizer, folder)
+    return save_to_cache(model, tokenizer, folder)
 
 
 def toy_writer(world):
@@ -5148,7 +5148,7 @@ def toy_writer(world):
     model = BartForConditionalGeneration(config).to(world.device).eval() # eval: no dropout here
     steps = TOY_BART_TRAINING["steps"]
     train_denoiser(model, toy_batches(tokenizer, steps, world), steps)
-    return save_made(model, tokenizer, folder)
+    return save_to_cache(model, tokenizer, folder)
 
 
 def toy_tokenizer(words):
@@ -5188,10 +5188,10 @@ def train_denoiser(model, batches, steps):
 def toy_folder(name, words, *settings):
     """The folder of a toy model that is made of the toy corpus with these words and settings."""
     text = "\n".join([*words, *data.toy_corpus()])
-    return made_folder(name, text.encode(), f"{settings}".encode())
+    return cached_model_folder(name, text.encode(), f"{settings}".encode())
 
 
-def made_folder(name, *made_of):
+def cached_model_folder(name, *made_of):
     """The folder, below HF_HOME, for a model that is made here of these bytes."""
     from huggingface_hub.constants import HF_HOME
     key = hashlib.sha256()
@@ -5201,7 +5201,7 @@ def made_folder(name, *made_of):
     return os.path.join(HF_HOME, name, key.hexdigest()[:12])
 
 
-def save_made(model, tokenizer, folder):
+def save_to_cache(model, tokenizer, folder):
     """Saves model and tokenizer into the folder, which is there whole or not at all. Returns it.
 
     If another run makes the same model at the same time, the first to end counts.
@@ -5333,7 +5333,7 @@ def post_trained(start, args, setup, seed, world):
         rows = rows.select(chosen.whole_rows)
     split = data.encode(rows, setup.task, tokenizer, args.max_length)
     split.fields.pop("labels", None)
-    folder = made_folder(
+    folder = cached_model_folder(
         "post-trained", digest_weights(model).encode(), split.fields["input_ids"].values.tobytes(),
         split.lengths.tobytes(), f"{args.post_train:g} {world.precision} {POST_TRAINING}".encode())
     if holds_model(folder):
@@ -5342,7 +5342,7 @@ def post_trained(start, args, setup, seed, world):
         world.say(f"warning: {args.model} comes without a head for masked words; one starts at "
                   "random")
     post_train(model.to(world.device), split, args.post_train, tokenizer, world)
-    return save_made(model, tokenizer, folder)
+    return save_to_cache(model, tokenizer, folder)
 
 
 def post_train(model, split, epochs, tokenizer, world):

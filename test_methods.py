@@ -2394,7 +2394,7 @@ def test_a_cache_that_cannot_be_made_is_told_in_one_line(tmp_path, monkeypatch):
     import huggingface_hub.constants
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "file"))
-    assert refusal(common.made_folder, "toy").startswith("HF_HOME: cannot make the folder")
+    assert refusal(common.cached_model_folder, "toy").startswith("HF_HOME: cannot make the folder")
     rows = data.toy_rows("film", "validation").select(range(4))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file"))
     message = refusal(data.encode, rows, data.TASKS["toy"], tokenizer_of(), 12)
@@ -2410,17 +2410,17 @@ def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path
     def while_the_other_saves(path):
         with monkeypatch.context() as patch:
             patch.setattr(os, "getpid", lambda: 0)
-            assert common.save_made(model, tokenizer, folder) == folder
+            assert common.save_to_cache(model, tokenizer, folder) == folder
         os.makedirs(path, exist_ok=True)
         write(f"{path}/slower", "")
 
     slower = types.SimpleNamespace(save_pretrained=while_the_other_saves)
-    assert common.save_made(slower, tokenizer, folder) == folder
+    assert common.save_to_cache(slower, tokenizer, folder) == folder
     assert os.listdir(tmp_path) == ["made"]
     assert "slower" not in os.listdir(folder)
     os.remove(f"{folder}/config.json")
     tokenizer("a call of its own", truncation=True, max_length=4, padding="max_length")
-    common.save_made(model, tokenizer, folder)
+    common.save_to_cache(model, tokenizer, folder)
     assert transformers.AutoConfig.from_pretrained(folder).model_type == "bert"
     saved = read_json(f"{folder}/tokenizer.json")
     assert saved["truncation"] is None and saved["padding"] is None
@@ -2434,7 +2434,7 @@ def test_a_model_that_cannot_be_saved_leaves_nothing(tiny_folder, tmp_path):
 
     with pytest.raises(common.RunError, match="cannot write .*made: No space left on device"):
         tokenizer = types.SimpleNamespace(is_fast=False, save_pretrained=fail)
-        common.save_made(model, tokenizer, str(tmp_path / "made"))
+        common.save_to_cache(model, tokenizer, str(tmp_path / "made"))
     assert os.listdir(tmp_path) == []
 
 
