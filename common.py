@@ -2952,11 +2952,11 @@ def print_table(say, results, args):
     for name, metrics in sets.items():
         for metric in metrics:
             for method in args.method:
-                runs = [r["metrics"][name][metric] for r in results
-                        if r["method"] == method and name in r["metrics"]]
-                if not runs:
+                values = [100 * result["metrics"][name][metric] for result in results
+                          if result["method"] == method and name in result["metrics"]]
+                if not values:
                     continue
-                _, mean, std, median, most = score_cells(100 * np.array(runs))
+                _, mean, std, median, most = score_cells(values)
                 say(f"{name:<{wide}}  {metric:<9} {method:<{wide_method}} {mean:>6} {std:>5} "
                     f"{median:>6} {most:>6}")
     where = os.path.join(args.output_dir, args.task)
@@ -4795,17 +4795,20 @@ def dots_svg(groups, colours, label):
     return svg(width, bottom + 24, shapes, label)
 
 
-def interval_svg(difference, reach, colours):
-    """A difference's interval on an axis from -reach to reach, with a line at 0."""
+def interval_svg(difference, reach, classes):
+    """A difference's interval on an axis from -reach to reach, with a line at 0.
+
+    classes: the css classes of its method, see `colour_of`.
+    """
     def place(value):
         return np.interp(value, [-reach, reach], [4, 156])
 
     shapes = [line_at(80, 0, 80, 16, "zero")]
     if not math.isnan(difference.low):
         shapes.append(line_at(place(difference.low), 8, place(difference.high), 8,
-                              f"mark {colours.split()[0]}"))
+                              f"mark {classes.split()[0]}"))
     shapes.append(f'<circle cx="{place(difference.mean):.1f}" cy="8" r="4.5" '
-                  f'class="dot {colours}"/>')
+                  f'class="dot {classes}"/>')
     return svg(160, 16, shapes, "the interval")
 
 
