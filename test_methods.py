@@ -305,6 +305,14 @@ def run_alone(test, folder, given):
     shutil.rmtree(folder)
 
 
+PATIENCE = 900                                         # seconds for what takes one or ten
+
+
+def result_of(future):
+    """Its result, or an error where it hangs."""
+    return future.result(PATIENCE)
+
+
 @pytest.fixture
 def quick_maps(monkeypatch):
     """Maps after a few steps, where the page and the numbers beside them are looked at."""
@@ -3669,7 +3677,7 @@ def test_scores_of_several_runs_at_once_all_join_the_results(tmp_path):
     with ThreadPoolExecutor(len(sets)) as pool:
         for added in [pool.submit(common.add_scores, folder, {name: {"accuracy": 0.5}})
                       for name in sets]:
-            added.result()
+            result_of(added)
     assert {"validation", *sets} <= set(common.read_results(folder)["metrics"])
 
 
@@ -9566,7 +9574,7 @@ def test_a_run_waits_for_another_that_reserves_the_same_states(tmp_path):
         other.write(b"12345678")
         write(f"{path}.done", "\1")
         other.close()
-        waiting.result()
+        result_of(waiting)
     assert pathlib.Path(path).read_bytes() == b"12345678"
     assert pathlib.Path(f"{path}.done").read_bytes() == b"\1"
 
@@ -11028,7 +11036,7 @@ def start_beside(test, request, folder):
     future = second_process.submit(run_alone, test.function, folder, given)
 
     def wait_for_it(**fixtures):
-        future.result()
+        result_of(future)
 
     test.obj = wait_for_it
 
@@ -11042,9 +11050,13 @@ def second_process(cache, tiny_folder, tmp_path_factory):
     """
     output = tmp_path_factory.mktemp("second") / "output.txt"
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(1, fork, initializer=write_into, initargs=[output]) as pool:
-        yield pool
-        pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(1, fork, initializer=write_into, initargs=[output])
+    yield pool
+    processes = [*pool._processes.values()]
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:                          # the job that is under way may hang
+        process.join(PATIENCE)
+        process.terminate()
 
 
 def write_into(path):
@@ -11079,7 +11091,7 @@ def copied_alone(second_process, tmp_path_factory):
 
 def test_one_file_copied_alone_imports_and_says_what_it_is_good_for(copied_alone):
     """transformers is not loaded by it. As a program it ends with one line, and status 2."""
-    done = copied_alone.result()
+    done = result_of(copied_alone)
     assert done.stdout == "r3f set()\n2\ntdt set()\n2\ngtuning set()\n2\n", done.stderr
     told = done.stderr.splitlines()
     assert len(told) == 3 and all("need common.py and data.py beside it" in line for line in told)
@@ -11196,7 +11208,7 @@ def predicted(path):
 
 
 def test_of_several_processes_the_first_speaks_once(runs_of_two):
-    status, told = runs_of_two.future.result()
+    status, told = result_of(runs_of_two.future)
     # "refused" has no table; "search", of one method, has one.
     assert told.count("in percent") == len(RUNS_OF_TWO) - 1, told
     assert told.count("toy, std: lr=1e30 has no finite loss\n") == 1, told
@@ -11403,7 +11415,7 @@ def gradients_of_two(second_process, tmp_path_factory):
 @pytest.mark.parametrize("name", GRADIENTS_OF_TWO)
 def test_a_gradient_in_two_processes_is_that_of_one(name, gradients_of_two):
     """Of FreeLB; of tags and answers, of which the processes have unlike numbers of labels."""
-    gradients_of_two[name].result()
+    result_of(gradients_of_two[name])
 
 
 # ------------------------------------------------------------------------------------ the toy world
@@ -11434,7 +11446,7 @@ def newcomers_runs(second_process, cache, tmp_path_factory):
 def test_the_toy_task_as_a_newcomer_runs_it(newcomers_runs):
     """Pre-training matters out of domain, nothing is at its ceiling, what is saved predicts."""
     folder, future = newcomers_runs
-    results, scratch = future.result()
+    results, scratch = result_of(future)
     scores = {}
     for result in results:
         scores[result["method"]] = {name: v["accuracy"] for name, v in result["metrics"].items()}
@@ -11454,7 +11466,7 @@ def test_the_toy_task_as_a_newcomer_runs_it(newcomers_runs):
 
 def test_a_run_of_the_toy_model_is_the_same_wherever_the_model_lies(newcomers_runs, cache, tmp_path,
                                                                     monkeypatch):
-    newcomers_runs[1].result()                         # has pre-trained the model
+    result_of(newcomers_runs[1])                       # has pre-trained the model
     argv = ["--output_dir", str(tmp_path), "--seeds", "0", "--max_steps", "2", "--method", "std"]
     r3f.main(argv)
     results = read_json(tmp_path / "toy/std-0/results.json")
@@ -11471,7 +11483,7 @@ def test_a_run_of_the_toy_model_is_the_same_wherever_the_model_lies(newcomers_ru
 def std_run(newcomers_runs):
     """The folder of the finished run of std on the toy task."""
     folder, future = newcomers_runs
-    future.result()
+    result_of(future)
     return folder / "toy-model/toy/std-0"
 
 
@@ -11484,7 +11496,7 @@ def test_a_probe_finds_what_a_model_was_trained_for(newcomers_runs, all_toy_rows
     """A converged layer scores as the model does; f stays as it is; the same lines twice."""
     folder, future = newcomers_runs
     scores = {result["method"]: result["metrics"]["validation"]["accuracy"]
-              for result in future.result()[0]}
+              for result in result_of(future)[0]}
     run = folder / "toy-model/toy/std-0"
     weights = (run / "model/model.safetensors").read_bytes()
     words = ["--probe", run, "--probe_tasks", "toy", "toy-food", "--probe_recipe", "converged"]
