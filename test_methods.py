@@ -1996,6 +1996,20 @@ def test_of_epochs_and_steps_one_holds():
     assert args.epochs == 2 and args.max_steps is None
 
 
+@pytest.mark.parametrize("flags, steps", [
+    (["--epochs", 3], 30), (["--epochs", 0.5], 5), (["--epochs", 1.26], 13),
+    (["--epochs", 0.01], 1), (["--max_steps", 7], 7),
+])
+def test_the_steps_are_those_asked_for_or_those_of_the_epochs(flags, steps):
+    """Here an epoch has ten batches. Of a part of one, however small, there is a step."""
+    assert common.count_steps(parse("r3f", *flags), 10) == steps
+
+
+@pytest.mark.parametrize("warmup, steps", [(0, 0), (0.06, 6), (0.5, 50), (1, 1), (7, 7)])
+def test_a_warm_up_below_1_is_a_share_of_the_steps_and_else_their_number(warmup, steps):
+    assert common.warmup_steps(parse("r3f", "--warmup", warmup), 100) == steps
+
+
 def test_the_model_of_init_from_is_neither_the_recipes_nor_the_flags(tmp_path):
     os.makedirs(tmp_path / "model")
     write(tmp_path / "model/config.json", "{}")
@@ -2622,6 +2636,29 @@ def test_a_signal_while_the_end_is_evaluated_loses_no_training(tiny_folder, tmp_
     monkeypatch.setattr(common.Run, "log", made_again)
     parts, = run("r3f", tiny_folder, tmp_path / "parts", "--method", "r3f", "--resume")
     assert parts["metrics"] == whole["metrics"] and parts["steps"] == 6
+
+
+@pytest.mark.parametrize("flags, steps", [([], [3, 6, 8]), (["--save_every", 4], [4, 8])])
+def test_a_run_is_saved_every_five_minutes_or_every_so_many_steps(flags, steps, tmp_path,
+                                                                  monkeypatch):
+    """And at its end. It has eight steps of 101 seconds, in which nothing else is done."""
+    now = 0.0
+    saved = []
+    save = common.Run.save
+
+    def note(self):
+        saved.append(self.step)
+        save(self)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(common.Run, "save", note)
+    args = parse("r3f", "--output_dir", tmp_path, *flags)
+    run = common.Run(args, "std", 0, common.World(args))
+    run.take()
+    run.begin(8)
+    for _ in run.steps(8):
+        now += 101
+    assert saved == steps
 
 
 def unfinished(folder, out, monkeypatch, method="r3f"):
