@@ -537,6 +537,23 @@ def test_a_kind_names_a_class_of_transformers(name):
     assert hasattr(transformers, data.KINDS[name].auto_class)
 
 
+# TDT, Table 6; G-Tuning, Table 4; of CoLA-OOD and SICK the metrics of CoLA and STS-B.
+MAIN_METRICS = {
+    "accuracy": "mnli qqp qnli sst2 mrpc rte ocnli iflytek csl tnews afqmc cmnli xnli paws-x "
+                "bucc-de tatoeba-fra sick hans imdb",
+    "mcc": "cola cola-ood",
+    "pearson": "stsb sick-r",
+    "f1": "pos ner xquad mlqa tydiqa pos-de ner-de xquad-de mlqa-de tydiqa-finnish",
+}
+
+
+def test_the_main_metric_of_a_task_is_that_of_the_papers():
+    """Of STS-B TDT has another, which its recipe names."""
+    for metric, names in MAIN_METRICS.items():
+        for name in names.split():
+            assert data.TASKS[name].metric_names[0] == metric, name
+
+
 GROUP_SIZES = {
     "xnli": 15, "paws-x": 7, "pos": 33, "ner": 40, "xquad": 11, "mlqa": 7, "tydiqa": 9,
     "bucc": 4, "tatoeba": 36,
@@ -7210,6 +7227,35 @@ def test_wrong_flags_are_refused_in_one_line_of_summaries(flags, words, tiny_bar
 
 # ------------------------------------------------------------------------- recipes and the toy task
 
+# As it stands there.
+TABLE_5 = """
+Hyper Parameter  MNLI    QNLI   QQP     SST-2  RTE   MRPC  CoLA
+Learning Rate    5e-6    5e-6   5e-6    5e-6   1e-5  1e-5  1e-5
+Max Updates      123873  33112  113272  20935  3120  2296  5336
+Max Sentences    8       8      32      32     8     16    16
+"""
+
+
+def test_recipes_are_those_of_tables_5_and_6():
+    names, rates, updates, sentences = [
+        re.split("  +", line)[1:] for line in TABLE_5.strip().split("\n")]
+    for name, rate, steps, rows in zip(names, rates, updates, sentences):
+        args = parse("r3f", "--task", name.lower().replace("-", ""))
+        assert args.recipe_name == "r3f: Tables 5 and 6"
+        assert (args.lr, args.max_steps, args.batch_size) == (float(rate), int(steps), int(rows))
+        assert (args.betas, args.adam_eps, args.weight_decay) == ([0.9, 0.98], 1e-6, 0.01)
+        assert (args.warmup, args.eps, args.noise) == (0.06, 1e-5, "uniform")
+        assert (args.model, args.epochs) == ("FacebookAI/roberta-large", None)
+
+
+def test_the_recipe_of_xnli_is_that_of_table_9():
+    args = parse("r3f", "--task", "xnli")
+    assert args.recipe_name == "r3f: Table 9" and args.warmup == 0
+    assert (args.lr, args.betas, args.adam_eps) == (3e-5, [0.9, 0.98], 1e-8)
+    assert (args.weight_decay, args.eps) == (0.01, 1e-5)
+    assert args.model == "FacebookAI/xlm-roberta-large"
+
+
 @pytest.mark.parametrize("task, tokens, steps, warmup", [
     ("cnndm", 1024, 80000, 1000), ("gigaword", 2048, 200000, 5000),
     ("tifu-long", 2048, 200000, 5000), ("tifu-short", 2048, 200000, 5000),
@@ -7841,27 +7887,62 @@ def test_token_cutoff_refuses_wrong_arguments_and_regression():
 # -------------------------------------------------------------------------------- flags and recipes
 
 
+# As it stands there, with the names of models on the hub: task, batch size, steps, warm-up, lr.
+TABLE_7 = {
+    "google-bert/bert-base-uncased": """
+        MNLI 128 10000 1000 4e-5
+        QQP 128 10000 1000 4e-5
+        QNLI 64 3000 300 4e-5
+        SST-2 64 3000 300 4e-5
+        CoLA 64 2000 200 2e-5
+        STS-B 64 3000 300 4e-5
+        MRPC 64 2000 200 1e-5
+        RTE 64 2000 200 2e-5""",
+    "google-bert/bert-large-uncased": """
+        MNLI 64 10000 1000 2e-5
+        QQP 64 10000 1000 2e-5
+        QNLI 64 3000 300 2e-5
+        SST-2 64 3000 300 2e-5
+        CoLA 32 3000 300 2e-5
+        STS-B 64 3000 300 2e-5
+        MRPC 64 2000 200 2e-5
+        RTE 64 2000 100 2e-5""",
+    "hfl/chinese-bert-wwm": """
+        OCNLI 64 3000 300 4e-5
+        IFLYTEK 16 5000 300 3e-5
+        CSL 32 3000 300 3e-5
+        TNEWS 64 5000 300 3e-5
+        AFQMC 32 3000 300 3e-5""",
+    "hfl/chinese-macbert-large": """
+        OCNLI 32 3000 300 1e-5
+        IFLYTEK 16 5000 300 1e-5
+        CSL 32 3000 300 1e-5
+        TNEWS 64 5000 300 1e-5
+        AFQMC 32 3000 300 1e-5""",
+}
+
+
 def length_of(*argv):
     """What Table 7 sets."""
     args = parse("tdt", *argv)
     return args.batch_size, args.max_steps, args.warmup, args.lr
 
 
-def test_recipes_are_those_of_table_7():
-    assert tdt.recipe(argparse.Namespace(task="cola", model=None))[0] == "tdt: Table 7"
-    assert length_of("--task", "mnli") == (128, 10000, 1000, 4e-5)
-    assert length_of("--task", "cola") == (64, 2000, 200, 2e-5)
-    assert length_of("--task", "ocnli") == (64, 3000, 300, 4e-5)
+@pytest.mark.parametrize("model", TABLE_7)
+def test_recipes_are_those_of_table_7(model):
+    """The first and the third of these models are the usual ones of their tasks."""
+    more = ["--model", model] if "large" in model else []
+    for line in TABLE_7[model].strip().split("\n"):
+        name, rows, steps, warmup, rate = line.split()
+        task = ["--task", name.lower().replace("-", "")]
+        args = parse("tdt", *task, *more)
+        assert args.recipe_name == "tdt: Table 7" and args.model == model
+        assert length_of(*task, *more) == (int(rows), int(steps), int(warmup), float(rate)), name
+
+
+def test_the_recipe_has_what_table_7_leaves_out():
     assert parse("tdt", "--task", "rte").micro_batch_size == 32
     assert parse("tdt", "--task", "cola").micro_batch_size is None
-    large = ["--model", "google-bert/bert-large-uncased"]
-    assert length_of("--task", "cola", *large) == (32, 3000, 300, 2e-5)
-    assert length_of("--task", "rte", *large) == (64, 2000, 100, 2e-5)
-    assert length_of("--task", "mnli", *large) == (64, 10000, 1000, 2e-5)
-    large = ["--model", "hfl/chinese-macbert-large"]
-    assert length_of("--task", "ocnli", *large) == (32, 3000, 300, 1e-5)
-    assert length_of("--task", "tnews", *large) == (64, 5000, 300, 1e-5)
-    assert parse("tdt", "--task", "csl").model == "hfl/chinese-bert-wwm"
     assert parse("tdt", "--task", "paws-x").model == "google-bert/bert-base-multilingual-cased"
     assert parse("tdt", "--task", "sst2").grad_clip == 1.0
 
