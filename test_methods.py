@@ -2477,6 +2477,19 @@ def test_a_model_that_cannot_be_saved_leaves_nothing(tiny_folder, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("batching", ["length", "random", "padded"])
+def test_of_the_orders_padded_alone_makes_batches_as_wide_as_max_length(batching, thousand):
+    args = parse("r3f", "--batching", batching, "--max_length", 200)
+    world = types.SimpleNamespace(rank=0, size=1)
+    setup = types.SimpleNamespace(train=thousand)
+    algorithm = types.SimpleNamespace(args=args, seed=0, world=world)
+    for batches in (common.build_batches(setup, args, 0, world),
+                    gtuning.Algorithm1.make_batches(algorithm, 0, thousand, 16, batching)):
+        inputs, = batches[0]
+        width = 200 if batching == "padded" else thousand.lengths[batches.rows(0)].max()
+        assert inputs["input_ids"].shape == (16, width)
+
+
 def test_micro_batches_give_the_same_gradient(still_folder, monkeypatch):
     monkeypatch.setattr(r3f.R3F, "noise_for", noise_that_is_not_drawn)
     gradients = []
@@ -2494,6 +2507,39 @@ def test_micro_batches_give_the_same_gradient(still_folder, monkeypatch):
         assert stats["kl"] > 1e-6
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("script, method", [
+    ("r3f", "std"), ("tdt", "std"), ("gtuning", "adapter")])
+def test_the_flags_of_training_reach_the_passes_and_the_optimizer(script, method, tiny_folder,
+                                                                  small, tmp_path, monkeypatch):
+    """--precision in training and in evaluation; --grad_clip, --betas and --adam_eps."""
+    step = torch.optim.AdamW.step
+    linear = torch.nn.Linear.forward
+    groups = []
+    norms = []                                         # of the gradient in each step
+    kinds = set()                                      # (in train mode, type of what a layer makes)
+
+    def note_step(optimizer, *more):
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad.flatten() for p in weights if p.grad is not None]
+        groups.extend(optimizer.param_groups)
+        norms.append(torch.cat(gradients).norm().item())
+        return step(optimizer, *more)
+
+    def note_layer(layer, x):
+        y = linear(layer, x)
+        kinds.add((layer.training, y.dtype))
+        return y
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note_step)
+    monkeypatch.setattr(torch.nn.Linear, "forward", note_layer)
+    general = small[4:] if script == "gtuning" else []
+    run(script, tiny_folder, tmp_path, "--method", method, *small[:4], *general, "--max_steps", 2,
+        "--precision", "bf16", "--grad_clip", 0.01, "--betas", 0.7, 0.8, "--adam_eps", 0.1)
+    assert kinds == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.7, 0.8), 0.1)}
 
 
 @beside
