@@ -2310,20 +2310,59 @@ def test_a_damaged_model_of_a_run_is_told_by_its_folder(tmp_path):
     assert message.startswith(f"{tmp_path}: cannot be loaded by AutoModelForSequenceClassification")
 
 
+def classifier_of(folder, tokenizer, seed=0, init_from=""):
+    """What load_model makes of the folder for the toy task. It prints what it has to say."""
+    setup = argparse.Namespace(
+        kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=tokenizer)
+    args = argparse.Namespace(model=str(folder), init_from=init_from, weight_noise=0.0,
+                              post_train=None)
+    return common.load_model(args, setup, seed, argparse.Namespace(device="cpu", say=print))
+
+
+def test_a_decoder_without_a_pad_token_has_that_of_its_tokenizer(tmp_path):
+    """It reads a class at a row's last token, and finds that by the pad token."""
+    words = data.toy_vocabulary()[::-1]                # [PAD] is not 0
+    name, settings = ARCHITECTURES["gpt2"]
+    settings = {**settings, "vocab_size": len(words), "pad_token_id": None}
+    config = getattr(transformers, name)(**settings)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer = bert_tokenizer(words)
+    model = classifier_of(tmp_path, tokenizer).eval()
+    assert model.config.pad_token_id == tokenizer.pad_token_id == len(words) - 1
+
+    texts = ["good plot .", "the film was not a bad one"]
+    both = tokenizer(texts, padding=True, return_tensors="pt")
+    assert (both["attention_mask"] == 0).any()
+    found = model(both["input_ids"], attention_mask=both["attention_mask"]).logits
+    for text, logits in zip(texts, found):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        torch.testing.assert_close(model(ids).logits[0], logits, atol=1e-5, rtol=0)
+
+
+def test_weights_of_the_encoder_that_a_checkpoint_lacks_are_told(tiny_folder, tmp_path, capsys):
+    """Of a model for masked words, which has neither a pooler nor a head, nothing is."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    classifier_of(tiny_folder, tokenizer)
+    assert capsys.readouterr().out == ""
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tiny_folder)
+    kept = {name: weight for name, weight in model.state_dict().items()
+            if "layer.1.output.dense" not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    classifier_of(tmp_path, tokenizer)
+    line = (f"warning: {tmp_path} lacks 2 weights of the encoder, which start at random: "
+            "bert.encoder.layer.1.output.dense.")
+    assert capsys.readouterr().out.startswith(line)
+
+
 def test_init_from_draws_a_fresh_head_where_there_is_one(tiny_folder, tmp_path):
     """Also where the old one would fit, as in a chain of tasks with two classes each."""
     tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_folder)
     torch.nn.init.constant_(tuned.classifier.weight, 7.0)
     tuned.save_pretrained(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
-    setup = argparse.Namespace(
-        kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=tokenizer)
-    world = argparse.Namespace(device="cpu", say=print)
     heads = []
     for seed in (0, 0, 1):
-        args = argparse.Namespace(model=str(tmp_path), init_from="run", weight_noise=0.0,
-                                  post_train=None)
-        model = common.load_model(args, setup, seed, world)
+        model = classifier_of(tmp_path, tokenizer, seed, init_from="run")
         torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight,
                                    tuned.bert.embeddings.word_embeddings.weight)
         heads.append(model.classifier.weight)
@@ -2377,12 +2416,7 @@ def test_a_head_for_other_labels_is_not_used(labels, kept, tiny_folder, tmp_path
         tiny_folder, id2label=dict(enumerate(labels)))
     torch.nn.init.constant_(tuned.classifier.weight, 7.0)
     tuned.save_pretrained(tmp_path)
-    setup = argparse.Namespace(
-        kind=data.KINDS["classify"], task=data.TASKS["toy"],
-        tokenizer=transformers.AutoTokenizer.from_pretrained(tiny_folder))
-    args = argparse.Namespace(model=str(tmp_path), init_from="", weight_noise=0.0,
-                              post_train=None)
-    model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
+    model = classifier_of(tmp_path, transformers.AutoTokenizer.from_pretrained(tiny_folder))
     assert (model.classifier.weight == 7).all().item() == kept
     told = capsys.readouterr().out
     assert (f"{tmp_path}: its head is not used; a fresh one has 2 outputs" in told) != kept
@@ -2396,17 +2430,13 @@ def test_what_modernbert_was_pre_trained_with_before_the_classes_stays(tmp_path,
     pretrained = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**settings))
     torch.nn.init.constant_(pretrained.head.dense.weight, 7.0)
     pretrained.save_pretrained(tmp_path)
-    setup = argparse.Namespace(
-        kind=data.KINDS["classify"], task=data.TASKS["toy"], tokenizer=bert_tokenizer(words))
-    args = argparse.Namespace(model=str(tmp_path), init_from="", weight_noise=0.0,
-                              post_train=None)
-    model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
+    model = classifier_of(tmp_path, bert_tokenizer(words))
     assert (model.head.dense.weight == 7).all() and model.classifier.weight.abs().max() < 1
     assert not capsys.readouterr().out
 
     tuned = transformers.ModernBertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     tuned.save_pretrained(tmp_path)                    # a head for other classes, all of it
-    model = common.load_model(args, setup, 0, argparse.Namespace(device="cpu", say=print))
+    model = classifier_of(tmp_path, bert_tokenizer(words))
     assert model.head.dense.weight.abs().max() < 1
     assert f"{tmp_path}: its head is not used; a fresh one has 2 outputs" in capsys.readouterr().out
 
