@@ -9421,6 +9421,17 @@ def test_f_is_saved_and_loaded(tune, tmp_path):
     assert os.path.exists(tmp_path / "f/config.json") == tune
 
 
+def test_a_config_beside_a_saved_f_does_not_change_what_is_loaded(tmp_path):
+    """Such as an earlier run left there, whose g learned."""
+    tiny(spread=0.5).base_model.save_pretrained(tmp_path / "plm")
+    f = gtuning.GTuning(transformers.AutoModel.from_pretrained(tmp_path / "plm"), 3).eval()
+    f.save_pretrained(tmp_path / "f")
+    tiny(seed=1, spread=0.5).base_model.save_pretrained(tmp_path / "f")
+    again = gtuning.GTuning.from_pretrained(tmp_path / "f")
+    _, inputs = batch()
+    torch.testing.assert_close(again.logits(**inputs), f.logits(**inputs))
+
+
 def test_every_equation_stands_at_its_line():
     """At a line of code, not in a comment of its own."""
     code = open(gtuning.__file__, encoding="utf-8").read()
@@ -9575,6 +9586,25 @@ def test_n_is_the_number_of_steps_on_f_and_an_odd_one_gives_a_round_more(tiny_fo
     assert [line["phase"] for line in log] == [1, 1, 2, 2, 3, 3, 3] and result["steps"] == 7
     # An epoch is four batches of f; D takes none of them.
     assert [4 * line["epoch"] for line in log] == [1, 2, 2, 2, 3, 4, 5]
+
+
+def test_f_is_looked_at_at_the_end_of_each_epoch_of_the_phases_that_train_it(tiny_folder, small,
+                                                                           tmp_path, monkeypatch):
+    """An epoch is two batches; steps 5 to 8 are those of D alone."""
+    monkeypatch.setattr(gtuning, "evaluate_sets", lambda *args: {"reviews": {"accuracy": 0.5}})
+    tune(tiny_folder, tmp_path, *small, "--batch_size", 32, "--T", 1, "--eval_every", 0)
+    lines = log_of(tmp_path / "custom/gtuning-0", "metrics")
+    assert [line["step"] for line in lines] == [2, 4, 10, 12]
+
+
+def test_n_of_a_part_of_an_epoch_has_a_step_for_each_phase():
+    """Of three batches an epoch."""
+    setup = types.SimpleNamespace(train=split_of([3] * 40))
+    found = []
+    for epochs in (2, 0.1):
+        args = parse("gtuning", "--epochs", epochs, "--batch_size", 16)
+        found.append(gtuning.count_steps_on_f(args, setup))
+    assert found == [6, 2]
 
 
 def test_the_state_before_the_discriminator_can_be_the_best(tiny_folder, small, tmp_path, capsys,
