@@ -5242,6 +5242,13 @@ def test_the_report_follows_links_and_counts_a_run_once(tmp_path, capsys):
     assert len(common.find_files(str(tmp_path / "linked")).finished) == 4
 
 
+def test_the_runs_of_a_search_are_none_of_the_report(tmp_path):
+    write_runs(tmp_path, 2, ["rte"])
+    write_run(tmp_path / "grid/lr=0.1", results_of("rte", "std", 0, 30))
+    table, = common.main_report([str(tmp_path)])
+    assert len(table.runs) == 4
+
+
 @pytest.mark.parametrize("told, name", [
     ("processor\t: 0\nmodel name\t: Fast 1: 2 GHz\n\nprocessor\t: 1\nmodel name\t: x\n",
      "CPU (Fast 1: 2 GHz)"),
@@ -10498,6 +10505,19 @@ def test_windows_cover_a_text_and_are_a_stride_apart():
         begins = [begin for begin in split.note("from", row) if begin >= 0]
         found.append((tokens[begins[0]], tokens[begins[-1]] + 1))
     assert found == [(0, 370), (128, 498), (256, 626), (384, 700)]
+
+
+@pytest.mark.parametrize("answer, start, labels", [
+    ("dull . the untold", 13, [[0, 0], [5, 9], [0, 0]]),
+    ("the untold plot was", 20, [[0, 0], [0, 0], [0, 0]]),
+])
+def test_a_part_of_an_answer_is_none(answer, start, labels, monkeypatch):
+    """The windows begin at "the film", "dull" and "un", and end with "the", "plot" and "."."""
+    monkeypatch.setattr(data, "STRIDE", 3)
+    context = "the film was dull . the untold plot was good ."
+    rows = data.read_span(span_rows(("a", "is it ?", context, answer, start)), QUESTIONS, "here")
+    split = data.encode(rows, QUESTIONS, tokenizer_of(), 12)
+    assert split.collate(np.arange(3))["labels"].tolist() == labels
 
 
 def test_a_long_question_is_cut():
