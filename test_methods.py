@@ -11479,52 +11479,53 @@ KILLED_RUNS = {
 
 def flags_of_killed(script, model, out):
     return [*KILLED_RUNS[script], "--model", model, "--output_dir", str(out), "--seeds", "0",
-            "--max_steps", "40", "--save_every", "10", "--precision", "fp32"]
+            "--max_steps", "20", "--save_every", "5", "--precision", "fp32"]
 
 
-def as_a_command(script, argv, output):
-    """What a process does that is started as a command."""
+def as_a_command(script, argv, output, wait_at, waits):
+    """What a process does that is started as a command. In the step wait_at it waits for a signal,
+    and says so by the event `waits`."""
+    log = common.Run.log
+
+    def log_and_wait(self, *terms, **plain):
+        log(self, *terms, **plain)
+        if self.step == wait_at:
+            waits.set()
+            while not common.signals.caught:
+                time.sleep(0.01)
+
+    common.Run.log = log_and_wait
     write_into(output)
     sys.exit(common.cli(functools.partial(SCRIPTS[script].main, argv)))
 
 
-def started_run(script, argv, output):
+def ended_run(script, argv, output=os.devnull, wait_at=None, number=0):
+    """The exit status of a run, which gets the signal of this number in the step wait_at."""
     fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=as_a_command, args=(script, argv, output))
+    waits = fork.Event()
+    process = fork.Process(target=as_a_command, args=(script, argv, output, wait_at, waits))
     process.start()
-    return process
-
-
-def ended_by(number, script, argv, out):
-    """Starts a run, and sends it this signal when it has saved. Returns its status and output."""
-    def saved():
-        paths = glob.glob(f"{out}/toy/*/checkpoint.pt")
-        return max(map(os.path.getmtime, paths), default=0)
-
-    before = saved()
-    output = f"{out}-{number}.txt"
-    process = started_run(script, argv, output)
-    while saved() <= before and process.is_alive():
-        time.sleep(0.02)
-    os.kill(process.pid, number)
-    process.join()
-    return process.exitcode, open(output).read()
+    while process.is_alive():
+        if waits.wait(0.05):
+            os.kill(process.pid, number)
+            process.join()
+    return process.exitcode
 
 
 def kill_and_terminate(script, model, folder):
     """A run that is left alone, and one that is ended by SIGKILL, then by SIGTERM, and goes on.
 
-    Returns the statuses of the four processes, and what the one said that got SIGTERM.
+    It is saved every five steps. Returns the statuses of the four processes, and what the last two
+    said.
     """
-    whole = started_run(script, flags_of_killed(script, model, folder / "whole"), os.devnull)
-    whole.join()
+    whole = ended_run(script, flags_of_killed(script, model, folder / "whole"))
     argv = flags_of_killed(script, model, folder / "parts")
-    killed, _ = ended_by(signal.SIGKILL, script, argv, folder / "parts")
+    killed = ended_run(script, argv, os.devnull, 7, signal.SIGKILL)
     argv.append("--resume")
-    terminated, told = ended_by(signal.SIGTERM, script, argv, folder / "parts")
-    last = started_run(script, argv, os.devnull)
-    last.join()
-    return [whole.exitcode, killed, terminated, last.exitcode], told
+    outputs = [folder / "terminated.txt", folder / "last.txt"]
+    terminated = ended_run(script, argv, outputs[0], 12, signal.SIGTERM)
+    last = ended_run(script, argv, outputs[1])
+    return [whole, killed, terminated, last], [output.read_text() for output in outputs]
 
 
 @pytest.fixture(scope="session")
@@ -11542,9 +11543,10 @@ def killed_runs(second_process, tiny_folder, tmp_path_factory):
 def test_real_kills_and_signals_lose_nothing(script, killed_runs):
     """SIGKILL, then SIGTERM (which saves and exits with 143), then the end: the same bits."""
     folder, future = killed_runs[script]
-    statuses, told = future.result()
+    statuses, told = result_of(future)
     assert statuses == [0, -signal.SIGKILL, 143, 0], told
-    assert "resumes at step" in told and "--resume" in told.splitlines()[-1], told
+    assert "resumes at step 5 of" in told[0] and "resumes at step 13 of" in told[1], told
+    assert "stopped at step 13 of" in told[0] and "--resume" in told[0].splitlines()[-1], told
     assert_same_weights(weights(folder / "whole"), weights(folder / "parts"))
 
 
