@@ -1956,11 +1956,17 @@ def test_the_marked_blocks_are_the_same_in_all_scripts():
 
 
 def test_the_layers_are_not_reversed():
-    """common.py and data.py know no method."""
-    for name in ("common.py", "data.py"):
-        text = open(os.path.join(HERE, name), encoding="utf-8").read().lower()
-        assert not re.search(r"\b(import|from) (r3f|tdt|gtuning)\b", text), name
-        assert not re.search(r"\b(r4f|tdt-hard|discriminator|triplet)\b", text), name
+    """common.py and data.py name no script and no method; but the report knows the baselines. No
+    script loads another."""
+    methods = {method for script in SCRIPTS.values() for method in script.METHODS}
+    names = {*SCRIPTS, *methods, "discriminator", "triplet"} - {"std", "adapter"}
+    assert {"r3f", "tdt-hard", "self-teach"} <= names
+    for layer in ("common.py", "data.py"):
+        text = open(os.path.join(HERE, layer), encoding="utf-8").read().lower()
+        assert not re.findall(rf"\b({'|'.join(names)})\b", text), layer
+    for script in SCRIPTS:
+        text = open(os.path.join(HERE, f"{script}.py"), encoding="utf-8").read()
+        assert not re.search(rf"^\s*(import|from) ({'|'.join(SCRIPTS)})\b", text, re.M), script
 
 
 def test_the_help_loads_neither_transformers_nor_datasets():
@@ -2210,12 +2216,25 @@ def test_fp32_is_fp32_and_tf32_a_choice_of_its_own():
     torch.set_float32_matmul_precision(before)
 
 
-def test_nothing_of_torch_is_replaced(tiny_folder, tmp_path):
-    """Its dropout, layer norm, cross entropy and the others, after a script's set-up."""
-    run("r3f", tiny_folder, tmp_path, "--method", "std")
-    for name, function in OF_TORCH.items():
-        if callable(function):
-            assert getattr(torch.nn.functional, name) is function, name
+@pytest.mark.parametrize("script, method", [
+    ("r3f", "r3f"), ("tdt", "tdt"), ("gtuning", "adapter")])
+def test_nothing_of_torch_is_replaced(script, method, tiny_folder, small, tmp_path, monkeypatch):
+    """Its dropout, layer norm, cross entropy and the others, in a step and after the run."""
+    looks = []
+    log = common.Run.log
+
+    def replaced():
+        return [name for name, function in OF_TORCH.items()
+                if getattr(torch.nn.functional, name) is not function]
+
+    def look(self, *terms, **plain):
+        looks.append(replaced())
+        log(self, *terms, **plain)
+
+    monkeypatch.setattr(common.Run, "log", look)
+    general = small[4:] if script == "gtuning" else []
+    run(script, tiny_folder, tmp_path, "--method", method, *small[:4], *general, "--max_steps", 1)
+    assert looks == [[]] and replaced() == []
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, capsys):
@@ -8682,10 +8701,13 @@ def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain():
         tdt.check_tokenizer(args, tokenizer)
 
 
-def test_a_folder_that_cannot_be_written_ends_the_analyses_with_one_line(tmp_path):
-    world = types.SimpleNamespace(rank=0, say=print)
-    with pytest.raises(common.RunError, match="cannot write"):
-        common.write_file(str(tmp_path / "no" / "drop.json"), "{}", world)
+def test_a_file_that_cannot_be_written_ends_an_analysis_with_one_line(copied, capsys):
+    path = copied / "confidences.json"
+    os.makedirs(path)
+    argv = ["--run", str(copied), "--confidences"]
+    assert common.cli(functools.partial(tdt.main, argv)) == 1
+    told, = capsys.readouterr().err.splitlines()
+    assert told.endswith(f": cannot write {path}: Is a directory")
 
 
 # =========================================== tdt.py: c_lr, the main metric, post-training, Figure 3
