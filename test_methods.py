@@ -8703,6 +8703,7 @@ def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_cannot_explain():
 
 def test_a_file_that_cannot_be_written_ends_an_analysis_with_one_line(copied, capsys):
     path = copied / "confidences.json"
+    path.unlink(missing_ok=True)                       # another test may have made it
     os.makedirs(path)
     argv = ["--run", str(copied), "--confidences"]
     assert common.cli(functools.partial(tdt.main, argv)) == 1
