@@ -1969,6 +1969,7 @@ def test_the_layers_are_not_reversed():
         assert not re.search(rf"^\s*(import|from) ({'|'.join(SCRIPTS)})\b", text, re.M), script
 
 
+@beside
 def test_the_help_loads_neither_transformers_nor_datasets():
     code = "import sys, runpy\n"
     for script in SCRIPTS:
@@ -2710,6 +2711,7 @@ def test_the_same_command_gives_the_same_bits(script, method, tiny_folder, tmp_p
     assert {"loss", "lr", "epoch", "examples_per_second"} <= last.keys()
 
 
+@beside
 @pytest.mark.parametrize("script, method", [("r3f", "r3f"), ("r3f", "r4f"), ("tdt", "tdt")])
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, method, tiny_folder, tmp_path,
                                                           monkeypatch):
@@ -2877,6 +2879,7 @@ def test_a_run_is_found_again_by_another_spelling_of_its_paths(tiny_folder, tmp_
     assert "finished before" in capsys.readouterr().out
 
 
+@beside
 def test_overwrite_empties_all_folders_before_the_first_run(tiny_folder, tmp_path, monkeypatch):
     """So that --resume in its place, which a stopped run advises, goes on with its flags."""
     both = ["--method", "std", "--seeds", 0, 1]
@@ -3314,6 +3317,7 @@ def test_of_several_seeds_the_mean_chooses(searched, tiny_folder, tmp_path, monk
     assert names == [("lr=1e-3", "std-4"), ("lr=1e-5", "std-4"), ("", "std-3"), ("", "std-4")]
 
 
+@beside
 def test_several_seeds_choose_though_a_method_has_nothing_to_choose(tiny_folder, tmp_path):
     results = run("r3f", tiny_folder, tmp_path, "--method", "r3f", "std", "--grid", "lam=1,5",
                   "--grid_seeds", 2, "--dev_samples", 40, "--seeds", 3, 4, "--max_steps", 1)
@@ -3385,6 +3389,7 @@ def test_the_runs_of_a_search_over_models_lie_below_its_folder(tmp_path):
     assert len(folders) == 4 and f"{tmp_path}/grid/model=hfl%2Fm,lr=1e-5" in folders
 
 
+@beside
 def test_a_search_that_is_made_again_and_killed_takes_no_old_run(tiny_folder, tmp_path,
                                                                  monkeypatch):
     """With --resume in place of --overwrite, as the stopped one advises."""
@@ -10392,6 +10397,7 @@ def test_r3f_learns_tags(tagged, tagger, tmp_path):
     assert result["metrics"]["validation"]["f1"] > 0.9
 
 
+@beside
 def test_the_toy_tags_are_learned_from_films_and_scored_on_food(tiny_folder, tmp_path):
     result, = run("r3f", tiny_folder, tmp_path, "--task", "toy-tag", "--method", "std", "--lr",
                   "1e-2", "--max_steps", 40)
