@@ -4812,6 +4812,8 @@ README_TABLES = {
     "TDT on pairs": {
         "RTE, accuracy": [cell("rte-1000 std", RTE), cell("rte-1000 tdt", RTE)],
         "the same, released": [cell("rte-released std", RTE), cell("rte-released tdt", RTE)],
+        "the same, `--gamma 0`, the paper's grid": [
+            cell("rte-gamma0 std", RTE), cell("rte-gamma0 tdt", RTE)],
         "QQP, accuracy": [cell("qqp std", QQP, 5), cell("qqp tdt", QQP, 5)],
         "STS-B, Spearman, 160 steps": [cell("stsb std", SPEARMAN),
                                        cell("stsb tdt gamma=0.01", SPEARMAN)],
