@@ -2149,6 +2149,7 @@ class Run:
         return results
 
 
+@functools.cache
 def commit_of_code():
     """The commit of these files, with a + if they were changed since; None outside a repository."""
     try:
