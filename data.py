@@ -12,8 +12,8 @@
 
 To add a task, add a row to TASKS. To add a metric of classes or numbers, add a function and its
 entry in METRICS; other kinds compute their metrics in `score`. To add a kind of task, add a group
-of functions and a line of KINDS, at the end of section 5; labels that are neither one number a row
-nor one for each token also need lines in fields_of, perhaps in subset. Nothing here knows how a
+of functions and their entry in KINDS, at the end of section 5; labels that are neither one number a
+row nor one for each token also need lines in fields_of, perhaps in subset. Nothing here knows how a
 model is trained: a script has the loss of each kind that it trains.
 """
 import collections
@@ -150,7 +150,7 @@ class Task:
     train, validation, test    splits: to train on, to score, to predict
     slices          {split: what it is of the repository's splits, such as train[:80%]}
     label           the column of the label, or of the text to write
-    kind            a line of KINDS
+    kind            an entry of KINDS
     script          the repository holds only a loading script, which is never run: its parquet
                     export is read
     sample          among --eval_tasks, so many rows of it are scored, always the same; 0: all
@@ -2447,33 +2447,82 @@ def score_retrieve(task, trained, kept, split):
 
 KINDS = {
     "classify": Kind(
-        auto_class="AutoModelForSequenceClassification", settings=head_settings,
-        read=read_classify, hidden=hidden_class, comparable=same_labels, tokenise=tokenise_texts,
-        forward=logits_of, collect=collect_rows, score=score_predictions, in_words=class_text,
-        file=file_of_classes, predictions=predicted_classes),
+        auto_class="AutoModelForSequenceClassification",
+        read=read_classify,
+        hidden=hidden_class,
+        tokenise=tokenise_texts,
+        collect=collect_rows,
+        score=score_predictions,
+        settings=head_settings,
+        comparable=same_labels,
+        forward=logits_of,
+        file=file_of_classes,
+        predictions=predicted_classes,
+        in_words=class_text,
+    ),
     "regress": Kind(
-        auto_class="AutoModelForSequenceClassification", settings=head_settings,
-        read=read_regress, hidden=math.isnan, tokenise=tokenise_texts, forward=logits_of,
-        collect=collect_rows, score=score_predictions, in_words=number_text, file=file_of_numbers,
-        answer="a number (regression)", predictions=predicted_numbers),
+        auto_class="AutoModelForSequenceClassification",
+        read=read_regress,
+        hidden=math.isnan,
+        tokenise=tokenise_texts,
+        collect=collect_rows,
+        score=score_predictions,
+        answer="a number (regression)",
+        settings=head_settings,
+        forward=logits_of,
+        file=file_of_numbers,
+        predictions=predicted_numbers,
+        in_words=number_text,
+    ),
     "generate": Kind(
-        auto_class="AutoModelForSeq2SeqLM", read=read_generate, hidden=none_given,
-        tokenise=tokenise_generate, forward=decoded, collect=collect_texts, score=score_texts,
-        in_words=same_text, file=file_of_texts, answer="a text", eval_size=size_for_beams,
-        decodes=True),
+        auto_class="AutoModelForSeq2SeqLM",
+        read=read_generate,
+        hidden=none_given,
+        tokenise=tokenise_generate,
+        collect=collect_texts,
+        score=score_texts,
+        answer="a text",
+        eval_size=size_for_beams,
+        forward=decoded,
+        file=file_of_texts,
+        decodes=True,
+        in_words=same_text,
+    ),
     "tag": Kind(
-        auto_class="AutoModelForTokenClassification", settings=head_settings,
-        read=read_tags, hidden=hidden_tags, comparable=same_tags, tokenise=tokenise_tags,
-        forward=logits_of, collect=collect_tags, score=score_tags, in_words=tags_text,
-        file=file_of_tags, by_token=True),
+        auto_class="AutoModelForTokenClassification",
+        read=read_tags,
+        hidden=hidden_tags,
+        tokenise=tokenise_tags,
+        collect=collect_tags,
+        score=score_tags,
+        settings=head_settings,
+        comparable=same_tags,
+        forward=logits_of,
+        file=file_of_tags,
+        by_token=True,
+        in_words=tags_text,
+    ),
     "span": Kind(
-        auto_class="AutoModelForQuestionAnswering", settings=head_settings,
-        read=read_span, hidden=none_given, tokenise=tokenise_span, collect=collect_spans,
-        score=score_spans, file=file_of_spans, by_token=True, passages=True),
+        auto_class="AutoModelForQuestionAnswering",
+        read=read_span,
+        hidden=none_given,
+        tokenise=tokenise_span,
+        collect=collect_spans,
+        score=score_spans,
+        settings=head_settings,
+        file=file_of_spans,
+        by_token=True,
+        passages=True,
+    ),
     "retrieve": Kind(
-        auto_class="AutoModel", read=read_retrieve, hidden=hidden_class,
-        tokenise=tokenise_retrieve, collect=collect_rows, score=score_retrieve,
-        answer="a sentence"),
+        auto_class="AutoModel",
+        read=read_retrieve,
+        hidden=hidden_class,
+        tokenise=tokenise_retrieve,
+        collect=collect_rows,
+        score=score_retrieve,
+        answer="a sentence",
+    ),
 }
 
 
