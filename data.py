@@ -51,6 +51,11 @@ def refuse(message):
     raise UserError(message.removeprefix("argument "))
 
 
+def first_line(error):
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def silence_output():
     """Discards what is still to be written to stdout: else Python reports an error as it exits."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -413,6 +418,8 @@ def check_task(name, flag):
 
 # --------------------------------------------------------------------------------------- 2  reading
 
+# What a run reads, by its flags.
+
 class Rows(NamedTuple):
     """All that a run reads, checked. Rows are a `datasets.Dataset`, see Kind.read.
 
@@ -461,42 +468,6 @@ def load(args, also_scores=()):
     return rows
 
 
-def count_shared(task, train, others):
-    """How many other rows have the same texts as a training row. Rows without any do not count."""
-    known = set(texts_of(task, train))
-    return sum(texts in known and any(text.strip() for text in texts)
-               for texts in texts_of(task, others))
-
-
-def warnings_of_own_files(args, rows):
-    """Lines on what may be a mistake in the user's own files. rows: the Rows of them."""
-    task = rows.task
-    kind = KINDS[task.kind]
-    labels = cells_of(rows.train, "label")
-    warnings = []
-    if args.test_file and not any(map(kind.hidden, cells_of(rows.unscored["test"], "label"))):
-        warnings.append(f"--test_file {args.test_file}: is predicted, not scored; "
-                        f"--run FOLDER --validation_file {args.test_file} scores it")
-    are_numbers = not task.label_names and not kind.decodes
-    if are_numbers and all(float(label).is_integer() for label in labels):
-        warnings.append(f"--train_file {args.train_file}: labels such as {labels[0]} are numbers "
-                        "to predict; classes are whole numbers without a point, or words")
-    if task.label_names:
-        counts = collections.Counter(labels)
-        rare = [task.label_names[label] for label, count in counts.items() if count == 1]
-        if rare:
-            warnings.append(f"--train_file {args.train_file}: {len(rare)} of the {len(counts)} "
-                            f"classes have one row, such as {rare[0]!r}")
-    if not args.choosing:                              # --choosing scores only training rows
-        validation = rows.validation["validation"]
-        count = count_shared(task, rows.train, validation)
-        if count:
-            warnings.append(f"--validation_file {args.validation_file}: the texts of {count} of "
-                            f"its {len(validation)} rows are in --train_file too: what is scored "
-                            "may have been trained on")
-    return warnings
-
-
 def load_to_use(args, also_scores):
     """The Rows with which --run uses finished runs; there are none to train on.
 
@@ -523,43 +494,6 @@ def load_to_use(args, also_scores):
     return Rows(task, None, validation, further, warnings, unscored)
 
 
-def read_own(args, flag, task):
-    """The rows of --test_file or --validation_file, for a task whose labels are known.
-
-    --text_columns and --label_column say where the texts and labels are. Without these flags they
-    are in the task's columns, or, if the file lacks those, the texts are in the usual ones.
-    """
-    path = getattr(args, flag)
-    table = read_file(path, f"--{flag}")
-    columns = args.text_columns or task.columns
-    if "text_columns" not in args.by_hand and not set(columns) <= set(table):
-        columns = usual_columns(table, f"--{flag} {path}")
-    for column in columns:
-        check_column(column, "--text_columns", table, path)
-    if len(columns) != len(task.columns):
-        raise UserError(f"--{flag} {path}: its texts are in {' and '.join(columns)}, must be in as "
-                        f"many columns as those of {args.task}: {' and '.join(task.columns)}")
-    found = {name: table[column] for name, column in zip(task.columns, columns)}
-    if "label_column" in args.by_hand and flag == "validation_file":
-        check_column(args.label_column, "--label_column", table, path)
-    if "label_column" in args.by_hand and args.label_column in table:
-        found[task.label] = table[args.label_column]
-    table.update(found)                                # only now: a new name may be an old one
-    if flag == "test_file":
-        drop_blank_labels(table, task)
-    return KINDS[task.kind].read(table, task, f"--{flag} {path}")
-
-
-def set_name(args, flag):
-    """The name of a file among the sets: its own, without its ending if no set can have that."""
-    if flag not in args.by_hand:
-        return "validation"
-    name = os.path.basename(getattr(args, flag))
-    stem = re.sub(r"\.(csv|tsv|jsonl?)(\.gz)?$", "", name, flags=re.IGNORECASE).replace(".", "-")
-    taken = stem in TASKS or stem.startswith(("train", "validation", "test", "held-out"))
-    return name.replace(".", "-") if taken or not stem else stem
-
-
 def load_unscored(args, task):
     """{split: rows} of --predict and of --test_file: their labels may be hidden."""
     if args.predict and args.own_files:
@@ -579,15 +513,6 @@ def load_unscored(args, task):
                             f"{name} too")
         unscored[name] = read_own(args, "test_file", task)
     return unscored
-
-
-def drop_blank_labels(table, task):
-    """Removes the column of labels from a table of rows to predict, if any of them is blank.
-
-    Texts to write may be blank, which is the same as missing.
-    """
-    if not KINDS[task.kind].decodes and not all(map(label_of, table.get(task.label, []))):
-        table.pop(task.label, None)
 
 
 def load_further(args, trained, also_scores=()):
@@ -670,6 +595,22 @@ def refuse_hidden(task, rows, where):
                         f"column {task.label!r}): it can only be predicted")
 
 
+def refuse_unread_files(args):
+    """UserError if a --local_file is of a task that this run does not read."""
+    if "local_file" not in args.by_hand:
+        return                                         # a finished run's own, which --run takes
+    reads = [] if args.own_files else [args.task]
+    for given in args.eval_tasks:
+        name = given.partition(":")[0]
+        reads += GROUPS.get(name, [name])
+    for name in local_files(args.local_file):
+        if name not in reads:
+            raise UserError(f"--local_file {name}: must be of --task or --eval_tasks, which are "
+                            f"{' '.join(reads) or 'not given'}")
+
+
+# One split of a task: of a local file, the toy language, or the hub.
+
 def read(name, split, args, given=""):
     """Rows of one split of the task of this name: of a local file, the toy language, or the hub.
 
@@ -706,20 +647,6 @@ def local_files(words):
     return local
 
 
-def refuse_unread_files(args):
-    """UserError if a --local_file is of a task that this run does not read."""
-    if "local_file" not in args.by_hand:
-        return                                         # a finished run's own, which --run takes
-    reads = [] if args.own_files else [args.task]
-    for given in args.eval_tasks:
-        name = given.partition(":")[0]
-        reads += GROUPS.get(name, [name])
-    for name in local_files(args.local_file):
-        if name not in reads:
-            raise UserError(f"--local_file {name}: must be of --task or --eval_tasks, which are "
-                            f"{' '.join(reads) or 'not given'}")
-
-
 def read_hub(task, split, given):
     """A split of a hub repository, or of the parquet export of one that holds only a script.
 
@@ -740,6 +667,8 @@ def read_hub(task, split, given):
         where = f"split {part} of {task.path} {task.config}"
         raise kind(f"{given}: cannot load {where} from the hub: {why}") from error
 
+
+# The user's own files.
 
 def load_own_files(args):
     """--train_file and --validation_file as (task, {split: rows})."""
@@ -790,18 +719,6 @@ def check_column(name, flag, table, path):
                         "read as the labels")
 
 
-def own_task(args, columns, classes):
-    """The Task of one's own files. classes: their names; none: a number, or a text to write."""
-    settings = {"path": "custom", "text": tuple(columns)}
-    if args.target_column:
-        length = args.max_target_length or Decoding().longest
-        return Task(**settings, label=args.target_column, kind="generate", metrics=ROUGE,
-                    target_length=length, decoding=Decoding(longest=length))
-    if classes:
-        return Task(**settings, label=args.label_column, labels=tuple(classes))
-    return Task(**settings, label=args.label_column, kind="regress", metrics="pearson spearman")
-
-
 def own_classes(args, tables):
     """The names of the classes in one's own files, {"train": a table, "validation": a table}.
 
@@ -846,20 +763,101 @@ def own_labels(table, column, where):
     return labels
 
 
-def label_of(cell):
-    """A cell as a label: without the spaces around it, "" if there is none."""
-    text = "" if cell is None else str(cell).strip()
-    return "" if text.lower() == "nan" else text
+def own_task(args, columns, classes):
+    """The Task of one's own files. classes: their names; none: a number, or a text to write."""
+    settings = {"path": "custom", "text": tuple(columns)}
+    if args.target_column:
+        length = args.max_target_length or Decoding().longest
+        return Task(**settings, label=args.target_column, kind="generate", metrics=ROUGE,
+                    target_length=length, decoding=Decoding(longest=length))
+    if classes:
+        return Task(**settings, label=args.label_column, labels=tuple(classes))
+    return Task(**settings, label=args.label_column, kind="regress", metrics="pearson spearman")
 
 
-def is_float(text):
-    return bool(re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", text))
+def warnings_of_own_files(args, rows):
+    """Lines on what may be a mistake in the user's own files. rows: the Rows of them."""
+    task = rows.task
+    kind = KINDS[task.kind]
+    labels = cells_of(rows.train, "label")
+    warnings = []
+    if args.test_file and not any(map(kind.hidden, cells_of(rows.unscored["test"], "label"))):
+        warnings.append(f"--test_file {args.test_file}: is predicted, not scored; "
+                        f"--run FOLDER --validation_file {args.test_file} scores it")
+    are_numbers = not task.label_names and not kind.decodes
+    if are_numbers and all(float(label).is_integer() for label in labels):
+        warnings.append(f"--train_file {args.train_file}: labels such as {labels[0]} are numbers "
+                        "to predict; classes are whole numbers without a point, or words")
+    if task.label_names:
+        counts = collections.Counter(labels)
+        rare = [task.label_names[label] for label, count in counts.items() if count == 1]
+        if rare:
+            warnings.append(f"--train_file {args.train_file}: {len(rare)} of the {len(counts)} "
+                            f"classes have one row, such as {rare[0]!r}")
+    if not args.choosing:                              # --choosing scores only training rows
+        validation = rows.validation["validation"]
+        count = count_shared(task, rows.train, validation)
+        if count:
+            warnings.append(f"--validation_file {args.validation_file}: the texts of {count} of "
+                            f"its {len(validation)} rows are in --train_file too: what is scored "
+                            "may have been trained on")
+    return warnings
 
 
-def first_line(error):
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+def count_shared(task, train, others):
+    """How many other rows have the same texts as a training row. Rows without any do not count."""
+    known = set(texts_of(task, train))
+    return sum(texts in known and any(text.strip() for text in texts)
+               for texts in texts_of(task, others))
 
+
+def read_own(args, flag, task):
+    """The rows of --test_file or --validation_file, for a task whose labels are known.
+
+    --text_columns and --label_column say where the texts and labels are. Without these flags they
+    are in the task's columns, or, if the file lacks those, the texts are in the usual ones.
+    """
+    path = getattr(args, flag)
+    table = read_file(path, f"--{flag}")
+    columns = args.text_columns or task.columns
+    if "text_columns" not in args.by_hand and not set(columns) <= set(table):
+        columns = usual_columns(table, f"--{flag} {path}")
+    for column in columns:
+        check_column(column, "--text_columns", table, path)
+    if len(columns) != len(task.columns):
+        raise UserError(f"--{flag} {path}: its texts are in {' and '.join(columns)}, must be in as "
+                        f"many columns as those of {args.task}: {' and '.join(task.columns)}")
+    found = {name: table[column] for name, column in zip(task.columns, columns)}
+    if "label_column" in args.by_hand and flag == "validation_file":
+        check_column(args.label_column, "--label_column", table, path)
+    if "label_column" in args.by_hand and args.label_column in table:
+        found[task.label] = table[args.label_column]
+    table.update(found)                                # only now: a new name may be an old one
+    if flag == "test_file":
+        drop_blank_labels(table, task)
+    return KINDS[task.kind].read(table, task, f"--{flag} {path}")
+
+
+def drop_blank_labels(table, task):
+    """Removes the column of labels from a table of rows to predict, if any of them is blank.
+
+    Texts to write may be blank, which is the same as missing.
+    """
+    if not KINDS[task.kind].decodes and not all(map(label_of, table.get(task.label, []))):
+        table.pop(task.label, None)
+
+
+def set_name(args, flag):
+    """The name of a file among the sets: its own, without its ending if no set can have that."""
+    if flag not in args.by_hand:
+        return "validation"
+    name = os.path.basename(getattr(args, flag))
+    stem = re.sub(r"\.(csv|tsv|jsonl?)(\.gz)?$", "", name, flags=re.IGNORECASE).replace(".", "-")
+    taken = stem in TASKS or stem.startswith(("train", "validation", "test", "held-out"))
+    return name.replace(".", "-") if taken or not stem else stem
+
+
+# A file as a table, {column: cells}.
 
 def read_file(path, flag):
     """A local csv, tsv, json or jsonl file, also with .gz, as {column: cells}.
@@ -971,59 +969,7 @@ def parse_lines(text):
     return rows
 
 
-# Half of a character, as a cut json escape leaves it. A Dataset cannot hold it.
-SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def read_texts(table, task, where):
-    """The text columns of a raw table as {column: strings}.
-
-    A list of words, as in CSL, becomes a text. But one row of nothing else is a json object that
-    holds whole columns, and is refused.
-    """
-    columns = {column: needed_cells(table, column, where) for column in task.columns}
-    if all(len(cells) == 1 and isinstance(cells[0], list) for cells in columns.values()):
-        raise UserError(f"{where}: is one object that holds lists; must be a list of objects, or "
-                        "an object a line")
-    found = {}
-    for column, cells in columns.items():
-        texts = []
-        for row, cell in enumerate(cells, 1):
-            if is_missing(cell):
-                raise UserError(f"{where}: row {row}: no text in column {column!r}")
-            texts.append(text_of(cell, row, column, where))
-        found[column] = texts
-    return found
-
-
-def is_missing(cell):
-    """Whether a cell is None, or a NaN of json."""
-    return cell is None or cell != cell
-
-
-def text_of(cell, row, column, where):
-    if isinstance(cell, list) and all(isinstance(word, str) for word in cell):
-        cell = " ".join(cell)
-    if not isinstance(cell, (str, int, float)):
-        raise UserError(f"{where}: row {row}: column {column!r} must hold texts, has {cell!r:.40}")
-    return whole_text(str(cell), row, column, where)
-
-
-def whole_text(text, row, column, where):
-    """The text. UserError if it holds half a character, see SURROGATE."""
-    if SURROGATE.search(text):
-        raise UserError(f"{where}: row {row}: column {column!r} holds half a character: "
-                        f"{text!a:.40}")
-    return text
-
-
-def ids_of(table, where):
-    """The rows' own ids, in a column `id`, as strings; None without such a column."""
-    if "id" not in column_names(table):
-        return None
-    return [whole_text(str(cell), row, "id", where)
-            for row, cell in enumerate(cells_of(table, "id"), 1)]
-
+# The cells of a table, which is {column: cells} or a Dataset of the hub.
 
 def column_names(table):
     return list(table) if isinstance(table, dict) else table.column_names
@@ -1048,6 +994,60 @@ def cells_or_none(table, column, count):
     return cells_of(table, column)
 
 
+def is_missing(cell):
+    """Whether a cell is None, or a NaN of json."""
+    return cell is None or cell != cell
+
+
+def read_texts(table, task, where):
+    """The text columns of a raw table as {column: strings}.
+
+    A list of words, as in CSL, becomes a text. But one row of nothing else is a json object that
+    holds whole columns, and is refused.
+    """
+    columns = {column: needed_cells(table, column, where) for column in task.columns}
+    if all(len(cells) == 1 and isinstance(cells[0], list) for cells in columns.values()):
+        raise UserError(f"{where}: is one object that holds lists; must be a list of objects, or "
+                        "an object a line")
+    found = {}
+    for column, cells in columns.items():
+        texts = []
+        for row, cell in enumerate(cells, 1):
+            if is_missing(cell):
+                raise UserError(f"{where}: row {row}: no text in column {column!r}")
+            texts.append(text_of(cell, row, column, where))
+        found[column] = texts
+    return found
+
+
+def text_of(cell, row, column, where):
+    if isinstance(cell, list) and all(isinstance(word, str) for word in cell):
+        cell = " ".join(cell)
+    if not isinstance(cell, (str, int, float)):
+        raise UserError(f"{where}: row {row}: column {column!r} must hold texts, has {cell!r:.40}")
+    return whole_text(str(cell), row, column, where)
+
+
+# Half of a character, as a cut json escape leaves it. A Dataset cannot hold it.
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def whole_text(text, row, column, where):
+    """The text. UserError if it holds half a character, see SURROGATE."""
+    if SURROGATE.search(text):
+        raise UserError(f"{where}: row {row}: column {column!r} holds half a character: "
+                        f"{text!a:.40}")
+    return text
+
+
+def ids_of(table, where):
+    """The rows' own ids, in a column `id`, as strings; None without such a column."""
+    if "id" not in column_names(table):
+        return None
+    return [whole_text(str(cell), row, "id", where)
+            for row, cell in enumerate(cells_of(table, "id"), 1)]
+
+
 def raw_labels(table, column, where):
     """The label cells of a raw table, all of one type."""
     cells = cells_of(table, column)
@@ -1069,6 +1069,16 @@ def label_type(cell):
     if isinstance(cell, bool):
         return "truth value"
     return "string" if isinstance(cell, str) else "number"
+
+
+def label_of(cell):
+    """A cell as a label: without the spaces around it, "" if there is none."""
+    text = "" if cell is None else str(cell).strip()
+    return "" if text.lower() == "nan" else text
+
+
+def is_float(text):
+    return bool(re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", text))
 
 
 def class_index(table, task):
@@ -1095,6 +1105,8 @@ def class_index(table, task):
             index[str(i)] = label
     return index
 
+
+# Classes, numbers and texts to write: the rows of a table.
 
 def read_classify(table, task, where):
     """Rows with the text columns as strings and "label": an index of task.label_names.
@@ -1184,6 +1196,8 @@ def count_empty_texts(task, rows):
     return sum(not all(text.strip() for text in texts) for texts in texts_of(task, rows))
 
 
+# General text, of no task.
+
 def general_text(where, n):
     """n single sentences of general text in a fixed random order, fewer if there are fewer.
 
@@ -1206,15 +1220,6 @@ def general_text(where, n):
     return datasets.Dataset.from_dict({"text": chosen, "label": [-1] * len(chosen)})
 
 
-def sentences_of(line):
-    """The sentences of a line, in English or Chinese, without scraps and headings of wikitext."""
-    if line.lstrip().startswith("="):
-        return []
-    sentence_end = r"(?<=[.!?]) +(?=[^a-z])|(?<=[。！？])"
-    parts = [part.strip() for part in re.split(sentence_end, line)]
-    return [part for part in parts if len(part) >= 10]
-
-
 def read_general(where):
     """The lines of a text file, or the texts of a table or a hub data set, see `general_text`."""
     import datasets
@@ -1235,6 +1240,15 @@ def read_general(where):
     except Exception as error:
         raise UserError(f"--unlabeled {where}: must be a text file, or ID:CONFIG:SPLIT of the hub: "
                         f"{first_line(error)}") from error
+
+
+def sentences_of(line):
+    """The sentences of a line, in English or Chinese, without scraps and headings of wikitext."""
+    if line.lstrip().startswith("="):
+        return []
+    sentence_end = r"(?<=[.!?]) +(?=[^a-z])|(?<=[。！？])"
+    parts = [part.strip() for part in re.split(sentence_end, line)]
+    return [part for part in parts if len(part) >= 10]
 
 
 # ----------------------------------------------------------------------------- 3  encoding, by kind
