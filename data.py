@@ -1569,6 +1569,32 @@ def padded_size(batches, lengths):
     return total
 
 
+def cut_in_two(rows, count, sizes, least):
+    """Cuts rows, in order, into those of the first count // 2 of `count` batches, and the others.
+
+    sizes (all rows,): the batches have about equal sums of these; None: equal numbers of rows. No
+    batch has fewer than `least` rows.
+    """
+    weights = np.ones(len(rows))
+    if sizes is not None:
+        weights = sizes[rows]
+    first = count // 2
+    middles = np.cumsum(weights) - weights / 2
+    end = np.searchsorted(middles, weights.sum() * first / count)
+    end = max(end, first * least)
+    end = min(end, len(rows) - (count - first) * least)
+    return rows[:end], rows[end:]
+
+
+def cut_evenly(rows, count, sizes, least):
+    """Cuts rows, in order, into a list of `count` batches. sizes, least: as of `cut_in_two`."""
+    if count == 1:
+        return [rows]
+    first, second = cut_in_two(rows, count, sizes, least)
+    return [*cut_evenly(first, count // 2, sizes, least),
+            *cut_evenly(second, count - count // 2, sizes, least)]
+
+
 class Batches:
     """`batches[step]`: the micro-batches of one process at one step, each a dict of tensors.
 
@@ -1577,7 +1603,7 @@ class Batches:
     large chunks, sorted by length within each, and cut into batches, which are shuffled. Process
     `rank` of `processes` takes rows[rank::processes] of each batch. Rows of two sides (two
     sentences apart, or a text and what is to be written) are put into batches by both lengths, see
-    `halve`.
+    `cut_by_lengths`.
 
     micro: most rows of a micro-batch; 0: all.
 
@@ -1652,7 +1678,7 @@ class Batches:
 
         if self.two_sided:
             lengths = [self.blurred(side, rng) for side in self.relative_lengths]
-            batches = self.halve(rows, self.per_epoch, lengths, self.sizes, self.processes)
+            batches = self.cut_by_lengths(rows, self.per_epoch, lengths, self.sizes, self.processes)
         else:
             batches = self.cut(self.sort(rows, self.blurred(self.split.lengths[rows], rng)))
         return [batches[i] for i in rng.permutation(self.per_epoch)]
@@ -1666,42 +1692,29 @@ class Batches:
         by_length = [chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks]
         return rows[np.concatenate(by_length)]
 
-    def halve(self, rows, count, lengths, sizes=None, least=1):
+    def cut_by_lengths(self, rows, count, lengths, sizes=None, least=1):
         """Cuts the rows into a list of `count` batches, in each of which both lengths are alike.
 
         The rows are sorted by the length of one side or of the other, by the one that leaves less
-        padding, and cut into a short and a long half, which are halved in turn.
+        padding, and cut into a short and a long half, which are cut in turn.
 
-        lengths: [of one side, of the other], (all rows,) each, divided by their mean; []: the rows
-        stay in their order. sizes (all rows,): the batches have about equal sums of these; None:
-        equal numbers of rows. No batch has fewer than `least` rows.
+        lengths: [of one side, of the other], (all rows,) each, divided by their mean. sizes, least:
+        as of `cut_in_two`.
         """
         if count == 1:
             return [rows]
-        short_count = count // 2                       # batches that the short half becomes
-        long_count = count - short_count
-        orders = [rows]                                # as they are, also if there are too many
-        if lengths and count <= self.CHUNK_OF_TWO:
+        orders = [rows]                                # as they are, if there are too many to sort
+        if count <= self.CHUNK_OF_TWO:
             orders = [rows[np.argsort(length[rows], kind="stable")] for length in lengths]
-
-        halves = []
-        for order in orders:
-            weights = np.ones(len(order))
-            if sizes is not None:
-                weights = sizes[order]
-            middles = np.cumsum(weights) - weights / 2
-            end = np.searchsorted(middles, weights.sum() * short_count / count)
-            end = max(end, short_count * least)
-            end = min(end, len(rows) - long_count * least)
-            halves.append((order[:end], order[end:]))
-        short, long = min(halves, key=lambda pair: padded_size(pair, lengths))
-        return [*self.halve(short, short_count, lengths, sizes, least),
-                *self.halve(long, long_count, lengths, sizes, least)]
+        pairs = [cut_in_two(order, count, sizes, least) for order in orders]
+        short, long = min(pairs, key=lambda pair: padded_size(pair, lengths))
+        return [*self.cut_by_lengths(short, count // 2, lengths, sizes, least),
+                *self.cut_by_lengths(long, count - count // 2, lengths, sizes, least)]
 
     def cut(self, rows):
         """Cuts rows, in order, into an epoch's batches: of batch_size rows, or of equal tokens."""
         if self.tokens:
-            return self.halve(rows, self.per_epoch, [], self.sizes, self.processes)
+            return cut_evenly(rows, self.per_epoch, self.sizes, self.processes)
         return rows.reshape(-1, self.batch_size)
 
     def passes(self, rows):
@@ -1709,7 +1722,7 @@ class Batches:
         rows = rows[np.argsort(self.split.lengths[rows], kind="stable")]
         count = math.ceil(len(rows) / self.micro)
         if self.two_sided:
-            return self.halve(rows, count, self.relative_lengths)
+            return self.cut_by_lengths(rows, count, self.relative_lengths)
         return [rows[i * self.micro:(i + 1) * self.micro] for i in range(count)]
 
     def state_dict(self):
