@@ -1387,11 +1387,11 @@ def backward(module, batch, world, **more):
 def eval_inputs(split, world, name, **size):
     """Yields (rows, labels, inputs on the device) until each row of this process has come once.
 
-    name: of the progress bar. size: see data.slices.
+    name: of the progress bar. size: see data.inference_batches.
     """
     mine = np.arange(world.rank, len(split), world.size)
     with Progress(world, name, len(mine)) as progress:
-        for part in data.slices(split.lengths[mine], **size):
+        for part in data.inference_batches(split.lengths[mine], **size):
             rows = mine[part]
             inputs = split.collate(rows)
             labels = inputs.pop("labels")
@@ -2786,7 +2786,7 @@ class CachedSplit(data.Split):
         the file cannot be written.
         """
         sentences = split.sentences()
-        parts = list(data.slices(sentences.lengths, tokens=4096))
+        parts = list(data.inference_batches(sentences.lengths, tokens=4096))
         order = np.concatenate(parts)
         sizes = sentences.lengths
         starts = np.zeros(len(order), np.int64)

@@ -5,7 +5,7 @@
     1  kinds and tasks             Kind, Task, TASKS, map_labels
     2  reading                     load, load_own_files, read_file, general_text
     3  encoding, by kind           encode, tokenise_texts
-    4  batches                     Field, Split, Batches, slices, subset
+    4  batches                     Field, Split, Batches, inference_batches, subset
     5  metrics                     METRICS, rouge; outputs, scores and files of each kind; of tags,
                                    answers and retrieval also reading and encoding; KINDS
     6  the toy language            toy_rows, toy_summaries, toy_tags, toy_questions, toy_corpus
@@ -84,8 +84,8 @@ class Kind:
     score         (task, trained, kept, split) -> {metric: value}. kept: what `collect` gave of all
                   rows; trained: the task that the model was trained on
     answer        what a label is, in words; left out: the labels have names
-    eval_size     (task) -> the arguments of `slices`, which makes the batches of an evaluation;
-                  left out: its defaults
+    eval_size     (task) -> arguments of `inference_batches`, which makes the batches of an
+                  evaluation; left out: its defaults
 
     For a kind that is trained, and not only scored:
 
@@ -1746,10 +1746,10 @@ class Batches:
         return batch
 
 
-def slices(lengths, tokens=8192, most=256):
-    """Yields arrays that hold every row exactly once, longest first.
+def inference_batches(lengths, tokens=8192, most=256):
+    """Yields batches, arrays of rows, in which every row comes exactly once, longest first.
 
-    An array has at most `tokens` tokens, padding included, and `most` rows, but at least one row.
+    A batch has at most `tokens` tokens, padding included, and `most` rows, but at least one row.
     """
     order = np.argsort(-lengths, kind="stable")
     while len(order):
@@ -1938,7 +1938,7 @@ def same_labels(task, trained):
 
 
 def size_for_beams(task):
-    """Arguments of `slices`: fewer rows at once, as each takes a row for every beam."""
+    """Arguments of `inference_batches`: fewer rows at once, as each takes a row for every beam."""
     return {"tokens": 32768 // task.decoding.beams, "most": 256 // task.decoding.beams}
 
 

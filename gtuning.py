@@ -704,7 +704,8 @@ def vectors(f, split, rows, world, progress=None):
     f.eval()
     found = torch.empty(len(rows), f.config.hidden_size, device=world.device)
     with torch.no_grad(), world.autocast():
-        for part in data.slices(split.lengths[rows], tokens=8192 if world.gpu else 2048):
+        tokens = 8192 if world.gpu else 2048
+        for part in data.inference_batches(split.lengths[rows], tokens):
             inputs = world.put(split.collate(rows[part]))
             inputs.pop("labels")
             found[part] = f.features(**inputs).float()                   # f(x)          (part, H)

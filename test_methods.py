@@ -1665,10 +1665,10 @@ def test_evaluation_covers_every_row_once(size):
     assert sorted(found) == list(range(101))
 
 
-def test_a_row_longer_than_a_slice_is_a_slice_of_its_own():
-    parts = [part.tolist() for part in data.slices(np.array([3, 50, 4, 4]), tokens=8, most=2)]
-    assert parts == [[1], [2, 3], [0]]
-    assert max(len(part) for part in data.slices(np.full(9, 2), tokens=100, most=4)) == 4
+def test_a_row_longer_than_a_batch_is_a_batch_of_its_own():
+    parts = data.inference_batches(np.array([3, 50, 4, 4]), tokens=8, most=2)
+    assert [part.tolist() for part in parts] == [[1], [2, 3], [0]]
+    assert max(len(part) for part in data.inference_batches(np.full(9, 2), tokens=100, most=4)) == 4
 
 
 def test_training_samples_are_stratified_and_seeded():
