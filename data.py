@@ -2455,14 +2455,14 @@ def tokenise_retrieve(rows, task, tokenizer, max_length, separate=True):
     return tokenise_texts(rows, task, tokenizer, max_length, separate=True)
 
 
-def unit(x):
+def normalise(x):
     """The vectors x (..., H), each scaled to length 1."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def score_retrieve(task, trained, kept, split):
     """{"accuracy"}: how often the nearest candidate, by the cosine, is the right one."""
-    both = unit(np.stack(kept))                                         # (n, 2, H)
+    both = normalise(np.stack(kept))                                    # (n, 2, H)
     asked = both[:, 0]
     candidates = both[:, 1]
     right = 0

@@ -1174,11 +1174,11 @@ def write_figure_2(args, setup, clouds_of_folders, world):
     import data
     first_folder = next(iter(clouds_of_folders))
     before = clouds_before_training(args, setup, first_folder, world)
-    clouds = {BEFORE: [data.unit(cloud) for cloud in before]}
+    clouds = {BEFORE: [data.normalise(cloud) for cloud in before]}
     results_drawn = {}                                 # {run: results}, those of the first seed
     for folder, both in clouds_of_folders.items():
         run = os.path.basename(os.path.abspath(folder))
-        clouds[run] = [data.unit(cloud) for cloud in both]
+        clouds[run] = [data.normalise(cloud) for cloud in both]
         results = common.read_results(folder)
         if results["seed"] == args.seeds[0]:
             results_drawn[run] = results
