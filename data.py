@@ -1278,17 +1278,6 @@ def encode(rows, task, tokenizer, max_length, **options):
     return Split(fields, pads_left, rows, has_targets=KINDS[task.kind].decodes)
 
 
-def forget_lengths(tokenizer):
-    """Removes from a fast tokenizer the lengths to which its last call cut or padded.
-
-    Every call sets its own. If they were saved, libraries other than transformers would take them
-    for the tokenizer's.
-    """
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-
-
 def encoding_key(rows, task, tokenizer, max_length, options):
     """A hash of all that decides how these rows are tokenised."""
     from datasets.fingerprint import Hasher
@@ -1302,21 +1291,15 @@ def encoding_key(rows, task, tokenizer, max_length, options):
     return Hasher.hash([rows._fingerprint, state, wanted, settings, ENCODING_VERSION])
 
 
-def fields_of(table, pad_token_id):
-    """The fields of a Split, {name: Field}, of the arrow table that a `tokenise` has made."""
-    fills = {"input_ids": pad_token_id, "labels": -100}
-    fields = {}
-    for name in table.column_names:
-        fields[name] = flat(table[name], fills.get(name.removesuffix("_2"), 0))
+def forget_lengths(tokenizer):
+    """Removes from a fast tokenizer the lengths to which its last call cut or padded.
 
-    fields["note_cut"] = fields.pop("cut")
-    if "note_begins" in fields:                        # 1 at the first part of a row that was split
-        begins = fields.pop("note_begins").values
-        fields["note_row"] = Field(np.cumsum(begins) - 1, None, 0)
-    if "labels_start" in fields:                       # an answer's first and last token
-        both = [fields.pop(name).values for name in ("labels_start", "labels_end")]
-        fields["labels"] = Field(np.stack(both, 1), None, 0)            # (n, 2)
-    return fields
+    Every call sets its own. If they were saved, libraries other than transformers would take them
+    for the tokenizer's.
+    """
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
 
 
 def make_cache_folder(folder, flag="HF_HOME", way_out=""):
@@ -1333,7 +1316,24 @@ def make_cache_folder(folder, flag="HF_HOME", way_out=""):
         raise UserError(f"{flag}: cannot write into the folder {folder}{way_out}")
 
 
-def flat(column, fill):
+def fields_of(table, pad_token_id):
+    """The fields of a Split, {name: Field}, of the arrow table that a `tokenise` has made."""
+    fills = {"input_ids": pad_token_id, "labels": -100}
+    fields = {}
+    for name in table.column_names:
+        fields[name] = field_of(table[name], fills.get(name.removesuffix("_2"), 0))
+
+    fields["note_cut"] = fields.pop("cut")
+    if "note_begins" in fields:                        # 1 at the first part of a row that was split
+        begins = fields.pop("note_begins").values
+        fields["note_row"] = Field(np.cumsum(begins) - 1, None, 0)
+    if "labels_start" in fields:                       # an answer's first and last token
+        both = [fields.pop(name).values for name in ("labels_start", "labels_end")]
+        fields["labels"] = Field(np.stack(both, 1), None, 0)            # (n, 2)
+    return fields
+
+
+def field_of(column, fill):
     """An arrow column as a Field: one number a row, or a list a row."""
     import pyarrow
     column = column.combine_chunks()
