@@ -1354,16 +1354,16 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
     perturb: adds the field `perturbable`, 1 at tokens that may be perturbed: of all columns (True)
     or of one (its name), but no special tokens.
     """
-    found = {"labels": rows["label"], "cut": [0] * len(rows["label"])}
+    fields = {"labels": rows["label"], "cut": [0] * len(rows["label"])}
     groups = [[column] for column in task.columns] if separate else [task.columns]
     for group, suffix in zip(groups, ["", "_2"]):
         texts = [rows[column] for column in group]
         encoded = tokenizer(
             *texts, truncation=True, max_length=max_length, return_attention_mask=True)
         for name, values in model_inputs(encoded).items():
-            found[name + suffix] = values
+            fields[name + suffix] = values
 
-        mark_cut(found, encoded)
+        mark_cut(fields, encoded)
         if perturb:
             if not encoded.is_fast:
                 raise UserError("to leave special tokens as they are takes a fast tokenizer; "
@@ -1372,16 +1372,16 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
             marks = []
             for row in range(len(rows["label"])):
                 marks.append([int(part in allowed) for part in encoded.sequence_ids(row)])
-            found["perturbable" + suffix] = marks
-    return found
+            fields["perturbable" + suffix] = marks
+    return fields
 
 
-def mark_cut(found, encoded):
-    """Sets found["cut"] to 1 for rows that were truncated. A slow tokenizer cannot tell which."""
+def mark_cut(fields, encoded):
+    """Sets fields["cut"] to 1 for rows that were truncated. A slow tokenizer cannot tell which."""
     if encoded.is_fast:
         for row, encoding in enumerate(encoded.encodings):
             if encoding.overflowing:
-                found["cut"][row] = 1
+                fields["cut"][row] = 1
 
 
 def model_inputs(encoded):
@@ -1408,12 +1408,12 @@ def tokenise_generate(rows, task, tokenizer, max_length, max_target_length):
 
     `cut` is 1 where either was truncated.
     """
-    found = tokenise_texts(rows, task, tokenizer, max_length)
-    found.pop("token_type_ids", None)                  # of a BERT tokenizer; no BART has them
+    fields = tokenise_texts(rows, task, tokenizer, max_length)
+    fields.pop("token_type_ids", None)                 # of a BERT tokenizer; no BART has them
     targets = tokenizer(text_target=rows["label"], truncation=True, max_length=max_target_length)
-    found["labels"] = targets["input_ids"]
-    mark_cut(found, targets)
-    return found
+    fields["labels"] = targets["input_ids"]
+    mark_cut(fields, targets)
+    return fields
 
 
 # --------------------------------------------------------------------------------------- 4  batches
@@ -2092,12 +2092,12 @@ def tokenise_tags(rows, task, tokenizer, max_length, separate=False):
     sentences = rows[task.columns[0]]
     texts = [" ".join(words) for words in sentences]
     encoded = tokenise_in_windows(tokenizer, texts, truncation=True, max_length=max_length)
-    found = model_inputs(encoded)
+    fields = model_inputs(encoded)
     sources = encoded["overflow_to_sample_mapping"]
-    found.update(labels=[], note_words=[], note_begins=[], cut=[0] * len(sources))
+    fields.update(labels=[], note_words=[], note_begins=[], cut=[0] * len(sources))
     row = None
     for source, offsets in zip(sources, encoded["offset_mapping"]):
-        found["note_begins"].append(int(source != row))
+        fields["note_begins"].append(int(source != row))
         if source != row:
             row = source
             last_word = None                           # a word may go on in the next window
@@ -2110,9 +2110,9 @@ def tokenise_tags(rows, task, tokenizer, max_length, separate=False):
                 labelled.append(word)
                 last_word = word
             labels.append(label)
-        found["labels"].append(labels)
-        found["note_words"].append(labelled)
-    return found
+        fields["labels"].append(labels)
+        fields["note_words"].append(labelled)
+    return fields
 
 
 def word_of_each_token(text, words, offsets):
@@ -2297,7 +2297,7 @@ def tokenise_span(rows, task, tokenizer, max_length, separate=False):
         raise UserError(f"--max_length {max_length}: must be at least {least}, for a question and "
                         "a part of its context")
     most = min(LONGEST_QUESTION, max_length // 2 - special)
-    found = collections.defaultdict(list)
+    fields = collections.defaultdict(list)
     for row, (question, context) in enumerate(zip(rows["question"], rows["context"])):
         short, length = shortened(question, tokenizer, most)
         room = max_length - special - length           # for the context
@@ -2305,19 +2305,19 @@ def tokenise_span(rows, task, tokenizer, max_length, separate=False):
             tokenizer, short, context, truncation="only_second", max_length=max_length,
             stride=room - min(STRIDE, room))           # here it is what two windows share
         for name, windows in model_inputs(encoded).items():
-            found[name] += windows
+            fields[name] += windows
         for window, offsets in enumerate(encoded["offset_mapping"]):
             parts = encoded.sequence_ids(window)       # 1: of the context
             begins = [begin if part == 1 else -1 for part, (begin, _) in zip(parts, offsets)]
             ends = [end if part == 1 else -1 for part, (_, end) in zip(parts, offsets)]
             first, last = answer_tokens(rows, row, begins, ends)
-            found["labels_start"].append(first)
-            found["labels_end"].append(last)
-            found["note_begins"].append(int(window == 0))
-            found["note_from"].append(begins)
-            found["note_to"].append(ends)
-            found["cut"].append(int(window == 0 and short != question))
-    return dict(found)
+            fields["labels_start"].append(first)
+            fields["labels_end"].append(last)
+            fields["note_begins"].append(int(window == 0))
+            fields["note_from"].append(begins)
+            fields["note_to"].append(ends)
+            fields["cut"].append(int(window == 0 and short != question))
+    return dict(fields)
 
 
 def shortened(question, tokenizer, most):
