@@ -2093,14 +2093,15 @@ def tokenise_tags(rows, task, tokenizer, max_length, separate=False):
     texts = [" ".join(words) for words in sentences]
     encoded = tokenise_in_windows(tokenizer, texts, truncation=True, max_length=max_length)
     fields = model_inputs(encoded)
-    sources = encoded["overflow_to_sample_mapping"]
-    fields.update(labels=[], note_words=[], note_begins=[], cut=[0] * len(sources))
-    row = None
-    for source, offsets in zip(sources, encoded["offset_mapping"]):
-        fields["note_begins"].append(int(source != row))
-        if source != row:
-            row = source
-            last_word = None                           # a word may go on in the next window
+    row_of_window = encoded["overflow_to_sample_mapping"]
+    fields.update(labels=[], note_words=[], note_begins=[], cut=[0] * len(row_of_window))
+    last_row = None
+    for row, offsets in zip(row_of_window, encoded["offset_mapping"]):
+        begins = row != last_row
+        fields["note_begins"].append(int(begins))
+        last_row = row
+        if begins:                                     # else a word may go on from the last window
+            last_word = None
         labels = []
         labelled = []
         for word in word_of_each_token(texts[row], sentences[row], offsets):
