@@ -1025,27 +1025,30 @@ def text_of(cell, row, column, where):
         cell = " ".join(cell)
     if not isinstance(cell, (str, int, float)):
         raise UserError(f"{where}: row {row}: column {column!r} must hold texts, has {cell!r:.40}")
-    return whole_text(str(cell), row, column, where)
+    text = str(cell)
+    refuse_half_characters(text, row, column, where)
+    return text
 
 
 # Half of a character, as a cut json escape leaves it. A Dataset cannot hold it.
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def whole_text(text, row, column, where):
-    """The text. UserError if it holds half a character, see SURROGATE."""
+def refuse_half_characters(text, row, column, where):
+    """UserError if a text holds half a character, see SURROGATE."""
     if SURROGATE.search(text):
         raise UserError(f"{where}: row {row}: column {column!r} holds half a character: "
                         f"{text!a:.40}")
-    return text
 
 
 def ids_of(table, where):
     """The rows' own ids, in a column `id`, as strings; None without such a column."""
     if "id" not in column_names(table):
         return None
-    return [whole_text(str(cell), row, "id", where)
-            for row, cell in enumerate(cells_of(table, "id"), 1)]
+    ids = [str(cell) for cell in cells_of(table, "id")]
+    for row, text in enumerate(ids, 1):
+        refuse_half_characters(text, row, "id", where)
+    return ids
 
 
 def raw_labels(table, column, where):
@@ -1055,7 +1058,7 @@ def raw_labels(table, column, where):
     for row, cell in given:
         if not isinstance(cell, (str, int, float)):
             raise UserError(f"{where}: row {row}: label {cell!r:.40} must be a word or a number")
-        whole_text(str(cell), row, column, where)
+        refuse_half_characters(str(cell), row, column, where)
         first_row, first = given[0]
         if label_type(cell) != label_type(first):
             raise UserError(f"{where}: row {row}: label {cell!r} is a {label_type(cell)}, "
@@ -2054,7 +2057,7 @@ def read_tags(table, task, where):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise UserError(f"{where}: row {row}: column {column!r} must hold lists of words, "
                             f"has {words!r:.40}")
-        whole_text(" ".join(words), row, column, where)
+        refuse_half_characters(" ".join(words), row, column, where)
         if tags is None:
             tags = [-1] * len(words)
         if not isinstance(tags, list) or len(tags) != len(words):
@@ -2246,7 +2249,7 @@ def read_span(table, task, where):
             raise UserError(f"{where}: row {row + 1}: column {task.label!r} must have as long "
                             "lists text, of strings, and answer_start, of whole numbers, has "
                             f"{given!r:.60}")
-        whole_text(" ".join(given["text"]), row + 1, task.label, where)
+        refuse_half_characters(" ".join(given["text"]), row + 1, task.label, where)
         context = texts["context"][row]
         starts = [nearest(context, *answer)
                   for answer in zip(given["text"], given["answer_start"])]
