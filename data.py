@@ -1898,7 +1898,7 @@ def logits_of(model, task):
     return forward
 
 
-def decoded(model, task):
+def beam_search(model, task):
     """forward(**inputs) -> the tokens of a text for each row (B, m), by beam search.
 
     Two tokens more than in the task's longest text are allowed: those that begin and end it.
@@ -1935,7 +1935,7 @@ def collect_texts(outputs, labels, tokenizer):
     return ["\n".join(line.strip() for line in text.strip().split("\n")) for text in texts]
 
 
-def same_labels(task, trained):
+def check_labels(task, trained):
     """UserError unless each label of the trained task has a counterpart in `task`."""
     map_labels(trained.label_names, task.label_names)
 
@@ -2077,7 +2077,7 @@ def hidden_tags(tags):
     return -1 in tags
 
 
-def same_tags(task, trained):
+def check_tags(task, trained):
     """UserError unless both have the same tags."""
     if task.label_names != trained.label_names:
         raise UserError(f"its tags {task.label_names} are not those of the trained task, "
@@ -2485,7 +2485,7 @@ KINDS = {
         collect=collect_rows,
         score=score_predictions,
         settings=head_settings,
-        comparable=same_labels,
+        comparable=check_labels,
         forward=logits_of,
         file=file_of_classes,
         predictions=predicted_classes,
@@ -2514,7 +2514,7 @@ KINDS = {
         score=score_texts,
         answer="a text",
         eval_size=size_for_beams,
-        forward=decoded,
+        forward=beam_search,
         file=file_of_texts,
         decodes=True,
         in_words=same_text,
@@ -2527,7 +2527,7 @@ KINDS = {
         collect=collect_tags,
         score=score_tags,
         settings=head_settings,
-        comparable=same_tags,
+        comparable=check_tags,
         forward=logits_of,
         file=file_of_tags,
         by_token=True,

@@ -7188,7 +7188,7 @@ class Writer:
 def test_texts_are_written_as_the_task_says(name, limit, wanted):
     """cnndm's are the lengths of the config of facebook/bart-large-cnn."""
     model = Writer(limit)
-    data.decoded(model, data.TASKS[name])(input_ids="ids")
+    data.beam_search(model, data.TASKS[name])(input_ids="ids")
     assert model.asked["input_ids"] == "ids"
     assert {**model.asked, **wanted} == model.asked
 
