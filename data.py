@@ -1829,18 +1829,36 @@ METRICS = {"accuracy": accuracy, "f1": f1, "mcc": pearson, "pearson": pearson, "
 def rouge(prediction, reference):
     """{"rouge1", "rouge2", "rougeLsum"}: F1 from 0 to 1, without a stemmer. Sentences are lines.
 
-    Lin, ROUGE, 2004. rougeLsum is the ROUGE-L of the summarisation papers: of each reference
-    sentence it counts the words that also stand, in the same order, in any predicted sentence. A
-    word counts no more often than it stands in either text.
+    Lin, ROUGE, 2004.
+    """
+    scores = {}
+    for n in (1, 2):
+        predicted = ngrams(words_of(prediction), n)
+        wanted = ngrams(words_of(reference), n)
+        hits = (predicted & wanted).total()
+        scores[f"rouge{n}"] = f1_of_counts(hits, predicted.total(), wanted.total())
+    scores["rougeLsum"] = rouge_lsum(prediction, reference)
+    return scores
+
+
+def words_of(text):
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def ngrams(words, n):
+    """A Counter of the n-grams in a list of words, as tuples."""
+    starts = range(len(words) - n + 1)
+    return collections.Counter(tuple(words[start:start + n]) for start in starts)
+
+
+def rouge_lsum(prediction, reference):
+    """The ROUGE-L of the summarisation papers, as F1.
+
+    Of each reference sentence it counts the words that also stand, in the same order, in any
+    predicted sentence. A word counts no more often than it stands in either text.
     """
     predicted = words_of(prediction)
     wanted = words_of(reference)
-    scores = {}
-    for n in (1, 2):
-        p = collections.Counter(zip(*[predicted[i:] for i in range(n)]))
-        r = collections.Counter(zip(*[wanted[i:] for i in range(n)]))
-        scores[f"rouge{n}"] = f1_of_counts((p & r).total(), p.total(), r.total())
-
     sentences = [words_of(line) for line in prediction.split("\n")]
     found = collections.Counter()
     for line in reference.split("\n"):
@@ -1850,12 +1868,7 @@ def rouge(prediction, reference):
             places |= common_in_order(sentence, other)
         found.update(sentence[place] for place in places)
     hits = (found & collections.Counter(predicted)).total()
-    scores["rougeLsum"] = f1_of_counts(hits, len(predicted), len(wanted))
-    return scores
-
-
-def words_of(text):
-    return re.findall("[a-z0-9]+", text.lower())
+    return f1_of_counts(hits, len(predicted), len(wanted))
 
 
 def common_in_order(a, b):
