@@ -220,6 +220,13 @@ ROUGE = "rouge1 rouge2 rougeLsum"
 # Reddit TIFU has no splits of its own. These are PEGASUS's shares, here in the hub's order of rows.
 TIFU_SPLITS = {"train": "train[:80%]", "validation": "train[80%:90%]", "test": "train[90%:]"}
 
+# How summaries are written. CNN/DailyMail and XSum: as BART writes them; Reddit TIFU as XSum; for
+# Gigaword nobody says how.
+CNN_DECODING = Decoding(beams=4, penalty=2.0, shortest=55, longest=140, no_repeat=3)
+XSUM_DECODING = Decoding(beams=6, penalty=1.0, shortest=10, longest=60, no_repeat=3)
+GIGAWORD_DECODING = Decoding(beams=4, penalty=1.0, shortest=5, longest=32)
+TOY_DECODING = Decoding(beams=2, longest=24)
+
 # GLUE's validation rows of CoLA are the corpus's two sets, one after the other: sentences from the
 # sources of the training rows, and from others.
 COLA_SETS = {"in_domain": "validation[:527]", "out_of_domain": "validation[527:]"}
@@ -273,26 +280,26 @@ TASKS = {
     "mnli-mm":  Task(GLUE, "mnli", "premise hypothesis", NLI, validation="validation_mismatched"),
     "bustm":    Task("", "", labels="0 1",
                      where="test_public.json of FewCLUE (github.com/CLUEbenchmark/FewCLUE)"),
-    # summaries, decoded as BART decodes them; for Gigaword nobody says how
+    # summaries
     "toy-sum":  Task("toy-sum", "film", "text", label="summary", kind="generate", metrics=ROUGE,
-                     further="toy-sum-food", target_length=32, decoding=Decoding(2, longest=24)),
+                     further="toy-sum-food", target_length=32, decoding=TOY_DECODING),
     "toy-sum-food": Task("toy-sum", "food", "text", label="summary", kind="generate", metrics=ROUGE,
-                         target_length=32, decoding=Decoding(2, longest=24)),
+                         target_length=32, decoding=TOY_DECODING),
     "cnndm":    Task("abisee/cnn_dailymail", "3.0.0", "article", label="highlights",
                      kind="generate", metrics=ROUGE, further="cnndm:test", target_length=256,
-                     decoding=Decoding(4, 2.0, 55, 140, no_repeat=3)),
+                     decoding=CNN_DECODING),
     "gigaword": Task("Harvard/gigaword", "default", "document", label="summary", script=True,
                      kind="generate", metrics=ROUGE, further="gigaword:test", target_length=64,
-                     decoding=Decoding(4, 1.0, 5, 32)),
+                     decoding=GIGAWORD_DECODING),
     "tifu-long": Task(TIFU, "long", "documents", label="tldr", script=True, slices=TIFU_SPLITS,
                       kind="generate", metrics=ROUGE, further="tifu-long:test", target_length=128,
-                      decoding=Decoding(6, 1.0, 10, 60, no_repeat=3)),
+                      decoding=XSUM_DECODING),
     "tifu-short": Task(TIFU, "short", "documents", label="title", script=True, slices=TIFU_SPLITS,
                        kind="generate", metrics=ROUGE, further="tifu-short:test", target_length=128,
-                       decoding=Decoding(6, 1.0, 10, 60, no_repeat=3)),
+                       decoding=XSUM_DECODING),
     "xsum":     Task("EdinburghNLP/xsum", "default", "document", label="summary",
                      kind="generate", metrics=ROUGE, further="xsum:test", target_length=128,
-                     decoding=Decoding(6, 1.0, 10, 60, no_repeat=3)),
+                     decoding=XSUM_DECODING),
 }
 
 # {a name in --eval_tasks that stands for several tasks: these}. Their average is scored too.
