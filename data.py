@@ -536,13 +536,11 @@ def load_further(args, trained, also_scores=()):
         without = []
         for name in names:
             try:
-                sets = load_set(args, trained, name, split, also_scores)
+                further.update(load_set(args, trained, name, split, also_scores))
             except NoSplit:
                 if not split or group not in GROUPS:
                     raise
                 without.append(name)
-                continue
-            further.update(sets)
         if len(without) == len(names):
             raise UserError(f"--eval_tasks {given}: none of {group} has a split {split}")
         if without:
@@ -564,16 +562,20 @@ def load_set(args, trained, name, split, also_scores):
 
     sets = {}
     usual = task.validation.split()
+    wanted = [split] if split else usual
     given = f"--eval_tasks {name}:{split}" if split else f"--eval_tasks {name}"
-    for part in [split] if split else usual:
+    for part in wanted:
         rows = read(name, part, args, given)
         refuse_hidden(task, rows, f"--eval_tasks {name}: split {part}")
         if 0 < task.sample < len(rows):
             chosen = np.random.default_rng(0).permutation(len(rows))[:task.sample]
             rows = rows.select(np.sort(chosen))
-        key = name if usual == [part] else f"{name}/{part}"
         if split and name == args.task:                # another split of the trained task
             key = part
+        elif usual == [part]:
+            key = name
+        else:
+            key = f"{name}/{part}"
         sets[key] = task, rows
     return sets
 
@@ -834,12 +836,12 @@ def read_own(args, flag, task):
     if len(columns) != len(task.columns):
         raise UserError(f"--{flag} {path}: its texts are in {' and '.join(columns)}, must be in as "
                         f"many columns as those of {args.task}: {' and '.join(task.columns)}")
-    found = {name: table[column] for name, column in zip(task.columns, columns)}
+    renamed = {name: table[column] for name, column in zip(task.columns, columns)}
     if "label_column" in args.by_hand and flag == "validation_file":
         check_column(args.label_column, "--label_column", table, path)
     if "label_column" in args.by_hand and args.label_column in table:
-        found[task.label] = table[args.label_column]
-    table.update(found)                                # only now: a new name may be an old one
+        renamed[task.label] = table[args.label_column]
+    table.update(renamed)                              # only now: a new name may be an old one
     if flag == "test_file":
         drop_blank_labels(table, task)
     return KINDS[task.kind].read(table, task, f"--{flag} {path}")
