@@ -717,6 +717,22 @@ def vectors(f, split, rows, world, progress=None):
 
 # -------------------------------------------------------------------------------------  Algorithm 1
 
+def build_f(args, setup, seed, world):
+    """Lines 1 and 2: f around --model. The weights that --model lacks are drawn by the seed."""
+    import common
+    plm = common.load_model(args, setup, seed, world).base_model
+    by_token = setup.task.kind if setup.kind.by_token else ""
+    check_layer(args, plm)
+    try:
+        f = GTuning(plm, setup.task.outputs, args.layers, args.pooling, is_pair(setup),
+                    args.tune == "all", by_token, args.feature_length)
+    except (ValueError, AttributeError, TypeError) as error:             # not such an encoder
+        raise common.UserError(f"--model {args.model}: {error}") from error
+    if args.post_train:                                # then g has weights of its own
+        f.saves_plm = True
+    return f
+
+
 class DiscriminatorLoss(torch.nn.Module):
     """L_D as one forward, which is what DistributedDataParallel wants."""
 
@@ -894,7 +910,7 @@ class Algorithm1:
 
 
 def keep_state(run, args, f, evaluate, setup, end_1):
-    """Gives f the state that counts: the best one, or this last one (choice 13).
+    """Line 19: gives f the state that counts, the best one, or this last one (choice 13).
 
     end_1: the step at which phase 1 ends.
     """
@@ -907,30 +923,6 @@ def keep_state(run, args, f, evaluate, setup, end_1):
         run.world.say(f"{run.name}: the best state is of phase 1, before D")
 
 
-def build_f(args, setup, seed, world):
-    """f around --model, its weights drawn by the seed."""
-    import common
-    plm = common.load_model(args, setup, seed, world).base_model
-    by_token = setup.task.kind if setup.kind.by_token else ""
-    check_layer(args, plm)
-    try:
-        f = GTuning(plm, setup.task.outputs, args.layers, args.pooling, is_pair(setup),
-                    args.tune == "all", by_token, args.feature_length)
-    except (ValueError, AttributeError, TypeError) as error:             # not such an encoder
-        raise common.UserError(f"--model {args.model}: {error}") from error
-    if args.post_train:                                # then g has weights of its own
-        f.saves_plm = True
-    return f
-
-
-def check_layer(args, plm):
-    """UserError if g has no block --retrieve_layer."""
-    import common
-    if args.retrieve_layer and args.retrieve_layer > plm.config.num_hidden_layers:
-        raise common.UserError(f"--retrieve_layer {args.retrieve_layer}: must be at most "
-                               f"{plm.config.num_hidden_layers}, the blocks of {args.model}")
-
-
 # -----------------------------------------------------------------------  scores, and finished runs
 
 def mean_vectors(f, layer, attention_mask, **inputs):
@@ -940,6 +932,14 @@ def mean_vectors(f, layer, attention_mask, **inputs):
     f.plm.eval()
     output = f.plm(attention_mask=attention_mask, output_hidden_states=True, **inputs)
     return masked_mean(output.hidden_states[layer].float(), attention_mask)
+
+
+def check_layer(args, plm):
+    """UserError if g has no block --retrieve_layer."""
+    import common
+    if args.retrieve_layer and args.retrieve_layer > plm.config.num_hidden_layers:
+        raise common.UserError(f"--retrieve_layer {args.retrieve_layer}: must be at most "
+                               f"{plm.config.num_hidden_layers}, the blocks of {args.model}")
 
 
 def evaluate_sets(args, f, sets, setup, texts, world, folder=None):
@@ -1462,7 +1462,7 @@ def main(argv=None):
                 run.begin(end_3, **algorithm.parts)
                 eval_every = args.eval_every or algorithm.batches_t.per_epoch
 
-                # "for _ to N/2 do: Sample {x_t, y_t} ~ B; Optimize f by the Eq. 2"
+                # Line 3: "for _ to N/2 do: Sample {x_t, y_t} ~ B; Optimize f by the Eq. 2"
                 phase_1 = "phase 1 of 3, f" if run.method == "gtuning" else ""
                 for step, x_t in run.steps(end_1, algorithm.batches_t, phase=phase_1):
                     loss, stats = algorithm.task_step(x_t, step)
@@ -1470,7 +1470,7 @@ def main(argv=None):
                     if run.is_due(eval_every):
                         run.keep_best(evaluate(f, setup.choose_by), f.trained)
 
-                # "for _ to N/2 do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
+                # Line 7: "for _ to N/2 do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
                 if run.step < end_2:
                     with run.timed():
                         f_B = algorithm.all_vectors(algorithm.d_batches_t, "f(x) of B")
@@ -1483,8 +1483,8 @@ def main(argv=None):
                     run.log(loss, stats, lr=args.d_lr, phase=2)
                 f_B = f_M = None                       # large
 
-                # "for _ to N/2 do: Sample {x_t, y_t} ~ B, {x_u} ~ M; Optimize f by the Eq. 6;
-                #  for _ to T do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
+                # Lines 11 and 14: "for _ to N/2 do: Sample {x_t, y_t} ~ B, {x_u} ~ M; Optimize f by
+                #  the Eq. 6; for _ to T do: Sample {x_t} ~ B, {x_u} ~ M; Optimize D by the Eq. 3"
                 phase_3 = "phase 3 of 3, f and D"
                 for step, x_t in run.steps(end_3, algorithm.batches_t, phase=phase_3):
                     r = step - end_2
