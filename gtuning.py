@@ -530,21 +530,22 @@ class Texts:
                 self.folder, "--cache_dir", "; use another folder, or --no_cache")
         rows = len(common.training_rows(setup, args, args.seeds[0]))
         columns = len(setup.task.columns)
+
         self.M = None
         if "gtuning" in args.method:
-            wanted = rows
-            together = columns
-            if setup.kind.by_token:                    # question and context are one passage
-                together = 1
-            if is_pair(setup):                         # each sentence is a row of M
-                wanted = 2 * rows
-                together = 1
-            self.M = draw_general(args, setup, wanted, together, world)
+            if is_pair(setup):                         # each sentence of a pair is a row of M
+                self.M = draw_general(args, setup, 2 * rows, 1, world)
+            elif setup.kind.by_token:                  # question and context are one passage
+                self.M = draw_general(args, setup, rows, 1, world)
+            else:
+                self.M = draw_general(args, setup, rows, columns, world)
+
         self.taught = None
         self.teacher_logits = None
         if "self-teach" in args.method:
             self.taught = draw_general(args, setup, rows, columns, world)
             self.teacher_logits = logits_of_teacher(args, setup, self.taught, world)
+
         # Of the last g alone: with --post_train each seed has its own.
         self.digest_of = functools.lru_cache(maxsize=1)(common.digest_weights)
         self.cached = {}
