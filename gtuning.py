@@ -651,12 +651,12 @@ def logits_of_teacher(args, setup, split, world):
             split = data.encode(split.rows, data.Task("", text=tuple(columns)), setup.tokenizer,
                                 args.max_length)
 
-    found = {}
+    logits_of_row = {}
     with torch.no_grad(), world.autocast():
         for rows, _, inputs in common.eval_inputs(split, world, "teacher"):
             logits = forward(**inputs).float().cpu().numpy()
-            found.update(zip(rows, logits))            # a tensor's row is sent as the whole batch
-    return torch.from_numpy(np.stack(world.gather(found)))
+            logits_of_row.update(zip(rows, logits))    # a tensor's row is sent as the whole batch
+    return torch.from_numpy(np.stack(world.gather(logits_of_row)))
 
 
 def load_teacher(args, setup):
@@ -703,17 +703,17 @@ def vectors(f, split, rows, world, progress=None):
     """f(x) of these sentences, without dropout (choice 5): (len(rows), H)."""
     import data
     f.eval()
-    found = torch.empty(len(rows), f.config.hidden_size, device=world.device)
+    f_x = torch.empty(len(rows), f.config.hidden_size, device=world.device)
     with torch.no_grad(), world.autocast():
         tokens = 8192 if world.gpu else 2048
         for part in data.inference_batches(split.lengths[rows], tokens):
             inputs = world.put(split.collate(rows[part]))
             inputs.pop("labels")
-            found[part] = f.features(**inputs).float()                   # f(x)          (part, H)
+            f_x[part] = f.features(**inputs).float()                     # f(x)          (part, H)
             if progress:
                 progress.update(len(part))
     f.train()
-    return found
+    return f_x
 
 
 # -------------------------------------------------------------------------------------  Algorithm 1
@@ -840,9 +840,9 @@ class Algorithm1:
         world = self.world
         rows = np.arange(len(batches.split))[world.rank::world.size]
         with common.Progress(world, name, len(rows)) as progress:
-            found = vectors(self.f, batches.split, rows, world, progress)
-        whole = torch.zeros(len(batches.split), found.shape[1], device=world.device)
-        whole[rows] = found
+            f_x = vectors(self.f, batches.split, rows, world, progress)
+        whole = torch.zeros(len(batches.split), f_x.shape[1], device=world.device)
+        whole[rows] = f_x
         return world.add_up(whole)
 
     def rows_of_step(self, batches, k):
