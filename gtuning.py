@@ -749,7 +749,7 @@ class DiscriminatorLoss(torch.nn.Module):
 class Algorithm1:
     """f, D and all else that a run changes, with a method for each kind of step of Algorithm 1.
 
-    N: the number of steps on f. batches_t, batches_u: those of B and of M for the steps on f.
+    N: the number of steps on f. batches_t, batches_u: of B and of M, for the steps on f.
     d_batches_t, d_batches_u: of their single sentences (a pair has two), for the steps on D.
     gtuning has all four, self-teach the first two, adapter batches_t alone. parts: what a
     checkpoint holds.
@@ -763,8 +763,10 @@ class Algorithm1:
         self.f = build_f(args, setup, seed, world)                       # lines 1 and 2
         rows = common.training_rows(setup, args, seed)
         texts.check_room(self.f, rows, setup)
-        rows = texts.with_states(self.f, rows)
-        self.batches_t = self.make_batches(0, rows, args.batch_size, args.batching[0])
+        B = texts.with_states(self.f, rows)
+
+        # For the steps on f: batches of B, its optimizer, and its loss.
+        self.batches_t = self.make_batches(0, B, args.batch_size, args.batching[0])
         schedule = "constant_with_warmup" if args.schedule == "constant" else "linear"
         self.optimizer, self.schedule = common.build_optimizer(self.f, args, N, schedule=schedule)
         loss = SelfTeach(self.f, args.teach_weight) if method == "self-teach" else self.f
@@ -772,27 +774,31 @@ class Algorithm1:
         self.teacher_logits = None
         self.parts = {"f": self.f.trained, "optimizer": self.optimizer,
                       "schedule": self.schedule, "x_t": self.batches_t}
+
+        # For L_G in the steps on f, and for the steps on D: batches of M, D and its own.
         if method == "gtuning":
-            general = texts.with_states(self.f, texts.M)
+            M = texts.with_states(self.f, texts.M)
             sentences = args.batch_size * (2 if is_pair(setup) else 1)
-            self.d_batches_u = self.make_batches(1, general, sentences, "random")
-            self.d_batches_t = self.make_batches(2, rows.sentences(), sentences, "random")
-            self.batches_u = self.make_batches(3, general, args.batch_size, args.batching[0])
+            self.d_batches_u = self.make_batches(1, M, sentences, "random")
+            self.d_batches_t = self.make_batches(2, B.sentences(), sentences, "random")
+            self.batches_u = self.make_batches(3, M, args.batch_size, args.batching[0])
             self.D = Discriminator(self.f.config.hidden_size, args.layers).to(world.device)
             self.d_loss = world.ddp(DiscriminatorLoss(self.D, args.gp_weight))
             self.d_optimizer = torch.optim.Adam(
                 self.D.parameters(), args.d_lr, tuple(args.d_betas), fused=True)
             self.parts.update(D=self.D, d_optimizer=self.d_optimizer)
+
+        # For the KL of Self-Teach: batches of its general text, and the teacher's logits of that.
         if method == "self-teach":
             self.teacher_logits = texts.teacher_logits
             taught = texts.with_states(self.f, texts.taught)
             self.batches_u = self.make_batches(3, taught, args.batch_size, args.batching[0])
 
-    def make_batches(self, stream, split, size, order):
+    def make_batches(self, stream, split, size, batching):
         """A data.Batches of this process. stream: each use has its own stream of random numbers."""
         import data
         return data.Batches(split, size, self.seed + (stream << 32), self.world.rank,
-                            self.world.size, self.args.micro_batch_size, order,
+                            self.world.size, self.args.micro_batch_size, batching,
                             self.args.max_length)
 
     def task_step(self, x_t, step):
