@@ -1133,7 +1133,9 @@ def read_classify(table, task, where):
     index = class_index(table, task)
     labels = []
     for row, cell in enumerate(raw_labels(table, task.label, where), 1):
-        label = index.get(cell, index.get(label_of(cell)))
+        label = index.get(cell)
+        if label is None:                              # by its text, without spaces around it
+            label = index.get(label_of(cell))
         if label is None:
             others = f" and {len(names) - 20} more" if len(names) > 20 else ""
             raise UserError(f"{where}: row {row}: label {cell!r} must be one of {names[:20]}"
@@ -2633,7 +2635,8 @@ def toy_review(domain, rng, labelled):
         phrase = []
         if rng.random() < 0.4:
             keeps_habit = rng.random() < habit
-            phrase.append(TOY_HABIT[0] if keeps_habit == positive else TOY_HABIT[1])
+            sounds_positive = positive if keeps_habit else not positive
+            phrase.append(TOY_HABIT[0] if sounds_positive else TOY_HABIT[1])
         if rng.random() < 0.05:
             phrase.append("not")
             good_words = not praises
