@@ -1379,15 +1379,23 @@ def tokenise_texts(rows, task, tokenizer, max_length, separate=False, perturb=No
 
         mark_cut(fields, encoded)
         if perturb:
-            if not encoded.is_fast:
-                raise UserError("to leave special tokens as they are takes a fast tokenizer; "
-                                f"{type(tokenizer).__name__} is not fast")
-            allowed = {0, 1} if perturb is True else {task.columns.index(perturb)}
-            marks = []
-            for row in range(len(rows["label"])):
-                marks.append([int(part in allowed) for part in encoded.sequence_ids(row)])
-            fields["perturbable" + suffix] = marks
+            fields["perturbable" + suffix] = perturbable_tokens(encoded, task, tokenizer, perturb)
     return fields
+
+
+def perturbable_tokens(encoded, task, tokenizer, perturb):
+    """For each row a list with 1 at the tokens that may be perturbed. See `tokenise_texts`."""
+    if not encoded.is_fast:
+        raise UserError("to leave special tokens as they are takes a fast tokenizer; "
+                        f"{type(tokenizer).__name__} is not fast")
+    # A token is of a row's text 0 or 1; of a special token this is None.
+    allowed = {0, 1}
+    if perturb is not True:
+        allowed = {task.columns.index(perturb)}
+    marks = []
+    for row in range(len(encoded["input_ids"])):
+        marks.append([int(part in allowed) for part in encoded.sequence_ids(row)])
+    return marks
 
 
 def mark_cut(fields, encoded):
