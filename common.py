@@ -1072,7 +1072,7 @@ def tell_rows(args, setup, world, per_epoch):
     cut = [f"{name} {split.cut} of {len(split.whole_rows)}"
            for name, (_, split) in setup.sets.items() if split.cut]
 
-    world.say(f"  labels      {labels or setup.kind.answer}")
+    world.say(f"  labels      {labels or setup.kind.label_is}")
     world.say(f"  rows        {rows}")
     world.say(f"  max_length  {lengths}; cut rows: {', '.join(cut) or 'none'}")
 

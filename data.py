@@ -83,7 +83,7 @@ class Kind:
     collect       (outputs, labels, tokenizer) -> [what is kept of each row of a batch]
     score         (task, trained, kept, split) -> {metric: value}. kept: what `collect` gave of all
                   rows; trained: the task that the model was trained on
-    answer        what a label is, in words; left out: the labels have names
+    label_is      what a label is, in words; left out: the labels have names
     eval_size     (task) -> arguments of `inference_batches`, which makes the batches of an
                   evaluation; left out: its defaults
 
@@ -110,7 +110,7 @@ class Kind:
     tokenise: Callable
     collect: Callable
     score: Callable
-    answer: str = ""
+    label_is: str = ""
     eval_size: Callable = nothing
     settings: Callable = nothing
     comparable: Callable = nothing
@@ -2530,7 +2530,7 @@ KINDS = {
         tokenise=tokenise_texts,
         collect=collect_rows,
         score=score_predictions,
-        answer="a number (regression)",
+        label_is="a number (regression)",
         settings=head_settings,
         forward=logits_of,
         file=file_of_numbers,
@@ -2544,7 +2544,7 @@ KINDS = {
         tokenise=tokenise_generate,
         collect=collect_texts,
         score=score_texts,
-        answer="a text",
+        label_is="a text",
         eval_size=size_for_beams,
         forward=beam_search,
         file=file_of_texts,
@@ -2584,7 +2584,7 @@ KINDS = {
         tokenise=tokenise_retrieve,
         collect=collect_rows,
         score=score_retrieve,
-        answer="a sentence",
+        label_is="a sentence",
     ),
 }
 
@@ -2831,7 +2831,7 @@ def main(argv=None):
 
     print(f"{args.task}: {task.path or 'a local file'} {task.config}")
     print(f"  columns  {', '.join(task.columns)}; label {task.label}")
-    print(f"  labels   {', '.join(task.label_names) or KINDS[task.kind].answer}")
+    print(f"  labels   {', '.join(task.label_names) or KINDS[task.kind].label_is}")
     print(f"  metrics  {task.metrics}")
     splits = [task.train, *task.validation.split(), *task.test.split(), *(task.slices or {})]
     if args.task in local_files(args.local_file):

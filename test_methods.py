@@ -530,7 +530,7 @@ def test_a_task_of_the_table_is_consistent(name):
     assert "/" in task.path or task.path.startswith("toy") or task.where
     assert len(set(names)) == len(names)
     assert (len(names) >= 2) == (task.kind in ("classify", "tag", "span"))
-    assert bool(names) != bool(data.KINDS[task.kind].answer)             # either is told
+    assert bool(names) != bool(data.KINDS[task.kind].label_is)           # either is told
     assert task.outputs == max(len(names), 1)
     assert task.perturb in ("", *task.columns)
     for further in task.further.split():
