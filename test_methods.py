@@ -3057,7 +3057,7 @@ def test_plain_fine_tuning_by_two_recipes_is_two_runs(tiny_folder, tmp_path):
 
 def test_every_evaluation_is_logged_with_its_seconds(tiny_folder, tmp_path, monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(common.World, "training_clock", lambda world: float(next(clock)))
     result, = run("r3f", tiny_folder, tmp_path, "--method", "std", "--eval_every", 2)
     lines = log_of(tmp_path / "toy/std-0", "metrics")
     assert [line["step"] for line in lines] == [2, 4, 6]
