@@ -4772,7 +4772,7 @@ README_TABLES = {
         "`std`, its scores": [*["qqp-rivals std"] * 2, *["mnli-rivals std"] * 3],
         "R3F": [*["qqp-rivals r3f"] * 2, *["mnli-rivals r3f"] * 3],
         "R-Drop": [*["qqp-rivals rdrop"] * 2, *["mnli-rivals rdrop"] * 3],
-        "FreeLB": [*["qqp-freelb freelb"] * 2, *[""] * 3],
+        "FreeLB": [*["qqp-freelb freelb"] * 2, *["mnli-rivals freelb"] * 3],
         "token cutoff": [*["qqp-rivals cutoff"] * 2, *[""] * 3],
     }),
     "longer training": {
@@ -4945,6 +4945,8 @@ TOLD = [
     ("cola-full-gamma0", "tdt", ("cola", "validation", "accuracy"), ""),
     ("cola-full-margin0", "tdt", ("cola", "validation", "accuracy"), ""),
     ("mnli-rivals", "rdrop", ("mnli", "validation_mismatched", "accuracy"), ""),
+    ("mnli-rivals", "freelb", ("mnli", "validation_mismatched", "accuracy"), ""),
+    ("mnli-rivals", "freelb", ("mnli", "held-out", "accuracy"), ""),
     ("hard-parts", "std lr=0.0002", SST2, "std lr=0.0001"),
     ("hard-parts", "tdt-hard lr=0.0002", SST2, "std lr=0.0002"),
     ("stsb", "tdt gamma=0.0", SPEARMAN, "tdt gamma=0.01"),
