@@ -3747,6 +3747,7 @@ def test_a_run_on_a_task_of_the_table_predicts_a_file_of_ones_own(tiny_folder, t
     assert header.startswith("index\tid\tprediction") and first.startswith("0\tx1\t")
 
 
+@beside
 def test_a_finished_run_of_gtuning_embeds(tiny_folder, tmp_path):
     """The vectors and the map that it would have had after its training."""
     argv = ["--method", "adapter", "--eval_tasks", "toy-food", "--max_steps", 2]
@@ -10612,6 +10613,7 @@ def test_gtuning_learns_to_answer(tagger, tmp_path):
     assert len(answers) == 40 and answers["english-0"] == "soup"
 
 
+@beside
 def test_the_toy_questions_are_trained_on_films_and_scored_on_food(tiny_folder, tmp_path,
                                                                    monkeypatch):
     evaluate = gtuning.evaluate_sets
@@ -10762,6 +10764,7 @@ def test_f_has_its_length_and_the_output_layer_reads_the_same(pooling, length, t
     torch.testing.assert_close(again.features(**inputs), f.features(**inputs))
 
 
+@beside
 def test_the_rate_decays_or_stays(tagged, tagger, tmp_path):
     for schedule, last in (("decay", 0.01 / 6), ("constant", 0.01)):     # at 0 after the last step
         run_on_tags(gtuning, tagger, tmp_path / schedule, *tagged, "--method", "gtuning", "--T", 1,
@@ -10946,6 +10949,7 @@ def test_overwrite_does_not_delete_the_teacher(labelled, tagger, tmp_path):
         assert os.path.exists(folder / "results.json")
 
 
+@beside
 def test_each_of_several_runs_is_scored_with_its_own_g(tagged, tagger, tmp_path):
     """A frozen one is --model's, a tuned one lies in the run's folder."""
     trained = []
@@ -10980,6 +10984,7 @@ def test_the_average_of_a_group_is_over_all_that_was_scored(tagged, tagger, tmp_
     assert scores["ner-average"]["f1"] == pytest.approx(mean)
 
 
+@beside
 def test_epochs_are_of_the_rows_that_are_trained_on_however_they_were_split(tagged, tagger,
                                                                             tmp_path):
     flags = [*tagged[:5], "--eval_tasks", "ner-de", "--train_samples", 24, "--max_length", 6]
