@@ -1229,9 +1229,10 @@ def check_vocabulary(args, model, tokenizer):
     """UserError if the tokenizer has more words than the model has embeddings."""
     words = len(tokenizer)
     try:
-        known = model.get_input_embeddings().num_embeddings
+        embeddings = model.get_input_embeddings()
     except NotImplementedError:                        # CANINE has none: it reads all characters
         return
+    known = getattr(embeddings, "num_embeddings", words)                 # I-BERT's do not say
     if words > known:
         raise UserError(f"{model_flag(args)}: its tokenizer has {words} words, the model "
                         f"embeddings for {known}")
@@ -2529,14 +2530,14 @@ def search(main, flags, recipe, methods, args):
     """
     grid = read_grid(args.grid)
     check_grid(args, grid, methods)
-    check_final_folders(args, grid, methods)
     grids = {}                                         # {method: the part of the grid it can use}
     for method in args.method:
         counted = flags_that_count(args, methods[method]["flags"])
         grids[method] = {flag: values for flag, values in grid.items() if flag in counted}
     of_settings = parse_settings(args, grids, flags, recipe)
+    check_final_folders(args, grid, of_settings, methods)
     if args.overwrite:
-        forget_results([args, *of_settings])
+        forget_runs([args, *itertools.chain(*of_settings.values())])
 
     results = []
     for method, its_grid in grids.items():
@@ -2587,7 +2588,7 @@ def check_grid(args, grid, methods):
             raise UserError(f"--grid {flag}: must be a flag with a value; this one is a switch")
 
 
-def check_final_folders(args, grid, methods):
+def check_final_folders(args, grid, of_settings, methods):
     """UserError if a final run's folder holds another run or, without --resume, an unfinished one.
 
     A run looks for itself, in Run.take; here it is known before the search has begun.
@@ -2597,25 +2598,32 @@ def check_final_folders(args, grid, methods):
         if args.overwrite:
             refuse_to_empty(args, [folder])
         elif os.path.exists(os.path.join(folder, "results.json")):
-            counted = flags_that_count(args, methods[method]["flags"])
-            refuse_another_choice(args, grid, folder, counted)
+            saved = read_results(folder)["args"]
+            unlike = [unlike_flags(saved, of_setting, methods[method]["flags"], grid)
+                      for of_setting in of_settings[method]]
+            if all(unlike):                            # it is the run of none of the settings
+                raise UserError(f"--output_dir {args.output_dir}: {folder} holds a run with "
+                                f"{', '.join(unlike[0])}; use --overwrite, or another folder")
         elif not args.resume:
             refuse_unfinished(args, folder)
 
 
-def refuse_another_choice(args, grid, folder, counted):
-    """UserError if the finished run in a folder cannot be one that this search comes to.
+def unlike_flags(saved, args, method_flags, grid):
+    """How a finished run differs from those of a setting: words on each flag, but for the grid's.
 
-    counted: the flags of this search's run, as `flags_that_count` gives them.
+    saved: the run's flags. args: the setting's.
     """
+    counted = flags_that_count(args, method_flags)
     mine = {**counted, **digests_of_files(args, counted)}
-    for name, words in differing_flags(read_results(folder)["args"], mine).items():
+    del mine["choosing"]                               # the final run has all its sets
+    found = []
+    for name, words in differing_flags(saved, mine).items():
         # Unless set by hand, these get their values only with the task, the model or the machine.
         by_model = name in ("max_length", "max_target_length", "precision")
         is_open = (mine.get(name) is None or by_model) and name not in args.by_hand
         if name not in grid and not is_open:
-            raise UserError(f"--output_dir {args.output_dir}: {folder} holds a run with "
-                            f"{words}; use --overwrite, or another folder")
+            found.append(words)
+    return found
 
 
 def settings_of(grid):
@@ -2639,37 +2647,41 @@ def flags_of_setting(method, args, setting):
 
 
 def parse_settings(args, grids, flags, recipe):
-    """The flags of each setting's runs, before the first one runs. UserError if one is wrong.
+    """{method: the flags of each setting's runs}. UserError if one is wrong.
 
     grids {method: its grid}. flags, recipe: the script's.
     """
-    found = []
+    found = {}
     for method, grid in grids.items():
+        found[method] = []
         for setting in settings_of(grid):
             try:
-                found.append(parse(flags(), flags_of_setting(method, args, setting), recipe))
+                words = flags_of_setting(method, args, setting)
+                found[method].append(parse(flags(), words, recipe))
             except UserError as error:
                 raise UserError(f"--grid, {' '.join(setting)}: {error}") from None
     return found
 
 
-def forget_results(all_args):
-    """Removes each results.json of a search's runs, for --overwrite. all_args: their flags.
+def forget_runs(all_args):
+    """Removes what would be taken for a run, finished or not, of a search, for --overwrite.
 
     If the search is then killed, --resume in place of --overwrite takes none of these runs for one
-    of its own. Each run's folder is emptied when its turn comes.
+    of its own. Each run's folder is emptied when its turn comes. all_args: their flags.
     """
     if process_rank() > 0:
         return
+    paths = []
     for args in all_args:
         for method, seed in itertools.product(args.method, args.seeds):
-            path = os.path.join(run_folder(args, method, seed), "results.json")
-            if not os.path.exists(path):
-                continue
-            try:
+            folder = run_folder(args, method, seed)
+            paths += [os.path.join(folder, "results.json"), *checkpoints_in(folder)]
+    for path in paths:
+        try:
+            if os.path.exists(path):
                 os.remove(path)
-            except OSError as error:
-                raise UserError(f"--overwrite: cannot remove {path}: {error.strerror}") from None
+        except OSError as error:
+            raise UserError(f"--overwrite: cannot remove {path}: {error.strerror}") from None
 
 
 def best_setting(main, method, args, grid):
@@ -2723,7 +2735,8 @@ def write_search(args, method, grid, scores, chosen):
     if process_rank() > 0:
         return
     folder = os.path.join(args.output_dir, args.task)
-    os.makedirs(folder, exist_ok=True)
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
     tried = []
     for setting, score in zip(settings_of(grid), scores):
         tried.append({"flags": setting, "score": score if score > -math.inf else "not finite"})

@@ -3408,6 +3408,42 @@ def test_a_search_that_is_made_again_and_killed_takes_no_old_run(tiny_folder, tm
     assert len(begun) == 1 + 3 and len(set(begun)) == 3
 
 
+@beside
+def test_a_search_that_is_made_again_and_killed_takes_no_old_checkpoint(tiny_folder, tmp_path,
+                                                                        monkeypatch):
+    """The second setting has one of an earlier search, which was killed."""
+    flags = ["--method", "std", "--dev_samples", 40, "--max_steps", 3, "--save_every", 1]
+    killed_at(monkeypatch, [2, 2])
+    with pytest.raises(KeyError):
+        run("r3f", tiny_folder, tmp_path, *flags, "--grid", "lr=1e-4,1e-2")
+    folder = tmp_path / "grid" / "lr=1e-4" / "toy" / "std-0"
+    assert any(map(os.path.exists, common.checkpoints_in(str(folder))))
+    with pytest.raises(KeyError):
+        run("r3f", tiny_folder, tmp_path, *flags, "--grid", "lr=1e-3,1e-4", "--overwrite")
+    assert folder.exists() and not any(map(os.path.exists, common.checkpoints_in(str(folder))))
+
+
+@beside
+def test_a_search_over_steps_is_found_again(tiny_folder, tmp_path, monkeypatch):
+    """max_steps sets epochs to none: the run that was chosen differs in both."""
+    flags = ["--model", tiny_folder, "--output_dir", tmp_path, "--method", "std",
+             "--dev_samples", 40, "--grid", "max_steps=1,2"]
+    argv = [str(word) for word in flags]
+    r3f.main([*argv, "--seeds", "0"])
+    begun = folders_begun(monkeypatch)
+    r3f.main([*argv, "--seeds", "0", "1"])
+    assert [folder.name for folder in begun] == ["std-1"]
+    with pytest.raises(UserError, match="std-0 holds a run with --lr .*; use --overwrite"):
+        r3f.main([*argv, "--seeds", "0", "--lr", "0.5"])
+
+
+def test_a_search_whose_folder_cannot_be_made_ends_in_one_line(tmp_path):
+    write(tmp_path / "toy", "a file")
+    args = parse("r3f", "--output_dir", tmp_path)
+    with pytest.raises(common.RunError, match="cannot write .*toy"):
+        common.write_search(args, "std", {"lr": ["1e-5"]}, [0.5], ["lr=1e-5"])
+
+
 def test_a_search_is_found_again_where_the_model_sets_the_length(tmp_path):
     """The recipe's length is more than the model's."""
     args = parse("gtuning", "--task", "pos", "--seeds", 0, "--output_dir", tmp_path)
@@ -3416,10 +3452,11 @@ def test_a_search_is_found_again_where_the_model_sets_the_length(tmp_path):
     results["args"] = {**vars(args), "max_length": 64}
     write_run(tmp_path, results)
     grid = {"lr": ["1e-5", "2e-5"]}
-    common.check_final_folders(args, grid, gtuning.METHODS)
+    of_settings = {"gtuning": [args]}
+    common.check_final_folders(args, grid, of_settings, gtuning.METHODS)
     args.by_hand = [*args.by_hand, "max_length"]
     with pytest.raises(UserError, match="holds a run with --max_length 64"):
-        common.check_final_folders(args, grid, gtuning.METHODS)
+        common.check_final_folders(args, grid, of_settings, gtuning.METHODS)
 
 
 def test_a_search_knows_the_files_of_a_run_by_what_is_in_them(tmp_path):
@@ -3429,7 +3466,8 @@ def test_a_search_knows_the_files_of_a_run_by_what_is_in_them(tmp_path):
     def checked(path):
         args = parse("r3f", "--train_file", path, "--validation_file", train, "--model", "toy",
                      "--name", "mine", "--seeds", 0, "--output_dir", tmp_path)
-        common.check_final_folders(args, {"lr": ["1e-5", "2e-5"]}, r3f.METHODS)
+        grid = {"lr": ["1e-5", "2e-5"]}
+        common.check_final_folders(args, grid, {"r3f": [args]}, r3f.METHODS)
         return args
 
     args = checked(train)
@@ -4687,6 +4725,7 @@ SPEARMAN = "stsb", "validation", "spearman"
 STSB, SICK_R = [("stsb", name, "pearson") for name in ("validation", "sick-r")]
 MNLI, SICK, MNLI_HANS = [("mnli", name, "accuracy")
                          for name in ("validation_matched", "sick", "hans")]
+MISMATCHED = "mnli", "validation_mismatched", "accuracy"
 RTE, HANS = [("rte", name, "accuracy") for name in ("validation", "hans")]
 FILMS = "toy", "validation", "accuracy"
 FOOD = "toy", "toy-food", "accuracy"
@@ -4734,6 +4773,10 @@ README_TABLES = {
             SST2, "640", "640-again", "freelb epochs=10.0", "std epochs=33.0"),
         "R-Drop, SST-2": twice(SST2, "1000-fp32", "rdrop-again", "rdrop"),
         "R-Drop, MRPC, 96 steps": twice(MRPC, "rivals", "rdrop-mrpc", "rdrop"),
+        "FreeLB, MNLI": twice(MNLI, "mnli-rivals", "freelb-mnli-again", "freelb"),
+        "the same, a sample of the mismatched pairs": twice(
+            MISMATCHED, "mnli-rivals", "freelb-mnli-again", "freelb"),
+        "the same, HANS": twice(MNLI_HANS, "mnli-rivals", "freelb-mnli-again", "freelb"),
         "R-Drop, MNLI": twice(MNLI, "mnli-rivals", "mnli-again", "rdrop"),
         "R3F, MRPC": twice(MRPC, "mrpc", "r3f-mrpc", "r3f"),
         "TDT, CoLA, 320 steps": twice(COLA, "320", "320-again", "tdt"),
@@ -4948,6 +4991,10 @@ TOLD = [
     ("mnli-rivals", "rdrop", ("mnli", "validation_mismatched", "accuracy"), ""),
     ("mnli-rivals", "freelb", ("mnli", "validation_mismatched", "accuracy"), ""),
     ("mnli-rivals", "freelb", ("mnli", "held-out", "accuracy"), ""),
+    ("freelb-mnli-again", "freelb", SICK, ""),
+    ("freelb-mnli-again", "freelb", ("mnli", "held-out", "accuracy"), ""),
+    ("stsb-freelb", "freelb", STSB, ""),
+    ("stsb-freelb", "freelb", SPEARMAN, ""),
     ("hard-parts", "std lr=0.0002", SST2, "std lr=0.0001"),
     ("hard-parts", "tdt-hard lr=0.0002", SST2, "std lr=0.0002"),
     ("stsb", "tdt gamma=0.0", SPEARMAN, "tdt gamma=0.01"),
