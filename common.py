@@ -5218,15 +5218,16 @@ def cached_model_folder(name, *made_of):
     return os.path.join(HF_HOME, name, key.hexdigest()[:12])
 
 
-def save_to_cache(model, tokenizer, folder):
+def save_to_cache(model, tokenizer, folder, weights=None):
     """Saves model and tokenizer into the folder, which is there whole or not at all. Returns it.
 
-    If another run makes the same model at the same time, the first to end counts.
+    If another run makes the same model at the same time, the first to end counts. weights:
+    {name: tensor}, if others than the model's are to be saved.
     """
     unfinished = f"{folder}.{os.getpid()}.tmp"
     try:
         with writing(folder):
-            model.save_pretrained(unfinished)
+            model.save_pretrained(unfinished, state_dict=weights)
             data.forget_lengths(tokenizer)
             tokenizer.save_pretrained(unfinished)
     except BaseException:
@@ -5334,8 +5335,9 @@ def post_trained(start, args, setup, seed, world):
     tokenizer = setup.tokenizer
     if tokenizer.mask_token_id is None:
         raise UserError(f"{given} must have a mask token")
-    torch.manual_seed(0)                               # for a head that the model may lack
     try:
+        pooler = pretrained_pooler(start)
+        torch.manual_seed(0)                           # for a head that the model may lack
         model, info = transformers.AutoModelForMaskedLM.from_pretrained(
             start, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     except Exception as error:
@@ -5352,14 +5354,30 @@ def post_trained(start, args, setup, seed, world):
     split.fields.pop("labels", None)
     folder = cached_model_folder(
         "post-trained", digest_weights(model).encode(), split.fields["input_ids"].values.tobytes(),
-        split.lengths.tobytes(), f"{args.post_train:g} {world.precision} {POST_TRAINING}".encode())
+        split.lengths.tobytes(), f"{args.post_train:g} {world.precision} {POST_TRAINING}".encode(),
+        *[weights.numpy().tobytes() for weights in pooler.values()])
     if holds_model(folder):
         return folder
     if any(not name.startswith(model.base_model_prefix) for name in info["missing_keys"]):
         world.say(f"warning: {args.model} comes without a head for masked words; one starts at "
                   "random")
     post_train(model.to(world.device), split, args.post_train, tokenizer, world)
-    return save_to_cache(model, tokenizer, folder)
+    return save_to_cache(model, tokenizer, folder, {**model.state_dict(), **pooler})
+
+
+def pretrained_pooler(start):
+    """{name: tensor}: the weights of the pooler at `start`, as BERT has one; {} if there are none.
+
+    A masked language model has no pooler, a classifier may: without this it would get a new one.
+    """
+    import transformers
+    model, info = transformers.AutoModel.from_pretrained(
+        start, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+    found = {}
+    for name, weights in model.state_dict().items():
+        if name.startswith("pooler.") and name not in info["missing_keys"]:
+            found[f"{model.base_model_prefix}.{name}"] = weights
+    return found
 
 
 def post_train(model, split, epochs, tokenizer, world):

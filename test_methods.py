@@ -2501,7 +2501,7 @@ def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
     folder = str(tmp_path / "made")
 
-    def while_the_other_saves(path):
+    def while_the_other_saves(path, state_dict):
         with monkeypatch.context() as patch:
             patch.setattr(os, "getpid", lambda: 0)
             assert common.save_to_cache(model, tokenizer, folder) == folder
@@ -2523,7 +2523,7 @@ def test_two_runs_may_make_the_same_model_at_the_same_time(tiny_folder, tmp_path
 def test_a_model_that_cannot_be_saved_leaves_nothing(tiny_folder, tmp_path):
     model = transformers.AutoModel.from_pretrained(tiny_folder)
 
-    def fail(path):
+    def fail(path, **settings):
         raise OSError(errno.ENOSPC, "No space left on device", path)
 
     with pytest.raises(common.RunError, match="cannot write .*made: No space left on device"):
@@ -8939,6 +8939,17 @@ def test_post_training_learns_the_text_and_is_made_once_for_all_scripts(toy_fold
     with pytest.raises(UserError, match="holds a run with --post_train 30.0"):
         tdt.main(argv)
     assert plain["args"]["post_train"] is None
+
+
+def test_post_training_keeps_the_pretrained_pooler(toy_folder, cache):
+    """A masked language model drops it, a classifier wants it back."""
+    save_toy_bert(toy_folder / "model", "BertModel")
+    pooler = weights_of(toy_folder / "model")["pooler.dense.weight"]
+    there = post_trained_folders(cache)
+    tdt.main([*flags_on(toy_folder), "--method", "std", "--post_train", "1", "--max_steps", "1"])
+    folder, = post_trained_folders(cache) - there
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(classifier.bert.pooler.dense.weight, pooler)
 
 
 def test_a_frozen_encoder_of_post_training_lies_in_the_runs_folder(toy_folder, cache):
