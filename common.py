@@ -1682,8 +1682,15 @@ def refuse_unfinished(args, folder):
 
 
 def refuse_to_empty(args, folders):
-    """UserError if --overwrite would delete what the runs start from."""
-    for flag, path in {model_flag(args): args.model, **args.sources}.items():
+    """UserError if --overwrite would delete what the runs start from, or a file that they read."""
+    read = {model_flag(args): args.model, **args.sources}
+    for flag in ("train_file", "validation_file", "test_file", "unlabeled", "explain_file"):
+        path = getattr(args, flag, "")                 # the last two are not in all scripts
+        if path:
+            read[f"--{flag} {path}"] = path
+    for name, path in data.local_files(args.local_file).items():
+        read[f"--local_file {name}={path}"] = path
+    for flag, path in read.items():
         for folder in folders:
             inside = os.path.join(os.path.realpath(path), "")
             if inside.startswith(os.path.join(os.path.realpath(folder), "")):
@@ -1745,6 +1752,8 @@ class Run:
             raise UserError(f"--output_dir {self.args.output_dir}: must be shared by all machines; "
                             f"on some of them {self.folder} is finished, on others it is not")
         if self.results is not None:
+            if self.world.rank == 0:                   # a kill at the end of `finish` leaves them
+                self.remove_checkpoints()
             self.world.say(f"{self.folder}: finished before; --overwrite runs it again")
             self.add_search()
 
@@ -2119,10 +2128,13 @@ class Run:
                         sync(os.path.join(folder, name))
             with self.writing(self.results_path):
                 replace_file(self.results_path, json.dumps(self.results, indent=1))
-            for path in self.checkpoints:
-                if os.path.exists(path):
-                    os.remove(path)
+            self.remove_checkpoints()
         self.world.barrier()
+
+    def remove_checkpoints(self):
+        for path in self.checkpoints:
+            if os.path.exists(path):
+                os.remove(path)
 
     def collect_results(self, metrics):
         """The contents of results.json."""

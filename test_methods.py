@@ -10997,6 +10997,30 @@ def test_a_frozen_g_that_has_changed_since_is_refused(labelled, tagger, tmp_path
     assert read_json(f"{folder}/results.json")["metrics"] == results["metrics"]
 
 
+@pytest.mark.parametrize("flag", ["--train_file", "--validation_file", "--test_file",
+                                  "--local_file"])
+def test_overwrite_does_not_delete_a_file_that_is_read(flag, tmp_path):
+    os.makedirs(tmp_path / "runs" / "mine" / "std-0")
+    inside = write(tmp_path / "runs" / "mine" / "std-0" / "a.csv", GOOD)
+    outside = write(tmp_path / "b.csv", GOOD)
+    files = {"--train_file": outside, "--validation_file": outside}
+    files[flag] = f"imdb={inside}" if flag == "--local_file" else inside
+    argv = [word for pair in files.items() for word in pair]
+    args = parse("r3f", *argv, "--name", "mine", "--method", "std", "--overwrite")
+    with pytest.raises(UserError, match=f"--overwrite: would delete {flag} .*a.csv, which is in"):
+        common.refuse_to_empty(args, [str(tmp_path / "runs" / "mine" / "std-0")])
+    common.refuse_to_empty(args, [str(tmp_path / "runs" / "mine" / "std-1")])
+
+
+@beside
+def test_checkpoints_that_a_kill_left_in_a_finished_run_are_removed(tiny_folder, tmp_path):
+    flags = ["--method", "std", "--max_steps", 1]
+    run("r3f", tiny_folder, tmp_path, *flags)
+    left = write(tmp_path / "toy" / "std-0" / "checkpoint.pt", "whole")
+    run("r3f", tiny_folder, tmp_path, *flags)
+    assert not os.path.exists(left)
+
+
 def test_overwrite_does_not_delete_the_teacher(labelled, tagger, tmp_path):
     run_on_tags(gtuning, tagger, tmp_path, *labelled, "--method", "adapter")
     folder = tmp_path / "custom/adapter-0"
