@@ -3830,7 +3830,8 @@ def find_files(place):
             path = os.path.join(here, name)
             if name == PROBES:
                 found.probes.append(path)
-            elif name.endswith(".jsonl") and not name.startswith(("log", "predictions")):
+            elif (name.endswith(".jsonl") and name != "log.jsonl"
+                  and not name.startswith("predictions-")):
                 found.kept.append(path)
     return found
 
@@ -4392,9 +4393,9 @@ def remarks_on_few_seeds(table):
 
 def remarks_on_many_tests(table):
     """How many of the tests over seeds would find a difference if there were none."""
-    has_chosen = chose_by_held_out_rows(table)
+    chosen = [task for task in table.tasks if chose_by_held_out_rows(table, task)]
     all_differences = [difference for key, by_method in table.differences.items()
-                       if not (has_chosen and key[1] == "held-out")
+                       if not (key[0] in chosen and key[1] == "held-out")
                        for difference in by_method.values()]
     tests = sum(difference.n >= needed() for difference in all_differences)
     if tests <= 1:
@@ -4459,10 +4460,10 @@ def remarks_on_states(table):
             f"are too high, for {whose}." for whose, tasks in tasks_of.items()]
 
 
-def chose_by_held_out_rows(table):
-    """Whether flags or states of the runs were chosen by the held-out rows."""
+def chose_by_held_out_rows(table, task):
+    """Whether flags or states of the task's runs were chosen by the held-out rows."""
     return any(run.line.get("searched") or run.line.get("best") for run in table.runs
-               if run.flags.get("dev_samples"))
+               if run.task == task and run.flags.get("dev_samples"))
 
 
 def remarks_on_choice(table):
@@ -4475,9 +4476,11 @@ def remarks_on_choice(table):
         if counts:
             where = "" if len(tasks_of) == 1 else f" ({', '.join(tasks)})"
             said.append(f"Settings that were tried for each method before{where}: {counts}.")
-    if chose_by_held_out_rows(table):
-        said.append("Flags or states were chosen by the held-out rows: scores of these are too "
-                    "high, and differences on them show nothing.")
+    chosen = [task for task in table.tasks if chose_by_held_out_rows(table, task)]
+    if chosen:
+        where = "" if chosen == [*table.tasks] else f" of {', '.join(chosen)}"
+        said.append(f"Flags or states were chosen by the held-out rows{where}: scores of these are "
+                    "too high, and differences on them show nothing.")
     return said
 
 
@@ -4549,11 +4552,11 @@ def score_rows(table):
 def difference_rows(table):
     """One row for each task, set, metric and method."""
     rows = []
-    has_chosen = chose_by_held_out_rows(table)
+    chosen = [task for task in table.tasks if chose_by_held_out_rows(table, task)]
     for key, differences in table.differences.items():
         for method, difference in differences.items():
             shows = difference.verdict()
-            if has_chosen and key[1] == "held-out":
+            if key[0] in chosen and key[1] == "held-out":
                 shows = "chosen by these"
             rows.append([*key, method, *difference_cells(difference), short_p(difference.p),
                          shows, *spread_cells(difference)])
@@ -4663,6 +4666,8 @@ def tsv_report(tables):
             for method in sorted(by_method, key=table.methods.index):
                 cells = [table.title, *key, method, *score_cells(by_method[method].values())]
                 line = dict(zip(TSV_HEADER, cells))
+                if line["std"] == "-":                 # of one seed; other columns are empty there
+                    line["std"] = ""
                 if method in table.differences[key]:
                     line.update(difference_numbers(table.differences[key][method]))
                 if method in table.over_rows.get(key, {}):

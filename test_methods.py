@@ -5224,6 +5224,35 @@ def test_rows_that_chose_show_nothing(tmp_path, capsys):
     assert "of these 2 would be below .05" in " ".join(out.split())    # accuracy and F1
 
 
+def test_only_on_the_task_where_they_chose_do_held_out_rows_show_nothing(tmp_path, capsys):
+    for seed, task in itertools.product(range(8), ("rte", "mrpc")):
+        searched = {"searched": {"lr": ["1", "2"]}} if task == "rte" else {}
+        for method, score in (("std", 60 + seed), ("more", 70 + seed)):
+            results = results_of(task, method, seed, score, {"held-out": score}, dev_samples=9)
+            write_run(tmp_path, {**results, **searched, "best": None})
+    out, _ = printed(capsys, tmp_path)
+    shown = out[:out.index("over tasks:")]
+    assert shown.count(" chosen by these ") == 1 and shown.count(" better ") == 5
+    assert "chosen by the held-out rows of rte:" in " ".join(out.split())
+
+
+def test_numbers_of_one_seed_leave_the_spread_empty(tmp_path):
+    write_run(tmp_path, results_of("rte", "std", 0, 60))
+    common.main_report([str(tmp_path)])
+    rows = [*csv.DictReader(open(tmp_path / "report.tsv"), delimiter="\t")]
+    assert {row["std"] for row in rows} == {""} and rows[0]["mean"] == "60.00"
+
+
+def test_kept_lines_may_have_any_name_but_those_of_a_run(tmp_path):
+    write_run(tmp_path / "runs", results_of("rte", "std", 0, 60))
+    kept = tmp_path / "kept"
+    os.makedirs(kept)
+    common.main_report([str(tmp_path / "runs"), "--keep", str(kept / "log-of-june.jsonl")])
+    write(kept / "predictions-test.jsonl", "{}\n")
+    table, = common.main_report([str(kept)])
+    assert table.title == "log-of-june"
+
+
 def test_a_run_that_is_there_twice_counts_once_if_its_scores_agree(tmp_path):
     folder = write_runs(tmp_path / "a", 2, ["rte"])
     write_run(tmp_path / "b", results_of("rte", "std", 0, STD[0], {"sick": STD[0] - 9}))
