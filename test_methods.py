@@ -2285,12 +2285,13 @@ def test_each_machine_makes_its_folders_once(rank, local_rank, before, monkeypat
 
 def test_nobody_reads_a_model_before_rank_0_has_written_it(tmp_path):
     """Run.finish ends with a barrier, on every rank."""
-    for rank, expected in enumerate([["written", "barrier"], ["barrier"]]):
+    for rank, expected in enumerate([["written", "checkpoints removed", "barrier"], ["barrier"]]):
         events = []
         world = types.SimpleNamespace(rank=rank, size=2, total=lambda values: values,
                                       barrier=lambda: events.append("barrier"))
         run = types.SimpleNamespace(
-            world=world, best=1, args=types.SimpleNamespace(choosing=False), checkpoints=[],
+            world=world, best=1, args=types.SimpleNamespace(choosing=False),
+            remove_checkpoints=lambda: events.append("checkpoints removed"),
             model_folder=str(tmp_path / "model"), results_path=str(tmp_path / "results.json"),
             collect_results=lambda metrics: {}, writing=contextlib.nullcontext)
         tokenizer = types.SimpleNamespace(is_fast=False, save_pretrained=os.makedirs)
